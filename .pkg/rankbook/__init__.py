@@ -1,0 +1,1 @@
+"""Rankbook: low-bit LLMs with low-rank codebooks, from PyTorch to ONNX and TensorRT."""

@@ -1,0 +1,48 @@
+"""What calibration remembers of the inputs of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerStatistics:
+    """Running statistics of the inputs x (tokens, K) of one linear layer.
+
+    Attributes:
+        gram: Sum of ``x.T @ x`` over tokens, float32 (K, K) (each batch is summed in float32, batches add in place).
+        mean_abs: Sum of ``|x|`` over tokens, float32 (K,).
+        peak_mean_abs: Largest batch mean of ``|x|``, float32 (K,): LQER's scale (official code, section 3.3 of its notes).
+        tokens: Number of tokens seen.
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    peak_mean_abs: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int) -> LayerStatistics:
+        """Return statistics of no tokens for K = ``in_features``."""
+        zeros = torch.zeros(in_features)
+        return cls(torch.zeros(in_features, in_features), zeros.clone(), zeros.clone())
+
+    def update(self, x: Tensor) -> None:
+        """Add one batch of inputs (..., K), any floating dtype."""
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        magnitude = flat.abs()
+        self.gram.addmm_(flat.T, flat)
+        self.mean_abs += magnitude.sum(0)
+        self.peak_mean_abs = torch.maximum(self.peak_mean_abs, magnitude.mean(0))
+        self.tokens += flat.shape[0]
+
+    def second_moment(self) -> Tensor:
+        """Return ``E[x_j ** 2]``, float32 (K,)."""
+        return self.gram.diagonal() / max(1, self.tokens)
+
+    def mean_magnitude(self) -> Tensor:
+        """Return ``E[|x_j|]``, float32 (K,)."""
+        return self.mean_abs / max(1, self.tokens)
