@@ -1,0 +1,1 @@
+"""From a checkpoint to one ONNX file: trace, packed initializers, graph passes, checks."""

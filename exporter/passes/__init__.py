@@ -1,0 +1,1 @@
+"""Graph passes, one a file; their order is in `rankbook.exporter.export`."""

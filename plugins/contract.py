@@ -1,0 +1,185 @@
+"""The operators as data: names, ports, attributes. No other file spells these strings.
+
+An operator has one name per code width and arity, because the ONNX parser of TensorRT finds model-local functions by
+name only and knows no optional inputs: ``CodebookMatMul3`` multiplies by a matrix of 3-bit codes.
+
+Letters in the shapes: N out features, K in features, NP = ceil(N / 32) panels, KB = ceil(K / 32) blocks, b bits,
+L = 2**b levels, G groups (G divides K), Q parameter planes (the last one is the offset where the attribute ``offset``
+is 1, and its row of levels is all ones), R rank of the error branch. ``...`` stands for any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankbook.plugins import layout
+
+DOMAIN = "rankbook"
+"""ONNX domain of the operators and of the functions that hold their standard-ONNX bodies."""
+VERSION = 1
+"""Version of the operator set."""
+PLUGIN_NAMESPACE = "rankbook"
+"""Namespace of the TensorRT plugins."""
+PLUGIN_VERSION = "1"
+"""Version string of the TensorRT plugins."""
+
+MATMUL, MATMUL_LOW_RANK, GATHER = "CodebookMatMul", "CodebookMatMulLowRank", "CodebookGather"
+KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER)
+"""Operator kinds; the name of an operator is its kind followed by its bits."""
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+Shape = tuple["int | str", ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output.
+
+    Attributes:
+        name: Formal name.
+        shapes: Allowed shapes; sizes are numbers or the letters of the module docstring.
+        dtypes: Allowed element types, by numpy name.
+        constant: Whether it must be an initializer (a weight the engines keep packed).
+        doc: What it holds.
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    constant: bool
+    doc: str
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute.
+
+    Attributes:
+        name: Name.
+        kind: ``int`` or ``string``.
+        low: Smallest integer allowed.
+        high: Largest integer allowed.
+        value: The only string allowed.
+        doc: What it says.
+    """
+
+    name: str
+    kind: str
+    doc: str
+    low: int = 0
+    high: int = 2**31 - 1
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class OpContract:
+    """One operator.
+
+    Attributes:
+        kind: One of `KINDS`.
+        bits: Bits per code.
+        inputs: Inputs in order, all required.
+        outputs: Outputs in order.
+        attributes: Attributes, all required.
+    """
+
+    kind: str
+    bits: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    attributes: tuple[Attribute, ...]
+
+    @property
+    def name(self) -> str:
+        """The op_type."""
+        return op_name(self.kind, self.bits)
+
+    def input_names(self) -> tuple[str, ...]:
+        """Formal names of the inputs, in order."""
+        return tuple(port.name for port in self.inputs)
+
+    def constants(self) -> tuple[str, ...]:
+        """Formal names of the inputs that must be initializers, in order."""
+        return tuple(port.name for port in self.inputs if port.constant)
+
+
+def op_name(kind: str, bits: int) -> str:
+    """Return the op_type of an operator kind at ``bits`` per code.
+
+    Raises:
+        ValueError: The kind or the width does not exist.
+    """
+    if kind not in KINDS or bits not in layout.BITS:
+        raise ValueError(f"there is no operator {kind!r} for {bits} bits; kinds are {KINDS}, bits are {layout.BITS}")
+    return f"{kind}{bits}"
+
+
+_WEIGHT = (
+    Port(
+        "codes", (("NP", "KB", "b", 32, 4),), ("int8",), True, "packed codes, each byte minus 128 (plugins/layout.py)"
+    ),
+    Port("levels", (("Q", "L"),), ("float16",), True, "rows of levels; the row of the offset is all ones"),
+    Port("params", (("NP", "G", "Q", 32), (1, 1, 1, 1)), ("int8",), True, "group parameters before step and base"),
+    Port(
+        "step",
+        (("NP", 1, "Q", 1), ("NP", "G", "Q", 32)),
+        ("float32", "float16"),
+        True,
+        "factor of params, or, where params is a single 1, the parameters themselves",
+    ),
+    Port("base", (("NP", 1, "Q", 1), (1, 1, 1, 1)), ("float32",), True, "added to params * step"),
+)
+_BIAS = Port("bias", (("N",), (1,)), ("float32",), True, "added to the product; a single 0 where the layer has none")
+_BRANCH = (
+    Port("down", (("R", "K"), (1, 1)), ("int8",), True, "first factor of the error branch before its scale"),
+    Port("down_scale", (("R", 1), ("R", "K")), ("float32", "float16"), True, "factor of down, or down itself"),
+    Port("up", (("N", "R"), (1, 1)), ("int8",), True, "second factor of the error branch before its scale"),
+    Port("up_scale", ((1, "R"), ("N", "R")), ("float32", "float16"), True, "factor of up, or up itself"),
+)
+_X = Port("x", (("...", "K"),), FLOATS, False, "activations")
+_INDICES = Port("indices", (("...",),), ("int64",), False, "rows to look up, each in [0, N)")
+_Y = Port("y", (("...", "N"),), FLOATS, False, "x @ W.T (+ (x @ down.T) @ up.T) + bias, in the type of x")
+_ROWS = Port("y", (("...", "K"),), ("float32",), False, "rows of W")
+
+_ATTRIBUTES = (
+    Attribute("in_features", "int", "K", low=1),
+    Attribute("out_features", "int", "N", low=1),
+    Attribute("offset", "int", "1 if the last parameter plane is the offset, else 0", high=1),
+    Attribute("plugin_namespace", "string", "namespace of the TensorRT plugin", value=PLUGIN_NAMESPACE),
+    Attribute("plugin_version", "string", "version of the TensorRT plugin", value=PLUGIN_VERSION),
+)
+
+
+def _contract(kind: str, bits: int) -> OpContract:
+    if kind == GATHER:
+        return OpContract(kind, bits, (_INDICES, *_WEIGHT), (_ROWS,), _ATTRIBUTES)
+    branch = _BRANCH if kind == MATMUL_LOW_RANK else ()
+    return OpContract(kind, bits, (_X, *_WEIGHT, _BIAS, *branch), (_Y,), _ATTRIBUTES)
+
+
+OPERATORS: dict[str, OpContract] = {
+    op_name(kind, bits): _contract(kind, bits) for kind in KINDS for bits in layout.BITS
+}
+"""Every operator by its op_type."""
+
+
+def known_sizes(bits: int, out_features: int, in_features: int) -> dict[str, int]:
+    """Return the sizes that follow from the attributes, by the letters of the module docstring."""
+    panels, blocks, _, _, _ = layout.packed_shape(out_features, in_features, bits)
+    return {"N": out_features, "K": in_features, "NP": panels, "KB": blocks, "b": bits, "L": 1 << bits}
+
+
+def match_shape(shape: Shape, actual: tuple[int, ...], sizes: dict[str, int]) -> dict[str, int] | None:
+    """Match a fully known shape against a symbolic one without ``...``.
+
+    Returns:
+        ``sizes`` completed by the letters met, or None if the shapes differ.
+    """
+    if len(shape) != len(actual):
+        return None
+    found = dict(sizes)
+    for want, have in zip(shape, actual, strict=True):
+        if (found.setdefault(want, have) if isinstance(want, str) else want) != have:
+            return None
+    return found

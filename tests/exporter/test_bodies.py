@@ -1,0 +1,77 @@
+"""The bodies compute the reference in stock ONNX Runtime, keep weights packed, and import into TensorRT-RTX."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from rankbook.plugins import contract, layout
+from tests.calibration.records import random_record
+from tests.exporter.rtx import build, needs_rtx
+from tests.op_cases import CASES, activations, case_record, expected, feeds, op_model, relative_error
+
+KINDS = [(case, kind) for case in CASES for kind in ("", contract.GATHER) if not (kind and "rank" in CASES[case])]
+
+
+@pytest.mark.parametrize(("case", "kind"), KINDS)
+def test_stock_onnxruntime_equals_the_reference(case, kind):
+    record = case_record(case)
+    model = op_model(record, kind)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    x = activations(record, kind)
+    (got,) = session.run(None, feeds(record, x, kind))
+    # float32 sums of at most 128 products against float64 ones: a few units of 2^-24 each.
+    assert relative_error(got, expected(record, x, kind)) < 2e-6
+    assert got.shape == expected(record, x, kind).shape
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_a_single_row_works(bits):
+    record = random_record(bits=bits, rank=2)
+    session = onnxruntime.InferenceSession(op_model(record).SerializeToString())
+    x = activations(record)[:1, :1]
+    assert relative_error(session.run(None, {"x": x})[0], expected(record, x)) < 2e-6
+
+
+def test_half_precision_activations_round_only_the_weight_and_the_product():
+    record = random_record(bits=4, in_features=64, group=32, rank=3)
+    session = onnxruntime.InferenceSession(op_model(record, dtype="float16").SerializeToString())
+    x = activations(record).astype(np.float16)
+    (got,) = session.run(None, {"x": x})
+    assert got.dtype == np.float16
+    # 64 products with weights rounded to 11 bits, and an error branch that sums in the same precision.
+    assert relative_error(got, expected(record, x.astype(np.float32))) < 3e-3
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_weights_stay_packed_in_the_optimized_graph(bits, tmp_path):
+    record = random_record(256, 512, bits=bits, group=256, planes=1)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    model = op_model(record)
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    weights = sum(tensor.ByteSize() for tensor in onnx.load(tmp_path / "optimized.onnx").graph.initializer)
+    # Codes, tables of levels and indices of groups; one float32 copy of the weight alone would be 512 kB.
+    assert weights < 256 * 512 * bits / 8 + 20_000
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.parametrize("kind", contract.KINDS)
+def test_tensorrt_rtx_builds_the_body_and_keeps_weights_packed(kind, tmp_path):
+    rank = 4 if kind == contract.MATMUL_LOW_RANK else 0
+    for bits in layout.BITS:
+        record = random_record(512, 512, bits=bits, group=128, planes=1, rank=rank)
+        for dtype in ("float32",) if kind == contract.GATHER else contract.FLOATS:
+            path = tmp_path / f"{kind}{bits}{dtype}.onnx"
+            onnx.save(op_model(record, kind, dtype), path)
+            sizes = [] if kind == contract.GATHER else [512]
+            name = "indices" if kind == contract.GATHER else "x"
+            report = build(path, {name: ([1, 1, *sizes], [1, 4, *sizes], [2, 8, *sizes])})
+            assert report["errors"] == []
+            # Codes and parameters plus the group starts (4 bytes an input) and small tables.
+            assert report["weight_bytes"] < 512 * 512 * bits / 8 + 512 * 4 * 5 + 4096 + rank * 1100

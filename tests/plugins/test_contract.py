@@ -1,0 +1,40 @@
+"""The contract is complete and consistent with the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankbook.plugins import contract, layout, reference
+
+
+def test_every_kind_has_every_width_and_a_reference():
+    assert set(contract.OPERATORS) == {f"{kind}{bits}" for kind in contract.KINDS for bits in layout.BITS}
+    assert set(reference.FUNCTIONS) == set(contract.KINDS)
+
+
+def test_names_of_operators_are_unique_and_ports_are_too():
+    for op in contract.OPERATORS.values():
+        names = [port.name for port in (*op.inputs, *op.outputs)]
+        assert len(names) == len(set(names))
+        assert op.name == contract.op_name(op.kind, op.bits)
+
+
+def test_an_unknown_operator_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"CodebookMatMul.*2, 3, 4, 8"):
+        contract.op_name("CodebookMatMul", 5)
+
+
+def test_symbolic_shapes_bind_their_letters():
+    sizes = contract.known_sizes(3, out_features=40, in_features=48)
+    assert sizes == {"N": 40, "K": 48, "NP": 2, "KB": 2, "b": 3, "L": 8}
+    found = contract.match_shape(("NP", "G", "Q", 32), (2, 3, 2, 32), sizes)
+    assert found is not None
+    assert found["G"] == 3
+    assert found["Q"] == 2
+    assert contract.match_shape(("NP", "G", "Q", 32), (3, 3, 2, 32), sizes) is None
+    assert contract.match_shape(("R", "R"), (2, 3), {}) is None
+
+
+def test_a_wrong_number_of_inputs_is_named():
+    with pytest.raises(ValueError, match="has 7 inputs"):
+        reference.run("CodebookMatMul2", [], {})
