@@ -1,0 +1,1 @@
+"""The commands: quantize, export, build, check and run, from a shell."""

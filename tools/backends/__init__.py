@@ -1,0 +1,1 @@
+"""The runtimes: one file each, all heavy imports inside functions."""

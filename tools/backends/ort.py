@@ -1,0 +1,170 @@
+"""ONNX Runtime: the exported file in a stock session, no library registered."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankbook.tools import onnx_file
+from rankbook.tools.backends.base import LanguageModel, Logits, Tokens
+from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.onnx_file import OnnxFile
+
+_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+
+def unavailable() -> str | None:
+    """Return why ONNX Runtime cannot be used here, or None."""
+    # onnxruntime-gpu installs the same module: either package serves.
+    if find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed: pip install 'rankbook[cpu]' (or 'rankbook[gpu]' for onnxruntime-gpu)"
+    return None
+
+
+def session(path: Path | bytes, *, threads: int | None = None, optimize: bool = True) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        path: The ``.onnx`` file, or a serialized model without external data.
+        threads: Threads within an operator; ONNX Runtime's choice when None.
+        optimize: Whether the graph may be optimized.
+
+    Raises:
+        MissingError: ONNX Runtime is not installed.
+        UsageError: It refuses the file.
+    """
+    if reason := unavailable():
+        raise MissingError(reason)
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = path if isinstance(path, bytes) else str(path)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's own classes derive from Exception directly
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        name = "the graph" if isinstance(path, bytes) else path
+        raise UsageError(f"ONNX Runtime refuses {name}: {error}; export it again") from None
+
+
+class OrtModel(LanguageModel):
+    """An exported file as a language model; the cache stays in ONNX Runtime's own tensors between steps."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        """Open a file or an exported folder.
+
+        Raises:
+            UsageError: Not a file with ``input_ids`` and ``logits``.
+        """
+        self.file: OnnxFile = onnx_file.read(path)
+        self.name = f"onnxruntime {self.file.path}"
+        if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
+            raise UsageError(f"{self.file.path} has no input_ids and logits; give a file written by `rankbook export`")
+        self.session = session(self.file.path, threads=threads)
+        self.tokenizer = find_tokenizer(self.file.path.parent)
+        self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
+        self._outputs = [item.name for item in self.session.get_outputs()]
+        self._cache: dict[str, Any] = {}
+        self._length = 0
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the file gives the logits of the last position only."""
+        return self.file.metadata.get("rankbook.logits") == "last"
+
+    def logits(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary)."""
+        self._reset(tokens.shape[0])
+        scores: Logits = self._run(tokens, ["logits"])[0].numpy().astype(np.float32, copy=False)
+        if scores.shape[1] != tokens.shape[1]:
+            raise UsageError(
+                f"{self.file.path} gives the logits of the last position only; all are needed here:"
+                " export with `--logits all`"
+            )
+        return scores
+
+    def start(self, tokens: Tokens) -> Logits:
+        """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
+        self._reset(tokens.shape[0])
+        return self._advance(tokens)
+
+    def step(self, token: int) -> Logits:
+        """Continue with one token, return the next logits (vocabulary,)."""
+        return self._advance(np.array([[token]], np.int64))
+
+    def feeds(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the inputs of one call without a cache, by name, as numpy arrays."""
+        self._reset(tokens.shape[0])
+        values = self._inputs(tokens) | {name: value.numpy() for name, value in self._cache.items()}
+        return {name: value for name, value in values.items() if name in self._types}
+
+    def _reset(self, batch: int) -> None:
+        """An empty cache: tensors without a past."""
+        from onnxruntime import OrtValue
+
+        self._length = 0
+        self._cache = {}
+        for name, shape in self.file.inputs.items():
+            if name.startswith("past_key_values"):
+                sizes = [
+                    batch if axis == 0 else size if isinstance(size, int) else 0 for axis, size in enumerate(shape)
+                ]
+                self._cache[name] = OrtValue.ortvalue_from_numpy(np.zeros(sizes, self._types[name]))
+
+    def _advance(self, tokens: Tokens) -> Logits:
+        values = dict(zip(self._outputs, self._run(tokens, self._outputs), strict=True))
+        self._length += tokens.shape[1]
+        self._cache = {
+            name.replace("present", "past_key_values", 1): value
+            for name, value in values.items()
+            if name.startswith("present")
+        }
+        last: Logits = values["logits"].numpy()[0, -1].astype(np.float32, copy=False)
+        return last
+
+    def _run(self, tokens: Tokens, outputs: list[str]) -> list[Any]:
+        from onnxruntime import OrtValue
+
+        feeds = {
+            name: OrtValue.ortvalue_from_numpy(value)
+            for name, value in self._inputs(tokens).items()
+            if name in self._types
+        }
+        # OrtValues go in and out without a copy to numpy: the cache is most of what a step moves.
+        result: list[Any] = self.session.run_with_ort_values(outputs, feeds | self._cache)
+        return result
+
+    def _inputs(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
+        batch, length = tokens.shape
+        positions = np.arange(self._length, self._length + length)
+        values = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((batch, self._length + length)),
+            "position_ids": np.broadcast_to(positions, (batch, length)),
+        }
+        return {
+            name: np.ascontiguousarray(value.astype(self._types.get(name, np.int64))) for name, value in values.items()
+        }
+
+
+def find_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer saved in ``folder``, or None."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

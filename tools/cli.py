@@ -1,0 +1,147 @@
+"""The console script ``rankbook``: parses flags and configuration, runs a verb and prints its report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rankbook.tools import config, errors
+from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.commands import discover
+from rankbook.tools.errors import UsageError
+
+DESCRIPTION = "Quantize LLMs with low-rank codebooks, export one ONNX file, run it and check it everywhere."
+EPILOG = """exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 missing dependency or device
+
+a first run:
+  rankbook quantize MODEL --method lcq --bits 3 --rank 2 --calib text.txt -o q
+  rankbook export q -o onnx
+  rankbook parity onnx
+  rankbook build onnx --target rtx -o engine"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors like every other error of the program instead of exiting by itself."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` shows what is allowed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; ``sys.argv[1:]`` when None.
+
+    Returns:
+        The exit code: 0 ok, 1 a check failed, 2 usage or bad input, 3 missing dependency or device.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("RANKBOOK_DEBUG", "") not in ("", "0")
+    try:
+        return _run(given)
+    except BrokenPipeError:
+        # The reader of our output left (`rankbook inspect ... | head`): that is not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.OK
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        message, code = errors.describe(error)
+        print(f"rankbook: error: {message}", file=sys.stderr)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    commands = discover()
+    parser, flags = _build_parser(commands)
+    given = vars(parser.parse_args(arguments))
+    verb = given.pop("verb", None)
+    if verb is None:
+        parser.print_help()
+        return errors.USAGE
+    values = _resolve(verb, given, flags)
+    options = argparse.Namespace(**values)
+    # Libraries that print must not spoil the JSON on stdout.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        outcome = commands[verb].run(options)
+    if outcome.config_folder is not None:
+        config.write_resolved(outcome.config_folder, verb, values)
+    _print(outcome, as_json=options.json)
+    return errors.OK if outcome.passed else errors.CHECK_FAILED
+
+
+def _build_parser(commands: dict[str, Command]) -> tuple[_Parser, dict[str, Flags]]:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="rankbook", description=DESCRIPTION, epilog=EPILOG, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"rankbook {version()}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=_Parser)
+    flags = {}
+    for name, command in commands.items():
+        sub = verbs.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=f"example:\n  {command.example}",
+            formatter_class=form,
+            allow_abbrev=False,
+        )
+        flags[name] = Flags(sub)
+        command.add_flags(flags[name])
+        _add_common(flags[name])
+    return parser, flags
+
+
+def _add_common(flags: Flags) -> None:
+    flags.add("--seed", type=int, default=0, text="seed of everything random", metavar="N")
+    flags.add("--threads", type=int, text="CPU threads to use; all cores when not given", metavar="N")
+    flags.add("--config", type=Path, text="YAML or TOML file with values for these flags", metavar="FILE")
+    flags.add("--json", action="store_true", default=False, text="print the report as JSON on stdout")
+    flags.add("--quiet", action="store_true", default=False, text="no progress and no log lines on stderr")
+    flags.add("--debug", action="store_true", default=False, text="show tracebacks (also RANKBOOK_DEBUG=1)")
+
+
+def _resolve(verb: str, given: dict[str, Any], flags: dict[str, Flags]) -> dict[str, Any]:
+    """Defaults, overridden by the configuration file, overridden by flags."""
+    mine = flags[verb]
+    chosen: dict[str, Any] = {}
+    if "config" in given:
+        actions = {name: item.actions for name, item in flags.items()}
+        chosen = config.select(config.read(given["config"]), verb, actions, str(given["config"]))
+    values = mine.defaults | chosen | given
+    missing = [shown for name, shown in mine.required.items() if values.get(name) in (None, [])]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} is missing; `rankbook {verb} --help` shows an example")
+    return values
+
+
+def _print(outcome: Outcome, *, as_json: bool) -> None:
+    from rankbook.tools.report import to_json
+
+    if as_json:
+        print(to_json(outcome.report))
+        return
+    for table in outcome.tables:
+        table.show(sys.stdout)
+    if outcome.text:
+        print(outcome.text)
+
+
+def version() -> str:
+    """Return the installed version of rankbook."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("rankbook")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""``rankbook doctor``: what is installed here and what each missing piece would enable."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rankbook.tools.backends import ort, trt
+from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.report import Table
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that may be here.
+
+    Attributes:
+        name: What was looked for.
+        kind: ``package``, ``runtime``, ``device``, ``header`` or ``tool``.
+        found: Whether it is here.
+        detail: Version or place; where missing, how to get it.
+        enables: What it is for.
+        needed: Whether rankbook cannot work without it.
+    """
+
+    name: str
+    kind: str
+    found: bool
+    detail: str
+    enables: str
+    needed: bool = False
+
+
+_PACKAGES = (
+    ("torch", "quantization and evaluation", True),
+    ("transformers", "reading models and tokenizers", True),
+    ("safetensors", "checkpoints", True),
+    ("onnx", "export and inspect", True),
+    ("onnx_ir", "export", True),
+    ("polygraphy", "parity", True),
+    ("rich", "tables and progress", True),
+    ("yaml", "--config files in YAML", True),
+    ("gguf", "reading GGUF files", False),
+    ("datasets", "--calib with a data set of the Hugging Face hub", False),
+)
+_DISTRIBUTIONS = {"yaml": "PyYAML"}
+
+
+def add_flags(flags: Flags) -> None:
+    """No flags of its own."""
+
+
+def run(_: argparse.Namespace) -> Outcome:
+    """Look around; the verdict is no only if something that rankbook cannot work without is missing."""
+    findings = [*_packages(), *_runtimes(), *_devices(), *_native()]
+    missing = [finding.name for finding in findings if finding.needed and not finding.found]
+    rows = [(item.name, item.kind, "yes" if item.found else "no", item.detail, item.enables) for item in findings]
+    system = f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"
+    text = f"{system}\n" + (f"needed and missing: {', '.join(missing)}" if missing else "everything needed is here")
+    report = {"system": system, "findings": [asdict(finding) for finding in findings], "missing": missing}
+    columns = ("what", "kind", "here", "version, place or how to get it", "enables")
+    return Outcome(report=report, tables=[Table("", columns, rows)], text=text, passed=not missing)
+
+
+def _packages() -> list[Finding]:
+    return [
+        Finding(
+            name,
+            "package",
+            find_spec(name) is not None,
+            _version(_DISTRIBUTIONS.get(name, name)) or f"pip install {_DISTRIBUTIONS.get(name, name)}",
+            enables,
+            needed,
+        )
+        for name, enables, needed in _PACKAGES
+    ]
+
+
+def _runtimes() -> list[Finding]:
+    both = _version("onnxruntime") and _version("onnxruntime-gpu")
+    ort_version = _version("onnxruntime-gpu") or _version("onnxruntime")
+    note = " (onnxruntime and onnxruntime-gpu side by side overwrite each other: uninstall one)" if both else ""
+    ort_reason, rtx_reason, trt_reason = ort.unavailable(), trt.rtx_unavailable(), trt.unavailable()
+    return [
+        Finding(
+            "onnxruntime", "runtime", not ort_reason, ort_reason or f"{ort_version}{note}", "eval, parity, generate"
+        ),
+        Finding(
+            "tensorrt-rtx", "runtime", not rtx_reason, rtx_reason or str(_version("tensorrt-rtx")), "build --target rtx"
+        ),
+        Finding("tensorrt", "runtime", not trt_reason, trt_reason or str(_version("tensorrt")), "build --target trt"),
+    ]
+
+
+def _devices() -> list[Finding]:
+    gpu = trt.has_gpu()
+    detail = _gpu_names() if gpu else "no NVIDIA driver answers; everything but running engines works without one"
+    return [Finding("NVIDIA GPU", "device", gpu, detail, "running engines, build --target trt")]
+
+
+def _gpu_names() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "present"
+    query = [tool, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    return done.stdout.strip().replace("\n", "; ") or "present"
+
+
+def _native() -> list[Finding]:
+    return [
+        _header(
+            "TensorRT headers",
+            "TENSORRT_INCLUDE_DIR",
+            "NvInfer.h",
+            [
+                "/usr/include/x86_64-linux-gnu",
+                "/usr/include",
+                "/usr/local/tensorrt/include",
+                *_in_package("kernel_lens"),
+            ],
+            "pip install --no-deps kernel-lens==2.0.1, or set TENSORRT_INCLUDE_DIR",
+            "the TensorRT plugin library",
+        ),
+        _header(
+            "ONNX Runtime headers",
+            "ONNXRUNTIME_INCLUDE_DIR",
+            "onnxruntime_c_api.h",
+            ["/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/include", "/usr/local/include"],
+            "apt install libonnxruntime-dev, or set ONNXRUNTIME_INCLUDE_DIR to those of a release",
+            "the ONNX Runtime operator library",
+        ),
+        _tool("nvcc", "CUDA toolkit: install it or pip install nvidia-cuda-nvcc", "CUDA kernels"),
+        _tool("c++", "install g++ or clang++", "the native library"),
+        _tool("cmake", "pip install cmake", "the native library"),
+    ]
+
+
+def _header(name: str, variable: str, file: str, folders: list[str], hint: str, enables: str) -> Finding:
+    candidates = [os.environ.get(variable, ""), *folders]
+    found = next((folder for folder in candidates if folder and (Path(folder) / file).is_file()), None)
+    return Finding(name, "header", found is not None, found or hint, enables)
+
+
+def _in_package(package: str) -> list[str]:
+    spec = find_spec(package)
+    roots = spec.submodule_search_locations if spec else None
+    return [str(Path(root) / "include" / "tensorrt") for root in roots or ()]
+
+
+def _tool(name: str, hint: str, enables: str) -> Finding:
+    beside = Path(sys.executable).parent / name
+    places = [shutil.which(name), str(beside) if beside.is_file() else None, f"/usr/local/cuda/bin/{name}"]
+    found = next((place for place in places if place and Path(place).is_file()), None)
+    return Finding(name, "tool", found is not None, found or hint, enables)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+COMMAND = Command(
+    name="doctor",
+    summary="list runtimes, devices, headers and versions, and what each missing piece would enable",
+    example="rankbook doctor --json",
+    add_flags=add_flags,
+    run=run,
+)

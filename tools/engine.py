@@ -1,0 +1,286 @@
+"""Builds a TensorRT engine from an exported file in a child process and verifies what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankbook.calibration.files import replaced_folder, sha256_file
+from rankbook.tools import engine_log, onnx_file
+from rankbook.tools.backends import trt
+from rankbook.tools.errors import CheckFailedError
+from rankbook.tools.onnx_file import OnnxFile
+from rankbook.tools.profiles import Limits, Shapes, make_profiles
+from rankbook.tools.report import plain
+
+ENGINE_NAME = "model.engine"
+MANIFEST_NAME = "engine.json"
+"""Describes the engine beside it and marks the folder as ours."""
+WEIGHTS_SLACK = 1.05
+"""Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
+WEIGHTS_SLACK_BYTES = 1 << 20
+"""... and by this (lookup tables of the bodies, shape constants)."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        target: ``rtx`` or ``trt``.
+        capabilities: Compute capabilities, e.g. ``SM86``; empty means the present GPU (trt only).
+        limits: Shapes to serve.
+        workspace_bytes: Bound of the builder's workspace, or None.
+        keep_files: Keep the builder's log and the graph that it parsed.
+    """
+
+    target: str = "rtx"
+    capabilities: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
+    limits: Limits = field(default_factory=Limits)
+    workspace_bytes: int | None = None
+    keep_files: bool = False
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about the engine and whether it holds."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What ``engine.json`` holds.
+
+    Attributes:
+        source: The ONNX file, with its SHA-256.
+        engine_bytes: Size of the engine file.
+        weights_bytes: Weights in the engine by the builder's count.
+        stored_bytes: Bytes of the tensors in the ONNX file.
+        constant_bytes: Bytes of the engine's constants by element type.
+        layers: Engine layers by kind, over all profiles.
+        profiles: Smallest, typical and largest shape of each input, by profile.
+        checks: What was verified.
+        command: The same build with polygraphy.
+        seconds: Wall time of the child process.
+    """
+
+    target: str
+    version: str
+    source: dict[str, Any]
+    capabilities: tuple[str, ...]
+    engine_bytes: int
+    engine_sha256: str
+    weights_bytes: int
+    stored_bytes: int
+    constant_bytes: dict[str, int]
+    activation_bytes: int
+    network_layers: int
+    plugin_layers: int
+    layers: dict[str, int]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    profiles: dict[str, Shapes]
+    checks: tuple[Check, ...]
+    command: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def build(
+    source: Path, output: Path, options: BuildOptions, progress: Callable[[float, str | None], None]
+) -> EngineReport:
+    """Build and verify an engine; ``output`` gets the new engine as a whole or stays as it was.
+
+    Args:
+        source: An ``.onnx`` file or an exported folder.
+        output: Folder to write ``model.engine`` and ``engine.json`` to.
+        options: What to build.
+        progress: Called with the fraction done and the builder's phase.
+
+    Raises:
+        UsageError: The source is not usable.
+        CheckFailedError: The builder failed.
+        FileExistsError: ``output`` holds something else than an engine.
+    """
+    model = onnx_file.read(source)
+    onnx_file.require_ours(model)
+    profiles = make_profiles(model.inputs, options.limits)
+    with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
+        graph = inline_bodies(model, work)
+        engine = folder / ENGINE_NAME
+        request = {
+            "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
+            "onnx": str(graph),
+            "engine": str(engine),
+            "log": str(work / "build.log"),
+            "capabilities": list(options.capabilities),
+            "profiles": list(profiles.values()),
+            "workspace_bytes": options.workspace_bytes,
+        }
+        result = run_worker(request, work, progress)
+        log = engine_log.read(work / "build.log")
+        report = _report(model, options, profiles, result, log, sha256_file(engine))
+        (folder / MANIFEST_NAME).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
+    if keep:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rankbook-build-") as temporary:
+        yield Path(temporary)
+
+
+def inline_bodies(model: OnnxFile, folder: Path) -> Path:
+    """Write the graph with the bodies of our nodes expanded; weights stay where they are, reached through links.
+
+    TensorRT's parser names a DequantizeLinear layer after its node and refuses a name twice, so that it fails on the
+    second use of one function (tried with TensorRT-RTX 1.7.1); expanded nodes get names of their own.
+    """
+    import onnx
+    import onnx.inliner
+
+    inlined = onnx.inliner.inline_local_functions(onnx_file.load_graph(model.path))
+    for index, node in enumerate(inlined.graph.node):
+        if node.op_type == "DequantizeLinear":
+            node.name = f"{node.name or 'dequantize'}_{index}"
+    target = folder / "inlined.onnx"
+    target.write_bytes(inlined.SerializeToString())
+    for name in model.data_files:
+        link = folder / name
+        if not link.exists():
+            link.symlink_to((model.path.parent / name).resolve())
+    return target
+
+
+def run_worker(request: dict[str, Any], folder: Path, progress: Callable[[float, str | None], None]) -> dict[str, Any]:
+    """Run `rankbook.tools.rtx_worker` on a request and return its result.
+
+    Raises:
+        CheckFailedError: The builder reported an error or its process died.
+    """
+    path = folder / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="rankbook-libraries-") as libraries, tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, "-m", "rankbook.tools.rtx_worker", str(path)]
+        environment = trt.rtx_environment(Path(libraries))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        try:
+            last = _follow(process, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        errors.seek(0)
+        if "result" not in last:
+            reason = (
+                last.get("error") or _last_lines(errors.read()) or f"its process ended with code {process.returncode}"
+            )
+            raise CheckFailedError(f"building the engine failed: {reason}; --keep-files keeps the builder's log")
+    path.unlink()
+    result: dict[str, Any] = last["result"]
+    return result
+
+
+def _follow(process: subprocess.Popen[str], progress: Callable[[float, str | None], None]) -> dict[str, Any]:
+    """Read events until the process closes its output; return the last one."""
+    last: dict[str, Any] = {}
+    for line in process.stdout or ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # something that the library printed
+        if "progress" in event:
+            progress(event["progress"], event["phase"])
+        else:
+            last = event
+    process.wait()
+    return last
+
+
+def _last_lines(text: str, count: int = 3) -> str:
+    return " ".join(text.strip().splitlines()[-count:])
+
+
+def _report(
+    model: OnnxFile,
+    options: BuildOptions,
+    profiles: dict[str, Shapes],
+    result: dict[str, Any],
+    log: engine_log.EngineLog,
+    sha256: str,
+) -> EngineReport:
+    source = {"path": str(model.path), "sha256": sha256_file(model.path), "metadata": model.metadata}
+    return EngineReport(
+        target=options.target,
+        version=result["version"],
+        source=source,
+        capabilities=options.capabilities,
+        engine_bytes=result["engine_bytes"],
+        engine_sha256=sha256,
+        weights_bytes=log.weights_bytes,
+        stored_bytes=model.initializer_bytes,
+        constant_bytes=log.constant_bytes(),
+        activation_bytes=log.activation_bytes,
+        network_layers=result["network_layers"],
+        plugin_layers=result["plugin_layers"],
+        layers=dict(log.layers),
+        inputs=result["inputs"],
+        outputs=result["outputs"],
+        profiles=profiles,
+        checks=verify(model, profiles, result, log),
+        command=polygraphy_command(options, profiles),
+        seconds=result["seconds"],
+    )
+
+
+def verify(
+    model: OnnxFile, profiles: dict[str, Shapes], result: dict[str, Any], log: engine_log.EngineLog
+) -> tuple[Check, ...]:
+    """Compare the engine with the file: names, profiles, and that packed weights stayed packed."""
+    names = [item["name"] for item in result["inputs"]], [item["name"] for item in result["outputs"]]
+    code_names = {node.ports().get("codes", "") for node in model.nodes}
+    codes = sum(model.initializers[name].bytes for name in code_names if name in model.initializers)
+    held = log.constant_bytes().get("Int8", 0)
+    bound = int(model.initializer_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
+    return (
+        Check("inputs", sorted(names[0]) == sorted(model.inputs), f"{len(names[0])} of {len(model.inputs)}"),
+        Check("outputs", sorted(names[1]) == sorted(model.outputs), f"{len(names[1])} of {len(model.outputs)}"),
+        Check(
+            "engine inputs",
+            set(log.inputs) <= set(model.inputs) and bool(log.inputs),
+            f"{len(log.inputs)} named in the log",
+        ),
+        Check("engine outputs", sorted(log.outputs) == sorted(model.outputs), f"{len(log.outputs)} named in the log"),
+        Check("profiles", result["profiles"] == len(profiles), f"{result['profiles']} of {len(profiles)}"),
+        Check("codes stayed packed", held >= codes, f"{held} bytes of INT8 constants; the file's codes have {codes}"),
+        Check("weights", 0 < log.weights_bytes <= bound, f"{log.weights_bytes} bytes, at most {bound} allowed"),
+        Check("engine layers", sum(log.layers.values()) > 0, f"{sum(log.layers.values())} layers"),
+    )
+
+
+def polygraphy_command(options: BuildOptions, profiles: dict[str, Shapes]) -> str:
+    """Return the command line that builds the same engine with polygraphy from the file kept by ``--keep-files``."""
+    parts = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if options.target == "rtx" else []
+    parts += ["polygraphy", "convert", "inlined.onnx", "--convert-to", "trt", "-o", ENGINE_NAME]
+    for shapes in profiles.values():
+        for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
+            parts.append(flag)
+            parts += [f"{name}:[{','.join(map(str, bounds[index]))}]" for name, bounds in shapes.items()]
+    return " ".join(parts)

@@ -1,0 +1,64 @@
+"""What a command can fail with, and the exit code of each."""
+
+from __future__ import annotations
+
+import errno
+
+OK = 0
+CHECK_FAILED = 1
+USAGE = 2
+MISSING = 3
+INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """An error whose message is for the user: what happened; what is allowed; what to do."""
+
+    exit_code = CHECK_FAILED
+
+
+class CheckFailedError(CommandError):
+    """A check ran and said no, or a step that should have worked did not."""
+
+    exit_code = CHECK_FAILED
+
+
+class UsageError(CommandError):
+    """A wrong flag, a missing file, an input that is not what the command reads."""
+
+    exit_code = USAGE
+
+
+class MissingError(CommandError):
+    """A package, a device or a driver that is not here."""
+
+    exit_code = MISSING
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """Return the sentence and the exit code for an exception that ended a command."""
+    if isinstance(error, CommandError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; earlier outputs are as they were", INTERRUPTED
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name!r} is not installed; `rankbook doctor` lists what each package enables",
+            MISSING,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; earlier outputs are as they were; free some space and run again", USAGE
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist; check the path", USAGE
+    if isinstance(error, (ValueError, OSError)):
+        return _first_lines(str(error)) or type(error).__name__, USAGE
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer calibration sequences or a shorter context", CHECK_FAILED
+    return f"{type(error).__name__}: {_first_lines(str(error))}; run again with --debug for the traceback", CHECK_FAILED
+
+
+def _first_lines(text: str, limit: int = 600) -> str:
+    """Keep messages of other libraries readable: no blank lines, a bounded length."""
+    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return joined if len(joined) <= limit else joined[: limit - 3] + "..."

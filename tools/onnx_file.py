@@ -1,0 +1,206 @@
+"""What an exported file says about itself, read without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankbook.plugins import contract
+from rankbook.tools.errors import UsageError
+
+MODEL_NAME = "model.onnx"
+"""Name of the graph in an exported folder."""
+
+
+@dataclass(frozen=True)
+class CustomNode:
+    """One node of our domain.
+
+    Attributes:
+        name: Name of the node, which is the dotted name of the torch module it came from.
+        op_type: E.g. ``CodebookMatMul3``.
+        inputs: Names of its inputs.
+        output: Name of its output.
+        attributes: By name.
+    """
+
+    name: str
+    op_type: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def ports(self) -> dict[str, str]:
+        """Return the name of each input by the formal name of its port; empty for an operator that we do not know."""
+        operator = contract.OPERATORS.get(self.op_type)
+        return dict(zip(operator.input_names(), self.inputs, strict=False)) if operator else {}
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """Shape, element type (ONNX name, e.g. ``INT8``) and bytes of one stored tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An exported model without its weights.
+
+    Attributes:
+        path: The ``.onnx`` file.
+        inputs: Shape of each graph input by name; dynamic dimensions are strings.
+        outputs: The same of the outputs.
+        metadata: The file's metadata properties.
+        nodes: Nodes of our domain, in graph order.
+        initializers: Stored tensors by name.
+        opset: Version of the standard operators.
+        data_files: Names of external data files beside the graph.
+    """
+
+    path: Path
+    inputs: dict[str, list[int | str]]
+    outputs: dict[str, list[int | str]]
+    metadata: dict[str, str]
+    nodes: tuple[CustomNode, ...]
+    initializers: dict[str, Initializer]
+    opset: int
+    data_files: tuple[str, ...]
+
+    @property
+    def initializer_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(item.bytes for item in self.initializers.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the graph and its data files on disk."""
+        files = [self.path, *(self.path.parent / name for name in self.data_files)]
+        return sum(file.stat().st_size for file in files)
+
+
+def find_model(path: Path) -> Path:
+    """Return the ``.onnx`` file that ``path`` (a file or an exported folder) means.
+
+    Raises:
+        UsageError: There is none, or more than one.
+    """
+    if path.is_file():
+        if path.suffix != ".onnx":
+            raise UsageError(f"{path} is not an .onnx file; give one, or a folder written by `rankbook export`")
+        return path
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist; give an .onnx file or a folder written by `rankbook export`")
+    if (path / MODEL_NAME).is_file():
+        return path / MODEL_NAME
+    found = sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        held = f"{len(found)} .onnx files" if found else "no .onnx file"
+        raise UsageError(f"{path} holds {held}; give one file, or a folder written by `rankbook export`")
+    return found[0]
+
+
+def load_graph(path: Path) -> Any:
+    """Return the ModelProto of ``path`` without external data.
+
+    Raises:
+        UsageError: It is not an ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise UsageError(f"{path} is not a readable ONNX model ({error}); it is truncated or another format") from None
+    if not model.graph.node:
+        raise UsageError(f"{path} holds an empty graph; it is truncated or not an ONNX model: export it again")
+    return model
+
+
+def read(path: Path) -> OnnxFile:
+    """Read an exported file or folder.
+
+    Raises:
+        UsageError: Not an ONNX model, or an external data file is missing or too short.
+    """
+    file = find_model(path)
+    model = load_graph(file)
+    graph = model.graph
+    return OnnxFile(
+        path=file,
+        inputs={value.name: _shape(value) for value in graph.input},
+        outputs={value.name: _shape(value) for value in graph.output},
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+        nodes=tuple(_custom_node(node) for node in graph.node if node.domain == contract.DOMAIN),
+        initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},
+        opset=max([item.version for item in model.opset_import if item.domain in ("", "ai.onnx")], default=0),
+        data_files=_data_files(file, graph.initializer),
+    )
+
+
+def require_ours(model: OnnxFile) -> None:
+    """Check that a file was written by this project.
+
+    Raises:
+        UsageError: It has no node of our domain.
+    """
+    if not model.nodes:
+        raise UsageError(
+            f"{model.path} has no node of domain {contract.DOMAIN!r}, so it is not a file of rankbook;"
+            " give one written by `rankbook export`"
+        )
+
+
+def _shape(value: Any) -> list[int | str]:
+    tensor = value.type.tensor_type
+    return [
+        dimension.dim_value if dimension.HasField("dim_value") else dimension.dim_param or f"axis{axis}"
+        for axis, dimension in enumerate(tensor.shape.dim)
+    ]
+
+
+def _custom_node(node: Any) -> CustomNode:
+    import onnx
+
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    decoded = {key: value.decode() if isinstance(value, bytes) else value for key, value in attributes.items()}
+    return CustomNode(node.name, node.op_type, tuple(node.input), node.output[0], decoded)
+
+
+def _initializer(tensor: Any) -> Initializer:
+    import math
+
+    import onnx
+
+    dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
+    bits = (
+        4
+        if dtype in ("INT4", "UINT4", "FLOAT4E2M1")
+        else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
+    return Initializer(tensor.name, dtype, tuple(tensor.dims), -(-math.prod(tensor.dims) * bits // 8))
+
+
+def _data_files(path: Path, tensors: Sequence[Any]) -> tuple[str, ...]:
+    needed: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        entries = {item.key: item.value for item in tensor.external_data}
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        needed[entries["location"]] = max(needed.get(entries["location"], 0), end)
+    for name, end in needed.items():
+        data = path.parent / name
+        if not data.is_file():
+            raise UsageError(f"{data} is missing; {path.name} keeps its weights there: copy both, or export again")
+        if data.stat().st_size < end:
+            raise UsageError(
+                f"{data} has {data.stat().st_size} bytes, {path.name} needs {end}: truncated, export again"
+            )
+    return tuple(sorted(needed))
