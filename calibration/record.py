@@ -6,7 +6,7 @@ Letters: N out features, K in features, G groups, P planes (the rank of the code
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,6 +73,43 @@ class GroupParams:
         codes = ((values.float() - _per_row(base, values)) / _per_row(step, values)).round().clamp(-128, 127)
         return cls(codes.to(torch.int8), step, base)
 
+    @classmethod
+    def powers_of_two(cls, exponents: Tensor, bits: int = 8) -> GroupParams:
+        """Store ``2 ** exponents`` exactly, exponents (N, G, Q) integers from -126 to 127 in any dtype.
+
+        In 8 bits a panel of 32 rows covers the seven octaves below its largest exponent (codes 1, 2, 4 .. 128, shifted by
+        128 through ``base``); smaller exponents are raised to the lowest of them. In 32 bits every exponent is exact, in
+        16 bits those from -24 to 15.
+
+        Raises:
+            ValueError: Another number of bits, or exponents that are not finite.
+        """
+        if not torch.isfinite(exponents).all():
+            raise ValueError("exponents hold NaN or infinity; the weights they came from do too")
+        if bits != 8:
+            return cls.quantize(exponents.float().exp2(), bits)
+        top = panel_max(exponents.float())
+        lowest = _per_row(top - 7, exponents)
+        codes = (exponents.float() - lowest).clamp_min(0).exp2() - 128
+        step = (top - 7).exp2()
+        return cls(codes.to(torch.int8), step, 128 * step)
+
+    @classmethod
+    def joined(cls, parts: Sequence[GroupParams]) -> GroupParams:
+        """Put planes of the same groups beside each other.
+
+        Raises:
+            ValueError: No parts, or parts in different forms.
+        """
+        values = [part.values for part in parts if part.values is not None]
+        if parts and len(values) == len(parts):
+            return cls(values=torch.cat(values, -1))
+        stored = [(p.codes, p.step, p.base) for p in parts if p.codes is not None and p.step is not None and p.base is not None]
+        if not parts or len(stored) != len(parts):
+            raise ValueError("group parameters can be joined only if all hold 8-bit codes or all hold values")
+        codes, step, base = zip(*stored, strict=True)
+        return cls(torch.cat(codes, -1), torch.cat(step, -1), torch.cat(base, -1))
+
     @property
     def shape(self) -> torch.Size:
         """(N, G, Q)."""
@@ -92,14 +129,18 @@ class GroupParams:
 
 def panel_range(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return step and base (ceil(N / 32), Q) float32 that map int8 codes onto the range of values (N, G, Q) per panel."""
+    low, high = -panel_max(-values), panel_max(values)
+    step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+    return step, low + 128 * step
+
+
+def panel_max(values: Tensor) -> Tensor:
+    """Return the largest of values (N, G, Q) in each panel of 32 rows, (ceil(N / 32), Q)."""
     rows, _, planes = values.shape
     panels = layout.ceil_div(rows, layout.PANEL)
-    lo, hi = values.amin(1), values.amax(1)  # (N, Q)
-    pad = panels * layout.PANEL - rows
-    lo = torch.cat([lo, lo[-1:].expand(pad, planes)]).view(panels, layout.PANEL, planes).amin(1)
-    hi = torch.cat([hi, hi[-1:].expand(pad, planes)]).view(panels, layout.PANEL, planes).amax(1)
-    step = ((hi - lo) / 255).clamp_min(torch.finfo(torch.float32).tiny)
-    return step, lo + 128 * step
+    peaks = values.amax(1)  # (N, Q)
+    padding = peaks[-1:].expand(panels * layout.PANEL - rows, planes)
+    return torch.cat([peaks, padding]).view(panels, layout.PANEL, planes).amax(1)
 
 
 def _per_row(per_panel: Tensor, values: Tensor) -> Tensor:

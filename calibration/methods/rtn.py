@@ -1,0 +1,183 @@
+"""RTN: every weight to the nearest level of a fixed format, with an optional search of the clipping range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rankbook.calibration import rounding
+from rankbook.calibration.codebooks import (
+    FORMATS,
+    LEVEL_DTYPES,
+    affine_levels,
+    check_format,
+    mxint_levels,
+    nf4_levels,
+    symmetric_levels,
+)
+from rankbook.calibration.methods.base import LayerProblem, Method
+from rankbook.calibration.record import GroupParams, QuantizedLinear, check_group
+
+_SHRINK = tuple(1 - 0.04 * step for step in range(16))
+
+
+@dataclass(frozen=True)
+class RtnConfig:
+    """Options of rounding to nearest."""
+
+    bits: int = field(default=4, metadata={"help": "Bits per code: 2, 3, 4 or 8."})
+    group_size: int = field(default=64, metadata={"help": "Weights of one row that share a scale."})
+    format: str = field(default="affine", metadata={"help": f"Levels: {', '.join(FORMATS)}."})
+    clip_search: bool = field(default=False, metadata={"help": "Search the range of each group by weighted error."})
+    param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
+    level_dtype: str = field(default="int8", metadata={"help": "Storage of NF4 levels: int8 (7 bits used) or float16."})
+    effort: str = field(default="default", metadata={"help": "Accepted for uniformity; rounding has one effort."})
+    seed: int = field(default=0, metadata={"help": "Accepted for uniformity; rounding is deterministic."})
+
+    def __post_init__(self) -> None:
+        check_format(self.format, self.bits)
+        if self.param_bits not in (8, 16, 32):
+            raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
+        if self.level_dtype not in LEVEL_DTYPES:
+            raise ValueError(f"level_dtype {self.level_dtype!r} is unknown; choose one of {', '.join(LEVEL_DTYPES)}")
+
+
+def quantize(problem: LayerProblem, config: RtnConfig) -> QuantizedLinear:
+    """Round one layer.
+
+    Raises:
+        ValueError: The group size does not divide the layer, or the weights are not finite.
+    """
+    if not bool(torch.isfinite(problem.weight).all()):
+        raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
+    check_group(problem.weight.shape[1], config.group_size)
+    grouped = rounding.to_groups(problem.weight.float(), config.group_size)
+    energy = None
+    if config.clip_search:
+        moment = problem.statistics.second_moment()
+        energy = (moment if float(moment.max()) > 0 else torch.ones_like(moment)).view(-1, config.group_size)
+    make = {"affine": _affine, "symmetric": _symmetric, "nf4": _nf4, "mxint": _mxint}[config.format]
+    levels, params = make(grouped, energy, config)
+    dense = params.dense().permute(2, 1, 0)
+    tables = levels.float()[0][:, None] * dense[0][:, None]
+    if len(dense) == 2:
+        tables = tables + dense[1][:, None]
+    return QuantizedLinear(
+        codes=rounding.from_groups(rounding.nearest(grouped, tables)),
+        bits=config.bits,
+        levels=levels,
+        params=params,
+        has_offset=len(dense) == 2,
+        bias=problem.bias,
+        method="rtn",
+    )
+
+
+def _affine(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
+    """Asymmetric integers with an integer zero point: ``scale * (code - zero)`` on a range that contains 0."""
+    top = (1 << config.bits) - 1
+    low, high = grouped.amin(1).clamp_max(0), grouped.amax(1).clamp_min(0)
+
+    def candidate(shrink: float) -> tuple[Tensor, Tensor]:
+        scale = ((high - low) * (shrink / top)).clamp_min(1e-9)
+        return scale, (-low * shrink / scale).round()
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        codes = ((grouped / scale[:, None]).round() + zero[:, None]).clamp_(0, top)
+        return _weighted((codes - zero[:, None]) * scale[:, None] - grouped, energy)
+
+    scale, zero = _search(candidate, error, energy)
+    levels = affine_levels(config.bits)
+    stored = _store_plane(scale, config.param_bits)
+    scale = stored.dense()[..., 0].T
+    # The zero point is an integer number of the *stored* steps, so that a weight of zero stays next to zero.
+    offset = _store_plane(-scale * (zero + float(levels[0, 0])), config.param_bits)
+    return levels, GroupParams.joined([stored, offset])
+
+
+def _symmetric(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
+    """Signed integers times a scale; the range is the largest magnitude."""
+    half = 1 << (config.bits - 1)
+    peak = grouped.abs().amax(1)
+
+    def candidate(shrink: float) -> tuple[Tensor, ...]:
+        return ((peak * (shrink / max(half - 1, 1))).clamp_min(1e-9),)
+
+    def error(scale: Tensor) -> Tensor:
+        codes = (grouped / scale[:, None]).round().clamp_(-half, half - 1)
+        return _weighted(codes * scale[:, None] - grouped, energy)
+
+    (scale,) = _search(candidate, error, energy)
+    return symmetric_levels(config.bits), _store_plane(scale, config.param_bits)
+
+
+def _nf4(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
+    """NF4 levels times the largest magnitude (QLoRA, Dettmers et al. 2023)."""
+    levels = nf4_levels(LEVEL_DTYPES[config.level_dtype])
+    table = levels.float()[0] / float(levels.float().max())
+    peak = grouped.abs().amax(1).clamp_min(1e-9)
+
+    def error(scale: Tensor) -> Tensor:
+        tables = table[None, :, None] * scale[:, None]
+        return _weighted(rounding.lookup(tables, rounding.nearest(grouped, tables)) - grouped, energy)
+
+    (scale,) = _search(lambda shrink: (peak * shrink,), error, energy)
+    return levels, _store_plane(scale / float(levels.float().max()), config.param_bits)
+
+
+def _mxint(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
+    """Block floating point: a power of two per block (LQER, Zhang et al. 2024, official code).
+
+    ``exponent = ceil(log2 max|w|)`` and ``bits - 1`` mantissa bits, sign and magnitude; a maximum that is a power of two
+    saturates. With a clipping search the exponent may also be one or two less.
+    """
+    mantissa = config.bits - 1
+    peak = grouped.abs().amax(1)
+    smallest = peak[peak > 0].min() if bool((peak > 0).any()) else torch.ones(())
+    peak = torch.where(peak > 0, peak, smallest)
+    exponent = peak.log2().ceil().clamp_(-126, 127) - mantissa
+    top = (1 << mantissa) - 1
+
+    def error(place: Tensor) -> Tensor:
+        codes = (grouped / place.exp2()[:, None]).round().clamp_(-top, top)
+        return _weighted(codes * place.exp2()[:, None] - grouped, energy)
+
+    (exponent,) = _search(lambda shrink: (exponent - shrink,), error, energy, (0.0, 1.0, 2.0))
+    return mxint_levels(config.bits), GroupParams.powers_of_two(exponent.T[..., None], config.param_bits)
+
+
+def _weighted(error: Tensor, energy: Tensor | None) -> Tensor:
+    """Sum squared errors (G, group, N) over each group, weighted by energy (G, group): (G, N)."""
+    squared = error.square()
+    return squared.sum(1) if energy is None else torch.einsum("gjn,gj->gn", squared, energy)
+
+
+def _search(
+    candidate: Callable[[float], tuple[Tensor, ...]],
+    error: Callable[..., Tensor],
+    energy: Tensor | None,
+    shrinks: Sequence[float] = _SHRINK,
+) -> tuple[Tensor, ...]:
+    """Return the candidate (tensors (G, N)) with the least error in each group; the first one without energies."""
+    best = candidate(shrinks[0])
+    if energy is None:
+        return best
+    least = error(*best)
+    for shrink in shrinks[1:]:
+        trial = candidate(shrink)
+        found = error(*trial)
+        better = found < least
+        least = torch.where(better, found, least)
+        best = tuple(torch.where(better, new, old) for new, old in zip(trial, best, strict=True))
+    return best
+
+
+def _store_plane(values: Tensor, bits: int) -> GroupParams:
+    """Store one number per group (G, N) as a plane (N, G, 1)."""
+    return GroupParams.quantize(values.T[..., None].contiguous(), bits)
+
+
+METHOD = Method("rtn", RtnConfig, quantize)

@@ -1,0 +1,175 @@
+"""Training quantized layers by the output of their transformer block.
+
+``min || F(X~; W_hat) - F(X; W) ||^2`` over whatever the layers can move: X~ is the stream through the quantized prefix, the
+target is the original block on the original stream (LCQ, Cai et al. 2024; BRECQ, Li et al. 2021). The steps are
+sign gradient descent with linearly falling step size (AutoRound, Cheng et al. 2023, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration.methods.base import BlockProblem
+from rankbook.calibration.record import QuantizedLinear
+
+COMPUTE = ("auto", "float32", "bfloat16")
+"""Arithmetic of the block's forward and backward pass; ``auto`` takes bfloat16 where the processor multiplies it natively."""
+
+
+class TrainableLayer(Protocol):
+    """A quantized layer that can be moved by the gradient of its decoded weight."""
+
+    def weight(self) -> Tensor:
+        """Return the decoded weight (N, K) of the present state, error branch included."""
+
+    def update(self, grad: Tensor, fraction: float) -> None:
+        """Take one step. ``grad`` is dL/dW_hat (N, K), ``fraction`` the share of the step size left, 1 down to 0."""
+
+    def record(self) -> QuantizedLinear:
+        """Return the present state as it is stored; its weight is what `weight` returns."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and with what a block is trained.
+
+    Attributes:
+        steps: Gradient steps.
+        batch: Sequences per step.
+        compute: One of `COMPUTE`.
+        judge: Sequences on which states are compared.
+        checks: Comparisons during training, the last one at the end.
+    """
+
+    steps: int = 100
+    batch: int = 2
+    compute: str = "auto"
+    judge: int = 8
+    checks: int = 2
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Records of the best state, and the block loss before and after."""
+
+    records: dict[str, QuantizedLinear]
+    loss_before: float
+    loss_after: float
+
+
+def train_block(problem: BlockProblem, layers: Mapping[str, TrainableLayer], config: TrainConfig) -> TrainResult:
+    """Train the layers of one block and return the best state seen, the start included.
+
+    The block is left as it was found, whatever happens.
+
+    Raises:
+        ValueError: Unknown ``compute``, or inputs and targets that do not fit each other.
+    """
+    _check(problem, config)
+    dtype = compute_dtype(config.compute)
+    judged = _judge_batches(len(problem.inputs), config)
+    check_at = {round(config.steps * (i + 1) / config.checks) for i in range(config.checks)}
+    before = best_loss = _loss(problem, layers, judged, dtype)
+    best = {name: layer.record() for name, layer in layers.items()}
+    batches = _batches(len(problem.inputs), config, problem.seed)
+    for step in range(config.steps):
+        grads = _gradients(problem, layers, next(batches), dtype)
+        for name, layer in layers.items():
+            layer.update(grads.pop(name), 1 - step / config.steps)
+        if step + 1 in check_at:
+            loss = _loss(problem, layers, judged, dtype)
+            if loss < best_loss:
+                best_loss, best = loss, {name: layer.record() for name, layer in layers.items()}
+        problem.progress((step + 1) / config.steps)
+    return TrainResult(best, before, best_loss)
+
+
+def compute_dtype(compute: str) -> torch.dtype:
+    """Resolve one of `COMPUTE`.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if compute not in COMPUTE:
+        raise ValueError(f"compute {compute!r} is unknown; choose one of {', '.join(COMPUTE)}")
+    native = bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if compute == "bfloat16" or (compute == "auto" and native) else torch.float32
+
+
+def _check(problem: BlockProblem, config: TrainConfig) -> None:
+    if problem.inputs.shape != problem.targets.shape:
+        raise ValueError(f"inputs {tuple(problem.inputs.shape)} and targets {tuple(problem.targets.shape)} must agree")
+    if len(problem.inputs) == 0:
+        raise ValueError("training needs at least one calibration sequence; none was given")
+    if config.steps < 1 or config.batch < 1 or config.checks < 1:
+        raise ValueError("steps, batch and checks must be at least 1")
+
+
+def _batches(count: int, config: TrainConfig, seed: int) -> Iterator[Tensor]:
+    """Endless shuffled batches of sequence numbers, every sequence once per pass."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(config.batch, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]
+
+
+def _judge_batches(count: int, config: TrainConfig) -> Sequence[Tensor]:
+    """Evenly spaced sequences for comparing states, in batches."""
+    chosen = torch.linspace(0, count - 1, min(config.judge, count)).round().long()
+    return torch.split(chosen, max(1, config.batch))
+
+
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+
+@contextmanager
+def swapped_weights(block: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Put other weights into the named linear layers of a block, and the old ones back afterwards."""
+    modules = {name: block.get_submodule(name) for name in weights}
+    kept = {name: module._parameters["weight"] for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module._parameters["weight"] = weights[name]
+        yield
+    finally:
+        for name, module in modules.items():
+            module._parameters["weight"] = kept[name]
+
+
+def _parameters(layers: Mapping[str, TrainableLayer], dtype: torch.dtype, *, grad: bool) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(layer.weight().to(dtype), requires_grad=grad) for name, layer in layers.items()}
+
+
+def _gradients(
+    problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    weights = _parameters(layers, dtype, grad=True)
+    with swapped_weights(problem.block, weights), torch.enable_grad(), _autocast(dtype):
+        output = problem.forward(problem.block, problem.inputs[batch])
+        loss = (output.float() - problem.targets[batch]).square().mean()
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(weight) if grad is None else grad
+        for (name, weight), grad in zip(weights.items(), found, strict=True)
+    }
+
+
+@torch.no_grad()
+def _loss(
+    problem: BlockProblem, layers: Mapping[str, TrainableLayer], batches: Sequence[Tensor], dtype: torch.dtype
+) -> float:
+    total = 0.0
+    with swapped_weights(problem.block, _parameters(layers, dtype, grad=False)), _autocast(dtype):
+        for batch in batches:
+            output = problem.forward(problem.block, problem.inputs[batch])
+            total += float((output.float() - problem.targets[batch]).square().sum())
+    return total / max(1, sum(len(batch) for batch in batches) * problem.inputs[0].numel())

@@ -1,0 +1,92 @@
+"""Groups of weights and the nearest entry of each group's codebook.
+
+Inside the methods, weights are kept *grouped*: (G, group, N), output rows innermost. Every table of a group is then a
+row of N contiguous numbers, so that a search is a few vectorized comparisons instead of a scalar search per weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_COMPARE_LEVELS = 16
+"""Up to this many levels a search compares with every midpoint; above, it bisects with gathers."""
+
+
+def to_groups(weight: Tensor, group: int) -> Tensor:
+    """Return a weight (N, K) as groups (G, group, N), contiguous."""
+    rows, columns = weight.shape
+    return weight.T.contiguous().view(columns // group, group, rows)
+
+
+def from_groups(grouped: Tensor) -> Tensor:
+    """Undo `to_groups`: (G, group, N) to (N, K), contiguous."""
+    groups, group, rows = grouped.shape
+    return grouped.reshape(groups * group, rows).T.contiguous()
+
+
+def sort_tables(tables: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sort tables (G, L, N) along their levels.
+
+    Returns:
+        The sorted tables, and the code of each sorted entry (None where all tables were already in order).
+    """
+    if bool((tables[:, 1:] >= tables[:, :-1]).all()):
+        return tables, None
+    values, order = tables.sort(dim=1, stable=True)
+    return values, order
+
+
+def midpoints(tables: Tensor) -> Tensor:
+    """Return the cell boundaries (G, L - 1, N) of sorted tables (G, L, N)."""
+    return (tables[:, 1:] + tables[:, :-1]) * 0.5
+
+
+def search(values: Tensor, bounds: Tensor) -> Tensor:
+    """Count the boundaries below each value.
+
+    Args:
+        values: (G, group, N).
+        bounds: Sorted cell boundaries (G, L - 1, N).
+
+    Returns:
+        Ranks (G, group, N) uint8; a value on a boundary belongs to the lower cell.
+    """
+    cells = bounds.shape[1]
+    if cells + 1 > _COMPARE_LEVELS:
+        return _bisect(values, bounds)
+    ranks = torch.gt(values, bounds[:, :1]).view(torch.uint8)
+    above = torch.empty_like(values, dtype=torch.bool)
+    for cell in range(1, cells):
+        torch.gt(values, bounds[:, cell : cell + 1], out=above)
+        ranks.add_(above.view(torch.uint8))
+    return ranks
+
+
+def _bisect(values: Tensor, bounds: Tensor) -> Tensor:
+    ranks = torch.zeros_like(values, dtype=torch.long)
+    stride = (bounds.shape[1] + 1) // 2
+    while stride:
+        ranks += stride * (values > bounds.gather(1, ranks + (stride - 1)))
+        stride //= 2
+    return ranks.to(torch.uint8)
+
+
+def nearest(values: Tensor, tables: Tensor) -> Tensor:
+    """Return the code of the table entry nearest to each value.
+
+    Args:
+        values: (G, group, N).
+        tables: (G, L, N) with L a power of two, in any order.
+
+    Returns:
+        Codes (G, group, N) uint8. Of two equally near entries the smaller one is taken.
+    """
+    ordered, order = sort_tables(tables)
+    ranks = search(values, midpoints(ordered))
+    return ranks if order is None else order.gather(1, ranks.long()).to(torch.uint8)
+
+
+def lookup(tables: Tensor, codes: Tensor) -> Tensor:
+    """Return the table entries (G, group, N) of codes (G, group, N) in tables (G, L, N)."""
+    return tables.gather(1, codes.long())
