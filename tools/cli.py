@@ -67,6 +67,10 @@ def _run(arguments: list[str]) -> int:
         return errors.USAGE
     values = _resolve(verb, given, flags)
     options = argparse.Namespace(**values)
+    # Bars of other libraries would mix with ours and fill log files; tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if options.quiet:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Libraries that print must not spoil the JSON on stdout.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         outcome = commands[verb].run(options)

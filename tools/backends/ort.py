@@ -29,13 +29,13 @@ def unavailable() -> str | None:
     return None
 
 
-def session(path: Path | bytes, *, threads: int | None = None, optimize: bool = True) -> Any:
+def session(path: Path | bytes, *, threads: int | None = None, data_folder: Path | None = None) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
-        path: The ``.onnx`` file, or a serialized model without external data.
+        path: The ``.onnx`` file, or a serialized model.
         threads: Threads within an operator; ONNX Runtime's choice when None.
-        optimize: Whether the graph may be optimized.
+        data_folder: Where the external data of a serialized model lies.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
@@ -49,8 +49,8 @@ def session(path: Path | bytes, *, threads: int | None = None, optimize: bool = 
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if data_folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_folder))
     source = path if isinstance(path, bytes) else str(path)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

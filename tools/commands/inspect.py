@@ -1,0 +1,68 @@
+"""``rankbook inspect``: the layers of a checkpoint, an exported file, an engine or a plain model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.inspection import Inspection, inspect
+from rankbook.tools.report import Table, plain
+
+_SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version", "command")
+
+
+def add_flags(flags: Flags) -> None:
+    """Declare the flags."""
+    text = "checkpoint, exported folder, .onnx file, engine folder, Hugging Face folder or GGUF"
+    flags.add("path", type=Path, metavar="ANY", required=True, text=text)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Describe it."""
+    found = inspect(options.path)
+    report = {**plain(found), "bits_per_weight": found.bits_per_weight}
+    return Outcome(report=report, tables=[_table(found)], text=_summary(found))
+
+
+def _table(found: Inspection) -> Table:
+    columns = ("layer", "method", "bits", "N x K", "group", "rank", "error rank", "stored bits/weight", "error")
+    rows = [
+        (
+            layer.name,
+            layer.method,
+            layer.bits,
+            f"{layer.out_features} x {layer.in_features}",
+            layer.group,
+            layer.planes,
+            layer.error_rank or None,
+            layer.stored_bits,
+            layer.error,
+        )
+        for layer in found.layers
+    ]
+    return Table(f"{found.kind} {found.path}", columns, rows)
+
+
+def _summary(found: Inspection) -> str:
+    lines = [f"{len(found.layers)} layers with a weight matrix"]
+    if found.bits_per_weight is not None:
+        lines.append(f"{found.bits_per_weight:.3f} stored bits per weight over the quantized ones")
+    lines += [f"{key}: {found.facts[key]}" for key in _SHORT if key in found.facts]
+    if metadata := found.facts.get("metadata"):
+        lines += [f"{key}: {value}" for key, value in sorted(metadata.items())]
+    for check in found.facts.get("checks", ()):
+        lines.append(f"check {check['name']}: {'ok' if check['passed'] else 'FAILED'} ({check['detail']})")
+    if options := found.facts.get("options"):
+        lines.append(f"options: {json.dumps(options)}")
+    return "\n".join(lines)
+
+
+COMMAND = Command(
+    name="inspect",
+    summary="show the layers of a checkpoint, an exported file, an engine or a plain model",
+    example="rankbook inspect onnx --json",
+    add_flags=add_flags,
+    run=run,
+)

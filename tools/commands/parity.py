@@ -1,0 +1,141 @@
+"""``rankbook parity``: does an exported file compute what its checkpoint computes?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankbook.calibration.files import write_text_atomic
+from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.console import Console
+from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.report import Table, to_json
+
+if TYPE_CHECKING:
+    from rankbook.tools.backends.base import Tokens
+    from rankbook.tools.backends.torch import TorchModel
+    from rankbook.tools.parity import LayerCheck, ParityReport
+
+
+def add_flags(flags: Flags) -> None:
+    """Declare the flags."""
+    flags.add("model", type=Path, metavar="MODEL", required=True, text="exported folder or .onnx file")
+    flags.add(
+        "--checkpoint", type=Path, metavar="DIR", text="what it was exported from; found by itself if it is still there"
+    )
+    flags.add("--text", type=Path, metavar="FILE", text="take the tokens from this text; random tokens without it")
+    flags.add("--tokens", type=int, default=32, metavar="N", text="tokens to compare on, in each of two rows")
+    flags.add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        text="largest difference relative to the largest value; by type if not given",
+    )
+    flags.add("--every-node", action="store_true", default=False, text="check every custom node, not one of each kind")
+    flags.add("--no-layers", action="store_true", default=False, text="leave out the comparison layer by layer")
+    flags.add("-o", "--output", type=Path, metavar="FILE", text="also write the report to this JSON file")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Compare, report, decide."""
+    from rankbook.tools import onnx_file, parity
+    from rankbook.tools.backends import ort
+    from rankbook.tools.backends.torch import TorchModel
+
+    if reason := ort.unavailable():
+        raise MissingError(reason)
+    if options.tokens <= parity.CACHED_TOKENS:
+        raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
+    onnx_file.require_ours(onnx_file.read(options.model))
+    checkpoint = parity.find_checkpoint(options.model, options.checkpoint)
+    if checkpoint is None:
+        raise UsageError(f"the checkpoint of {options.model} is not where it was; name it with --checkpoint DIR")
+    console = Console(quiet=options.quiet)
+    with console.progress("parity") as progress:
+        progress(0.0, "loading")
+        model = ort.OrtModel(options.model, threads=options.threads)
+        torch_model = TorchModel(checkpoint, threads=options.threads)
+        tokens = _tokens(options, torch_model)
+        settings = parity.ParityOptions(
+            tolerance=options.tolerance,
+            every_node=options.every_node,
+            layers=not options.no_layers,
+            threads=options.threads,
+            seed=options.seed,
+        )
+        report = parity.check(model, torch_model, tokens, settings, progress)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(options.output, to_json(report) + "\n")
+    folder = options.output.parent if options.output is not None else None
+    return Outcome(report, _tables(report), _verdict(report), passed=report.passed, config_folder=folder)
+
+
+def _tokens(options: argparse.Namespace, model: TorchModel) -> Tokens:
+    import numpy as np
+
+    if options.text is None:
+        size = model.model.config.get_text_config().vocab_size
+        return np.random.default_rng(options.seed).integers(0, size, (2, options.tokens))
+    from rankbook.calibration.data import read_text, token_windows
+
+    windows = token_windows(model.tokenizer, read_text(options.text), options.tokens, what=str(options.text))
+    tokens: Tokens = windows[:2].numpy()
+    return tokens
+
+
+def _tables(report: ParityReport) -> list[Table]:
+    whole = [
+        (what, item.error, item.mean_error, _mark(item.passed))
+        for what, item in (("logits", report.logits), ("logits, cached decoding", report.cached))
+        if item is not None
+    ]
+    kinds = [
+        (item.op_type, f"{item.shape[0]} x {item.shape[1]}", item.nodes, item.error, _mark(item.passed))
+        for item in report.operators
+    ]
+    layers = [(item.name, item.error, _mark(item.passed)) for item in _worth_showing(report)]
+    columns = ("operator", "N x K", "nodes", "error", "verdict")
+    tables = [Table("torch and ONNX Runtime", ("what", "max error", "mean error", "verdict"), whole)]
+    tables.append(Table("ONNX Runtime and the numpy reference", columns, kinds))
+    if layers:
+        title = f"growth of the error over {len(report.layers)} layers"
+        tables.append(Table(title, ("layer", "error", "verdict"), layers))
+    return tables
+
+
+def _worth_showing(report: ParityReport, most: int = 12) -> list[LayerCheck]:
+    """A few layers evenly over the depth, and the first bad ones; the JSON report has all."""
+    layers = list(report.layers)
+    step = max(1, len(layers) // most)
+    bad = [index for index, layer in enumerate(layers) if not layer.passed][:3]
+    shown = sorted({*range(0, len(layers), step), *bad, len(layers) - 1} if layers else set())
+    return [layers[index] for index in shown]
+
+
+def _mark(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
+
+
+def _verdict(report: ParityReport) -> str:
+    lines = [f"structure: {problem}" for problem in report.problems]
+    if report.top1_agreement is not None:
+        lines.append(f"the most likely token is the same at {100 * report.top1_agreement:.1f} % of the positions")
+    if report.first_bad_layer is not None and report.own_error is not None:
+        own = report.own_error > report.tolerance
+        where = "the layer itself is wrong" if own else "its input is already wrong: look before it"
+        lines.append(
+            f"first layer out of tolerance: {report.first_bad_layer}; {where} (own error {report.own_error:.2g})"
+        )
+    lines.append(f"{'parity' if report.passed else 'NO PARITY'} at tolerance {report.tolerance:g}")
+    return "\n".join(lines)
+
+
+COMMAND = Command(
+    name="parity",
+    summary="check an exported file against its checkpoint: whole, node by node, layer by layer",
+    example="rankbook parity onnx --text text.txt --json",
+    add_flags=add_flags,
+    run=run,
+)

@@ -1,0 +1,158 @@
+"""``rankbook quantize``: a model to a low-bit checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.console import Console
+from rankbook.tools.errors import UsageError
+from rankbook.tools.report import Table
+
+if TYPE_CHECKING:
+    from rankbook.calibration.options import QuantizeOptions
+    from rankbook.calibration.report import Progress, QuantizeReport
+
+_OPTIONS = (
+    "method bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits level_dtype"
+    " effort calib calib_sequences calib_length seed quantize_lm_head quantize_embeddings"
+).split()
+"""Flags that go to `QuantizeOptions` under their own names."""
+
+
+def group_size(text: str) -> int | str:
+    """Parse ``--group-size``: a number, ``auto`` or ``channel``."""
+    if text in ("auto", "channel"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a group size; give a number, auto or channel") from None
+
+
+def add_flags(flags: Flags) -> None:
+    """Declare the flags."""
+    flags.add(
+        "model", metavar="MODEL", required=True, text="Hugging Face folder or id, folder with one GGUF, .gguf file"
+    )
+    flags.add("-o", "--output", type=Path, metavar="DIR", required=True, text="folder for the checkpoint")
+    flags.add("--method", default="lcq", metavar="M", text="rtn, lcq or lqer (each a file in calibration/methods)")
+    flags.add("--bits", type=int, choices=(2, 3, 4, 8), default=3, text="bits of a code")
+    flags.add("--rank", type=int, metavar="R", text="rank of the codebook matrix (lcq), 1 to 2^bits - 1")
+    flags.add(
+        "--group-size", type=group_size, default="auto", metavar="G", text="weights per codebook: number, auto, channel"
+    )
+    flags.add("--weight-format", metavar="F", text="table of rtn and lqer: affine, symmetric, nf4 or mxint")
+    flags.add("--clip-search", action=argparse.BooleanOptionalAction, text="search the clipping range (rtn)")
+    flags.add("--error-branch", metavar="E", text="low-rank branch: none, lqer, l2qer, qera-diag or qera")
+    flags.add("--error-rank", type=int, default=32, metavar="Q", text="rank of the error branch")
+    flags.add("--factor-bits", type=int, choices=(8, 16), default=8, text="bits of the branch's factors")
+    flags.add(
+        "--param-bits", type=int, choices=(8, 16), text="bits of each number of a group; the method's choice without"
+    )
+    flags.add(
+        "--level-dtype", choices=("int8", "float16"), text="storage of learned levels; the method's choice without"
+    )
+    flags.add("--effort", choices=("fast", "default", "high"), text="fast is the closed form alone; high trains longer")
+    flags.add("--calib", metavar="FILE", text=".txt, .jsonl or a datasets name; sampled from the model without it")
+    flags.add("--calib-sequences", type=int, default=64, metavar="N", text="calibration windows")
+    flags.add("--calib-length", type=int, default=512, metavar="N", text="tokens per calibration window")
+    flags.add(
+        "--quantize-lm-head", type=int, choices=(0, 4, 8), default=0, text="bits of the output layer; 0 leaves it"
+    )
+    flags.add(
+        "--quantize-embeddings", type=int, choices=(0, 4, 8), default=0, text="bits of the embedding; 0 leaves it"
+    )
+    flags.add("--skip", nargs="+", default=(), metavar="NAME", text="layers to leave alone; * and ? are wildcards")
+    flags.add("--method-option", nargs="+", default=(), metavar="KEY=VALUE", text="further options of the method")
+    flags.add(
+        "--resume",
+        action="store_true",
+        default=False,
+        text="go on at the last finished block of a run that ended early",
+    )
+    flags.add("--overwrite", action="store_true", default=False, text="replace a checkpoint that is already there")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Quantize."""
+    from rankbook.calibration.checkpoint import MANIFEST
+    from rankbook.calibration.files import check_replaceable
+
+    output: Path = options.output
+    check_replaceable(output, MANIFEST)
+    if (output / MANIFEST).is_file() and not (options.overwrite or options.resume):
+        raise UsageError(f"{output} holds a checkpoint already; give another folder, or --overwrite to replace it")
+    import torch
+
+    from rankbook.calibration.model import quantize_model
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = _quantize_options(options)
+    console = Console(quiet=options.quiet)
+    with console.progress(f"quantizing with {chosen.method} at {chosen.bits} bits") as show:
+
+        def progress(step: Progress) -> None:
+            where = f"block {step.block + 1}/{step.blocks}, " if step.block >= 0 else ""
+            show(step.fraction, f"{where}{step.stage}")
+
+        report = quantize_model(options.model, output, chosen, resume=options.resume, progress=progress)
+    if chosen.calib is None:
+        console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
+    summary = {"bits_per_weight": report.bits_per_weight, "method": chosen.method, **report.to_json()}
+    return Outcome(summary, _tables(report), str(output), config_folder=output)
+
+
+def _quantize_options(options: argparse.Namespace) -> QuantizeOptions:
+    from rankbook.calibration.options import QuantizeOptions
+
+    values: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS}
+    extra = dict(_parse_option(item) for item in options.method_option)
+    return QuantizeOptions(**values, skip=tuple(options.skip), method_options=extra)
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--method-option {text!r} has no value; write KEY=VALUE")
+    return name.replace("-", "_"), yaml.safe_load(value)
+
+
+def _tables(report: QuantizeReport) -> list[Table]:
+    linear = report.totals["linear"]
+    rows: list[tuple[str, object]] = [
+        ("quantized layers", len(report.layers)),
+        ("weights in linear layers", linear["weights"]),
+        ("stored bits per weight, linear layers", linear["bits_per_weight"]),
+    ]
+    rows += [(f"  of which {part}", bits / linear["weights"]) for part, bits in linear["parts"].items()]
+    for name in ("embeddings", "lm_head"):
+        entry = report.totals.get(name, {})
+        bits = entry.get("bits_per_weight")
+        rows.append((f"stored bits per weight, {name}", bits if bits is not None else "shared with the embedding"))
+    errors = [layer.error for layer in report.layers.values() if layer.error is not None]
+    if errors:
+        rows.append(("relative output error, mean over layers", sum(errors) / len(errors)))
+    rows += [
+        ("calibration", report.calibration),
+        ("layers left alone", len(report.left_alone)),
+        ("seconds", report.seconds),
+        ("peak memory, GB", report.peak_rss_bytes / 1e9),
+    ]
+    if report.resumed_at:
+        rows.append(("resumed after block", report.resumed_at))
+    return [Table("checkpoint", ("property", "value"), rows)]
+
+
+COMMAND = Command(
+    name="quantize",
+    summary="quantize a model to a low-bit checkpoint",
+    example="rankbook quantize MODEL --method lcq --bits 3 --rank 2 --group-size 64 --calib text.txt -o q",
+    add_flags=add_flags,
+    run=run,
+)
