@@ -1,0 +1,317 @@
+"""Quantizing a whole model block by block, with one block's working set in memory besides the memory-mapped weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration import capture, tables
+from rankbook.calibration.checkpoint import MANIFEST, CheckpointParts, versions, write_checkpoint
+from rankbook.calibration.data import CalibrationData, calibration_batches
+from rankbook.calibration.files import check_replaceable, sha256_file
+from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.linear import CodebookLinear, packed_modules, replace_module
+from rankbook.calibration.loading import load_model, model_hash
+from rankbook.calibration.methods import METHODS, BlockProblem, LayerProblem
+from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.partial import BlockResult, PartialState
+from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.report import (
+    LayerReport,
+    Progress,
+    QuantizeReport,
+    Reporter,
+    output_error,
+    peak_rss_bytes,
+    totals,
+)
+from rankbook.calibration.selection import Selection, select
+
+_QUANTIZE_SHARE = 0.3
+"""Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
+
+
+def quantize_model(
+    source: str | Path,
+    output_dir: str | Path,
+    options: QuantizeOptions,
+    *,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> QuantizeReport:
+    """Quantize a causal language model and write the checkpoint.
+
+    Memory: the weights once (memory-mapped, in their own dtype), one block in float32, and two streams of calibration
+    activations (sequences, length, hidden) in the model's dtype: the original model's, which gives the targets, and the
+    quantized prefix's, which gives the inputs and statistics. Methods without a training stage need only the second.
+
+    Args:
+        source: Hugging Face folder or id, folder with one GGUF, or .gguf file.
+        output_dir: Folder of the result; an earlier result there is replaced when the new one is complete.
+        options: What to do.
+        resume: Go on at the last finished block of an interrupted run with the same model and options.
+        progress: Told of every step.
+
+    Raises:
+        ValueError: Options that do not fit the model, weights with NaN, empty calibration text, a state to resume that
+            belongs to other options.
+        FileExistsError: ``output_dir`` holds something else.
+        OSError: Writing failed; an earlier result is untouched.
+    """
+    output = Path(output_dir)
+    start = time.monotonic()
+    check_replaceable(output, MANIFEST)
+    model, tokenizer = load_model(source)
+    if packed_modules(model):
+        raise ValueError(f"{source} is quantized already; give the original model")
+    run = _Run.prepare(model, options, progress)
+    digest = model_hash(source)
+    fingerprint = {"options": options.to_json(), "model": digest, "calibration": _text_hash(options)}
+    state = PartialState(output, {**fingerprint, "versions": versions()}, resume=resume)
+    data = _calibration(state, tokenizer, model, options)
+    resumed = state.finished()
+    run.blocks_in_order(data.tokens, state)
+    report = run.report(output, data, resumed, start)
+    manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
+    write_checkpoint(output, _parts(model, tokenizer, run.metas(), manifest))
+    state.remove()
+    run.reporter.tell("done", len(run.blocks.modules))
+    return report
+
+
+@dataclass
+class _Run:
+    """The state of one run over a loaded model."""
+
+    model: Any
+    options: QuantizeOptions
+    blocks: capture.Blocks
+    tables: tables.Tables
+    selection: Selection
+    reporter: Reporter
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    table_layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, model: Any, options: QuantizeOptions, progress: Callable[[Progress], None] | None) -> _Run:
+        """Find what is to be done and check that it can be."""
+        blocks = capture.find_blocks(model)
+        found = tables.find_tables(model)
+        tables.check_tables(found, options)
+        _check_finite_outside(model, blocks)
+        return cls(
+            model, options, blocks, found, select(model, blocks, options), Reporter(len(blocks.modules), progress)
+        )
+
+    def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
+        """Quantize the tables and every block, or take finished blocks from ``state``."""
+        self.reporter.tell("first inputs", -1)
+        dtype = next(self.blocks.modules[0].parameters()).dtype
+        calls = capture.record_calls(self.model, self.blocks, tokens)
+        inputs = capture.first_inputs(self.model, self.blocks, tokens, dtype)
+        packed = tables.quantize_embedding(self.model, self.tables, self.options)
+        targets = None
+        if METHODS[self.options.method].refine is not None:
+            targets = inputs  # the original model's stream
+            inputs = capture.first_inputs(self.model, self.blocks, tokens, dtype) if packed else inputs.clone()
+        elif packed:
+            inputs = capture.first_inputs(self.model, self.blocks, tokens, dtype)
+        finished = state.finished()
+        self.reporter.start(finished)
+        for index, call in enumerate(calls):
+            self._block(index, call, inputs, targets, state if index >= finished else None, state)
+        packed |= tables.quantize_head(self.model, self.tables, self.options)
+        self._note_tables(packed)
+
+    def _block(
+        self,
+        index: int,
+        call: capture.BlockCall,
+        inputs: Tensor,
+        targets: Tensor | None,
+        unfinished: PartialState | None,
+        state: PartialState,
+    ) -> None:
+        """Quantize one block, or replay it, and move both streams past it."""
+        block, prefix = self.blocks.modules[index], f"{self.blocks.name}.{index}."
+        _check_finite(block, prefix)
+        self.reporter.tell("calibrating" if unfinished else "replaying", index)
+        with capture.in_float32(block):
+            if targets is not None:
+                capture.advance(block, call, targets)
+            if unfinished is not None:
+                unfinished.save(index, self._solve(index, call, inputs, targets))
+            result = state.load(index)  # also when just solved: what is on disk is what the next block sees
+            dtype = self.model.dtype
+            modules = {
+                name.removeprefix(prefix): CodebookLinear.from_record(r, dtype) for name, r in result.records.items()
+            }
+            for local, module in modules.items():
+                module.materialize()
+                replace_module(block, local, module)
+            if index + 1 < len(self.blocks.modules):
+                capture.advance(block, call, inputs)
+            for module in modules.values():
+                module.dematerialize()
+        for name, record in result.records.items():
+            self.layers[name] = LayerReport(LayerMeta.of(record), record.stored_bits(), result.errors[name])
+
+    def _solve(self, index: int, call: capture.BlockCall, inputs: Tensor, targets: Tensor | None) -> BlockResult:
+        """Return the records of one block in float32."""
+        block, prefix, names = self.blocks.modules[index], f"{self.blocks.name}.{index}.", self.selection.layers[index]
+        method, options = METHODS[self.options.method], self.options
+        statistics = capture.collect(block, call, inputs, names)
+        problems = {name: _problem(block, name, statistics[name]) for name in names}
+        share = _QUANTIZE_SHARE if method.refine else 1.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed + index)
+            records: dict[str, QuantizedLinear] = {}
+            for position, (name, problem) in enumerate(problems.items()):
+                self.reporter.tell(f"quantizing {prefix}{name}", index, share * position / len(problems))
+                records[name] = _solve_layer(replace(problem, name=f"{prefix}{name}"), options)
+            if method.refine is not None and targets is not None and problems:
+                progress = _refine_progress(self.reporter, index)
+                seed = options.seed + index
+                whole = BlockProblem(block, problems, inputs, targets, call, seed, progress)
+                records = method.refine(whole, records, options.method_config())
+        errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
+        return BlockResult({f"{prefix}{name}": record for name, record in records.items()}, errors)
+
+    def _note_tables(self, packed: Mapping[str, LayerMeta]) -> None:
+        modules = packed_modules(self.model)
+        for name, meta in packed.items():
+            stored = {} if meta.shared_with else modules[name].record().stored_bits()
+            self.table_layers[name] = LayerReport(meta, stored)
+
+    def metas(self) -> dict[str, LayerMeta]:
+        """Return the meta data of every packed layer by name."""
+        return {name: layer.meta for name, layer in {**self.table_layers, **self.layers}.items()}
+
+    def report(self, output: Path, data: CalibrationData, resumed: int, start: float) -> QuantizeReport:
+        """Sum up."""
+        entries = {"embeddings": self._table_entry(self.tables.embedding)}
+        if self.tables.head is not None:
+            entries["lm_head"] = self._table_entry(self.tables.head)
+            if self.tables.tied:
+                entries["lm_head"] = {"name": self.tables.head[0], "shared_with": self.tables.embedding[0]}
+        return QuantizeReport(
+            output_dir=output,
+            layers={**self.table_layers, **self.layers},
+            totals=totals(self.layers, entries),
+            left_alone=self.selection.left_alone,
+            calibration=data.description,
+            seconds=time.monotonic() - start,
+            resumed_at=resumed,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _table_entry(self, table: tuple[str, nn.Module]) -> dict[str, Any]:
+        name, module = table
+        packed = self.table_layers.get(name)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        bits = sum(packed.stored_bits.values()) if packed else 8 * weight.nbytes
+        return {"name": name, "weights": weight.numel(), "stored_bits": bits, "bits_per_weight": bits / weight.numel()}
+
+
+def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:
+    module = block.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is {type(module).__name__}, not a linear layer")
+    bias = module.bias.detach().clone() if module.bias is not None else None
+    return LayerProblem(name, module.weight.detach(), bias, statistics)
+
+
+def _solve_layer(problem: LayerProblem, options: QuantizeOptions) -> QuantizedLinear:
+    record = METHODS[options.method].quantize(problem, options.method_config(problem.weight.shape[1]))
+    kind = options.driver_branch()
+    if kind != "none":
+        from rankbook.calibration.error_branch import fit_error_branch
+
+        rank = min(options.error_rank, *problem.weight.shape)
+        record = record.with_low_rank(fit_error_branch(problem, record, kind, rank, options.factor_bits))
+    return record
+
+
+def _refine_progress(reporter: Reporter, index: int) -> Callable[[float], None]:
+    def tell(fraction: float) -> None:
+        reporter.tell("training", index, _QUANTIZE_SHARE + (1 - _QUANTIZE_SHARE) * fraction)
+
+    return tell
+
+
+def _check_finite(module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"{prefix}{name} holds NaN or infinity; the model is damaged: download or convert it again"
+            )
+
+
+def _check_finite_outside(model: nn.Module, blocks: capture.Blocks) -> None:
+    for name, module in model.named_modules():
+        if not name.startswith(f"{blocks.name}."):
+            _check_finite(module, f"{name}." if name else "", recurse=False)
+
+
+def _text_hash(options: QuantizeOptions) -> str:
+    if options.calib is None:
+        return "sampled from the model"
+    path = Path(options.calib)
+    return sha256_file(path) if path.is_file() else hashlib.sha256(options.calib.encode()).hexdigest()
+
+
+def _calibration(state: PartialState, tokenizer: Any, model: Any, options: QuantizeOptions) -> CalibrationData:
+    """Return the calibration tokens, those of the interrupted run if there was one."""
+    if (stored := state.tokens()) is not None:
+        return CalibrationData(*stored)
+    length = min(options.calib_length, getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    data = calibration_batches(
+        tokenizer, options.calib, sequences=options.calib_sequences, length=length, seed=options.seed, model=model
+    )
+    state.save_tokens(data.tokens, data.description)
+    return data
+
+
+def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "source": dict(source),
+        "options": options.to_json(),
+        "calibration": report.calibration,
+        "totals": dict(report.totals),
+        "layers": {name: layer.to_json() for name, layer in report.layers.items()},
+        "left_alone": dict(report.left_alone),
+        "run": {
+            "seconds": report.seconds,
+            "resumed_at": report.resumed_at,
+            "peak_rss_bytes": report.peak_rss_bytes,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _parts(model: Any, tokenizer: Any, metas: Mapping[str, LayerMeta], manifest: Mapping[str, Any]) -> CheckpointParts:
+    """Gather what the checkpoint holds; tied weights are stored once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    config = json.loads(model.config.to_json_string())
+    config.setdefault("architectures", [type(model).__name__])
+
+    def save_extras(folder: Path) -> None:
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    return CheckpointParts(config, metas, tensors, manifest, save_extras)
