@@ -144,9 +144,8 @@ def _onnx(path: Path) -> Inspection:
         "outputs": model.outputs,
         "metadata": model.metadata,
     }
-    method = model.metadata.get("rankbook.method", "")
     try:
-        layers = tuple(_onnx_layer(model, node, method) for node in model.nodes)
+        layers = tuple(_onnx_layer(model, node, _noted(model, node.name)) for node in model.nodes)
     except KeyError as error:
         raise UsageError(
             f"{model.path}: a node lacks {error}; the file is damaged or of another version: export it again"
@@ -154,7 +153,16 @@ def _onnx(path: Path) -> Inspection:
     return Inspection("onnx", str(model.path), layers, facts)
 
 
-def _onnx_layer(model: OnnxFile, node: CustomNode, method: str) -> Layer:
+def _noted(model: OnnxFile, name: str) -> dict[str, Any]:
+    """What the exporter wrote about a layer: its method and its error."""
+    try:
+        entry = json.loads(model.metadata.get("rankbook.layers", "{}")).get(name, {})
+    except ValueError:
+        entry = {}
+    return {"method": model.metadata.get("rankbook.method", ""), **entry}
+
+
+def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Layer:
     operator = contract.OPERATORS.get(node.op_type)
     if operator is None:
         known = ", ".join(contract.OPERATORS)
@@ -170,7 +178,7 @@ def _onnx_layer(model: OnnxFile, node: CustomNode, method: str) -> Layer:
     stored = sum(item.bytes for formal, item in held.items() if formal != "bias")
     return Layer(
         name=node.name,
-        method=method,
+        method=str(noted["method"]),
         bits=operator.bits,
         out_features=rows,
         in_features=columns,
@@ -178,6 +186,7 @@ def _onnx_layer(model: OnnxFile, node: CustomNode, method: str) -> Layer:
         planes=planes - int(node.attributes["offset"]),
         error_rank=rank,
         stored_bits=8 * stored / (rows * columns),
+        error=_error(noted),
     )
 
 

@@ -51,7 +51,7 @@ def _summary(found: Inspection) -> str:
         lines.append(f"{found.bits_per_weight:.3f} stored bits per weight over the quantized ones")
     lines += [f"{key}: {found.facts[key]}" for key in _SHORT if key in found.facts]
     if metadata := found.facts.get("metadata"):
-        lines += [f"{key}: {value}" for key, value in sorted(metadata.items())]
+        lines += [f"{key}: {value}" for key, value in sorted(metadata.items()) if len(value) <= 100]
     for check in found.facts.get("checks", ()):
         lines.append(f"check {check['name']}: {'ok' if check['passed'] else 'FAILED'} ({check['detail']})")
     if options := found.facts.get("options"):
