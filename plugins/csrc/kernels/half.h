@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace rankbook {
+
+// 16-bit IEEE float to fp32, exactly.
+inline __attribute__((always_inline)) float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
+  const uint32_t exponent = (half >> 10) & 31U;
+  const uint32_t mantissa = half & 1023U;
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
+    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8F;
+    return sign != 0 ? -value : value;
+  }
+  const uint32_t bits = sign | (exponent == 31 ? 255U << 23 : (exponent + 112U) << 23) | mantissa << 13;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// bfloat16 to fp32, exactly.
+inline __attribute__((always_inline)) float bfloat_to_float(uint16_t stored) {
+  const uint32_t bits = static_cast<uint32_t>(stored) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace rankbook

@@ -1,0 +1,7 @@
+#include "kernels/panel_kernels.h"
+
+namespace rankbook {
+
+const PanelKernels& avx2_kernels() { return kKernels; }
+
+}  // namespace rankbook

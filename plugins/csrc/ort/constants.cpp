@@ -1,0 +1,260 @@
+#include "ort/constants.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "contract.h"
+#include "kernels/half.h"
+
+namespace rankbook::ort {
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+constexpr int64_t kLargestSize = int64_t{1} << 31;
+
+const char* type_name(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return "float32";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return "float16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      return "bfloat16";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      return "int8";
+    default:
+      return "another type";
+  }
+}
+
+int64_t elements(const Shape& shape) {
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  return count;
+}
+
+// (rows, columns) to (ceil(rows / 32), columns, 32), zero-padded.
+template <class T>
+std::vector<T> to_panels(const T* from, int64_t rows, int64_t columns) {
+  std::vector<T> out(static_cast<size_t>(ceil_div(rows, kPanel) * columns * kPanel));
+  for (int64_t row = 0; row < rows; ++row) {
+    T* to = out.data() + row / kPanel * columns * kPanel + row % kPanel;
+    for (int64_t column = 0; column < columns; ++column) to[column * kPanel] = from[row * columns + column];
+  }
+  return out;
+}
+
+}  // namespace
+
+std::string describe(const Shape& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + ")";
+}
+
+Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type)
+    : info_(info), names_(names), node_(std::move(op_type)) {
+  node_ += " '" + info_.GetNodeName() + "'";
+}
+
+void Constants::fail(const std::string& sentence) const { throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT); }
+
+int64_t Constants::attribute(const char* name, int64_t low) const {
+  int64_t value = 0;
+  try {
+    value = info_.GetAttribute<int64_t>(name);
+  } catch (const Ort::Exception&) {
+    fail(std::string("the integer attribute ") + name + " is missing");
+  }
+  if (value < low || value >= kLargestSize) {
+    fail(std::string("attribute ") + name + " is " + std::to_string(value) + "; it must be at least " + std::to_string(low));
+  }
+  return value;
+}
+
+Ort::ConstValue Constants::tensor(size_t input) const {
+  int constant = 0;
+  const Ort::ConstValue value = info_.GetTensorConstantInput(input, &constant);
+  if (constant == 0 || !static_cast<const OrtValue*>(value)) {
+    fail(std::string("input ") + names_[input] + " must be an initializer; export the model again");
+  }
+  return value;
+}
+
+Shape Constants::shape(size_t input) const { return tensor(input).GetTensorTypeAndShapeInfo().GetShape(); }
+
+std::vector<float> Constants::floats(size_t input) const {
+  expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                      ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
+  const Ort::ConstValue value = tensor(input);
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  const size_t count = info.GetElementCount();
+  const void* data = value.GetTensorRawData();
+  std::vector<float> out(count);
+  switch (info.GetElementType()) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      std::copy_n(static_cast<const float*>(data), count, out.begin());
+      break;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      std::copy_n(static_cast<const int8_t*>(data), count, out.begin());
+      break;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      for (size_t i = 0; i < count; ++i) out[i] = half_to_float(static_cast<const uint16_t*>(data)[i]);
+      break;
+    default:
+      for (size_t i = 0; i < count; ++i) out[i] = bfloat_to_float(static_cast<const uint16_t*>(data)[i]);
+  }
+  return out;
+}
+
+void Constants::expect(size_t input, const std::vector<Shape>& shapes) const {
+  const Shape actual = shape(input);
+  std::string allowed;
+  for (const Shape& candidate : shapes) {
+    if (candidate == actual) return;
+    allowed += (allowed.empty() ? "" : " or ") + describe(candidate);
+  }
+  fail(std::string("input ") + names_[input] + " has shape " + describe(actual) + "; it must be " + allowed);
+}
+
+void Constants::expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const {
+  const auto actual = tensor(input).GetTensorTypeAndShapeInfo().GetElementType();
+  std::string allowed;
+  for (const auto type : types) {
+    if (type == actual) return;
+    allowed += std::string(allowed.empty() ? "" : " or ") + type_name(type);
+  }
+  fail(std::string("input ") + names_[input] + " is " + type_name(actual) + "; it must be " + allowed);
+}
+
+WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : codes_input_(codes), params_input_(codes + 2) {
+  weight_.bits = bits;
+  weight_.out_features = constants.attribute(contract::kOutFeatures, 1);
+  weight_.in_features = constants.attribute(contract::kInFeatures, 1);
+  const int64_t offset = constants.attribute(contract::kOffset, 0);
+  if (offset > 1) constants.fail("attribute offset is " + std::to_string(offset) + "; it must be 0 or 1");
+  weight_.has_offset = offset == 1;
+
+  constants.expect_type(codes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
+  constants.expect(codes, {{weight_.panels(), weight_.blocks(), bits, kPanel, 4}});
+  const Shape levels = constants.shape(codes + 1);
+  const int64_t width = int64_t{1} << bits;
+  if (levels.size() != 2 || levels[1] != width || levels[0] <= offset || levels[0] > width) {
+    constants.fail(std::string("input ") + constants.name(codes + 1) + " has shape " + describe(levels) + "; it must be (Q, " +
+                   std::to_string(width) + ") with Q from " + std::to_string(1 + offset) + " to " + std::to_string(width));
+  }
+  weight_.planes = static_cast<int>(levels[0] - offset);
+  levels_ = constants.floats(codes + 1);
+  for (int64_t code = 0; offset == 1 && code < width; ++code) {
+    if (levels_[static_cast<size_t>(weight_.planes * width + code)] != 1.0F) {
+      constants.fail("attribute offset is 1, but the last row of levels is not all ones");
+    }
+  }
+  read_params(constants);
+  fit_lines();
+  if (check_weight(weight_) != Status::kOk) {
+    constants.fail(std::to_string(weight_.groups) + " groups cannot cut rows of " + std::to_string(weight_.in_features) +
+                   " inputs: a group must be a multiple of 16 inputs, or the whole row");
+  }
+}
+
+void WeightStore::read_params(const Constants& constants) {
+  const size_t step = params_input_ + 1;
+  const size_t base = params_input_ + 2;
+  const int64_t planes = weight_.param_planes();
+  const bool plain = elements(constants.shape(params_input_)) == 1;
+  constants.expect_type(params_input_, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
+  const Shape full = constants.shape(plain ? step : params_input_);
+  if (full.size() != 4 || full[0] != weight_.panels() || full[1] < 1 || full[2] != planes || full[3] != kPanel) {
+    constants.fail(std::string("input ") + constants.name(plain ? step : params_input_) + " has shape " + describe(full) +
+                   "; it must be (" + std::to_string(weight_.panels()) + ", groups, " + std::to_string(planes) + ", 32)");
+  }
+  weight_.groups = full[1];
+  if (!plain) {
+    const Shape narrow = {weight_.panels(), 1, planes, 1};
+    constants.expect(step, {narrow});
+    constants.expect(base, {narrow});
+    step_ = constants.floats(step);
+    base_ = constants.floats(base);
+    return;
+  }
+  constants.expect(base, {{1, 1, 1, 1}});
+  constants.expect_type(step, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16});
+  const auto type = constants.tensor(step).GetTensorTypeAndShapeInfo().GetElementType();
+  weight_.form = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? ParamForm::kFloat16 : ParamForm::kFloat32;
+  weight_.value_scale = constants.floats(params_input_)[0];
+  weight_.value_base = constants.floats(base)[0];
+  params_input_ = step;
+}
+
+// 8-bit codes have 256 levels, too many for registers; where they lie on a line (affine formats), code and slope suffice.
+void WeightStore::fit_lines() {
+  if (weight_.bits != 8) return;
+  std::vector<float> slopes;
+  for (int plane = 0; plane < weight_.planes; ++plane) {
+    const float* row = levels_.data() + plane * 256;
+    const float slope = row[1] - row[0];
+    for (int code = 0; code < 256; ++code) {
+      if (std::fma(slope, static_cast<float>(code), row[0]) != row[code]) return;
+    }
+    slopes.insert(slopes.end(), {row[0], slope});
+  }
+  slopes_ = std::move(slopes);
+}
+
+CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
+  CodebookWeight weight = weight_;
+  weight.codes = static_cast<const uint8_t*>(context.GetInput(codes_input_).GetTensorRawData());
+  weight.params = context.GetInput(params_input_).GetTensorRawData();
+  weight.levels = levels_.data();
+  weight.slopes = slopes_.empty() ? nullptr : slopes_.data();
+  weight.step = step_.data();
+  weight.base = base_.data();
+  return weight;
+}
+
+PanelFactor BranchStore::Factor::view() const {
+  return codes.empty() ? PanelFactor{nullptr, values.data()} : PanelFactor{codes.data(), nullptr};
+}
+
+BranchStore::BranchStore(const Constants& constants, size_t down, int64_t out_features, int64_t in_features) {
+  const size_t up = down + 2;
+  const auto load = [&](size_t input, int64_t rows, int64_t columns, const Shape& scale, std::vector<float>& scales) {
+    Factor factor;
+    constants.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
+    const bool plain = constants.shape(input + 1) == Shape{rows, columns} && elements(constants.shape(input)) == 1;
+    if (plain) {
+      std::vector<float> values = constants.floats(input + 1);
+      const float unit = constants.floats(input)[0];
+      for (float& value : values) value *= unit;
+      factor.values = to_panels(values.data(), rows, columns);
+      scales.assign(static_cast<size_t>(rank_), 1.0F);
+      return factor;
+    }
+    constants.expect(input, {{rows, columns}, {1, 1}});
+    constants.expect(input + 1, {scale});
+    factor.codes = to_panels(static_cast<const int8_t*>(constants.tensor(input).GetTensorRawData()), rows, columns);
+    scales = constants.floats(input + 1);
+    return factor;
+  };
+  const Shape first = constants.shape(down);
+  const Shape scale = constants.shape(down + 1);
+  const Shape& full = elements(first) == 1 && scale.size() == 2 && scale[1] == in_features ? scale : first;
+  if (full.size() != 2 || full[0] < 1 || full[1] != in_features) {
+    constants.fail(std::string("input ") + constants.name(down) + " has shape " + describe(first) + "; it must be (rank, " +
+                   std::to_string(in_features) + ")");
+  }
+  rank_ = full[0];
+  std::vector<float> down_scale;
+  std::vector<float> up_scale;
+  down_ = load(down, rank_, in_features, {rank_, 1}, down_scale);
+  up_ = load(up, out_features, rank_, {1, rank_}, up_scale);
+  middle_.resize(static_cast<size_t>(rank_));
+  for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = down_scale[i] * up_scale[i];
+}
+
+LowRankBranch BranchStore::bind() const { return {rank_, down_.view(), up_.view(), middle_.data()}; }
+
+}  // namespace rankbook::ort

@@ -1,0 +1,216 @@
+#include "ort/ops.h"
+
+#include <list>
+#include <vector>
+
+#include "contract.h"
+#include "kernels/half.h"
+
+namespace rankbook::ort {
+namespace {
+
+using MatMul = contract::CodebookMatMul;
+using LowRank = contract::CodebookMatMulLowRank;
+using Gather = contract::CodebookGather;
+
+// Runs tasks on the thread pool of the session.
+struct Tasks {
+  void (*task)(void*, int64_t);
+  void* argument;
+};
+
+void run_tasks(void* pool, int64_t count, void (*task)(void*, int64_t), void* argument) {
+  Tasks tasks{task, argument};
+  const auto one = [](void* data, size_t index) {
+    const Tasks& all = *static_cast<const Tasks*>(data);
+    all.task(all.argument, static_cast<int64_t>(index));
+  };
+  static_cast<const Ort::KernelContext*>(pool)->ParallelFor(one, static_cast<size_t>(count), 0, &tasks);
+}
+
+Parallel pool_of(const Ort::KernelContext& context) { return {const_cast<Ort::KernelContext*>(&context), run_tasks}; }
+
+int64_t product(const std::vector<int64_t>& shape, size_t count) {
+  int64_t out = 1;
+  for (size_t i = 0; i < count; ++i) out *= shape[i];
+  return out;
+}
+
+[[noreturn]] void fail(const std::string& node, const std::string& sentence) {
+  throw Ort::Exception(node + ": " + sentence, ORT_INVALID_ARGUMENT);
+}
+
+// Runs `work`, turning what it throws into a status: an exception must not cross the C API.
+template <class Work>
+OrtStatusPtr guarded(Work&& work) noexcept {
+  try {
+    work();
+    return nullptr;
+  } catch (const Ort::Exception& error) {
+    return Ort::Status(error).release();
+  } catch (const std::exception& error) {
+    return Ort::Status(error.what(), ORT_RUNTIME_EXCEPTION).release();
+  }
+}
+
+// One operator at one width and one type of activations.
+struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
+  enum class Kind { kMatMul, kLowRank, kGather };
+
+  Kind kind;
+  int bits;
+  ONNXTensorElementDataType type;
+  std::string name;
+  const PanelKernels& kernels;
+
+  Op(Kind kind_, int bits_, ONNXTensorElementDataType type_, const PanelKernels& kernels_)
+      : kind(kind_), bits(bits_), type(type_), kernels(kernels_) {
+    name = (kind == Kind::kGather ? Gather::kName : kind == Kind::kLowRank ? LowRank::kName : MatMul::kName);
+    name += std::to_string(bits);
+    if (kind != Kind::kGather) return;
+    KernelDestroy = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
+    KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      return static_cast<GatherKernel*>(kernel)->ComputeV2(context);
+    };
+  }
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded([&] {
+      if (kind == Kind::kGather) {
+        *kernel = new GatherKernel(Constants(info, Gather::kInputs, name), bits, kernels);
+      } else {
+        const bool low_rank = kind == Kind::kLowRank;
+        const Constants constants(info, low_rank ? LowRank::kInputs : MatMul::kInputs, name);
+        *kernel = new MatMulKernel(constants, bits, low_rank, kernels);
+      }
+    });
+  }
+
+  const char* GetName() const { return name.c_str(); }
+  size_t GetInputTypeCount() const {
+    if (kind == Kind::kGather) return Gather::kInputCount;
+    return kind == Kind::kLowRank ? size_t{LowRank::kInputCount} : size_t{MatMul::kInputCount};
+  }
+  ONNXTensorElementDataType GetInputType(size_t input) const {
+    switch (input) {  // the first five inputs of all three operators correspond
+      case MatMul::kX:
+        return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
+      case MatMul::kCodes:
+      case MatMul::kParams:
+      case LowRank::kDown:
+      case LowRank::kUp:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+      case MatMul::kLevels:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+      default:  // several types fit: checked when the node is created
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    }
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
+};
+
+static_assert(MatMul::kCodes == static_cast<int>(Gather::kCodes) && MatMul::kBase == static_cast<int>(Gather::kBase));
+static_assert(MatMul::kCodes == static_cast<int>(LowRank::kCodes) && MatMul::kBias == static_cast<int>(LowRank::kBias));
+
+}  // namespace
+
+MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, const PanelKernels& kernels)
+    : node_(constants.node()),
+      kernels_(kernels),
+      weight_(constants, bits, MatMul::kCodes),
+      out_features_(constants.attribute(contract::kOutFeatures, 1)),
+      in_features_(constants.attribute(contract::kInFeatures, 1)) {
+  constants.expect(MatMul::kBias, {{out_features_}, {1}});
+  bias_ = constants.floats(MatMul::kBias);
+  if (bias_.size() == 1 && out_features_ != 1) {
+    const float value = bias_[0];
+    if (value == 0.0F) {
+      bias_.clear();
+    } else {
+      bias_.assign(static_cast<size_t>(out_features_), value);
+    }
+  }
+  if (low_rank) branch_ = BranchStore(constants, LowRank::kDown, out_features_, in_features_);
+}
+
+OrtStatusPtr MatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
+  return guarded([&] { compute(Ort::KernelContext(context)); });
+}
+
+void MatMulKernel::compute(const Ort::KernelContext& context) const {
+  const Ort::ConstValue x = context.GetInput(MatMul::kX);
+  const auto info = x.GetTensorTypeAndShapeInfo();
+  std::vector<int64_t> shape = info.GetShape();
+  if (shape.empty() || shape.back() != in_features_) {
+    fail(node_, "x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(in_features_));
+  }
+  LinearArgs args;
+  args.weight = weight_.bind(context);
+  args.branch = branch_.bind();
+  args.bias = bias_.empty() ? nullptr : bias_.data();
+  args.tokens = product(shape, shape.size() - 1);
+  shape.back() = out_features_;
+  auto y = context.GetOutput(0, shape);
+
+  const bool half = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  const int64_t inputs = half ? args.tokens * in_features_ : 0;
+  const int64_t outputs = half ? args.tokens * out_features_ : 0;
+  std::vector<float> workspace(static_cast<size_t>(linear_workspace(args.weight, args.branch, args.tokens) + inputs + outputs));
+  float* staged = workspace.data();
+  args.workspace = staged + inputs + outputs;
+  if (half) {
+    const auto* from = static_cast<const uint16_t*>(x.GetTensorRawData());
+    for (int64_t i = 0; i < inputs; ++i) staged[i] = half_to_float(from[i]);
+    args.x = staged;
+    args.y = staged + inputs;
+  } else {
+    args.x = x.GetTensorData<float>();
+    args.y = y.GetTensorMutableData<float>();
+  }
+  const Status status = codebook_linear(args, kernels_, pool_of(context));
+  if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
+  if (half) {
+    auto* to = y.GetTensorMutableData<Ort::Float16_t>();
+    for (int64_t i = 0; i < outputs; ++i) to[i] = Ort::Float16_t(args.y[i]);
+  }
+}
+
+GatherKernel::GatherKernel(const Constants& constants, int bits, const PanelKernels&)
+    : node_(constants.node()), weight_(constants, bits, Gather::kCodes) {}
+
+OrtStatusPtr GatherKernel::ComputeV2(OrtKernelContext* context) noexcept {
+  return guarded([&] { compute(Ort::KernelContext(context)); });
+}
+
+void GatherKernel::compute(const Ort::KernelContext& context) const {
+  const Ort::ConstValue indices = context.GetInput(Gather::kIndices);
+  std::vector<int64_t> shape = indices.GetTensorTypeAndShapeInfo().GetShape();
+  GatherArgs args;
+  args.weight = weight_.bind(context);
+  args.indices = indices.GetTensorData<int64_t>();
+  args.count = product(shape, shape.size());
+  shape.push_back(args.weight.in_features);
+  args.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
+  const Status status = codebook_gather(args, pool_of(context));
+  if (status == Status::kBadIndex) {
+    fail(node_, "an index lies outside [0, " + std::to_string(args.weight.out_features) + ")");
+  }
+  if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
+}
+
+void add_operators(Ort::CustomOpDomain& domain, const PanelKernels& kernels) {
+  static std::list<Op> operators;
+  for (const int bits : contract::kBits) {
+    for (const auto kind : {Op::Kind::kMatMul, Op::Kind::kLowRank}) {
+      operators.emplace_back(kind, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
+      domain.Add(&operators.back());
+      operators.emplace_back(kind, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, kernels);
+      domain.Add(&operators.back());
+    }
+    operators.emplace_back(Op::Kind::kGather, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
+    domain.Add(&operators.back());
+  }
+}
+
+}  // namespace rankbook::ort

@@ -1,0 +1,60 @@
+"""Finds the native libraries. In a wheel and in an editable install they lie in ``lib`` beside this file.
+
+ONNX Runtime::
+
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(rankbook.plugins.library.library("ort")))
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+
+_FILES = {"ort": "librankbook_ort.so"}
+_FOLDER = Path(__file__).parent / "lib"
+
+
+def unavailable(runtime: str) -> str | None:
+    """Return why there is no native library for ``runtime``, with what to do about it, or None if there is one.
+
+    Raises:
+        ValueError: No library is made for this runtime.
+    """
+    path = _path(runtime)
+    if path.is_file():
+        return None
+    return f"{path.name} is not built: run `make native` in the checkout, or install a wheel that holds it"
+
+
+def library(runtime: str) -> Path:
+    """Return the native library for ``runtime`` (``"ort"``: give it to ``register_custom_ops_library``).
+
+    Raises:
+        ValueError: No library is made for this runtime.
+        FileNotFoundError: It is not built; the message says how to.
+    """
+    reason = unavailable(runtime)
+    if reason is not None:
+        raise FileNotFoundError(reason)
+    return _path(runtime)
+
+
+def native_info(runtime: str) -> dict[str, str | int]:
+    """Return what the library says about itself: ``isa`` (the instruction set chosen here) and ``ort_api``.
+
+    Raises:
+        ValueError: No library is made for this runtime.
+        FileNotFoundError: It is not built.
+    """
+    describe = ctypes.CDLL(str(library(runtime))).rankbook_native_info
+    describe.restype = ctypes.c_char_p
+    info: dict[str, str | int] = json.loads(describe())
+    return info
+
+
+def _path(runtime: str) -> Path:
+    if runtime not in _FILES:
+        raise ValueError(f"there is no native library for {runtime!r}; choose one of {tuple(_FILES)}")
+    return _FOLDER / _FILES[runtime]

@@ -1,0 +1,309 @@
+"""The native library computes what the reference says, on every instruction set, and refuses what is malformed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rankbook.plugins import contract, library
+from rankbook.tools import contract_header
+from tests import op_cases
+from tests.plugins.op_models import Array, Op, OpCase, draw
+
+ROOT = Path(__file__).resolve().parents[2]
+built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
+
+RELATIVE = 1e-5
+"""The parity mode: fp32 products and sums of up to a few thousand terms, against sums in float64. The error of a sum of
+K terms in fp32 grows like sqrt(K) * 2**-24, 4e-6 at K = 4096; it is compared with the largest output."""
+
+
+def session(model: onnx.ModelProto, threads: int = 2) -> Any:
+    """Return an ONNX Runtime session with the library registered."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library.library("ort")))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(op: Op) -> Array:
+    """Run ``op`` natively."""
+    first = next(iter(op.inputs))
+    (result,) = session(op.model()).run(None, {first: op.inputs[first]})
+    array: Array = result
+    return array
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    """Return the largest error as a share of the largest output."""
+    scale = float(np.abs(expected.astype(np.float64)).max()) or 1.0
+    return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max()) / scale
+
+
+@st.composite
+def cases(sample: Callable[..., Any]) -> OpCase:
+    """Draw any operator that the exporter may write, odd sizes included."""
+    bits = sample(st.sampled_from((2, 3, 4, 8)))
+    group = sample(st.sampled_from((16, 32, 48, 64, 112, 128)))
+    groups = sample(st.integers(1, 5))
+    per_row = sample(st.booleans())
+    in_features = sample(st.integers(1, 300)) if per_row else group * groups
+    return OpCase(
+        bits=bits,
+        out_features=sample(st.integers(1, 100)),
+        in_features=in_features,
+        group=in_features if per_row else group,
+        planes=sample(st.integers(1, 4 if bits == 2 else 6)),
+        offset=bits > 2 and sample(st.booleans()),
+        params=sample(st.sampled_from(("int8", "float16", "float32"))),
+        rank=sample(st.sampled_from((0, 0, 1, 8, 33))),
+        branch=sample(st.sampled_from(("int8", "float16", "float32"))),
+        bias=sample(st.booleans()),
+        tokens=sample(st.sampled_from(((1,), (2,), (1, 1), (2, 7), (13,), (40,), (0,), (1, 200)))),
+        linear_levels=sample(st.booleans()),
+        seed=sample(st.integers(0, 2**31)),
+    )
+
+
+@built
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(case=cases())
+def test_matmul_matches_the_reference(case: OpCase) -> None:
+    """Any width, rank, group, size, parameter form and branch: the outputs agree within the parity bound."""
+    op = draw(case)
+    expected = op.expected()
+    actual = run(op)
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if expected.size:
+        assert relative_error(actual, expected) < RELATIVE
+
+
+@built
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases())
+def test_gather_matches_the_reference(case: OpCase) -> None:
+    """Rows come out as decoded in fp32: a few roundings of the sum over planes apart at most."""
+    op = draw(replace(case, kind=contract.GATHER, rank=0))
+    expected = op.expected()
+    actual = run(op)
+    assert actual.shape == expected.shape
+    if expected.size:
+        assert relative_error(actual, expected) < 2e-6
+
+
+@built
+@pytest.mark.parametrize("name", op_cases.CASES)
+def test_exported_operators(name: str, tmp_path: Path) -> None:
+    """Operators as the exporter writes them, function body included: the native kernel runs, and agrees."""
+    import onnxruntime as ort
+
+    record = op_cases.case_record(name)
+    x = op_cases.activations(record)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.library("ort")))
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    native = ort.InferenceSession(
+        op_cases.op_model(record).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (y,) = native.run(None, dict(op_cases.feeds(record, x)))
+    assert relative_error(y, op_cases.expected(record, x)) < RELATIVE
+    events = json.loads(Path(native.end_profiling()).read_text("utf-8"))
+    ran = {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
+    assert {kind.rstrip("2348") for kind in ran} <= {contract.MATMUL, contract.MATMUL_LOW_RANK}
+
+
+@built
+def test_half_activations() -> None:
+    """fp16 in and out, fp32 inside: half a unit in the last place of the output, 2**-11, and little more."""
+    op = draw(OpCase(bits=3, dtype="float16", bias=True, rank=8, tokens=(2, 5)))
+    assert relative_error(run(op), op.expected()) < 2**-10
+
+
+@built
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """The kernels of each instruction set that this processor has agree with the reference (others fall back)."""
+    code = "import sys; sys.path.insert(0, '.'); from tests.plugins import test_native_ort as t; t.check_all_widths()"
+    environment = {**os.environ, "RANKBOOK_NATIVE_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_all_widths() -> None:
+    """Compare one token, a few and many at every width, with one to five planes."""
+    for bits in (2, 3, 4, 8):
+        for planes in (1, 2, 3, 4, 5)[: 2 if bits == 2 else 5]:
+            for tokens in (1, 5, 200):
+                case = OpCase(
+                    bits=bits, planes=planes, tokens=(tokens,), in_features=240, group=48, out_features=77, rank=5
+                )
+                for linear in (False, True):
+                    op = draw(replace(case, linear_levels=linear, bias=True))
+                    error = relative_error(run(op), op.expected())
+                    if not error < RELATIVE:
+                        raise SystemExit(f"{case}: {error}")
+
+
+@built
+def test_unknown_instruction_set_is_refused() -> None:
+    """A typing error in the variable is an error, not a silent choice."""
+    code = "from tests.plugins import test_native_ort as t; t.run(t.draw(t.OpCase()))"
+    environment = {**os.environ, "RANKBOOK_NATIVE_ISA": "sse9", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "RANKBOOK_NATIVE_ISA must be portable, avx2 or avx512" in done.stderr
+
+
+@built
+def test_result_does_not_depend_on_threads() -> None:
+    """Each panel is computed by one thread in a fixed order, so the bits are the same."""
+    op = draw(OpCase(bits=3, out_features=500, in_features=512, tokens=(7,)))
+    one, two = (session(op.model(), threads).run(None, {"x": op.inputs["x"]})[0] for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def damage_codes_shape(op: Op) -> None:
+    op.inputs["codes"] = op.inputs["codes"][:-1]
+
+
+def damage_levels_width(op: Op) -> None:
+    op.inputs["levels"] = op.inputs["levels"][:, :-1]
+
+
+def damage_params_planes(op: Op) -> None:
+    op.inputs["params"] = op.inputs["params"][:, :, :-1]
+
+
+def damage_groups(op: Op) -> None:
+    op.inputs["params"] = np.repeat(op.inputs["params"], 5, axis=1)
+
+
+def damage_step(op: Op) -> None:
+    op.inputs["step"] = op.inputs["step"][:, :, :1]
+
+
+def damage_base_type(op: Op) -> None:
+    op.inputs["base"] = op.inputs["base"].astype(np.int64)
+
+
+def damage_bias(op: Op) -> None:
+    op.inputs["bias"] = np.zeros(7, np.float32)
+
+
+def damage_down(op: Op) -> None:
+    op.inputs["down"] = op.inputs["down"][:, :-1]
+
+
+def damage_up_scale(op: Op) -> None:
+    op.inputs["up_scale"] = np.ones((1, 3), np.float32)
+
+
+def damage_in_features(op: Op) -> None:
+    op.attributes["in_features"] = 1000
+
+
+def damage_negative(op: Op) -> None:
+    op.attributes["out_features"] = -5
+
+
+def damage_offset(op: Op) -> None:
+    op.attributes["offset"] = 2
+
+
+def damage_missing(op: Op) -> None:
+    del op.attributes["offset"]
+
+
+@built
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (damage_codes_shape, "codes"),
+        (damage_levels_width, "levels"),
+        (damage_params_planes, "params"),
+        (damage_groups, "groups"),
+        (damage_step, "step"),
+        (damage_base_type, "base"),
+        (damage_bias, "bias"),
+        (damage_down, "down"),
+        (damage_up_scale, "up_scale"),
+        (damage_in_features, "codes"),
+        (damage_negative, "out_features"),
+        (damage_offset, "offset"),
+        (damage_missing, "offset"),
+    ],
+)
+def test_malformed_node_is_named(damage: Callable[[Op], None], word: str) -> None:
+    """A node that breaks the contract makes an error that names the node, the input or attribute; never a crash."""
+    op = draw(OpCase(rank=8))
+    damage(op)
+    with pytest.raises(Exception, match=rf"(?s)CodebookMatMulLowRank4 'layer'.*{word}"):
+        session(op.model())
+
+
+@built
+def test_wrong_activation_size_is_named() -> None:
+    """x of another width fails when it arrives, with both sizes in the message."""
+    op = draw(OpCase())
+    with pytest.raises(Exception, match=r"(?s)'layer'.*x has shape \(3, 100\).*in_features = 128"):
+        session(op.model()).run(None, {"x": np.zeros((3, 100), np.float32)})
+
+
+@built
+def test_index_out_of_range_is_named() -> None:
+    """A token id beyond the table is an error, not a read beyond the weight."""
+    op = draw(OpCase(kind=contract.GATHER))
+    with pytest.raises(Exception, match=r"(?s)'layer'.*outside \[0, 64\)"):
+        session(op.model()).run(None, {"indices": np.array([64], np.int64)})
+
+
+@built
+def test_library_exports_only_its_entry_points() -> None:
+    """Two libraries with the same kernels may share a process: nothing else is visible."""
+    done = subprocess.run(
+        ["nm", "-D", "--defined-only", str(library.library("ort"))], capture_output=True, text=True, check=True
+    )
+    assert {line.split()[-1] for line in done.stdout.splitlines()} == {"RegisterCustomOps", "rankbook_native_info"}
+
+
+def test_contract_header_is_current() -> None:
+    """plugins/csrc/contract.h is what the contract generates."""
+    assert contract_header.header_path().read_text("utf-8") == contract_header.header_text(), (
+        "stale: run python -m rankbook.tools.contract_header"
+    )
+
+
+def test_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the library there is a sentence; an unknown runtime is an error that lists the known ones."""
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    assert "make native" in str(library.unavailable("ort"))
+    with pytest.raises(FileNotFoundError, match="make native"):
+        library.library("ort")
+    with pytest.raises(ValueError, match="'ort'"):
+        library.unavailable("nnapi")
+
+
+@pytest.mark.skipif("RANKBOOK_EXPECT_NATIVE" not in os.environ, reason="asked for by .ci/run where the build succeeded")
+def test_library_is_built_in_ci() -> None:
+    """Skips must not hide everything: where CI built the library, it loads and describes itself."""
+    assert library.unavailable("ort") is None
+    assert library.native_info("ort")["isa"] in {"portable", "avx2", "avx512"}

@@ -1,0 +1,46 @@
+"""Writes plugins/csrc/contract.h (``python -m rankbook.tools.contract_header``): C++ spells no operator string."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rankbook.plugins import contract, layout
+
+
+def header_text() -> str:
+    """Return the header that belongs to the contract."""
+    lines = [
+        "#pragma once",
+        "",
+        "// Generated from plugins/contract.py: `python -m rankbook.tools.contract_header`. A test finds a stale one.",
+        "",
+        "namespace rankbook::contract {",
+        "",
+        f'inline constexpr const char* kDomain = "{contract.DOMAIN}";',
+        f"inline constexpr int kBits[] = {{{', '.join(map(str, layout.BITS))}}};",
+    ]
+    attributes = contract.OPERATORS[contract.op_name(contract.MATMUL, layout.BITS[0])].attributes
+    names = [attribute.name for attribute in attributes if attribute.kind == "int"]
+    lines += [f'inline constexpr const char* k{_camel(name)} = "{name}";' for name in names]
+    for kind in contract.KINDS:
+        operator = contract.OPERATORS[contract.op_name(kind, layout.BITS[0])]
+        lines += ["", f"struct {kind} {{", f'  static constexpr const char* kName = "{kind}";']
+        lines.append(
+            f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in operator.input_names())}, kInputCount }};"
+        )
+        quoted = ", ".join(f'"{name}"' for name in operator.input_names())
+        lines += [f"  static constexpr const char* kInputs[] = {{{quoted}}};", "};"]
+    return "\n".join([*lines, "", "}  // namespace rankbook::contract", ""])
+
+
+def header_path() -> Path:
+    """Return where the header lies in a checkout."""
+    return Path(contract.__file__).resolve().parent / "csrc" / "contract.h"
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+if __name__ == "__main__":
+    header_path().write_text(header_text(), encoding="utf-8")
