@@ -1,0 +1,132 @@
+"""Judging a model by its outputs: perplexity, divergence from a reference, and agreement on the likeliest token.
+
+Works on anything that turns tokens into logits, so that PyTorch models and ONNX files are judged by the same code.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LogitsFunction = Callable[[Tensor], Any]
+"""Tokens (windows, length) int64 to logits (windows, length, vocabulary), as a tensor or a numpy array."""
+
+POSITIONS_AT_ONCE = 128
+"""Positions whose probabilities are in memory at once."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """How well a model predicts.
+
+    Attributes:
+        perplexity: Exponential of the mean negative log-likelihood of each token but the first of its window.
+        kl: Mean over the same positions of KL(reference || model) in nats, None without a reference.
+        top1_agreement: Share of the positions where both find the same token likeliest, None without a reference.
+        tokens: Tokens predicted.
+        seconds: Wall time of the model under test, the reference's not included.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    tokens: int
+    seconds: float
+
+
+def evaluate(
+    logits_fn: LogitsFunction,
+    windows: Tensor,
+    reference_logits_fn: LogitsFunction | None = None,
+    *,
+    batch: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> EvalResult:
+    """Evaluate a model on non-overlapping windows; every window is seen without those before it.
+
+    Only the logits of ``batch`` windows (twice, with a reference) are in memory at once. Sums are in float64 and in
+    the order of the windows, so the result repeats exactly where the logits do.
+
+    Args:
+        logits_fn: The model.
+        windows: (windows, length) int64, see `rankbook.calibration.data.token_windows`.
+        reference_logits_fn: The unquantized model, on the same tokens.
+        batch: Windows per call.
+        progress: Called with the fraction done.
+
+    Raises:
+        ValueError: No windows, windows of fewer than two tokens, or logits of the wrong shape.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(f"windows have shape {tuple(windows.shape)}; give at least one window of at least two tokens")
+    sums = torch.zeros(3, dtype=torch.float64)
+    seconds = 0.0
+    for done, tokens in enumerate(torch.split(windows, batch)):
+        start = time.monotonic()
+        logits = _logits(logits_fn, tokens)
+        seconds += time.monotonic() - start
+        reference = None if reference_logits_fn is None else _logits(reference_logits_fn, tokens)
+        if reference is not None and reference.shape != logits.shape:
+            raise ValueError(
+                f"the model gives logits {tuple(logits.shape)}, the reference {tuple(reference.shape)}:"
+                " they do not share a vocabulary and cannot be compared"
+            )
+        sums += _sums(logits, reference, tokens)
+        if progress is not None:
+            progress(min(1.0, (done + 1) * batch / len(windows)))
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    loss, divergence, agreement = (float(value) / count for value in sums)
+    with_reference = reference_logits_fn is not None
+    return EvalResult(
+        perplexity=math.exp(loss) if loss < 700 else math.inf,  # exp overflows a double beyond 709
+        kl=divergence if with_reference else None,
+        top1_agreement=agreement if with_reference else None,
+        tokens=count,
+        seconds=seconds,
+    )
+
+
+def model_logits(model: Any) -> LogitsFunction:
+    """Return the logits function of a transformers model; packed layers should be materialized before."""
+
+    @torch.no_grad()
+    def logits(tokens: Tensor) -> Any:
+        return model(input_ids=tokens, use_cache=False).logits
+
+    return logits
+
+
+def _logits(function: LogitsFunction, tokens: Tensor) -> Tensor:
+    logits = torch.as_tensor(function(tokens))
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} for tokens {tuple(tokens.shape)}; a model that gives logits for"
+            " every position is needed (an ONNX file exported with --logits all)"
+        )
+    return logits
+
+
+def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
+    """Return the sums over positions of negative log-likelihood, divergence and agreement, float64 (3,)."""
+    vocabulary = logits.shape[-1]
+    flat = logits[:, :-1].reshape(-1, vocabulary)
+    wanted = tokens[:, 1:].reshape(-1)
+    other = None if reference is None else reference[:, :-1].reshape(-1, vocabulary)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for begin in range(0, len(flat), POSITIONS_AT_ONCE):
+        part = slice(begin, begin + POSITIONS_AT_ONCE)
+        log_q = flat[part].float().log_softmax(-1)
+        sums[0] -= log_q.gather(1, wanted[part, None]).double().sum()
+        if other is not None:
+            log_p = other[part].float().log_softmax(-1)
+            # Where the reference gives no probability at all (a masked token), the term is 0, not 0 * infinity.
+            terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
+            sums[1] += terms.sum(-1).double().sum()
+            sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    return sums
