@@ -13,12 +13,19 @@
 namespace rankbook {
 namespace {
 
+// Loops over registers must be unrolled completely, whatever the compiler thinks of the code size.
+#if defined(__clang__)
+#define RANKBOOK_UNROLL _Pragma("unroll")
+#else
+#define RANKBOOK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 using F = Simd::F;
 using I = Simd::I;
 
 inline constexpr int kVectors = 2;                          // vectors of rows that a loop carries at a time
 inline constexpr int kTile = kVectors * Simd::kLanes;       // rows of them: 32, 16 or 8 of the panel
-inline constexpr int kMaxPlanes = 4;                        // planes per pass; more take further passes over the codes
+inline constexpr int kMaxPlanes = Simd::kPlanes;            // planes per pass; more take further passes over the codes
 inline constexpr int64_t kPrefetchBytes = 4096;             // without it a third of the bandwidth is lost
 
 // ---------------------------------------------------------------------------------------------- code extraction
@@ -30,6 +37,7 @@ struct HalfBlock {
   I words[kWords];
 
   explicit HalfBlock(const uint8_t* block) {
+    RANKBOOK_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = Simd::load_words(block + (kBits == 3 ? i : kHalf * kWords + i) * kWordBytes);
   }
 
@@ -118,14 +126,18 @@ struct GroupSums {
   F sum[kPlanes][kVectors][kChains];
 
   GroupSums() {
+    RANKBOOK_UNROLL
     for (auto& plane : sum) {
+      RANKBOOK_UNROLL
       for (auto& vector : plane) {
+        RANKBOOK_UNROLL
         for (F& chain : vector) chain = Simd::zero();
       }
     }
   }
   F total(int plane, int vector) const {
     F out = sum[plane][vector][0];
+    RANKBOOK_UNROLL
     for (int chain = 1; chain < kChains; ++chain) out = Simd::add(out, sum[plane][vector][chain]);
     return out;
   }
@@ -135,12 +147,14 @@ template <int kBits, int kHalf, int kPlanes, class Rows, int... kIndex>
 inline void dot_half_block(const uint8_t* block, const float* x, const Rows& rows, GroupSums<kPlanes>& sums,
                            std::integer_sequence<int, kIndex...>) {
   constexpr int kChains = GroupSums<kPlanes>::kChains;
+  RANKBOOK_UNROLL
   for (int vector = 0; vector < kVectors; ++vector) {
     const HalfBlock<kBits, kHalf> codes(block + vector * Simd::kLanes * 4);
     const auto one = [&](auto index) {
       constexpr int kInput = decltype(index)::value;
       const I code = codes.template code<kInput>();
       const F input = Simd::set(x[kInput]);
+      RANKBOOK_UNROLL
       for (int plane = 0; plane < kPlanes; ++plane) {
         F& sum = sums.sum[plane][vector][kInput % kChains];
         sum = Simd::fma(rows.row[plane](code), input, sum);
@@ -160,6 +174,7 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
   const uint8_t* codes = panel_codes(weight, panel) + row * 4;
   const int64_t halves = half_blocks_per_group(weight);
   F total[kVectors];
+  RANKBOOK_UNROLL
   for (int vector = 0; vector < kVectors; ++vector) total[vector] = Simd::load(y + vector * Simd::kLanes);
   int64_t half = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
@@ -175,8 +190,10 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
         dot_half_block<kCodeBits, 1>(block, x + half * kHalfBlock, rows, sums, kInputs);
       }
     }
+    RANKBOOK_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) {
       const int at = row + vector * Simd::kLanes;
+      RANKBOOK_UNROLL
       for (int plane = 0; plane < kPlanes; ++plane) {
         total[vector] = Simd::fma(param(weight, panel, group, begin + plane, at), sums.total(plane, vector), total[vector]);
       }
@@ -186,6 +203,7 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
       }
     }
   }
+  RANKBOOK_UNROLL
   for (int vector = 0; vector < kVectors; ++vector) Simd::store(y + vector * Simd::kLanes, total[vector]);
 }
 
@@ -194,6 +212,7 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
 template <int kBits, int kHalf, int kPlanes, class Rows, int... kIndex>
 inline void decode_half_block(const uint8_t* block, const Rows& rows, const F (*params)[kVectors], const F* offsets,
                               bool first, float* out, std::integer_sequence<int, kIndex...>) {
+  RANKBOOK_UNROLL
   for (int vector = 0; vector < kVectors; ++vector) {
     const HalfBlock<kBits, kHalf> codes(block + vector * Simd::kLanes * 4);
     const auto one = [&](auto index) {
@@ -201,6 +220,7 @@ inline void decode_half_block(const uint8_t* block, const Rows& rows, const F (*
       const I code = codes.template code<kInput>();
       float* to = out + kInput * kPanel + vector * Simd::kLanes;
       F weight = first ? offsets[vector] : Simd::load(to);
+      RANKBOOK_UNROLL
       for (int plane = 0; plane < kPlanes; ++plane) weight = Simd::fma(params[plane][vector], rows.row[plane](code), weight);
       Simd::store(to, weight);
     };
@@ -224,8 +244,10 @@ void decode_tile(const CodebookWeight& weight, int64_t panel, int row, int begin
     const int64_t group = half / halves;
     if (group != loaded) {
       loaded = group;
+      RANKBOOK_UNROLL
       for (int vector = 0; vector < kVectors; ++vector) {
         const int at = row + vector * Simd::kLanes;
+        RANKBOOK_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) params[plane][vector] = param(weight, panel, group, begin + plane, at);
         offsets[vector] = first && weight.has_offset ? param(weight, panel, group, weight.planes, at) : Simd::zero();
       }
@@ -246,18 +268,25 @@ void decode_tile(const CodebookWeight& weight, int64_t panel, int row, int begin
 template <int kTokens>
 void gemm_tile(const float* x, int64_t stride, const float* w, int64_t depth, float* acc) {
   F sum[kTokens][kVectors];
+  RANKBOOK_UNROLL
   for (int token = 0; token < kTokens; ++token) {
+    RANKBOOK_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) sum[token][vector] = Simd::load(acc + token * kPanel + vector * Simd::kLanes);
   }
   for (int64_t k = 0; k < depth; ++k) {
     F row[kVectors];
+    RANKBOOK_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) row[vector] = Simd::load(w + k * kPanel + vector * Simd::kLanes);
+    RANKBOOK_UNROLL
     for (int token = 0; token < kTokens; ++token) {
       const F input = Simd::set(x[token * stride + k]);
+      RANKBOOK_UNROLL
       for (int vector = 0; vector < kVectors; ++vector) sum[token][vector] = Simd::fma(input, row[vector], sum[token][vector]);
     }
   }
+  RANKBOOK_UNROLL
   for (int token = 0; token < kTokens; ++token) {
+    RANKBOOK_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) Simd::store(acc + token * kPanel + vector * Simd::kLanes, sum[token][vector]);
   }
 }
@@ -292,13 +321,15 @@ struct Tiles {
   DecodeTile decode;
 };
 
+template <int kBits, int... kIndex>
+const Tiles& pick_planes(int planes, std::integer_sequence<int, kIndex...>) {
+  static constexpr Tiles kTiles[] = {{gemv_tile<kBits, kIndex + 1>, decode_tile<kBits, kIndex + 1>}...};
+  return kTiles[planes - 1];
+}
+
 template <int kBits>
 const Tiles& pick_planes(int planes) {
-  static constexpr Tiles kTiles[kMaxPlanes] = {{gemv_tile<kBits, 1>, decode_tile<kBits, 1>},
-                                               {gemv_tile<kBits, 2>, decode_tile<kBits, 2>},
-                                               {gemv_tile<kBits, 3>, decode_tile<kBits, 3>},
-                                               {gemv_tile<kBits, 4>, decode_tile<kBits, 4>}};
-  return kTiles[planes - 1];
+  return pick_planes<kBits>(planes, std::make_integer_sequence<int, kMaxPlanes>{});
 }
 
 const Tiles& pick_tiles(const CodebookWeight& weight, int planes) {
