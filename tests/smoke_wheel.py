@@ -6,6 +6,7 @@ but does not run the editable install that lies there. So a module that the whee
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +31,12 @@ print(len(names), "modules imported from", home)
 """
 
 
+NATIVE = """
+from rankbook.plugins import library
+print(library.unavailable("ort") or library.native_info("ort"))
+"""
+
+
 def run(*command: str) -> None:
     """Run a command outside the checkout; stop with its output when it fails."""
     done = subprocess.run(command, cwd=sys.prefix, capture_output=True, text=True, check=False, timeout=300)
@@ -49,6 +56,9 @@ def main() -> None:
     lent = sysconfig.get_path("purelib")
     (packages / "lent_dependencies.pth").write_text(f"{lent}\n", encoding="utf-8")
     run(str(python), "-c", MODULES)
+    run(str(python), "-c", NATIVE)
+    if "RANKBOOK_EXPECT_NATIVE" in os.environ and not list(packages.glob("rankbook/plugins/lib/*.so")):
+        sys.exit("the wheel does not hold the native library, although the checkout could build it")
     command = str(python.with_name("rankbook"))
     run(command, "--help")
     run(command, "doctor", "--json")

@@ -23,9 +23,7 @@ OWN_LIBRARIES = {
     "plugins": frozenset({"numpy"}),
     "calibration": frozenset({"numpy", "torch", "safetensors"}),
     "exporter": frozenset({"numpy", "torch", "safetensors", "onnx", "onnx_ir", "ml_dtypes"}),
-    "tools": frozenset(
-        {"numpy", "torch", "safetensors", "onnx", "onnx_ir", "ml_dtypes", "rich", "typer", "click", "yaml", "tomli"}
-    ),
+    "tools": frozenset({"numpy", "torch", "safetensors", "onnx", "onnx_ir", "ml_dtypes", "rich", "yaml"}),
 }
 """Third-party packages that a part may import at the top of a module."""
 
