@@ -15,17 +15,27 @@ The padding of rows and columns to whole panels and blocks is decoded too; x is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import onnx
 from onnx import TensorProto
 
-from rankbook.exporter.functions import FunctionWriter
+from rankbook.exporter.functions import FunctionWriter, dequantize_function
 from rankbook.plugins import contract, layout
 
 _FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 _ORDER_3 = [0, 2, 4, 1, 3, 5, 6, 7]
 """Order in which the fields of a 3-bit unit come out of its bytes A, B and C."""
+
+
+def functions(op_types: Iterable[str]) -> list[onnx.FunctionProto]:
+    """Return the functions that a file with these operators needs, each once.
+
+    Raises:
+        KeyError: There is no such operator.
+    """
+    return [*(body(name) for name in sorted(set(op_types))), dequantize_function()]
 
 
 @cache
@@ -53,7 +63,8 @@ def body(op_type: str) -> onnx.FunctionProto:
 def _matmul(writer: FunctionWriter, bits: int, low_rank: bool) -> None:
     node, ints = writer.node, writer.ints
     in_features, out_features = writer.attribute("in_features"), writer.attribute("out_features")
-    words = node("DequantizeLinear", "codes", writer.floats(1))  # (NP, KB, b, 32, 4)
+    x = node("Slice", "x", ints([0]), in_features, ints([-1]))  # all of x; see functions.py
+    words = writer.dequantize("codes")  # (NP, KB, b, 32, 4)
     words = node("Transpose", words, perm=[0, 3, 2, 1, 4] if bits == 3 else [0, 3, 1, 2, 4])
     words = node("Reshape", words, ints([0, 0, 3 if bits == 3 else 1, -1]))  # (NP, 32, 1 or 3, units)
     params = node("Transpose", _params(writer), perm=[0, 3, 1, 2])  # (NP, 32, G, Q)
@@ -61,7 +72,7 @@ def _matmul(writer: FunctionWriter, bits: int, low_rank: bool) -> None:
     fields = _fields(writer, words, bits)  # (NP, 32, fields, units)
     index = node("Add", fields, _group_starts(writer, in_features, writer.size(fields, 3), writer.size(table, 2), bits))
     weight = writer.node("CastLike", _look_up(writer, table, index), "x")
-    product = node("Gemm", _permuted(writer, in_features, writer.size(fields, 3), bits), weight, transB=1)
+    product = node("Gemm", _permuted(writer, x, in_features, writer.size(fields, 3), bits), weight, transB=1)
     product = node("Slice", product, ints([0]), out_features, ints([1]))
     product = node("Reshape", product, node("Concat", node("Shape", "x", start=0, end=-1), out_features, axis=0))
     if low_rank:
@@ -73,9 +84,10 @@ def _gather(writer: FunctionWriter, bits: int) -> None:
     node, ints = writer.node, writer.ints
     in_features = writer.attribute("in_features")
     ids = node("Reshape", "indices", ints([-1, 1]))
+    ids = node("Slice", ids, ints([0]), ints([1]), ints([1]))  # all of them; see functions.py
     panel = node("Div", ids, ints([layout.PANEL]))
     lane = node("Sub", ids, node("Mul", panel, ints([layout.PANEL])))
-    words = node("DequantizeLinear", "codes", writer.floats(1))  # (NP, KB, b, 32, 4)
+    words = writer.dequantize("codes")  # (NP, KB, b, 32, 4)
     order = node("Range", ints(0), _scalar(writer, node("Mul", writer.size(words, 1), ints([bits]))), ints(1))
     if bits == 3:  # all A, then all B, then all C
         order = node("Reshape", node("Transpose", node("Reshape", order, ints([-1, 3])), perm=[1, 0]), ints([-1]))
@@ -108,7 +120,7 @@ def _rows(writer: FunctionWriter, values: str, panel: str, lane: str, order: str
 
 def _params(writer: FunctionWriter) -> str:
     """Return the group parameters in float32, (NP, G, Q, 32)."""
-    codes = writer.node("DequantizeLinear", "params", writer.floats(1))
+    codes = writer.dequantize("params")
     scaled = writer.node("Mul", codes, writer.node("Cast", "step", to=TensorProto.FLOAT))
     return writer.node("Add", scaled, "base")
 
@@ -168,12 +180,12 @@ def _look_up(writer: FunctionWriter, table: str, index: str) -> str:
     return node("GatherElements", node("Flatten", table, axis=2), node("Flatten", index, axis=2), axis=1)
 
 
-def _permuted(writer: FunctionWriter, in_features: str, units: str, bits: int) -> str:
+def _permuted(writer: FunctionWriter, x: str, in_features: str, units: str, bits: int) -> str:
     """Return x as (rows, fields * units): padded to whole blocks, in the order of the decoded weight."""
     node, ints = writer.node, writer.ints
     count = ints([_FIELDS[bits]])
     missing = node("Sub", node("Mul", units, count), in_features)
-    x = node("Pad", "x", node("Concat", ints([0]), missing, axis=0), "", ints([-1]))
+    x = node("Pad", x, node("Concat", ints([0]), missing, axis=0), "", ints([-1]))
     x = node("Transpose", node("Reshape", x, node("Concat", ints([-1]), units, count, axis=0)), perm=[0, 2, 1])
     if bits == 3:
         x = node("Gather", x, ints(_ORDER_3), axis=1)
@@ -184,7 +196,7 @@ def _branch(writer: FunctionWriter) -> str:
     """Return ``(x @ down.T) @ up.T``."""
     value = "x"
     for name in ("down", "up"):
-        factor = writer.node("DequantizeLinear", name, writer.floats(1))
+        factor = writer.dequantize(name)
         factor = writer.node("Mul", factor, writer.node("Cast", f"{name}_scale", to=TensorProto.FLOAT))
         factor = writer.node("Transpose", writer.node("CastLike", factor, "x"), perm=[1, 0])
         value = writer.node("MatMul", value, factor)

@@ -9,8 +9,29 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from rankbook.plugins import contract
+
 OPSET = 23
 """Version of the default ONNX domain in the model and in the bodies of the operators."""
+DEQUANTIZE = "RankbookDequantize"
+"""Name of the function that turns INT8 into float32; every DequantizeLinear of a file is in it."""
+_DEQUANTIZE_NODE = "ONNXTRT_ShapeSlice"
+"""Name of the DequantizeLinear node.
+
+The ONNX parser of TensorRT first gives a DequantizeLinear layer the bare name of its node and then a unique one. In
+TensorRT-RTX 1.7 the first step fails if another layer has that name, as it has where a function is used twice. With
+this name it works: the parser itself hands it out for a Slice (so it is taken, and suffixes are added) and renames that
+layer at once (so no layer has it). A function must therefore have a Slice before its first `FunctionWriter.dequantize`,
+and since ONNX Runtime refuses two nodes of one name in a function, the node has a function of its own.
+"""
+
+
+def dequantize_function() -> onnx.FunctionProto:
+    """Return the function `DEQUANTIZE`: INT8 codes to float32 values."""
+    one = helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.float32(1)))
+    values = helper.make_node("DequantizeLinear", ["codes", "one"], ["values"], name=_DEQUANTIZE_NODE)
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_function(contract.DOMAIN, DEQUANTIZE, ["codes"], ["values"], [one, values], opsets)
 
 
 class FunctionWriter:
@@ -19,12 +40,18 @@ class FunctionWriter:
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
+        self._calls = False
 
     def node(self, op_type: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Append a node of the default domain; an empty input is one left out."""
         output = output or f"t{len(self._nodes)}"
         self._nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
         return output
+
+    def dequantize(self, codes: str) -> str:
+        """Return the INT8 tensor ``codes`` in float32, by way of `dequantize_function`."""
+        self._calls = True
+        return self.node(DEQUANTIZE, codes, domain=contract.DOMAIN)
 
     def floats(self, values: npt.ArrayLike) -> str:
         """Return a float32 constant."""
@@ -50,8 +77,10 @@ class FunctionWriter:
         self, domain: str, name: str, inputs: list[str], outputs: list[str], attributes: list[str]
     ) -> onnx.FunctionProto:
         """Return the function."""
-        opset = [helper.make_opsetid("", OPSET)]
-        return helper.make_function(domain, name, inputs, outputs, self._nodes, opset, attributes=attributes)
+        opsets = [helper.make_opsetid("", OPSET)]
+        if self._calls:
+            opsets.append(helper.make_opsetid(contract.DOMAIN, contract.VERSION))
+        return helper.make_function(domain, name, inputs, outputs, self._nodes, opsets, attributes=attributes)
 
     def _constant(self, values: npt.NDArray[np.generic]) -> str:
         key = (values.tobytes(), values.dtype.name, values.shape)

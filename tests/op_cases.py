@@ -13,7 +13,7 @@ from onnx import helper
 from rankbook.calibration.layer_meta import LayerMeta
 from rankbook.calibration.record import QuantizedLinear
 from rankbook.exporter import emit
-from rankbook.exporter.bodies import body
+from rankbook.exporter.bodies import functions
 from rankbook.exporter.functions import OPSET
 from rankbook.plugins import contract, reference
 from tests.calibration.records import FORMS, random_record
@@ -71,7 +71,7 @@ def op_model(record: QuantizedLinear, kind: str = "", dtype: str = "float32") ->
         constants,
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[body(op.name)], ir_version=11)
+    return helper.make_model(graph, opset_imports=opsets, functions=functions([op.name]), ir_version=11)
 
 
 def activations(record: QuantizedLinear, kind: str = "", seed: int = 0) -> np.ndarray[Any, Any]:

@@ -1,0 +1,70 @@
+"""Attention and its mask as transformers should compute them while a graph is traced.
+
+One ONNX Attention node per layer, with fewer key than query heads where the model has them, and one boolean mask per
+kind of layer, computed from index comparisons only: what transformers builds by itself indexes the padding mask
+element by element, and asks whether the sequence has one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATION = "rankbook_export"
+"""Name under which `register` makes the functions known to transformers."""
+
+
+def register() -> None:
+    """Make `attend` and `mask` known to transformers; doing so twice is harmless."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
+
+
+def attend(
+    module: torch.nn.Module,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention output (batch, sequence, heads, size) of query (batch, heads, sequence, size).
+
+    Raises:
+        ValueError: The model asks for something that the ONNX operator cannot do.
+    """
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention with {name} cannot be exported to the ONNX Attention operator")
+    output = torch.onnx.ops.attention(
+        query, key, value, attention_mask, scale=scaling, softcap=0.0 if softcap is None else float(softcap)
+    )[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+def mask(
+    *,
+    q_length: int,
+    q_offset: int = 0,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    attention_mask: Tensor,
+    **_: Any,
+) -> Tensor:
+    """Return which keys each query sees, bool (batch, 1, sequence, past + sequence).
+
+    A query always sees itself, so that the rows of padding have something to normalize: a row without any key is NaN in
+    some runtimes, and the NaN would spread through the values of later layers.
+    """
+    query = (torch.arange(q_length) + q_offset)[None, None, :, None]
+    # The length is taken from the mask: it equals past + sequence, but torch.export knows it as a size of its own.
+    key = torch.arange(attention_mask.shape[1])[None, None, None, :]
+    first = torch.zeros((), dtype=torch.int64)  # batch and head, of which no supported pattern depends
+    return mask_function(first, first, query, key) & (attention_mask[:, None, None, :] | (query == key))

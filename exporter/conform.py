@@ -1,0 +1,188 @@
+"""Checks the nodes of our domain in a model against their contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from rankbook.plugins import contract
+
+_MAX_LISTED = 100
+
+
+def check_model(path: str | Path) -> list[str]:
+    """Return the problems of the model at ``path``, each naming its node and port; an empty list if there are none.
+
+    Reads the graph only, not the data file (whose presence and size are checked).
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.onnx"
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        return [f"{path} does not exist; give a file or folder written by 'rankbook export'"]
+    except Exception as error:  # protobuf has several error types, which differ between its versions
+        return [f"{path} is not a readable ONNX model ({error}); it is truncated or another format: export it again"]
+    return [*check_proto(model), *_check_data(model, path)][:_MAX_LISTED]
+
+
+def check_proto(model: onnx.ModelProto) -> list[str]:
+    """Return the problems of a model in memory."""
+    nodes = [node for node in model.graph.node if node.domain == contract.DOMAIN]
+    if not nodes:
+        return [
+            f"the model has no node of domain {contract.DOMAIN!r}, so it is not a file of rankbook;"
+            " give one written by 'rankbook export'"
+        ]
+    problems = list(_check_imports(model, nodes))
+    values = _Values(model)
+    for node in nodes:
+        where = f"{node.op_type} node {node.name or node.output[0]!r}"
+        problems += [f"{where}: {problem}" for problem in _check_node(node, values)]
+    return problems
+
+
+class _Values:
+    """Types and shapes of the values of a graph."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        infos = [*graph.input, *graph.output, *graph.value_info]
+        self._infos = {info.name: info.type.tensor_type for info in infos}
+
+    def dtype(self, name: str) -> str | None:
+        """Return the numpy name of an element type, or None if it is unknown."""
+        tensor = self.initializers.get(name)
+        if tensor is not None:
+            return _dtype(tensor.data_type)
+        info = self._infos.get(name)
+        return None if info is None or not info.elem_type else _dtype(info.elem_type)
+
+    def shape(self, name: str) -> tuple[int | None, ...] | None:
+        """Return a shape with None for dynamic sizes, or None if it is unknown."""
+        tensor = self.initializers.get(name)
+        if tensor is not None:
+            return tuple(tensor.dims)
+        info = self._infos.get(name)
+        if info is None or not info.HasField("shape"):
+            return None
+        return tuple(size.dim_value if size.HasField("dim_value") else None for size in info.shape.dim)
+
+
+def _check_imports(model: onnx.ModelProto, nodes: list[Any]) -> Iterator[str]:
+    version = next((item.version for item in model.opset_import if item.domain == contract.DOMAIN), None)
+    if version != contract.VERSION:
+        yield (
+            f"the model imports version {version} of domain {contract.DOMAIN!r}; this rankbook knows version"
+            f" {contract.VERSION}: export the model again"
+        )
+    bodies = {function.name for function in model.functions if function.domain == contract.DOMAIN}
+    for name in sorted({node.op_type for node in nodes} - bodies):
+        yield f"the model has no function for {name}, so stock runtimes cannot run it; export it again"
+
+
+def _check_node(node: Any, values: _Values) -> Iterator[str]:
+    op = contract.OPERATORS.get(node.op_type)
+    if op is None:
+        yield f"unknown operator; known are {', '.join(contract.OPERATORS)}"
+        return
+    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    broken = [problem for wanted in op.attributes for problem in _check_attribute(wanted, attributes)]
+    unknown = sorted(set(attributes) - {attribute.name for attribute in op.attributes})
+    yield from broken
+    if unknown:
+        yield f"unknown attributes {unknown}"
+    names = op.input_names()
+    if len(node.input) != len(names) or len(node.output) != len(op.outputs) or not all(node.input):
+        yield f"has {len(node.input)} inputs and {len(node.output)} outputs; the contract asks for {names} and 'y'"
+        return
+    if broken:
+        return
+    sizes = contract.known_sizes(op.bits, attributes["out_features"], attributes["in_features"])
+    for port, name in zip((*op.inputs, *op.outputs), (*node.input, *node.output), strict=True):
+        yield from _check_port(port, name, values, sizes)
+    yield from _check_sizes(sizes, attributes)
+
+
+def _check_attribute(wanted: contract.Attribute, attributes: dict[str, Any]) -> Iterator[str]:
+    value = attributes.get(wanted.name)
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if value is None:
+        yield f"attribute {wanted.name!r} is missing"
+    elif wanted.kind == "string" and value != wanted.value:
+        yield f"attribute {wanted.name!r} is {value!r}; it must be {wanted.value!r}"
+    elif wanted.kind == "int" and not (isinstance(value, int) and wanted.low <= value <= wanted.high):
+        yield f"attribute {wanted.name!r} is {value!r}; it must be an integer in [{wanted.low}, {wanted.high}]"
+
+
+def _check_port(port: contract.Port, name: str, values: _Values, sizes: dict[str, int]) -> Iterator[str]:
+    """Check one port; letters that its shape binds are added to ``sizes``."""
+    where = f"port {port.name!r} ({name})"
+    if port.constant and name not in values.initializers:
+        yield f"{where} must be an initializer, so that engines keep it packed"
+        return
+    dtype, shape = values.dtype(name), values.shape(name)
+    if dtype is not None and dtype not in port.dtypes:
+        yield f"{where} is {dtype}; allowed are {', '.join(port.dtypes)}"
+    if shape is None:
+        if not port.constant:
+            yield f"{where} has no known shape"
+        return
+    if not port.constant:
+        yield from _check_activation(port, where, shape, sizes)
+        return
+    known = tuple(size for size in shape if size is not None)
+    for allowed in port.shapes:
+        found = contract.match_shape(allowed, known, sizes)
+        if found is not None:
+            sizes |= found
+            return
+    yield f"{where} has shape {shape}; allowed are {_spell(port.shapes)} with {sizes}"
+
+
+def _check_activation(
+    port: contract.Port, where: str, shape: tuple[int | None, ...], sizes: dict[str, int]
+) -> Iterator[str]:
+    last = port.shapes[0][-1]
+    if last == "...":
+        return
+    want = sizes[str(last)]
+    if not shape or (shape[-1] is not None and shape[-1] != want):
+        yield f"{where} has shape {shape}; its last size must be {last} = {want}"
+
+
+def _check_sizes(sizes: dict[str, int], attributes: dict[str, Any]) -> Iterator[str]:
+    if sizes["K"] % sizes.get("G", 1):
+        yield f"port 'params': {sizes['G']} groups do not divide K = {sizes['K']}"
+    if sizes.get("Q", 2) < 1 + attributes["offset"]:
+        yield f"port 'levels': {sizes['Q']} planes with offset = {attributes['offset']}; at least one must hold levels"
+
+
+def _check_data(model: onnx.ModelProto, path: Path) -> Iterator[str]:
+    needed: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {item.key: item.value for item in tensor.external_data}
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            needed[entries["location"]] = max(needed.get(entries["location"], 0), end)
+    for name, end in needed.items():
+        file = path.parent / name
+        if not file.is_file():
+            yield f"{file} is missing; {path.name} keeps its weights there: copy both, or export again"
+        elif file.stat().st_size < end:
+            yield f"{file} has {file.stat().st_size} bytes, {path.name} needs {end}: truncated, export again"
+
+
+def _spell(shapes: tuple[contract.Shape, ...]) -> str:
+    return " or ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
+
+
+def _dtype(elem_type: int) -> str:
+    name = onnx.TensorProto.DataType.Name(elem_type).lower()
+    return "float32" if name == "float" else name

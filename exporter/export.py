@@ -1,0 +1,189 @@
+"""The pipeline from a checkpoint to a folder with one ONNX model."""
+
+from __future__ import annotations
+
+import collections
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from rankbook.calibration.files import check_replaceable, replaced_folder
+from rankbook.exporter import conform, external
+from rankbook.exporter.passes.attention import DecomposeAttention
+from rankbook.exporter.passes.functions import AddBodies
+from rankbook.exporter.passes.metadata import AddMetadata
+from rankbook.exporter.passes.shapes import InferShapes
+from rankbook.exporter.passes.weights import BindWeights
+from rankbook.exporter.skeleton import build
+from rankbook.exporter.trace import LOGITS, trace
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+"""Names of the graph and of its weights in the output folder."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Dtypes of activations and of weights that are not quantized."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        folder: Output folder.
+        model_bytes: Size of the graph's file.
+        data_bytes: Size of the weights' file.
+        packed_bytes: Stored bytes of the packed layers, counted once where they are shared.
+        other_bytes: Bytes of all other tensors.
+        layers: Packed layers.
+        bits_per_weight: Stored bits per weight of the packed layers, biases left out.
+        nodes: Number of nodes by op_type; operators of ours by their name.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        logits: ``last`` or ``all``.
+        opset: Version of the standard operators.
+        data_sha256: Hash of the weights' file.
+        seconds: Wall-clock time.
+    """
+
+    folder: str
+    model_bytes: int
+    data_bytes: int
+    packed_bytes: int
+    other_bytes: int
+    layers: int
+    bits_per_weight: float
+    nodes: Mapping[str, int]
+    dtype: str
+    logits: str
+    opset: int
+    data_sha256: str
+    seconds: float
+
+
+def export(
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: str = "fp32",
+    logits: str = "last",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write ``model.onnx``, its weights, and the tokenizer and configuration files beside them.
+
+    Memory: the largest single tensor; all others are read from the memory-mapped checkpoint and written one by one.
+
+    Args:
+        checkpoint_dir: What ``rankbook quantize`` wrote.
+        output_dir: Folder of the result; an earlier result there is replaced when the new one is complete.
+        dtype: One of `DTYPES`.
+        logits: One of `rankbook.exporter.trace.LOGITS`.
+        progress: Called while stages run.
+
+    Raises:
+        ValueError: An unknown dtype or logits.
+        CheckpointError: The checkpoint is missing, damaged or of another version.
+        FileExistsError: ``output_dir`` holds something else.
+        RuntimeError: The model cannot be traced, or the result breaks the contract of an operator.
+        OSError: Writing failed; what was in ``output_dir`` is unchanged.
+    """
+    started = time.monotonic()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {tuple(DTYPES)}")
+    if logits not in LOGITS:
+        raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
+    output = Path(output_dir).absolute()
+    check_replaceable(output, MODEL)
+    checkpoint = open_checkpoint(checkpoint_dir)
+    report = progress or _silent
+    report("trace", 0, 1)
+    model = build_model(checkpoint, dtype=dtype, logits=logits)
+    with replaced_folder(output, MODEL) as folder:
+        digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))
+        model.metadata_props["rankbook.data_sha256"] = digest
+        ir.save(model, folder / MODEL)
+        _copy_extras(checkpoint, folder)
+        if problems := conform.check_model(folder / MODEL):
+            raise RuntimeError("the exported model breaks the contract of its operators: " + "; ".join(problems))
+        report("check", 0, 1)
+        onnx.checker.check_model(str(folder / MODEL), full_check=True)
+    packed, other, weights = _sizes(model, checkpoint)
+    return ExportReport(
+        folder=str(output),
+        model_bytes=(output / MODEL).stat().st_size,
+        data_bytes=(output / DATA).stat().st_size,
+        packed_bytes=packed,
+        other_bytes=other,
+        layers=len(checkpoint.layers),
+        bits_per_weight=_packed_bits(checkpoint) / weights,
+        nodes=dict(collections.Counter(node.op_type for node in model.graph)),
+        dtype=dtype,
+        logits=logits,
+        opset=model.opset_imports[""],
+        data_sha256=digest,
+        seconds=time.monotonic() - started,
+    )
+
+
+def build_model(checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "last") -> ir.Model:
+    """Return the model of a checkpoint; its large tensors are lazy."""
+    skeleton = build(checkpoint, DTYPES[dtype])
+    model = trace(skeleton, logits)
+    passes: list[ir.passes.InPlacePass] = [
+        common.ClearMetadataAndDocStringPass(),
+        BindWeights(checkpoint, skeleton),
+        common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
+        DecomposeAttention(),
+        common.RemoveUnusedNodesPass(),
+        AddBodies(),
+        InferShapes(),
+        AddMetadata(checkpoint, {"rankbook.dtype": dtype, "rankbook.logits": logits}),
+    ]
+    for step in passes:
+        step(model)
+    return model
+
+
+def _copy_extras(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy everything of the checkpoint but weights and manifest: tokenizer, configuration, chat template."""
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.is_file() and path.name != MANIFEST and ".safetensors" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _sizes(model: ir.Model, checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Return bytes of packed tensors, bytes of others, and the number of packed weights."""
+    owners = {name for name, meta in checkpoint.layers.items() if not meta.shared_with}
+    packed = other = 0
+    for name, value in model.graph.initializers.items():
+        size = 0 if value.const_value is None else value.const_value.nbytes
+        if name.rpartition(".")[0] in owners:
+            packed += size
+        else:
+            other += size
+    weights = sum(checkpoint.layers[name].out_features * checkpoint.layers[name].in_features for name in owners)
+    return packed, other, weights
+
+
+def _packed_bits(checkpoint: Checkpoint) -> int:
+    """Return the stored bits of the packed layers as the records count them."""
+    parts = [
+        tensor
+        for meta in checkpoint.layers.values()
+        if not meta.shared_with
+        for name, tensor in meta.template().items()
+        if name != "bias"
+    ]
+    return 8 * sum(tensor.numel() * tensor.element_size() for tensor in parts)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    del stage, done, total

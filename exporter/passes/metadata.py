@@ -1,0 +1,71 @@
+"""Writes into the file what made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from rankbook.calibration.checkpoint import Checkpoint, versions
+from rankbook.plugins import contract
+
+FORMAT = "rankbook.format"
+"""Metadata key that marks a file as ours; its value is the version of the operators."""
+LAYERS = "rankbook.layers"
+"""Metadata key of the description of each packed layer, as JSON."""
+
+
+class AddMetadata(ir.passes.InPlacePass):
+    """Sets producer and metadata properties: methods, bits, hashes of the checkpoint, tool versions, one entry a layer.
+
+    Keys begin with ``rankbook.``; values that are not plain text are JSON. What torch noted about each node (stack
+    traces of this machine) is left out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, extra: Mapping[str, str]) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+        self._extra = extra
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place."""
+        layers = self._checkpoint.layers
+        manifest = self._checkpoint.manifest
+        model.producer_name = "rankbook"
+        model.producer_version = _version("rankbook")
+        model.graph.name = str(self._checkpoint.config.get("model_type", "model"))
+        model.metadata_props.clear()
+        properties = {
+            FORMAT: str(contract.VERSION),
+            "rankbook.method": ", ".join(sorted({meta.method for meta in layers.values()})),
+            "rankbook.bits": ", ".join(str(bits) for bits in sorted({meta.bits for meta in layers.values()})),
+            "rankbook.checkpoint_sha256": _json(_hashes(manifest)),
+            "rankbook.versions": _json({**versions(), "onnx": _version("onnx"), "onnx_ir": _version("onnx-ir")}),
+            LAYERS: _json({name: _entry(name, meta.to_json(), manifest) for name, meta in layers.items()}),
+            **self._extra,
+        }
+        model.metadata_props.update(properties)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in manifest.get("files", {}).items() if name.endswith(".safetensors")}
+
+
+def _entry(name: str, meta: dict[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    known = manifest.get("layers", {}).get(name)
+    return {**meta, "error": known["error"]} if isinstance(known, dict) and "error" in known else meta
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"

@@ -1,0 +1,115 @@
+"""Gives the placeholders of a traced graph their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+from rankbook.calibration.checkpoint import Checkpoint
+from rankbook.exporter import emit
+from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
+from rankbook.plugins import contract
+
+
+class BindWeights(ir.passes.InPlacePass):
+    """Completes every node that `rankbook.exporter.skeleton` left without weights.
+
+    * An operator of ours: its constants become inputs, its attributes those of the contract. Layers that share
+      tensors (an output layer tied to the embedding) share the initializers.
+    * ``Dense``: Transpose, MatMul and Add on the stored weight, which an embedding may use too.
+    * A large parameter that was traced as an expanded zero: its stored values.
+
+    All large tensors are lazy: they are read when the file is written.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+        self._skeleton = skeleton
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place."""
+        graph = model.graph
+        for node in list(graph):
+            if node.domain == contract.DOMAIN:
+                self._bind_operator(graph, node)
+            elif (node.domain, node.op_type) == (TRACE_DOMAIN, DENSE):
+                self._lower_dense(graph, node)
+        for value in list(graph.initializers.values()):
+            self._restore(value)
+        model.opset_imports.pop(TRACE_DOMAIN, None)
+        model.opset_imports[contract.DOMAIN] = contract.VERSION
+        return ir.passes.PassResult(model, modified=True)
+
+    def _bind_operator(self, graph: ir.Graph, node: ir.Node) -> None:
+        layer = node.attributes[LAYER].as_string()
+        owner = self._checkpoint.layers[layer].shared_with or layer
+        meta = self._checkpoint.layers[owner]
+        op = contract.OPERATORS[node.op_type]
+        tensors = emit.initializers(meta, op, self._reader(owner), owner)
+        inputs = [node.inputs[0], *(_initializer(graph, tensors[name]) for name in op.constants())]
+        self._replace(
+            graph, node, [ir.node(op.name, inputs, emit.attributes(meta), domain=contract.DOMAIN, name=layer)]
+        )
+
+    def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
+        layer = node.attributes[LAYER].as_string()
+        weight = _initializer(graph, self._stored(f"{layer}.weight"))
+        transposed = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{layer}.transpose")
+        shape = weight.shape
+        if shape is None:
+            raise ValueError(f"{layer}.weight has no shape")
+        transposed.outputs[0].name = f"{layer}.weight.T"
+        transposed.outputs[0].type, transposed.outputs[0].shape = weight.type, ir.Shape(reversed(shape.dims))
+        nodes = [transposed, ir.node("MatMul", [node.inputs[0], transposed.outputs[0]], name=layer)]
+        if f"{layer}.bias" in self._skeleton.owners:
+            _copy_type(node.outputs[0], nodes[-1].outputs[0])
+            nodes[-1].outputs[0].name = f"{layer}.product"
+            bias = _initializer(graph, self._stored(f"{layer}.bias"))
+            nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{layer}.add"))
+        self._replace(graph, node, nodes)
+
+    def _replace(self, graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
+        result, replaced = nodes[-1].outputs[0], old.outputs[0]
+        _copy_type(replaced, result)
+        result.name = replaced.name
+        ir.convenience.replace_nodes_and_values(graph, old, [old], nodes, [replaced], [result])
+
+    def _restore(self, value: ir.Value) -> None:
+        """Give a large parameter its stored values."""
+        name, shape = value.name or "", value.shape
+        if name not in self._skeleton.owners or value.const_value is None or shape is None:
+            return
+        if math.prod(shape.numpy()) * self._skeleton.dtype.itemsize > SMALL_BYTES:
+            value.const_value = self._stored(name)
+
+    def _stored(self, parameter: str) -> ir.LazyTensor:
+        """Return a parameter of a layer that is not quantized, in the dtype of the activations."""
+        owner, dtype = self._skeleton.owners[parameter], self._skeleton.dtype
+
+        def load() -> ir.TensorProtocol:
+            return TorchTensor(self._checkpoint.tensor(owner).to(dtype).contiguous(), name=owner)
+
+        return ir.LazyTensor(load, from_torch_dtype(dtype), ir.Shape(self._checkpoint.tensor(owner).shape), name=owner)
+
+    def _reader(self, layer: str) -> Callable[[str], Tensor]:
+        return lambda part: self._checkpoint.tensor(f"{layer}.{part}")
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Return the initializer that holds a tensor, by its name, adding it if it is new."""
+    name = str(tensor.name)
+    if name not in graph.initializers:
+        shape = ir.Shape(tensor.shape.numpy())
+        graph.register_initializer(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def _copy_type(source: ir.Value, target: ir.Value) -> None:
+    target.type, target.shape = source.type, source.shape

@@ -1,0 +1,178 @@
+"""The model as it is traced: real small parameters, and placeholders in place of every large weight.
+
+A placeholder is one symbolic ONNX node named after its layer; `rankbook.exporter.passes.weights` gives it its weights.
+So no large tensor exists while the graph is traced, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration.checkpoint import Checkpoint, CheckpointError
+from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.linear import replace_module
+from rankbook.exporter import attention, emit
+from rankbook.plugins import contract
+
+TRACE_DOMAIN = "rankbook.trace"
+"""Domain of placeholders that do not outlive the passes."""
+DENSE = "Dense"
+"""Placeholder of a linear layer that is not quantized."""
+LAYER = "layer"
+"""Attribute of a placeholder: the name of its layer."""
+SMALL_BYTES = 1 << 20
+"""Parameters up to this size are real while the graph is traced; larger ones are a single zero, expanded."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model ready to be traced.
+
+    Attributes:
+        model: The transformers model.
+        dtype: Dtype of the activations.
+        owners: Name of the stored tensor for each parameter of a layer that is not quantized, tied ones included.
+    """
+
+    model: Any
+    dtype: torch.dtype
+    owners: dict[str, str]
+
+
+class CodebookPlaceholder(nn.Module):
+    """A packed linear layer as one node with one input."""
+
+    def __init__(self, name: str, meta: LayerMeta, op: contract.OpContract) -> None:
+        super().__init__()
+        self.name, self.meta, self.op = name, meta, op
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a symbolic result (..., N) in the dtype of x (..., K)."""
+        shape = [*x.shape[:-1], self.meta.out_features]
+        return _node(f"{contract.DOMAIN}::{self.op.name}", x, self.name, x.dtype, shape)
+
+
+class GatherPlaceholder(CodebookPlaceholder):
+    """A packed embedding as one node."""
+
+    def __init__(self, name: str, meta: LayerMeta, op: contract.OpContract, dtype: torch.dtype) -> None:
+        super().__init__(name, meta, op)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return symbolic rows (..., K) for indices (...)."""
+        shape = [*x.shape, self.meta.in_features]
+        rows = _node(f"{contract.DOMAIN}::{self.op.name}", x, self.name, torch.float32, shape).to(self.dtype)
+        # Rounded to the dtype first, as in CodebookEmbedding.
+        return rows if self.meta.scale == 1.0 else rows * torch.tensor(self.meta.scale).to(self.dtype)
+
+
+class DensePlaceholder(nn.Module):
+    """A linear layer that is not quantized, as one node: the exporter would fold its transposed weight into a copy."""
+
+    def __init__(self, name: str, source: nn.Linear) -> None:
+        super().__init__()
+        self.name = name
+        self.in_features, self.out_features = source.in_features, source.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a symbolic result (..., N) in the dtype of x (..., K)."""
+        return _node(f"{TRACE_DOMAIN}::{DENSE}", x, self.name, x.dtype, [*x.shape[:-1], self.out_features])
+
+
+def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
+    """Build the skeleton of a checkpoint.
+
+    Raises:
+        CheckpointError: transformers does not know the model, or a parameter is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention.register()
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json cannot be used: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+        )
+    model.tie_weights()
+    owners = _owners(model, checkpoint)
+    _place(model, checkpoint, dtype)
+    _load(model, checkpoint, dtype, owners)
+    return Skeleton(model.eval().requires_grad_(False), dtype, owners)
+
+
+def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(op, (x,), {LAYER: layer}, dtype=dtype, shape=shape, version=1)
+    return result
+
+
+def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Replace linear layers, and packed embeddings, by placeholders."""
+    for name, module in list(model.named_modules()):
+        meta = checkpoint.layers.get(name)
+        if meta is not None and isinstance(module, nn.Embedding):
+            replace_module(model, name, GatherPlaceholder(name, meta, emit.operator(meta, contract.GATHER), dtype))
+        elif meta is not None:
+            kind = contract.MATMUL_LOW_RANK if meta.rank else contract.MATMUL  # also where tied to an embedding
+            replace_module(model, name, CodebookPlaceholder(name, meta, emit.operator(meta, kind)))
+        elif type(module) is nn.Linear:
+            replace_module(model, name, DensePlaceholder(name, module))
+
+
+def _owners(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the stored name of every parameter; tied parameters are stored under one of their names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    owners: dict[str, str] = {}
+    for group in names.values():
+        stored = next((name for name in group if name in checkpoint.files), None)
+        owners |= {name: stored for name in group if stored is not None}
+    return owners
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, owners: dict[str, str]) -> None:
+    """Give every parameter that is left its values, or an expanded zero if it is large."""
+    for name, parameter in list(model.named_parameters()):
+        stored = owners.get(name)
+        if stored is None:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds no tensor {name!r}, which the model needs; write the checkpoint again"
+            )
+        if parameter.numel() * dtype.itemsize <= SMALL_BYTES:
+            values = checkpoint.tensor(stored).to(dtype).clone()
+        else:
+            values = torch.zeros((), dtype=dtype).expand(parameter.shape)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
+    for name, buffer in list(model.named_buffers()):
+        if name in checkpoint.files:
+            buffer.copy_(checkpoint.tensor(name))
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Create modules whose parameters take no memory and whose buffers (rotary frequencies) are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,118 @@
+"""Traces a skeleton into an ONNX graph with KV cache inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from rankbook.exporter.functions import OPSET
+from rankbook.exporter.skeleton import Skeleton
+
+LOGITS = ("last", "all")
+"""Whether the logits of the last position or of all positions are an output."""
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+"""Sizes of the example; none is 0 or 1, which torch.export would take for constants."""
+
+
+class _CausalLM(nn.Module):
+    """The model as a function of plain tensors."""
+
+    def __init__(self, model: Any, logits: str) -> None:
+        super().__init__()
+        self.model = model
+        self.keep = 1 if logits == "last" else 0
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
+
+        Every layer keeps all positions, also one with a sliding window: its mask hides the older ones, and the cache of
+        all layers has one length.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, (key, value) in enumerate(past):
+            cache.update(key, value, index)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=self.keep,
+        )
+        return output.logits.float(), [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+def trace(skeleton: Skeleton, logits: str) -> ir.Model:
+    """Return the graph of a skeleton; its large weights are still missing.
+
+    Raises:
+        ValueError: ``logits`` is unknown.
+        RuntimeError: torch cannot trace the model; the message says where.
+    """
+    if logits not in LOGITS:
+        raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
+    heads, size, layers = _cache_sizes(skeleton.model.config)
+    past = [(torch.zeros(_BATCH, heads, _PAST, size, dtype=skeleton.dtype),) * 2 for _ in range(layers)]
+    past = [(key, value.clone()) for key, value in past]
+    ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+    attention_mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64)
+    positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous()
+    rows = {0: "batch", 1: "sequence"}
+    cache_dims = {0: "batch", 2: "past_sequence"}
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                _CausalLM(skeleton.model, logits).eval(),
+                (ids, attention_mask, positions, past),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=(rows, {0: "batch", 1: "total_sequence"}, rows, [(cache_dims, cache_dims)] * layers),
+                input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)],
+                output_names=["logits", *_cache_names("present", layers)],
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            kind = skeleton.model.config.model_type
+            raise RuntimeError(f"torch.onnx.export cannot trace a model of type {kind!r}: {error}") from error
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program; check that onnxscript is installed")
+    model = program.model
+    for value in list(model.graph.initializers.values()):
+        value.name = str(value.name).removeprefix("model.")
+    return model
+
+
+def _cache_names(prefix: str, layers: int) -> list[str]:
+    return [f"{prefix}.{index}.{part}" for index in range(layers) for part in ("key", "value")]
+
+
+def _cache_sizes(config: Any) -> tuple[int, int, int]:
+    """Return key heads, size of a head, and layers."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, size, config.num_hidden_layers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says about optional packages and deprecated internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
