@@ -271,7 +271,7 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Te
     return found
 
 
-def _is_table(model: nn.Module, module: nn.Module) -> bool:
+def _is_table(model: Any, module: nn.Module) -> bool:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return isinstance(module, (nn.Embedding, PackedModule)) or module is head
 

@@ -6,13 +6,22 @@ transformers has loaded by then: the base classes that it joins with the ones he
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from rankbook.calibration.checkpoint import FORMAT_VERSION, QUANT_METHOD, check_version, is_checkpoint, open_checkpoint
+from rankbook.calibration.checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    CheckpointError,
+    check_version,
+    is_checkpoint,
+    open_checkpoint,
+)
 from rankbook.calibration.layer_meta import LayerMeta
 from rankbook.calibration.linear import (
     CodebookEmbedding,
@@ -64,16 +73,16 @@ class QuantizerPart:
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> Any:
         _check_folder(getattr(model.config, "_name_or_path", ""))
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.get_default_dtype()
         install_modules(model, self.quantization_config.metas(), dtype)
+        _check_complete(self.quantization_config.metas(), checkpoint_files or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        missing = [name for name, module in packed_modules(model).items() if _on_meta(module)]
-        if missing:
-            raise ValueError(f"the checkpoint lacks tensors of {missing[:3]}; it is incomplete, write or copy it again")
         for module in packed_modules(model).values():
             if isinstance(module, PackedModule):
                 module.compute_dtype = model.dtype
@@ -147,8 +156,17 @@ def _check_folder(location: str) -> None:
         open_checkpoint(location)
 
 
-def _on_meta(module: nn.Module) -> bool:
-    return any(buffer.device.type == "meta" for buffer in module.buffers())
+def _check_complete(metas: Mapping[str, LayerMeta], files: Sequence[str]) -> None:
+    """Refuse a checkpoint without all packed tensors: the loader would only warn and go on with random numbers."""
+    stored: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as stream:
+            stored |= set(stream.keys())
+    wanted = [f"{n}.{part}" for n, meta in metas.items() if not meta.shared_with for part in meta.template()]
+    if files and (missing := [name for name in wanted if name not in stored]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; write or copy it again"
+        )
 
 
 def _dense(module: Any, dtype: torch.dtype) -> nn.Module:

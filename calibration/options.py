@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,10 +103,9 @@ class QuantizeOptions:
         if isinstance(self.group_size, int):
             check_group(in_features, self.group_size)
             return self.group_size
-        # The largest one up to the preferred size, else the smallest above it, which may be the whole row.
-        sizes = allowed_groups(in_features)
-        below = [size for size in sizes if size <= self._preferred_group()]
-        return max(below) if below else min(sizes)
+        prefer = self._preferred_group()
+        # The nearest in ratio, the smaller of two as near: accuracy and side data both go with the logarithm.
+        return min(allowed_groups(in_features), key=lambda size: (abs(math.log(size / prefer)), size))
 
     def driver_branch(self) -> str:
         """Return the kind of error branch that the driver adds; ``none`` where the method has an option for it."""

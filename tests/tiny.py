@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # tensors this small gain nothing from threads, and a busy machine makes them wait
+
 FAMILIES = ("llama", "opt", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
 """Families that `tiny_model` knows."""
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")

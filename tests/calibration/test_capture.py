@@ -56,7 +56,7 @@ def test_a_model_in_bfloat16_runs_in_float32_and_is_left_as_it_was(family: str) 
     after = model.state_dict()
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
     want = hidden_states(model.float(), ids)[-1]
-    # The weights are the same; what differs is Gemma's factor sqrt(hidden), which the model in bfloat16 rounds to 8 bits.
+    # The weights are the same; what differs is Gemma's factor sqrt(hidden), which bfloat16 rounds to 8 bits.
     assert torch.allclose(stream, want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
 
 

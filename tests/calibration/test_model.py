@@ -247,9 +247,9 @@ def test_other_bad_input(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(" \n")
     with pytest.raises(ValueError, match="is empty"):
         quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    tiny_model("qwen3", tmp_path / "tied")
+    mixed = options(tmp_path, quantize_lm_head=4, quantize_embeddings=8)
     with pytest.raises(ValueError, match="cannot both be had"):
-        tiny_model("qwen3", tmp_path / "tied")
-        mixed = options(tmp_path, quantize_lm_head=4, quantize_embeddings=8)
         quantize_model(tmp_path / "tied", tmp_path / "out", mixed)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
