@@ -1,22 +1,27 @@
 """The error branch: a low-rank correction of what quantization lost, fitted in closed form.
 
-With ``E = W - W_hat`` (N, K) and inputs x, the branch ``up @ down`` minimizes ``|| (up @ down - E) M ||_F`` at its rank:
+With ``E = W - W_hat`` (N, K) and inputs x, the branch ``up @ down`` minimizes ``|| (up @ down - E) M ||_F`` at its
+rank:
 
 * ``lqer``: M = identity (LQER, Zhang et al. 2024, equation 7).
 * ``l2qer``: M = diag of the largest batch mean of |x| (LQER, equation 11 and official code).
 * ``qera-diag``: M = diag of the root mean square of x (QERA, Zhang et al. 2024, approximate solution).
-* ``qera``: ``M @ M.T = E[x.T x]`` (QERA, exact solution). The paper takes the symmetric square root; any square root gives
-  the same branch, because the error depends on ``M @ M.T`` alone, and a Cholesky factor is much faster.
+* ``qera``: ``M @ M.T = E[x.T x]`` (QERA, exact solution). The paper takes the symmetric square root; any square root
+  gives the same branch, because the error depends on ``M @ M.T`` alone, and a Cholesky factor is much faster.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rankbook.calibration import feedback
-from rankbook.calibration.methods.base import LayerProblem
 from rankbook.calibration.record import Factor, LowRank, QuantizedLinear
+
+if TYPE_CHECKING:  # the methods import this module
+    from rankbook.calibration.methods.base import LayerProblem
 
 ERROR_BRANCHES = ("none", "lqer", "l2qer", "qera-diag", "qera")
 """What ``--error-branch`` takes."""
@@ -55,7 +60,11 @@ def fit_error_branch(
     if not bool(torch.isfinite(error).all()):
         raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
     rank = min(rank, *error.shape)
-    return _exact(problem, error, rank, factor_bits) if kind == "qera" else _diagonal(problem, error, kind, rank, factor_bits)
+    return (
+        _exact(problem, error, rank, factor_bits)
+        if kind == "qera"
+        else _diagonal(problem, error, kind, rank, factor_bits)
+    )
 
 
 def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
@@ -69,7 +78,9 @@ def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
         return torch.ones(problem.weight.shape[1])
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
     if not bool(torch.isfinite(magnitude).all()):
-        raise ValueError(f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model")
+        raise ValueError(
+            f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model"
+        )
     floored = magnitude.float().clamp_min(1e-4)
     return floored / (floored.min() * floored.max()).sqrt()
 
@@ -83,7 +94,9 @@ def _diagonal(problem: LayerProblem, error: Tensor, kind: str, rank: int, factor
 def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) -> LowRank:
     gram = problem.statistics.gram.float()
     if not bool(torch.isfinite(gram).all()):
-        raise ValueError(f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model")
+        raise ValueError(
+            f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model"
+        )
     mean = gram.diagonal().mean()
     if float(mean) <= 0:
         gram, mean = torch.eye(len(gram)), torch.ones(())
@@ -95,16 +108,19 @@ def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) ->
 
 
 def square_root(gram: Tensor) -> Tensor:
-    """Return a lower triangular M with ``M @ M.T = gram`` for a positive definite matrix, in float64 where float32 fails.
+    """Return a lower triangular M with ``M @ M.T = gram`` for a positive definite matrix.
 
     Raises:
         ValueError: The matrix is not positive definite.
     """
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):
         root, failed = torch.linalg.cholesky_ex(gram.double())
     if int(failed):
-        raise ValueError("the Gram matrix of the inputs is not positive definite; it is damaged or too few tokens were seen")
+        raise ValueError(
+            "the Gram matrix of the inputs is not positive definite; it is damaged or too few tokens were seen"
+        )
     return root.to(gram.dtype)
 
 

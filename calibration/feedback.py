@@ -33,6 +33,7 @@ def inverse_factor(gram: Tensor, order: Tensor, damping: float = _DAMPING) -> Te
     for extra in (0.0, 0.1, 1.0):
         lower, failed = torch.linalg.cholesky_ex(damped_gram(ordered, extra) if extra else ordered)
         if not int(failed):
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
                 return upper

@@ -1,8 +1,8 @@
 """Training quantized layers by the output of their transformer block.
 
-``min || F(X~; W_hat) - F(X; W) ||^2`` over whatever the layers can move: X~ is the stream through the quantized prefix, the
-target is the original block on the original stream (LCQ, Cai et al. 2024; BRECQ, Li et al. 2021). The steps are
-sign gradient descent with linearly falling step size (AutoRound, Cheng et al. 2023, section 3).
+``min || F(X~; W_hat) - F(X; W) ||^2`` over whatever the layers can move: X~ is the stream through the quantized
+prefix, the target is the original block on the original stream (LCQ, Cai et al. 2024; BRECQ, Li et al. 2021). The
+steps are sign gradient descent with linearly falling step size (AutoRound, Cheng et al. 2023, section 3).
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.methods.base import BlockProblem
 from rankbook.calibration.record import QuantizedLinear
 
+if TYPE_CHECKING:  # the methods import this module
+    from rankbook.calibration.methods.base import BlockProblem
+
 COMPUTE = ("auto", "float32", "bfloat16")
-"""Arithmetic of the block's forward and backward pass; ``auto`` takes bfloat16 where the processor multiplies it natively."""
+"""Arithmetic of the block's forward and backward pass; ``auto`` takes bfloat16 where the processor multiplies it
+natively.
+"""
 
 
 class TrainableLayer(Protocol):
@@ -63,10 +67,21 @@ class TrainResult:
     loss_after: float
 
 
-def train_block(problem: BlockProblem, layers: Mapping[str, TrainableLayer], config: TrainConfig) -> TrainResult:
+def train_block(
+    problem: BlockProblem,
+    start: Mapping[str, QuantizedLinear],
+    layers: Mapping[str, TrainableLayer],
+    config: TrainConfig,
+) -> TrainResult:
     """Train the layers of one block and return the best state seen, the start included.
 
     The block is left as it was found, whatever happens.
+
+    Args:
+        problem: The block.
+        start: Records to beat; they are returned if training gains nothing.
+        layers: Trainable layers by the same names.
+        config: Budget.
 
     Raises:
         ValueError: Unknown ``compute``, or inputs and targets that do not fit each other.
@@ -75,17 +90,18 @@ def train_block(problem: BlockProblem, layers: Mapping[str, TrainableLayer], con
     dtype = compute_dtype(config.compute)
     judged = _judge_batches(len(problem.inputs), config)
     check_at = {round(config.steps * (i + 1) / config.checks) for i in range(config.checks)}
-    before = best_loss = _loss(problem, layers, judged, dtype)
-    best = {name: layer.record() for name, layer in layers.items()}
+    best = dict(start)
+    before = best_loss = _loss(problem, best, judged, dtype)
     batches = _batches(len(problem.inputs), config, problem.seed)
     for step in range(config.steps):
         grads = _gradients(problem, layers, next(batches), dtype)
         for name, layer in layers.items():
             layer.update(grads.pop(name), 1 - step / config.steps)
         if step + 1 in check_at:
-            loss = _loss(problem, layers, judged, dtype)
+            state = {name: layer.record() for name, layer in layers.items()}
+            loss = _loss(problem, state, judged, dtype)
             if loss < best_loss:
-                best_loss, best = loss, {name: layer.record() for name, layer in layers.items()}
+                best_loss, best = loss, state
         problem.progress((step + 1) / config.steps)
     return TrainResult(best, before, best_loss)
 
@@ -145,14 +161,10 @@ def swapped_weights(block: nn.Module, weights: Mapping[str, nn.Parameter]) -> It
             module._parameters["weight"] = kept[name]
 
 
-def _parameters(layers: Mapping[str, TrainableLayer], dtype: torch.dtype, *, grad: bool) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(layer.weight().to(dtype), requires_grad=grad) for name, layer in layers.items()}
-
-
 def _gradients(
     problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    weights = _parameters(layers, dtype, grad=True)
+    weights = {name: nn.Parameter(layer.weight().to(dtype)) for name, layer in layers.items()}
     with swapped_weights(problem.block, weights), torch.enable_grad(), _autocast(dtype):
         output = problem.forward(problem.block, problem.inputs[batch])
         loss = (output.float() - problem.targets[batch]).square().mean()
@@ -165,10 +177,12 @@ def _gradients(
 
 @torch.no_grad()
 def _loss(
-    problem: BlockProblem, layers: Mapping[str, TrainableLayer], batches: Sequence[Tensor], dtype: torch.dtype
+    problem: BlockProblem, records: Mapping[str, QuantizedLinear], batches: Sequence[Tensor], dtype: torch.dtype
 ) -> float:
+    decoded = {name: record.weight(with_low_rank=True).to(dtype) for name, record in records.items()}
+    weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in decoded.items()}
     total = 0.0
-    with swapped_weights(problem.block, _parameters(layers, dtype, grad=False)), _autocast(dtype):
+    with swapped_weights(problem.block, weights), _autocast(dtype):
         for batch in batches:
             output = problem.forward(problem.block, problem.inputs[batch])
             total += float((output.float() - problem.targets[batch]).square().sum())

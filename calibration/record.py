@@ -25,8 +25,9 @@ LEVEL_LIMIT = {2: 64, 3: 64, 4: 64, 8: 128}
 class GroupParams:
     """Per-group numbers (N, G, Q): one coefficient per plane, then the offset if there is one.
 
-    Either in 8 bits, ``codes * step + base`` with one step and base per panel of 32 rows and plane (double quantization:
-    LCQ section on per-group parameters; QLoRA, Dettmers et al. 2023, section 3), or plain floating-point ``values``.
+    Either in 8 bits, ``codes * step + base`` with one step and base per panel of 32 rows and plane (double
+    quantization: LCQ section on per-group parameters; QLoRA, Dettmers et al. 2023, section 3), or plain
+    floating-point ``values``.
 
     Attributes:
         codes: (N, G, Q) int8, or None.
@@ -64,7 +65,9 @@ class GroupParams:
             ValueError: Another number of bits, or values that are not finite.
         """
         if not torch.isfinite(values).all():
-            raise ValueError("group parameters hold NaN or infinity; the weights or the statistics they came from do too")
+            raise ValueError(
+                "group parameters hold NaN or infinity; the weights or the statistics they came from do too"
+            )
         if bits in (16, 32):
             return cls(values=values.to(torch.float16 if bits == 16 else torch.float32).contiguous())
         if bits != 8:
@@ -77,9 +80,9 @@ class GroupParams:
     def powers_of_two(cls, exponents: Tensor, bits: int = 8) -> GroupParams:
         """Store ``2 ** exponents`` exactly, exponents (N, G, Q) integers from -126 to 127 in any dtype.
 
-        In 8 bits a panel of 32 rows covers the seven octaves below its largest exponent (codes 1, 2, 4 .. 128, shifted by
-        128 through ``base``); smaller exponents are raised to the lowest of them. In 32 bits every exponent is exact, in
-        16 bits those from -24 to 15.
+        In 8 bits a panel of 32 rows covers the seven octaves below its largest exponent (codes 1, 2, 4 .. 128,
+        shifted by 128 through ``base``); smaller exponents are raised to the lowest of them. In 32 bits every
+        exponent is exact, in 16 bits those from -24 to 15.
 
         Raises:
             ValueError: Another number of bits, or exponents that are not finite.
@@ -104,7 +107,11 @@ class GroupParams:
         values = [part.values for part in parts if part.values is not None]
         if parts and len(values) == len(parts):
             return cls(values=torch.cat(values, -1))
-        stored = [(p.codes, p.step, p.base) for p in parts if p.codes is not None and p.step is not None and p.base is not None]
+        stored = [
+            (p.codes, p.step, p.base)
+            for p in parts
+            if p.codes is not None and p.step is not None and p.base is not None
+        ]
         if not parts or len(stored) != len(parts):
             raise ValueError("group parameters can be joined only if all hold 8-bit codes or all hold values")
         codes, step, base = zip(*stored, strict=True)
@@ -128,7 +135,7 @@ class GroupParams:
 
 
 def panel_range(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return step and base (ceil(N / 32), Q) float32 that map int8 codes onto the range of values (N, G, Q) per panel."""
+    """Return step and base (ceil(N / 32), Q) float32 that map int8 codes onto the range of each panel of (N, G, Q)."""
     low, high = -panel_max(-values), panel_max(values)
     step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
     return step, low + 128 * step
@@ -223,9 +230,9 @@ class LowRank:
 class QuantizedLinear:
     """A linear layer whose weight is looked up in one codebook per group.
 
-    ``table[n, g, c] = sum_p coeffs[n, g, p] * levels[p, c] + offset[n, g]`` and ``w[n, k] = table[n, k // group, codes[n, k]]``:
-    the codebooks of all groups form a matrix of rank P plus an offset (LCQ, Cai et al. 2024, ``C = S^T V - B`` with
-    coeffs = S, levels = V, offset = -B).
+    ``table[n, g, c] = sum_p coeffs[n, g, p] * levels[p, c] + offset[n, g]`` and ``w[n, k] = table[n, k // group,
+    codes[n, k]]``: the codebooks of all groups form a matrix of rank P plus an offset (LCQ, Cai et al. 2024, ``C =
+    S^T V - B`` with coeffs = S, levels = V, offset = -B).
 
     Attributes:
         codes: (N, K) uint8, each below ``2**bits``.
@@ -257,7 +264,9 @@ class QuantizedLinear:
         check_group(self.in_features, self.group)
         rows, groups, planes = self.params.shape
         if rows != self.out_features or groups * self.group != self.in_features:
-            raise ValueError(f"params have shape {tuple(self.params.shape)}; codes have shape {tuple(self.codes.shape)}")
+            raise ValueError(
+                f"params have shape {tuple(self.params.shape)}; codes have shape {tuple(self.codes.shape)}"
+            )
         if planes != self.planes + self.has_offset:
             raise ValueError(
                 f"params have {planes} planes; {self.planes} rows of levels"
@@ -321,8 +330,7 @@ class QuantizedLinear:
     def stored_bits(self) -> dict[str, int]:
         """Return the stored bits of each part, padding included, exactly as the packed tensors hold them."""
         packed = self.pack()
-        parts = {name: 8 * t.numel() * t.element_size() for name, t in packed.items() if name != "bias"}
-        return parts
+        return {name: 8 * t.numel() * t.element_size() for name, t in packed.items() if name != "bias"}
 
     def bits_per_weight(self) -> float:
         """Return stored bits per original weight, every side datum counted, bias left out (it is not quantized)."""
@@ -341,7 +349,9 @@ class QuantizedLinear:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int, method: str = "") -> QuantizedLinear:
+    def unpack(
+        cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int, method: str = ""
+    ) -> QuantizedLinear:
         """Undo `pack`.
 
         Raises:

@@ -75,28 +75,34 @@ def solve_params(moments: Moments, levels: Tensor) -> Codebooks:
     basis = torch.cat([levels, torch.ones_like(levels[:1])])  # (P + 1, L)
     size = basis.shape[0]
     products = (basis[:, None] * basis[None]).reshape(size * size, -1)
-    system = torch.einsum("gln,xl->gnx", moments.mass, products).unflatten(-1, (size, size))
+    system = torch.einsum("gln,xl->gnx", moments.mass, products)
+    system = system.view(*system.shape[:2], size, size)
     right = torch.einsum("gln,pl->gnp", moments.value, basis)
     solution = solve_ridge(system, right).movedim(-1, 0)  # (P + 1, G, N)
     return Codebooks(levels, solution[:-1].contiguous(), solution[-1].contiguous())
 
 
 def solve_ridge(system: Tensor, right: Tensor, ridge: float = _RIDGE) -> Tensor:
-    """Solve symmetric systems (..., n, n) with a small ridge; a group may leave levels unused."""
-    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    """Solve symmetric systems (..., n, n) with a small ridge, in float64; a group may leave levels unused."""
+    exact = system.double()
+    diagonal = exact.diagonal(dim1=-2, dim2=-1)
     floor = ridge * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-    return torch.linalg.solve(system + torch.diag_embed(floor.expand_as(diagonal)), right)
+    solution: Tensor = torch.linalg.solve(exact + torch.diag_embed(floor.expand_as(diagonal)), right.double())
+    return solution.float()
 
 
 def solve_levels(moments: Moments, books: Codebooks) -> Tensor:
     """Solve the levels (P, L) for given codes and parameters (a P x P system per level)."""
     coeffs = books.coeffs
-    system = torch.einsum("gln,pgn,qgn->lpq", moments.mass, coeffs, coeffs)
-    right = torch.einsum("gln,pgn->lp", moments.value - moments.mass * books.offset[:, None], coeffs)
-    mean = system.diagonal(dim1=1, dim2=2).mean() * _RIDGE
+    size = len(coeffs)
+    pairs = (coeffs[:, None] * coeffs[None]).flatten(0, 1)
+    system = torch.einsum("gln,xgn->lx", moments.mass, pairs).view(-1, size, size).double()
+    right = torch.einsum("gln,pgn->lp", moments.value - moments.mass * books.offset[:, None], coeffs).double()
     # Pull towards the old level instead of zero, so that a level nobody uses stays where it was.
-    pull = (mean + torch.finfo(torch.float32).tiny) * torch.eye(len(coeffs))
-    return torch.linalg.solve(system + pull, right + books.levels.T @ pull).T.contiguous()
+    mean = system.diagonal(dim1=1, dim2=2).mean() * _RIDGE + torch.finfo(torch.float32).tiny
+    right = right + mean * books.levels.T.double()
+    solution: Tensor = torch.linalg.solve(system + mean * torch.eye(size).double(), right)
+    return solution.T.float().contiguous()
 
 
 def clipped_grid(grouped: Tensor, energy: Tensor, count: int) -> Codebooks:

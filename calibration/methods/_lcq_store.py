@@ -25,7 +25,9 @@ def round_levels(books: Codebooks, bits: int, level_dtype: str) -> Codebooks:
     return Codebooks(levels, books.coeffs * scale[..., None], offset)
 
 
-def refit_params(grouped: Tensor, codes: Tensor, books: Codebooks, gram: Tensor, *, offset_only: bool = False) -> Codebooks:
+def refit_params(
+    grouped: Tensor, codes: Tensor, books: Codebooks, gram: Tensor, *, offset_only: bool = False
+) -> Codebooks:
     """Improve coefficients and offset of one group after another for the layer's output error, codes and levels fixed.
 
     Block coordinate descent on ``tr((W - W_hat) H (W - W_hat).T)``: exact for a group given all the others.

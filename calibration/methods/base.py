@@ -60,7 +60,8 @@ class Method:
         name: What ``--method`` takes.
         config_type: Frozen dataclass of its options; every field has a default.
         quantize: ``quantize(problem, config)`` solves one layer in closed form.
-        refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None where the
+        refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
+        where the
             method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
     """
 

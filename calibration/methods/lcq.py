@@ -1,7 +1,7 @@
 """LCQ: low-rank codebook quantization (Cai, Li, Li 2024, arXiv 2405.20973).
 
-The codebooks of all groups of a layer form a matrix of low rank plus an offset per group. No code was published with the
-paper: the closed form, the training recipe and the storage are this project's (README, "Methods").
+The codebooks of all groups of a layer form a matrix of low rank plus an offset per group. No code was published with
+the paper: the closed form, the training recipe and the storage are this project's (README, "Methods").
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from rankbook.calibration import feedback, rounding
 from rankbook.calibration.codebooks import LEVEL_DTYPES
-from rankbook.calibration.learned_rounding import LearnedRounding, StepSizes
 from rankbook.calibration.methods import _lcq_fit, _lcq_store
+from rankbook.calibration.methods._lcq_gradient import GRADIENTS, TrainedCodebooks
+from rankbook.calibration.methods._learned_rounding import LearnedRounding, StepSizes
 from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
-from rankbook.calibration.reconstruct import TrainConfig, train_block
+from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
 from rankbook.calibration.record import LEVEL_LIMIT, QuantizedLinear, check_group
 
+RECIPES = ("rounding", "codebook")
 EFFORTS = ("fast", "default", "high")
 STEPS = {"default": 100, "high": 400}
 """Training steps per block of each effort that trains."""
@@ -34,12 +36,20 @@ class LcqConfig:
     rank: int = field(default=2, metadata={"help": "Planes of the codebook matrix, 1 to 2**bits - 1."})
     param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
     level_dtype: str = field(default="int8", metadata={"help": "Storage of the levels: int8 (7 bits used) or float16."})
-    effort: str = field(default="default", metadata={"help": "fast: closed form alone; default, high: trained by block."})
+    effort: str = field(
+        default="default", metadata={"help": "fast: closed form alone; default, high: trained by block."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the batch order in training."})
     fit_rounds: int = field(default=10, metadata={"help": "Alternations of the activation-weighted least squares."})
-    feedback_rounds: int = field(default=2, metadata={"help": "Rounds of codes by error feedback and refit; 0 for none."})
+    feedback_rounds: int = field(
+        default=2, metadata={"help": "Rounds of codes by error feedback and refit; 0 for none."}
+    )
     damping: float = field(default=0.01, metadata={"help": "Share of the mean input energy added to the Gram matrix."})
     steps: int = field(default=0, metadata={"help": "Training steps per block; 0 takes what the effort asks for."})
+    recipe: str = field(default="rounding", metadata={"help": "Training: rounding (learned rounding) or codebook."})
+    gradient: str = field(
+        default="straight-through", metadata={"help": "Gradient of recipe codebook: straight-through or assignment."}
+    )
     batch: int = field(default=2, metadata={"help": "Calibration sequences per training step."})
     compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
     rounding_step: float = field(default=1.0, metadata={"help": "Twice the reach of learned rounding, in level gaps."})
@@ -51,11 +61,17 @@ class LcqConfig:
         if self.bits not in LEVEL_LIMIT:
             raise ValueError(f"{self.bits} bits are not supported; choose one of {', '.join(map(str, LEVEL_LIMIT))}")
         if not 1 <= self.rank < 1 << self.bits:
-            raise ValueError(f"rank {self.rank} is not possible at {self.bits} bits; choose 1 to {(1 << self.bits) - 1}")
+            raise ValueError(
+                f"rank {self.rank} is not possible at {self.bits} bits; choose 1 to {(1 << self.bits) - 1}"
+            )
         if self.level_dtype not in LEVEL_DTYPES:
             raise ValueError(f"level_dtype {self.level_dtype!r} is unknown; choose one of {', '.join(LEVEL_DTYPES)}")
         if self.param_bits not in (8, 16):
             raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe {self.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient {self.gradient!r} is unknown; choose one of {', '.join(GRADIENTS)}")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(EFFORTS)}")
 
@@ -104,7 +120,9 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     """
     gram = problem.statistics.gram.float()
     if not bool(torch.isfinite(gram).all()):
-        raise ValueError(f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model")
+        raise ValueError(
+            f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model"
+        )
     if not bool(torch.isfinite(problem.weight).all()):
         raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
     mean = gram.diagonal().mean()
@@ -113,7 +131,9 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     return feedback.damped_gram(gram / mean, damping)
 
 
-def refine(problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: LcqConfig) -> dict[str, QuantizedLinear]:
+def refine(
+    problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: LcqConfig
+) -> dict[str, QuantizedLinear]:
     """Train the records of a block by its output; with effort ``fast`` they are returned as they are.
 
     Error branches stay as they are; the codebooks are trained around them.
@@ -122,11 +142,15 @@ def refine(problem: BlockProblem, records: Mapping[str, QuantizedLinear], config
         return dict(records)
     steps = config.steps or STEPS[config.effort]
     sizes = StepSizes(config.rounding_step, config.coeff_step, config.offset_step, config.level_step)
-    layers = {
-        name: LearnedRounding(problem.layers[name].weight, record, steps, sizes) for name, record in records.items()
-    }
+    layers: dict[str, TrainableLayer] = {}
+    for name, record in records.items():
+        weight = problem.layers[name].weight
+        if config.recipe == "codebook":
+            layers[name] = TrainedCodebooks(weight, record, config.gradient)
+        else:
+            layers[name] = LearnedRounding(weight, record, steps, sizes)
     train = TrainConfig(steps=steps, batch=config.batch, compute=config.compute)
-    return train_block(problem, layers, train).records
+    return train_block(problem, records, layers, train).records
 
 
 METHOD = Method("lcq", LcqConfig, quantize, refine)

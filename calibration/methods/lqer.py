@@ -22,12 +22,16 @@ class LqerConfig(rtn.RtnConfig):
     error_branch: str = field(default="l2qer", metadata={"help": f"Error branch: {', '.join(ERROR_BRANCHES)}."})
     error_rank: int = field(default=32, metadata={"help": "Rank of the error branch."})
     factor_bits: int = field(default=8, metadata={"help": "Bits of the branch's factors: 8 or 16."})
-    passes: int = field(default=1, metadata={"help": "Rounds of rounding what the branch leaves, then fitting it again."})
+    passes: int = field(
+        default=1, metadata={"help": "Rounds of rounding what the branch leaves, then fitting it again."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.error_branch not in ERROR_BRANCHES:
-            raise ValueError(f"error branch {self.error_branch!r} is unknown; choose one of {', '.join(ERROR_BRANCHES)}")
+            raise ValueError(
+                f"error branch {self.error_branch!r} is unknown; choose one of {', '.join(ERROR_BRANCHES)}"
+            )
         if self.error_rank < 0 or self.passes < 1:
             raise ValueError(f"error_rank {self.error_rank} and passes {self.passes} must be at least 0 and 1")
         if self.factor_bits not in (8, 16, 32):

@@ -131,8 +131,8 @@ def _nf4(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Ten
 def _mxint(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
     """Block floating point: a power of two per block (LQER, Zhang et al. 2024, official code).
 
-    ``exponent = ceil(log2 max|w|)`` and ``bits - 1`` mantissa bits, sign and magnitude; a maximum that is a power of two
-    saturates. With a clipping search the exponent may also be one or two less.
+    ``exponent = ceil(log2 max|w|)`` and ``bits - 1`` mantissa bits, sign and magnitude; a maximum that is a power of
+    two saturates. With a clipping search the exponent may also be one or two less.
     """
     mantissa = config.bits - 1
     peak = grouped.abs().amax(1)

@@ -1,9 +1,9 @@
 """Learned rounding onto trained codebooks: the trainable layer behind block training.
 
-Parameters are multiplicative corrections of the coefficients, additive corrections of the offset (in units of the group's mean
-gap between levels) and of the levels, and a rounding offset per weight that is added before the nearest-level search and
-dropped after training (notes on LCQ, 1.12; AutoRound, Cheng et al. 2023, for the rounding offset). The forward value is
-the *stored* one: integer levels, 8-bit parameters.
+Parameters are multiplicative corrections of the coefficients, additive corrections of the offset (in units of the
+group's mean gap between levels) and of the levels, and a rounding offset per weight that is added before the
+nearest-level search and dropped after training (notes on LCQ, 1.12; AutoRound, Cheng et al. 2023, for the rounding
+offset). The forward value is the *stored* one: integer levels, 8-bit parameters.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class StepSizes:
 class LearnedRounding:
     """A layer whose codes, parameters and levels are trained by sign gradient descent.
 
-    Training starts exactly at the given record: a weight whose code is not its nearest level (error feedback) is anchored
-    at the edge of the cell it was put in.
+    Training starts exactly at the given record: a weight whose code is not its nearest level (error feedback) is
+    anchored at the edge of the cell it was put in.
     """
 
     def __init__(self, weight: Tensor, record: QuantizedLinear, steps: int, sizes: StepSizes | None = None) -> None:
@@ -73,7 +73,9 @@ class LearnedRounding:
 
     def _present(self) -> Codebooks:
         params_bits = 8 if self._start.params.codes is not None else 16
-        books = Codebooks(self._stored_levels(), self._books.coeffs * self._scale, self._books.offset + self._gap[:, 0] * self._shift)
+        books = Codebooks(
+            self._stored_levels(), self._books.coeffs * self._scale, self._books.offset + self._gap[:, 0] * self._shift
+        )
         self._params = _lcq_store.to_params(books, params_bits)
         return _lcq_store.from_params(self._params, books.levels)
 
