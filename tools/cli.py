@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     commands = discover()
     parser, flags = _build_parser(commands)
-    given = vars(parser.parse_args(arguments))
+    # argparse passes the placeholder of an absent positional through its type.
+    given = {
+        name: value for name, value in vars(parser.parse_args(arguments)).items() if str(value) != argparse.SUPPRESS
+    }
     verb = given.pop("verb", None)
     if verb is None:
         parser.print_help()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from rankbook.tools.backends.base import LanguageModel, Logits
+from rankbook.tools.backends.base import LanguageModel
 from rankbook.tools.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rankbook.tools.backends.base import Logits
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the first bytes of a character whose other bytes come with the next token."""
@@ -101,6 +105,8 @@ def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
 
 def continue_ids(stream: Stream, ids: list[int]) -> Iterator[int]:
     """Yield the tokens that continue ``ids``, the end token excluded."""
+    import numpy as np
+
     generator = np.random.default_rng(stream.sampling.seed)
     ends = end_tokens(stream.model) if stream.stop_at_end else set()
     if stream.max_new_tokens < 1:
@@ -117,6 +123,8 @@ def continue_ids(stream: Stream, ids: list[int]) -> Iterator[int]:
 
 def choose(scores: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
     """Return the next token from logits (vocabulary,)."""
+    import numpy as np
+
     if sampling.temperature == 0:
         return int(scores.argmax())
     scaled = scores.astype(np.float64) / sampling.temperature

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankbook.plugins import contract
 from rankbook.tools import onnx_file
 from rankbook.tools.engine import ENGINE_NAME, MANIFEST_NAME
 from rankbook.tools.errors import UsageError
@@ -163,6 +162,8 @@ def _noted(model: OnnxFile, name: str) -> dict[str, Any]:
 
 
 def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Layer:
+    from rankbook.plugins import contract
+
     operator = contract.OPERATORS.get(node.op_type)
     if operator is None:
         known = ", ".join(contract.OPERATORS)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankbook.plugins import contract
 from rankbook.tools.errors import UsageError
 
 MODEL_NAME = "model.onnx"
@@ -34,6 +33,8 @@ class CustomNode:
 
     def ports(self) -> dict[str, str]:
         """Return the name of each input by the formal name of its port; empty for an operator that we do not know."""
+        from rankbook.plugins import contract
+
         operator = contract.OPERATORS.get(self.op_type)
         return dict(zip(operator.input_names(), self.inputs, strict=False)) if operator else {}
 
@@ -129,6 +130,8 @@ def read(path: Path) -> OnnxFile:
     Raises:
         UsageError: Not an ONNX model, or an external data file is missing or too short.
     """
+    from rankbook.plugins import contract
+
     file = find_model(path)
     model = load_graph(file)
     graph = model.graph
@@ -150,6 +153,8 @@ def require_ours(model: OnnxFile) -> None:
     Raises:
         UsageError: It has no node of our domain.
     """
+    from rankbook.plugins import contract
+
     if not model.nodes:
         raise UsageError(
             f"{model.path} has no node of domain {contract.DOMAIN!r}, so it is not a file of rankbook;"

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankbook.tools import onnx_file
 from rankbook.tools.backends import ort, reference
-from rankbook.tools.backends.base import Tokens
 from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.backends.torch import TorchModel
 from rankbook.tools.node_model import session_with_outputs, single_node
 from rankbook.tools.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
+
+if TYPE_CHECKING:
+    from rankbook.tools.backends.base import Tokens
 
 TOLERANCE = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference relative to the largest value, by activation type: some tens of roundings in a row per layer."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-Tokens = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
+    Tokens = npt.NDArray[np.int64]
+    Logits = npt.NDArray[np.float32]
 
 
 class LanguageModel(ABC):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from rankbook.tools import onnx_file
-from rankbook.tools.backends.base import LanguageModel, Logits, Tokens
+from rankbook.tools.backends.base import LanguageModel
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.onnx_file import OnnxFile
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rankbook.tools.backends.base import Logits, Tokens
+
 _NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
 }
 
 
@@ -74,6 +77,10 @@ class OrtModel(LanguageModel):
         self.name = f"onnxruntime {self.file.path}"
         if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
             raise UsageError(f"{self.file.path} has no input_ids and logits; give a file written by `rankbook export`")
+        if self.file.metadata.get("rankbook.dtype") == "bf16":
+            raise UsageError(
+                f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
+            )
         self.session = session(self.file.path, threads=threads)
         self.tokenizer = find_tokenizer(self.file.path.parent)
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
@@ -89,7 +96,7 @@ class OrtModel(LanguageModel):
     def logits(self, tokens: Tokens) -> Logits:
         """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary)."""
         self._reset(tokens.shape[0])
-        scores: Logits = self._run(tokens, ["logits"])[0].numpy().astype(np.float32, copy=False)
+        scores: Logits = self._run(tokens, ["logits"])[0].numpy().astype("float32", copy=False)
         if scores.shape[1] != tokens.shape[1]:
             raise UsageError(
                 f"{self.file.path} gives the logits of the last position only; all are needed here:"
@@ -104,6 +111,8 @@ class OrtModel(LanguageModel):
 
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,)."""
+        import numpy as np
+
         return self._advance(np.array([[token]], np.int64))
 
     def feeds(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
@@ -114,6 +123,7 @@ class OrtModel(LanguageModel):
 
     def _reset(self, batch: int) -> None:
         """An empty cache: tensors without a past."""
+        import numpy as np
         from onnxruntime import OrtValue
 
         self._length = 0
@@ -133,7 +143,7 @@ class OrtModel(LanguageModel):
             for name, value in values.items()
             if name.startswith("present")
         }
-        last: Logits = values["logits"].numpy()[0, -1].astype(np.float32, copy=False)
+        last: Logits = values["logits"].numpy()[0, -1].astype("float32", copy=False)
         return last
 
     def _run(self, tokens: Tokens, outputs: list[str]) -> list[Any]:
@@ -149,6 +159,8 @@ class OrtModel(LanguageModel):
         return result
 
     def _inputs(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
+        import numpy as np
+
         batch, length = tokens.shape
         positions = np.arange(self._length, self._length + length)
         values = {

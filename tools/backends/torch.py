@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from rankbook.tools.backends.base import LanguageModel
 
-from rankbook.tools.backends.base import LanguageModel, Logits, Tokens
+if TYPE_CHECKING:
+    from rankbook.tools.backends.base import Logits, Tokens
 
 
 def unavailable() -> str | None:
@@ -53,6 +54,8 @@ class TorchModel(LanguageModel):
 
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,)."""
+        import numpy as np
+
         return self._advance(np.array([[token]], np.int64))
 
     def _advance(self, tokens: Tokens) -> Logits:

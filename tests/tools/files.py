@@ -1,0 +1,57 @@
+"""Exported-looking files made by hand, for tests that need no language model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from tests.calibration.records import random_record
+from tests.op_cases import op_model
+
+FEATURES = 64
+
+
+def chain_model(folder: Path, nodes: int = 3, bits: int = 3) -> Path:
+    """Write ``model.onnx`` with external data: quantized layers (64, 64) in a row, input x0 (batch, sequence, 64)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    graph_nodes, constants = [], []
+    for index in range(nodes):
+        single = op_model(random_record(FEATURES, FEATURES, bits=bits, group=32, seed=index))
+        node = single.graph.node[0]
+        rename = {name: f"layer{index}.{name}" for name in node.input} | {"x": f"x{index}", "y": f"x{index + 1}"}
+        for tensor in single.graph.initializer:
+            tensor.name = rename[tensor.name]
+            constants.append(tensor)
+        node.input[:] = [rename[name] for name in node.input]
+        node.output[:] = [rename[name] for name in node.output]
+        node.name = f"layers.{index}.proj"
+        graph_nodes.append(node)
+    shape = ["batch", "sequence", FEATURES]
+    graph = helper.make_graph(
+        graph_nodes,
+        "chain",
+        [helper.make_tensor_value_info("x0", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(f"x{nodes}", onnx.TensorProto.FLOAT, shape)],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=single.opset_import, functions=single.functions, ir_version=11)
+    helper.set_model_props(model, {"rankbook.method": "lcq"})
+    path = folder / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=64)
+    return path
+
+
+def run_cli(*arguments: object) -> int:
+    """Run the command line in this process."""
+    from rankbook.tools.cli import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def stdout_json(capsys: Any) -> Any:
+    """Return what a verb printed with ``--json``."""
+    return json.loads(capsys.readouterr().out)

@@ -1,0 +1,28 @@
+"""`doctor` says what is here and what each missing piece would enable."""
+
+from __future__ import annotations
+
+from rankbook.tools.commands import doctor
+from tests.tools.files import run_cli, stdout_json
+
+
+def test_everything_has_a_purpose(capsys):
+    assert run_cli("doctor", "--json") == 0
+    findings = {item["name"]: item for item in stdout_json(capsys)["findings"]}
+    assert findings["torch"]["found"]
+    assert {"onnxruntime", "tensorrt-rtx", "tensorrt", "NVIDIA GPU", "TensorRT headers", "nvcc"} <= set(findings)
+    assert all(item["enables"] and item["detail"] for item in findings.values())
+
+
+def test_a_missing_necessity_fails_the_check(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert run_cli("doctor") == 1
+    assert "needed and missing: torch" in capsys.readouterr().out
+
+
+def test_headers_are_found_through_their_variable(monkeypatch, tmp_path):
+    (tmp_path / "NvInfer.h").write_text("")
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(tmp_path))
+    found = {item.name: item for item in doctor._native()}["TensorRT headers"]
+    assert found.found
+    assert found.detail == str(tmp_path)

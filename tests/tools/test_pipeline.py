@@ -1,0 +1,226 @@
+"""The main job on a tiny model, through the command line: quantize, export, eval, generate, parity, inspect, build."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from rankbook.tools import errors, onnx_file
+from rankbook.tools.backends import trt
+from rankbook.tools.backends.ort import OrtModel
+from rankbook.tools.backends.torch import TorchModel
+from rankbook.tools.generation import Sampling, Stream, continue_ids
+from tests.tiny import tiny_model, write_text
+from tests.tools.files import run_cli, stdout_json
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with a tiny Llama, its checkpoint ``q`` and its exported file ``onnx``."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_model("llama", folder / "model")
+    write_text(folder / "text.txt")
+    how = ["--bits", 3, "--rank", 2, "--effort", "fast", "--error-branch", "lqer", "--error-rank", 4]
+    calib = ["--calib", folder / "text.txt", "--calib-sequences", 4, "--calib-length", 64]
+    assert run_cli("quantize", folder / "model", *how, *calib, "-o", folder / "q", "--quiet") == 0
+    assert run_cli("export", folder / "q", "-o", folder / "onnx", "--logits", "all", "--quiet") == 0
+    return folder
+
+
+def test_outputs_hold_the_configuration_that_made_them(work):
+    assert "bits: 3" in (work / "q" / "rankbook-quantize.yaml").read_text()
+    assert f"checkpoint: {work / 'q'}" in (work / "onnx" / "rankbook-export.yaml").read_text()
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export"])
+def test_a_finished_output_is_not_replaced_unasked(verb, work, capsys):
+    source, output = (work / "model", work / "q") if verb == "quantize" else (work / "q", work / "onnx")
+    assert run_cli(verb, source, "-o", output) == errors.USAGE
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_group_size_that_does_not_divide_is_an_error_that_names_those_that_do(work, tmp_path, capsys):
+    assert run_cli("quantize", work / "model", "--group-size", 40, "-o", tmp_path / "x", "--quiet") == errors.USAGE
+    assert "choose one of 16, 48" in capsys.readouterr().err
+
+
+def test_eval_judges_checkpoint_and_file_alike(work, capsys):
+    common = ["--text", work / "text.txt", "--context", 64, "--max-tokens", 512, "--json", "--quiet"]
+    results = []
+    for name in ("q", "onnx"):
+        assert run_cli("eval", work / name, *common, "--reference", work / "model") == 0
+        results.append(stdout_json(capsys))
+    for result in results:
+        assert {"perplexity", "kl", "top1_agreement", "tokens", "seconds"} <= set(result)
+        assert result["tokens"] == 8 * 63
+        assert result["kl"] > 0
+    # The same weights in both: they differ by the rounding of float32 sums only.
+    assert results[0]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-5)
+    assert results[0]["kl"] == pytest.approx(results[1]["kl"], rel=1e-2, abs=1e-8)
+
+
+def test_eval_without_a_reference_says_null(work, capsys):
+    assert run_cli("eval", work / "q", "--text", work / "text.txt", "--context", 64, "--json", "--quiet") == 0
+    result = stdout_json(capsys)
+    assert result["kl"] is None
+    assert result["top1_agreement"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--text", "empty.txt"], "is empty"),
+        (["--text", "nowhere.txt"], "is not a file"),
+        (["--text", "text.txt", "--context", "1"], "at least 2"),
+    ],
+)
+def test_eval_refuses_bad_input(arguments, said, work, capsys, monkeypatch):
+    monkeypatch.chdir(work)
+    (work / "empty.txt").write_text(" \n")
+    assert run_cli("eval", "q", *arguments, "--quiet") == errors.USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_greedy_tokens_of_torch_and_onnx_runtime_agree(work):
+    """float32 on both sides: logits differ by 1e-6, the two best ones of a random model by far more."""
+    models = TorchModel(work / "q"), OrtModel(work / "onnx")
+    for seed in range(3):
+        prompt = np.random.default_rng(seed).integers(0, 256, 7).tolist()
+        ids = [list(continue_ids(Stream(model, Sampling(), 24, stop_at_end=False), prompt)) for model in models]
+        assert ids[0] == ids[1]
+        assert len(ids[0]) == 24
+
+
+def test_generate_streams_text_and_repeats_with_its_seed(work, capsys):
+    command = ["generate", work / "onnx", "-p", "the quick", "--max-new-tokens", 12, "--ignore-eos", "--temperature", 1]
+    assert run_cli(*command, "--top-p", 0.9, "--seed", 3, "--json", "--quiet") == 0
+    report = stdout_json(capsys)
+    assert report["tokens"] == len(report["ids"]) == 12
+    assert run_cli(*command, "--top-p", 0.9, "--seed", 3) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == report["text"].strip()
+    assert "tokens/s" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", ""], "prompt is empty"),
+        (["-p", "x", "--chat"], "no chat template"),
+        (["-p", "x", "--top-p", "0"], "not a probability"),
+        (["-p", "x", "--temperature", "-1"], "negative"),
+    ],
+)
+def test_generate_refuses_bad_input(arguments, said, work, capsys):
+    assert run_cli("generate", work / "onnx", *arguments) == errors.USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_parity_holds_and_reports_every_layer(work, tmp_path, capsys):
+    out = tmp_path / "parity.json"
+    assert run_cli("parity", work / "onnx", "-o", out, "--json", "--quiet") == 0
+    report = stdout_json(capsys)
+    assert json.loads(out.read_text()) == report
+    assert report["passed"]
+    assert report["first_bad_layer"] is None
+    assert report["problems"] == []
+    assert report["top1_agreement"] == 1
+    assert len(report["layers"]) == 14
+    assert sum(item["nodes"] for item in report["operators"]) == 14
+    # float32 on both sides.
+    assert max(layer["error"] for layer in report["layers"]) < 1e-5
+    assert report["cached"]["error"] < 1e-5
+
+
+def test_parity_of_a_damaged_file_fails_and_names_the_layer(work, tmp_path, capsys):
+    shutil.copytree(work / "onnx", tmp_path / "onnx")
+    bad = "model.layers.1.self_attn.o_proj"
+    _damage(tmp_path / "onnx", f"{bad}.codes")
+    assert run_cli("parity", tmp_path / "onnx", "--checkpoint", work / "q", "--json", "--quiet") == errors.CHECK_FAILED
+    report = stdout_json(capsys)
+    assert not report["passed"]
+    assert report["first_bad_layer"] == bad
+    assert report["own_error"] > report["tolerance"]
+    before = [layer for layer in report["layers"] if layer["name"].startswith("model.layers.0.")]
+    assert all(layer["passed"] for layer in before)
+
+
+def _damage(folder: Path, name: str) -> None:
+    """Flip the bytes of a stored tensor."""
+    graph = onnx_file.load_graph(folder / "model.onnx").graph
+    tensor = next(item for item in graph.initializer if item.name == name)
+    assert tensor.data_location == onnx.TensorProto.EXTERNAL
+    entries = {item.key: item.value for item in tensor.external_data}
+    path, offset, length = folder / entries["location"], int(entries["offset"]), int(entries["length"])
+    content = bytearray(path.read_bytes())
+    content[offset : offset + length] = bytes(byte ^ 0x5A for byte in content[offset : offset + length])
+    path.write_bytes(content)
+
+
+def test_a_layer_whose_input_is_already_wrong_is_told_apart(work, tmp_path, capsys):
+    """A damaged norm is no node of ours: the first of our layers after it is named, and found to be right by itself."""
+    shutil.copytree(work / "onnx", tmp_path / "onnx")
+    _damage_norm(tmp_path / "onnx" / "model.onnx", "layers.1.input_layernorm")
+    assert run_cli("parity", tmp_path / "onnx", "--checkpoint", work / "q") == errors.CHECK_FAILED
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "first layer out of tolerance: model.layers.1.self_attn." in shown
+    assert "its input is already wrong" in shown
+
+
+def _damage_norm(path: Path, name: str) -> None:
+    model = onnx.load(path)
+    tensor = next(item for item in model.graph.initializer if name in item.name)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+    path.with_name("model.onnx.data").unlink()
+    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
+
+
+def test_parity_without_its_checkpoint_asks_for_it(work, tmp_path, capsys):
+    shutil.copytree(work / "onnx", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "rankbook-export.yaml").unlink()
+    assert run_cli("parity", tmp_path / "elsewhere") == errors.USAGE
+    assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_inspect_tells_the_same_of_checkpoint_and_file(work, capsys):
+    layers = []
+    for name in ("q", "onnx"):
+        assert run_cli("inspect", work / name, "--json") == 0
+        layers.append({layer["name"]: layer for layer in stdout_json(capsys)["layers"]})
+    assert layers[0].keys() == layers[1].keys()
+    for name, layer in layers[0].items():
+        other = layers[1][name]
+        for key in ("method", "bits", "out_features", "in_features", "group", "planes", "error_rank", "error"):
+            assert layer[key] == other[key], (name, key)
+        assert layer["error_rank"] == 4
+        assert layer["error"] is not None
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
+def test_an_engine_is_built_from_the_file(work, tmp_path, capsys):
+    limits = ["--max-batch", 2, "--max-sequence", 16, "--max-context", 32, "--compute-capability", "SM86"]
+    assert run_cli("build", work / "onnx", *limits, "-o", tmp_path / "engine", "--json", "--quiet") == 0
+    report = stdout_json(capsys)
+    assert {check["name"]: check["passed"] for check in report["checks"]} == dict.fromkeys(
+        [
+            "inputs",
+            "outputs",
+            "engine inputs",
+            "engine outputs",
+            "profiles",
+            "codes stayed packed",
+            "weights",
+            "engine layers",
+        ],
+        True,
+    )
+    assert run_cli("inspect", tmp_path / "engine", "--json") == 0
+    inspected = stdout_json(capsys)
+    assert inspected["kind"] == "engine"
+    assert len(inspected["layers"]) == 14
