@@ -145,16 +145,10 @@ def check(
     cached = compare_cached(model, torch_model, tokens[:1], tolerance)
     note(0.5, "operators")
     operators = compare_operators(file, tolerance, options)
-    layers: tuple[LayerCheck, ...] = ()
-    own_error = bad = None
-    if options.layers:
-        note(0.7, "layers")
-        captured = capture_layers(torch_model, tokens)
-        layers = compare_layers(model, captured, tokens, tolerance, options)
-        bad = next((layer.name for layer in layers if not layer.passed), None)
-        own_error = None if bad is None else _own_error(file, bad, captured, tolerance)
+    note(0.7, "layers")
+    depth = bisect(model, torch_model, tokens, tolerance, options) if options.layers else Depth()
     verdicts = [logits.passed, cached is None or cached.passed]
-    verdicts += [operator.passed for operator in operators] + [layer.passed for layer in layers]
+    verdicts += [item.passed for item in operators] + [item.passed for item in depth.layers]
     return ParityReport(
         model=str(file.path),
         checkpoint=torch_model.name.removeprefix("torch "),
@@ -165,11 +159,28 @@ def check(
         top1_agreement=top1,
         cached=cached,
         operators=operators,
-        layers=layers,
-        first_bad_layer=bad,
-        own_error=own_error,
+        layers=depth.layers,
+        first_bad_layer=depth.first_bad_layer,
+        own_error=depth.own_error,
         passed=all(verdicts) and not problems,
     )
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where an error begins; see the fields of the same names of `ParityReport`."""
+
+    layers: tuple[LayerCheck, ...] = ()
+    first_bad_layer: str | None = None
+    own_error: float | None = None
+
+
+def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float, options: ParityOptions) -> Depth:
+    """Compare layer by layer and find the first one out of tolerance."""
+    captured = capture_layers(torch_model, tokens)
+    layers = compare_layers(model, captured, tokens, tolerance, options)
+    bad = next((layer.name for layer in layers if not layer.passed), None)
+    return Depth(layers, bad, None if bad is None else _own_error(model.file, bad, captured, tolerance))
 
 
 def compare_logits(

@@ -38,6 +38,22 @@ def add_flags(flags: Flags) -> None:
         "model", metavar="MODEL", required=True, text="Hugging Face folder or id, folder with one GGUF, .gguf file"
     )
     flags.add("-o", "--output", type=Path, metavar="DIR", required=True, text="folder for the checkpoint")
+    _add_method_flags(flags)
+    flags.add("--calib", metavar="FILE", text=".txt, .jsonl or a datasets name; sampled from the model without it")
+    flags.add("--calib-sequences", type=int, default=64, metavar="N", text="calibration windows")
+    flags.add("--calib-length", type=int, default=512, metavar="N", text="tokens per calibration window")
+    flags.add(
+        "--quantize-lm-head", type=int, choices=(0, 4, 8), default=0, text="bits of the output layer; 0 leaves it"
+    )
+    flags.add(
+        "--quantize-embeddings", type=int, choices=(0, 4, 8), default=0, text="bits of the embedding; 0 leaves it"
+    )
+    flags.add("--skip", nargs="+", default=(), metavar="NAME", text="layers to leave alone; * and ? are wildcards")
+    flags.add("--resume", action="store_true", default=False, text="go on at the last finished block of an earlier run")
+    flags.add("--overwrite", action="store_true", default=False, text="replace a checkpoint that is already there")
+
+
+def _add_method_flags(flags: Flags) -> None:
     flags.add("--method", default="lcq", metavar="M", text="rtn, lcq or lqer (each a file in calibration/methods)")
     flags.add("--bits", type=int, choices=(2, 3, 4, 8), default=3, text="bits of a code")
     flags.add("--rank", type=int, metavar="R", text="rank of the codebook matrix (lcq), 1 to 2^bits - 1")
@@ -56,24 +72,7 @@ def add_flags(flags: Flags) -> None:
         "--level-dtype", choices=("int8", "float16"), text="storage of learned levels; the method's choice without"
     )
     flags.add("--effort", choices=("fast", "default", "high"), text="fast is the closed form alone; high trains longer")
-    flags.add("--calib", metavar="FILE", text=".txt, .jsonl or a datasets name; sampled from the model without it")
-    flags.add("--calib-sequences", type=int, default=64, metavar="N", text="calibration windows")
-    flags.add("--calib-length", type=int, default=512, metavar="N", text="tokens per calibration window")
-    flags.add(
-        "--quantize-lm-head", type=int, choices=(0, 4, 8), default=0, text="bits of the output layer; 0 leaves it"
-    )
-    flags.add(
-        "--quantize-embeddings", type=int, choices=(0, 4, 8), default=0, text="bits of the embedding; 0 leaves it"
-    )
-    flags.add("--skip", nargs="+", default=(), metavar="NAME", text="layers to leave alone; * and ? are wildcards")
     flags.add("--method-option", nargs="+", default=(), metavar="KEY=VALUE", text="further options of the method")
-    flags.add(
-        "--resume",
-        action="store_true",
-        default=False,
-        text="go on at the last finished block of a run that ended early",
-    )
-    flags.add("--overwrite", action="store_true", default=False, text="replace a checkpoint that is already there")
 
 
 def run(options: argparse.Namespace) -> Outcome:
