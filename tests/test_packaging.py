@@ -130,5 +130,5 @@ def test_sdist_can_be_built_from(tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {"pyproject.toml", "LICENSE", "README.md", "CMakeLists.txt", "plugins/csrc/CMakeLists.txt"}
-    assert wanted | {"plugins/layout.py", ".pkg/rankbook/__init__.py", ".pkg/rankbook/plugins"} <= names
+    assert wanted | {"plugins/layout.py", ".pkg/rankbook/__init__.py", ".pkg/rankbook/plugins/layout.py"} <= names
     assert [name for name in names if name.startswith(("tests/", ".ci/", ".venv")) or name.endswith(".so")] == []
