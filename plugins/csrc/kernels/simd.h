@@ -15,6 +15,11 @@
 #include <immintrin.h>
 #endif
 
+// Rows of levels that a loop keeps in registers; builds with sanitizers, which compile slowly, make do with fewer copies.
+#if !defined(RANKBOOK_PLANES)
+#define RANKBOOK_PLANES 4
+#endif
+
 namespace rankbook {
 namespace {
 
@@ -29,7 +34,7 @@ inline constexpr int kLevels = kBits >= 8 ? 256 : 1 << kBits;
 struct Simd {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
-  static constexpr int kPlanes = 4;   // rows of levels kept in registers
+  static constexpr int kPlanes = RANKBOOK_PLANES;
   static constexpr int kTokens = 12;  // rows of x per GEMM tile: 24 accumulators of 32 registers
   using F = __m512;
   using I = __m512i;
@@ -87,7 +92,7 @@ struct Simd {
 struct Simd {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
-  static constexpr int kPlanes = 4;
+  static constexpr int kPlanes = RANKBOOK_PLANES;
   static constexpr int kTokens = 6;  // 12 accumulators of 16 registers
   using F = __m256;
   using I = __m256i;
@@ -151,7 +156,7 @@ struct Simd {
 struct Simd {
   static constexpr const char* kName = "portable";
   static constexpr int kLanes = 4;
-  static constexpr int kPlanes = 2;  // fewer copies of the unrolled loops: they take long to compile
+  static constexpr int kPlanes = RANKBOOK_PLANES < 2 ? RANKBOOK_PLANES : 2;  // fewer copies of the unrolled loops
   static constexpr int kTokens = 4;
   struct F {
     float lane[kLanes];

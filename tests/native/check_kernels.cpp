@@ -1,0 +1,162 @@
+// Runs the kernels alone, without a runtime, on buffers of exactly the size that the contract gives them, so that the
+// sanitizers see a read or write one byte beyond. Compares with plain loops. Prints nothing and returns 0, or says what
+// differs and returns 1. Built and run by tests/plugins/test_native_sanitizers.py.
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/dispatch.h"
+
+namespace {
+
+using namespace rankbook;
+
+std::mt19937 random_source(1);
+
+float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(random_source); }
+
+template <class T>
+std::vector<T> integers(int64_t count, int low, int high) {
+  std::vector<T> out(static_cast<size_t>(count));
+  for (T& value : out) value = static_cast<T>(std::uniform_int_distribution<int>(low, high)(random_source));
+  return out;
+}
+
+std::vector<float> reals(int64_t count, float size) {
+  std::vector<float> out(static_cast<size_t>(count));
+  for (float& value : out) value = uniform(-size, size);
+  return out;
+}
+
+// Tasks on two threads that take the next index from a counter, as a thread pool does.
+void run_threads(void*, int64_t count, void (*task)(void*, int64_t), void* argument) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t index = next++; index < count; index = next++) task(argument, index);
+  };
+  std::thread other(work);
+  work();
+  other.join();
+}
+
+struct Case {
+  int bits, planes;
+  bool offset;
+  int64_t n, k, groups, rank, tokens;
+};
+
+// The tensors of one layer, drawn at random; heap blocks of the exact size.
+struct Layer {
+  CodebookWeight weight;
+  LowRankBranch branch;
+  std::vector<uint8_t> codes;
+  std::vector<int8_t> params, down, up;
+  std::vector<float> levels, step, base, middle;
+
+  explicit Layer(const Case& c) {
+    weight.bits = c.bits;
+    weight.planes = c.planes;
+    weight.has_offset = c.offset;
+    weight.out_features = c.n;
+    weight.in_features = c.k;
+    weight.groups = c.groups;
+    const int64_t planes = weight.param_planes();
+    codes = integers<uint8_t>(weight.panels() * weight.blocks() * c.bits * kWordBytes, 0, 255);
+    levels = reals(c.planes << c.bits, 1.0F);
+    params = integers<int8_t>(weight.panels() * c.groups * planes * kPanel, -128, 127);
+    step = reals(weight.panels() * planes, 0.01F);
+    base = reals(weight.panels() * planes, 0.1F);
+    branch.rank = c.rank;
+    down = integers<int8_t>(ceil_div(c.rank, kPanel) * c.k * kPanel, -128, 127);
+    up = integers<int8_t>(weight.panels() * c.rank * kPanel, -128, 127);
+    middle = reals(c.rank, 1e-4F);
+    weight.codes = codes.data();
+    weight.levels = levels.data();
+    weight.params = params.data();
+    weight.step = step.data();
+    weight.base = base.data();
+    branch.down.codes = down.data();
+    branch.up.codes = up.data();
+    branch.middle = middle.data();
+  }
+};
+
+double largest_error(const Case& c, const Layer& layer, const PanelKernels& kernels) {
+  const Parallel parallel{nullptr, run_threads};
+  std::vector<float> rows(static_cast<size_t>(c.n * c.k));
+  std::vector<int64_t> indices;
+  for (int64_t n = 0; n < c.n; ++n) indices.push_back(n);
+  if (codebook_gather({layer.weight, indices.data(), c.n, rows.data()}, parallel) != Status::kOk) return INFINITY;
+
+  const std::vector<float> x = reals(c.tokens * c.k, 1.0F);
+  const std::vector<float> bias = reals(c.n, 1.0F);
+  std::vector<float> y(static_cast<size_t>(c.tokens * c.n));
+  std::vector<float> workspace(static_cast<size_t>(linear_workspace(layer.weight, layer.branch, c.tokens)));
+  LinearArgs args;
+  args.weight = layer.weight;
+  args.branch = layer.branch;
+  args.bias = bias.data();
+  args.x = x.data();
+  args.tokens = c.tokens;
+  args.y = y.data();
+  args.workspace = workspace.data();
+  if (codebook_linear(args, kernels, parallel) != Status::kOk) return INFINITY;
+
+  double worst = 0.0;
+  for (int64_t m = 0; m < c.tokens; ++m) {
+    std::vector<double> ranks(static_cast<size_t>(c.rank));
+    for (int64_t r = 0; r < c.rank; ++r) {
+      const int8_t* down = layer.down.data() + r / kPanel * c.k * kPanel + r % kPanel;
+      for (int64_t k = 0; k < c.k; ++k) ranks[r] += static_cast<double>(x[m * c.k + k]) * down[k * kPanel];
+      ranks[r] *= layer.middle[r];
+    }
+    for (int64_t n = 0; n < c.n; ++n) {
+      const int8_t* up = layer.up.data() + n / kPanel * c.rank * kPanel + n % kPanel;
+      double want = bias[n];
+      double size = std::fabs(want);
+      for (int64_t k = 0; k < c.k; ++k) {
+        const double term = static_cast<double>(x[m * c.k + k]) * rows[n * c.k + k];
+        want += term;
+        size += std::fabs(term);
+      }
+      for (int64_t r = 0; r < c.rank; ++r) want += ranks[r] * up[r * kPanel];
+      worst = std::fmax(worst, std::fabs(want - y[m * c.n + n]) / (size + 1.0));
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {2, 1, false, 33, 64, 2, 0, 1},   {2, 2, true, 64, 96, 2, 3, 5},     {3, 2, true, 70, 240, 5, 33, 1},
+      {3, 1, true, 31, 45, 1, 0, 1},    {3, 5, false, 40, 80, 5, 1, 13},   {4, 2, true, 96, 128, 2, 8, 1},
+      {4, 3, true, 32, 48, 3, 0, 200},  {4, 6, true, 1, 1, 1, 2, 3},       {8, 1, true, 65, 112, 7, 4, 1},
+      {8, 2, false, 40, 33, 1, 0, 7},   {4, 1, true, 300, 512, 8, 16, 2},  {3, 2, true, 300, 512, 8, 16, 1},
+  };
+  int failures = 0;
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    const PanelKernels& kernels = select_kernels(isa);
+    for (const Case& c : cases) {
+      const Layer layer(c);
+      const double error = largest_error(c, layer, kernels);
+      if (error < 1e-5) continue;
+      std::fprintf(stderr, "%s: %d bits, %d planes, N %ld, K %ld, M %ld: error %g\n", kernels.name, c.bits, c.planes,
+                   static_cast<long>(c.n), static_cast<long>(c.k), static_cast<long>(c.tokens), error);
+      ++failures;
+    }
+  }
+  Layer broken({4, 1, true, 32, 64, 3, 0, 1});  // three groups cannot cut 64 inputs
+  if (check_weight(broken.weight) != Status::kBadShape) ++failures;
+  broken.weight.groups = 1;
+  const int64_t beyond = 32;
+  float row[64];
+  if (codebook_gather({broken.weight, &beyond, 1, row}, {}) != Status::kBadIndex) ++failures;
+  return failures == 0 ? 0 : 1;
+}
