@@ -51,8 +51,8 @@ class TrainConfig:
         checks: Comparisons during training, the last one at the end.
     """
 
-    steps: int = 100
-    batch: int = 2
+    steps: int = 200
+    batch: int = 1
     compute: str = "auto"
     judge: int = 8
     checks: int = 2

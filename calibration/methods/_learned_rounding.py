@@ -30,10 +30,10 @@ class StepSizes:
         levels: Levels, in mean absolute levels of their plane.
     """
 
-    rounding: float = 1.0
-    coeffs: float = 1.0
-    offset: float = 0.5
-    levels: float = 0.2
+    rounding: float = 0.5
+    coeffs: float = 0.05
+    offset: float = 0.03
+    levels: float = 0.01
 
 
 class LearnedRounding:

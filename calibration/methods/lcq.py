@@ -23,7 +23,7 @@ from rankbook.calibration.record import LEVEL_LIMIT, QuantizedLinear, check_grou
 
 RECIPES = ("rounding", "codebook")
 EFFORTS = ("fast", "default", "high")
-STEPS = {"default": 100, "high": 400}
+STEPS = {"default": 200, "high": 800}
 """Training steps per block of each effort that trains."""
 
 
@@ -50,12 +50,12 @@ class LcqConfig:
     gradient: str = field(
         default="straight-through", metadata={"help": "Gradient of recipe codebook: straight-through or assignment."}
     )
-    batch: int = field(default=2, metadata={"help": "Calibration sequences per training step."})
+    batch: int = field(default=1, metadata={"help": "Calibration sequences per training step."})
     compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
-    rounding_step: float = field(default=1.0, metadata={"help": "Twice the reach of learned rounding, in level gaps."})
-    coeff_step: float = field(default=0.2, metadata={"help": "Twice the reach of the coefficients, relative."})
-    offset_step: float = field(default=0.1, metadata={"help": "Twice the reach of the offsets, in level gaps."})
-    level_step: float = field(default=0.05, metadata={"help": "Twice the reach of the levels, relative to their mean."})
+    rounding_step: float = field(default=0.5, metadata={"help": "Twice the reach of learned rounding, in level gaps."})
+    coeff_step: float = field(default=0.05, metadata={"help": "Twice the reach of the coefficients, relative."})
+    offset_step: float = field(default=0.03, metadata={"help": "Twice the reach of the offsets, in level gaps."})
+    level_step: float = field(default=0.01, metadata={"help": "Twice the reach of the levels, relative to their mean."})
 
     def __post_init__(self) -> None:
         if self.bits not in LEVEL_LIMIT:
