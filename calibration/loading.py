@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rankbook.calibration.checkpoint import MANIFEST, open_checkpoint
+from rankbook.calibration.checkpoint import MANIFEST, CheckpointError, open_checkpoint
 from rankbook.calibration.files import sha256_file
-
 
 _TOKENIZER_FILES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "spiece.model", "*.tiktoken")
 
@@ -96,7 +96,8 @@ def load_tokenizer(source: str | Path) -> Any:
     extra = {"gguf_file": found.gguf} if found.gguf else {}
     try:
         return AutoTokenizer.from_pretrained(found.location, **extra)
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception as error:  # tokenizers raise plain Exception for a damaged file
+        warnings.warn(f"the tokenizer of {found.location} cannot be read: {error}", stacklevel=2)
         return None
 
 
@@ -125,7 +126,9 @@ def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
         extra = {"dtype": dtype or "auto", "use_safetensors": True}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(found.location, **extra)
-    except (OSError, SafetensorError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{found.location} cannot be loaded as a causal language model: {error}") from error
     if found.gguf:  # it is an ordinary model now; these would keep it from being saved
         model.hf_quantizer = None

@@ -76,6 +76,7 @@ def quantize_model(
     digest = model_hash(source)
     fingerprint = {"options": options.to_json(), "model": digest, "calibration": _text_hash(options)}
     state = PartialState(output, {**fingerprint, "versions": versions()}, resume=resume)
+    run.reporter.tell("calibration text", -1)
     data = _calibration(state, tokenizer, model, options)
     resumed = state.finished()
     run.blocks_in_order(data.tokens, state)
@@ -85,6 +86,21 @@ def quantize_model(
     state.remove()
     run.reporter.tell("done", len(run.blocks.modules))
     return report
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Calibration activations (sequences, length, hidden) in the model's dtype, moved from block to block in place.
+
+    Attributes:
+        inputs: Of the quantized prefix.
+        targets: Of the original model, or None for methods without a training stage.
+        end: Number of blocks that the streams must pass; 0 where no block is left to quantize.
+    """
+
+    inputs: Tensor
+    targets: Tensor | None
+    end: int
 
 
 @dataclass
@@ -113,62 +129,54 @@ class _Run:
 
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the tables and every block, or take finished blocks from ``state``."""
-        self.reporter.tell("first inputs", -1)
-        dtype = next(self.blocks.modules[0].parameters()).dtype
-        calls = capture.record_calls(self.model, self.blocks, tokens)
-        inputs = capture.first_inputs(self.model, self.blocks, tokens, dtype)
-        packed = tables.quantize_embedding(self.model, self.tables, self.options)
-        targets = None
-        if METHODS[self.options.method].refine is not None:
-            targets = inputs  # the original model's stream
-            inputs = capture.first_inputs(self.model, self.blocks, tokens, dtype) if packed else inputs.clone()
-        elif packed:
-            inputs = capture.first_inputs(self.model, self.blocks, tokens, dtype)
         finished = state.finished()
+        self.reporter.tell("first inputs", -1)
+        calls = capture.record_calls(self.model, self.blocks, tokens)
+        trained = METHODS[self.options.method].refine is not None
+        targets = self._first_inputs(tokens) if trained else None  # before the embedding may change
+        packed = tables.quantize_embedding(self.model, self.tables, self.options)
+        inputs = targets.clone() if targets is not None and not packed else self._first_inputs(tokens)
+        # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
+        streams = _Streams(inputs, targets, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
         for index, call in enumerate(calls):
-            self._block(index, call, inputs, targets, state if index >= finished else None, state)
+            self._block(index, call, streams, state, solve=index >= finished)
         packed |= tables.quantize_head(self.model, self.tables, self.options)
         self._note_tables(packed)
 
+    def _first_inputs(self, tokens: Tensor) -> Tensor:
+        dtype = next(self.blocks.modules[0].parameters()).dtype
+        return capture.first_inputs(self.model, self.blocks, tokens, dtype)
+
     def _block(
-        self,
-        index: int,
-        call: capture.BlockCall,
-        inputs: Tensor,
-        targets: Tensor | None,
-        unfinished: PartialState | None,
-        state: PartialState,
+        self, index: int, call: capture.BlockCall, streams: _Streams, state: PartialState, *, solve: bool
     ) -> None:
         """Quantize one block, or replay it, and move both streams past it."""
         block, prefix = self.blocks.modules[index], f"{self.blocks.name}.{index}."
         _check_finite(block, prefix)
-        self.reporter.tell("calibrating" if unfinished else "replaying", index)
+        self.reporter.tell("calibrating" if solve else "replaying", index)
         with capture.in_float32(block):
-            if targets is not None:
-                capture.advance(block, call, targets)
-            if unfinished is not None:
-                unfinished.save(index, self._solve(index, call, inputs, targets))
+            if streams.targets is not None and index < streams.end:
+                capture.advance(block, call, streams.targets)
+            if solve:
+                state.save(index, self._solve(index, call, streams))
             result = state.load(index)  # also when just solved: what is on disk is what the next block sees
-            dtype = self.model.dtype
-            modules = {
-                name.removeprefix(prefix): CodebookLinear.from_record(r, dtype) for name, r in result.records.items()
-            }
-            for local, module in modules.items():
+            modules = {n: CodebookLinear.from_record(r, self.model.dtype) for n, r in result.records.items()}
+            for name, module in modules.items():
                 module.materialize()
-                replace_module(block, local, module)
-            if index + 1 < len(self.blocks.modules):
-                capture.advance(block, call, inputs)
+                replace_module(self.model, name, module)
+            if index + 1 < streams.end:
+                capture.advance(block, call, streams.inputs)
             for module in modules.values():
                 module.dematerialize()
         for name, record in result.records.items():
             self.layers[name] = LayerReport(LayerMeta.of(record), record.stored_bits(), result.errors[name])
 
-    def _solve(self, index: int, call: capture.BlockCall, inputs: Tensor, targets: Tensor | None) -> BlockResult:
+    def _solve(self, index: int, call: capture.BlockCall, streams: _Streams) -> BlockResult:
         """Return the records of one block in float32."""
         block, prefix, names = self.blocks.modules[index], f"{self.blocks.name}.{index}.", self.selection.layers[index]
         method, options = METHODS[self.options.method], self.options
-        statistics = capture.collect(block, call, inputs, names)
+        statistics = capture.collect(block, call, streams.inputs, names)
         problems = {name: _problem(block, name, statistics[name]) for name in names}
         share = _QUANTIZE_SHARE if method.refine else 1.0
         with torch.random.fork_rng(devices=[]):
@@ -177,10 +185,10 @@ class _Run:
             for position, (name, problem) in enumerate(problems.items()):
                 self.reporter.tell(f"quantizing {prefix}{name}", index, share * position / len(problems))
                 records[name] = _solve_layer(replace(problem, name=f"{prefix}{name}"), options)
-            if method.refine is not None and targets is not None and problems:
+            if method.refine is not None and streams.targets is not None and problems:
                 progress = _refine_progress(self.reporter, index)
                 seed = options.seed + index
-                whole = BlockProblem(block, problems, inputs, targets, call, seed, progress)
+                whole = BlockProblem(block, problems, streams.inputs, streams.targets, call, seed, progress)
                 records = method.refine(whole, records, options.method_config())
         errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
         return BlockResult({f"{prefix}{name}": record for name, record in records.items()}, errors)

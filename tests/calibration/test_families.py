@@ -86,3 +86,31 @@ def test_bfloat16_stays_bfloat16(family: str, tmp_path: Path) -> None:
     a, b = original(ids).logits.float(), loaded(ids).logits.float()
     # 8-bit weights (about 0.4 % error) on top of bfloat16's own 0.4 % per operation.
     assert (a - b).norm() < 0.05 * a.norm()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("rtn", {}),
+        ("rtn", {"error_branch": "qera", "error_rank": 4}),
+        ("lqer", {"error_rank": 4}),
+        ("lcq", {"effort": "fast", "rank": 2}),
+        ("lcq", {"rank": 1, "error_branch": "l2qer", "error_rank": 4, "method_options": {"steps": 3}}),
+    ],
+)
+def test_every_method_goes_through(
+    method: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the real rtn
+    model = tiny_model("llama", tmp_path / "model")
+    text = str(write_text(tmp_path / "text.txt"))
+    options = QuantizeOptions(
+        method=method, bits=3, group_size=16, calib=text, calib_sequences=4, calib_length=16, **settings
+    )
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options)
+    ranks = {layer.meta.rank for layer in report.layers.values()}
+    assert ranks == {settings.get("error_rank", 0)}
+    assert {layer.meta.group for layer in report.layers.values()} == {16}
+    ids = torch.randint(0, 256, (2, 20))
+    loaded, _ = load_model(tmp_path / "out")
+    assert torch.equal(loaded(ids).logits, dense_reference(model, tmp_path / "out")(ids).logits)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankbook.calibration import checkpoint
 from rankbook.calibration.checkpoint import MANIFEST, load_records
 from rankbook.calibration.loading import load_model
 from rankbook.calibration.methods import METHODS, LayerProblem, Method
@@ -85,6 +86,26 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path: Path, block: int) -
     whole, resumed = (json.loads((tmp_path / name / MANIFEST).read_text()) for name in ("whole", "out"))
     assert resumed["layers"] == whole["layers"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_failed_while_writing_the_result_is_finished_without_computing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama", tmp_path / "model")
+    quantize_model(tmp_path / "model", tmp_path / "whole", options(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    original = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    monkeypatch.setattr(checkpoint, "save_file", original)
+    monkeypatch.setattr("rankbook.calibration.capture.advance", None)  # would fail if it were called
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), resume=True)
+    assert report.resumed_at == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def interrupted(folder: Path, chosen: QuantizeOptions) -> None:

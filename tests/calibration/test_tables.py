@@ -1,0 +1,80 @@
+"""Embedding and output layer: rounding in pieces, and every combination of tied and wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rankbook.calibration import tables
+from rankbook.calibration.linear import CodebookEmbedding, CodebookLinear, TiedCodebookLinear
+from rankbook.calibration.methods import METHODS, LayerProblem
+from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.statistics import LayerStatistics
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pieces_give_what_one_call_gives(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 64)
+    weight = torch.randn(259, 48)
+    options = QuantizeOptions(method="rtn")
+    record = tables.quantize_table("table", weight, torch.ones(259), bits, options)
+    rtn = METHODS["rtn"]
+    problem = LayerProblem("table", weight, None, LayerStatistics.empty(48))
+    whole = rtn.quantize(problem, rtn.config_type(bits=bits, group_size=48))
+    assert torch.equal(record.weight(), whole.weight())
+    assert record.bias is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("embeddings", "head"), [(8, 0), (0, 8), (4, 4)])
+def test_combinations(family: str, embeddings: int, head: int) -> None:
+    model = tiny_model(family)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    options = QuantizeOptions(method="rtn", quantize_embeddings=embeddings, quantize_lm_head=head)
+    found = tables.find_tables(model)
+    assert found.tied == tied == (family == "qwen3")
+    tables.check_tables(found, options)
+    ids = torch.arange(10)[None]
+    want = model(ids).logits
+    metas = tables.quantize_embedding(model, found, options) | tables.quantize_head(model, found, options)
+    if tied:  # one record for both, whichever was asked for
+        assert isinstance(model.model.embed_tokens, CodebookEmbedding)
+        assert isinstance(model.lm_head, TiedCodebookLinear)
+        assert metas["lm_head"].shared_with == "model.embed_tokens"
+    else:
+        assert isinstance(model.model.embed_tokens, CodebookEmbedding if embeddings else nn.Embedding)
+        assert isinstance(model.lm_head, CodebookLinear if head else nn.Linear)
+        assert set(metas) == {n for n, w in (("model.embed_tokens", embeddings), ("lm_head", head)) if w}
+    bits = max(embeddings, head)
+    # Rounding to b bits over a range of about 5 standard deviations: an error of 5 / (sqrt(12) 2^b) of the weights.
+    assert (model(ids).logits - want).norm() < 4 * 5 / (12**0.5 * 2**bits) * want.norm()
+
+
+def test_scaled_embeddings_keep_their_factor() -> None:
+    model = tiny_model("gemma2")
+    ids = torch.arange(10)[None]
+    want = model.model.embed_tokens(ids)
+    options = QuantizeOptions(method="rtn", quantize_embeddings=8)
+    tables.quantize_embedding(model, tables.find_tables(model), options)
+    assert (model.model.embed_tokens(ids) - want).norm() < 0.02 * want.norm()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    found = tables.find_tables(model)
+    with pytest.raises(ValueError, match="4 and 8 bits cannot both be had"):
+        tables.check_tables(found, QuantizeOptions(method="rtn", quantize_embeddings=4, quantize_lm_head=8))
+
+    class Odd(nn.Embedding):
+        pass
+
+    model.model.embed_tokens.__class__ = Odd
+    with pytest.raises(ValueError, match="embeddings of type Odd cannot be quantized"):
+        tables.check_tables(found, QuantizeOptions(method="rtn", quantize_embeddings=4))
+    headless = tables.Tables(found.embedding, None, tied=False)
+    with pytest.raises(ValueError, match="no plain output layer"):
+        tables.check_tables(headless, QuantizeOptions(method="rtn", quantize_lm_head=8))
