@@ -23,7 +23,7 @@ from rankbook.calibration.record import LEVEL_LIMIT, QuantizedLinear, check_grou
 
 RECIPES = ("rounding", "codebook")
 EFFORTS = ("fast", "default", "high")
-STEPS = {"default": 200, "high": 800}
+STEPS = {"default": 100, "high": 600}
 """Training steps per block of each effort that trains."""
 
 

@@ -12,6 +12,7 @@ from rankbook.calibration import rounding
 from rankbook.calibration.methods import _lcq_fit, _lcq_gradient, _lcq_store, lcq
 from rankbook.calibration.methods._lcq_fit import Codebooks
 from rankbook.calibration.methods.lcq import LcqConfig
+from rankbook.calibration.reconstruct import token_errors
 from rankbook.calibration.record import GroupParams, QuantizedLinear
 from tests.calibration import problems
 from tests.calibration.test_rtn import reference_affine
@@ -205,11 +206,11 @@ def test_training_never_leaves_a_block_worse(changes: dict[str, object]) -> None
 
 
 def block_loss(problem: problems.BlockProblem, records: dict[str, QuantizedLinear]) -> float:
-    """Mean squared error of the block's output with decoded weights."""
+    """Loss of the block's output with decoded weights."""
     weights = {f"{name}.weight": record.weight(with_low_rank=True) for name, record in records.items()}
     with torch.no_grad():
         output = torch.func.functional_call(problem.block, weights, (problem.inputs,))
-    return float((output - problem.targets).square().mean())
+    return float(token_errors(output, problem.targets).mean())
 
 
 def test_training_around_an_error_branch_keeps_the_branch() -> None:
