@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("RANKBOOK_DEBUG", "") not in ("", "0")
     try:
-        return _run(given)
+        with _stopping_on_sigterm():
+            return _run(given)
     except BrokenPipeError:
         # The reader of our output left (`rankbook inspect ... | head`): that is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +58,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = errors.describe(error)
         print(f"rankbook: error: {message}", file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """Treat a polite kill like Ctrl-C, so that children are ended and temporary folders removed."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    # Python allows this in the main thread only; elsewhere the caller keeps its own handling.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _run(arguments: list[str]) -> int:
