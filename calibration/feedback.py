@@ -6,6 +6,8 @@ energy. The Gram matrix of the inputs says how one column can stand in for anoth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,29 @@ def damped_gram(gram: Tensor, damping: float = _DAMPING) -> Tensor:
     return gram + torch.diag(torch.where(dead, mean, torch.zeros_like(mean)) + damping * mean)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the Gram matrix says about the columns of a layer.
+
+    Attributes:
+        order: Columns in the order of rounding, (K,).
+        factor: Upper Cholesky factor of the inverse Gram matrix in that order, (K, K).
+    """
+
+    order: Tensor
+    factor: Tensor
+
+
+def plan(gram: Tensor, damping: float = _DAMPING) -> Plan:
+    """Prepare rounding with inputs of Gram matrix (K, K): columns of most energy first.
+
+    Raises:
+        ValueError: The matrix holds NaN or infinity.
+    """
+    order = gram.diagonal().argsort(descending=True)
+    return Plan(order, inverse_factor(gram, order, damping))
+
+
 def inverse_factor(gram: Tensor, order: Tensor, damping: float = _DAMPING) -> Tensor:
     """Return the upper Cholesky factor (K, K) of the inverse Gram matrix in the given column order."""
     ordered = damped_gram(gram, damping)[order][:, order]
@@ -40,14 +65,13 @@ def inverse_factor(gram: Tensor, order: Tensor, damping: float = _DAMPING) -> Te
     raise ValueError("the Gram matrix of the inputs cannot be inverted; it holds NaN or infinity")
 
 
-def assign(grouped: Tensor, tables: Tensor, gram: Tensor, damping: float = _DAMPING) -> Tensor:
+def assign(grouped: Tensor, tables: Tensor, columns: Plan) -> Tensor:
     """Choose codes for grouped weights so that the layer's output error is small.
 
     Args:
         grouped: Weights (G, group, N) float32.
         tables: Codebooks (G, L, N) float32.
-        gram: Sum of ``x.T @ x`` of the inputs (K, K).
-        damping: Share of the mean diagonal added to the Gram matrix.
+        columns: Order and weights of the columns, see `plan`.
 
     Returns:
         Codes (G, group, N) uint8.
@@ -55,8 +79,7 @@ def assign(grouped: Tensor, tables: Tensor, gram: Tensor, damping: float = _DAMP
     groups, group, rows = grouped.shape
     ordered, code_of_rank = rounding.sort_tables(tables)
     bounds = rounding.midpoints(ordered)
-    order = gram.diagonal().argsort(descending=True)
-    factor = inverse_factor(gram, order, damping)
+    order, factor = columns.order, columns.factor
     work = grouped.reshape(groups * group, rows)[order]
     ranks = torch.empty_like(work, dtype=torch.uint8)
     group_of = (order // group).tolist()

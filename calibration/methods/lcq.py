@@ -92,15 +92,13 @@ def quantize(problem: LayerProblem, config: LcqConfig) -> QuantizedLinear:
     books = _lcq_store.round_levels(books, config.bits, config.level_dtype)
     codes = _lcq_fit.nearest_chunked(grouped, books.tables())
     books = _lcq_fit.solve_params(_lcq_fit.moments_of(grouped, energy, codes, count), books.levels)
+    plan = feedback.plan(gram, 0.0) if config.feedback_rounds else None
     for _ in range(config.feedback_rounds):
-        codes = feedback.assign(grouped, books.tables(), gram, 0.0)
+        codes = _assign(grouped, books.tables(), plan)
         books = _lcq_store.refit_params(grouped, codes, books, gram)
     params = _lcq_store.quantize_params(grouped, codes, books, gram, config.param_bits)
     tables = _lcq_store.from_params(params, books.levels).tables()
-    if config.feedback_rounds:
-        codes = feedback.assign(grouped, tables, gram, 0.0)
-    else:
-        codes = _lcq_fit.nearest_chunked(grouped, tables)
+    codes = _assign(grouped, tables, plan)
     return QuantizedLinear(
         codes=rounding.from_groups(codes),
         bits=config.bits,
@@ -110,6 +108,13 @@ def quantize(problem: LayerProblem, config: LcqConfig) -> QuantizedLinear:
         bias=problem.bias,
         method="lcq",
     )
+
+
+def _assign(grouped: Tensor, tables: Tensor, columns: feedback.Plan | None) -> Tensor:
+    """Choose codes by error feedback, or without a plan the nearest levels."""
+    if columns is None:
+        return _lcq_fit.nearest_chunked(grouped, tables)
+    return feedback.assign(grouped, tables, columns)
 
 
 def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:

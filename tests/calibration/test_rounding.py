@@ -41,7 +41,9 @@ def test_a_tie_goes_to_the_smaller_level() -> None:
 def test_feedback_with_uncorrelated_inputs_is_the_nearest_level() -> None:
     grouped = torch.randn(2, 32, 7)
     tables = torch.randn(2, 8, 7)
-    assert torch.equal(feedback.assign(grouped, tables, torch.eye(64)), rounding.nearest(grouped, tables))
+    assert torch.equal(
+        feedback.assign(grouped, tables, feedback.plan(torch.eye(64))), rounding.nearest(grouped, tables)
+    )
 
 
 def test_feedback_matches_a_plain_column_loop_and_beats_the_nearest_level() -> None:
@@ -49,7 +51,7 @@ def test_feedback_matches_a_plain_column_loop_and_beats_the_nearest_level() -> N
     gram = feedback.damped_gram(problem.statistics.gram)
     grouped = rounding.to_groups(problem.weight, 64)
     tables = torch.linspace(-0.12, 0.12, 8)[None, :, None].expand(3, 8, 6).contiguous()
-    codes = feedback.assign(grouped, tables, gram, 0.0)
+    codes = feedback.assign(grouped, tables, feedback.plan(gram, 0.0))
     decoded = rounding.from_groups(rounding.lookup(tables, codes))
     # Plain GPTQ, one column at a time with the inverse of the remaining Gram matrix.
     order = gram.diagonal().argsort(descending=True).tolist()
@@ -70,9 +72,9 @@ def test_inputs_that_never_were_active_are_simply_rounded() -> None:
     gram = torch.zeros(64, 64)
     gram[:32, :32] = torch.eye(32)
     grouped, tables = torch.randn(1, 64, 3), torch.randn(1, 8, 3)
-    assert torch.equal(feedback.assign(grouped, tables, gram), rounding.nearest(grouped, tables))
+    assert torch.equal(feedback.assign(grouped, tables, feedback.plan(gram)), rounding.nearest(grouped, tables))
 
 
 def test_a_damaged_gram_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        feedback.assign(torch.randn(1, 16, 3), torch.randn(1, 8, 3), torch.full((16, 16), float("nan")))
+        feedback.plan(torch.full((16, 16), float("nan")))
