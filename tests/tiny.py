@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # tensors this small gain nothing from threads, and a busy machine makes them wait
 
@@ -40,7 +40,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, folder: Path | None = None, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_model(family: str, folder: Path | None = None, *, seed: int = 0, **overrides: Any) -> Any:
     """Return a random float32 model of ``family``; with ``folder``, save it and a tokenizer there.
 
     Keyword arguments override fields of the model's configuration.
@@ -49,7 +49,8 @@ def tiny_model(family: str, folder: Path | None = None, *, seed: int = 0, **over
     if family == "opt":
         del settings["intermediate_size"], settings["num_key_value_heads"]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32).eval()
+    auto: Any = AutoModelForCausalLM  # as in the rest of the tests: most of transformers has no types
+    model = auto.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32).eval()
     _spread(model)
     if folder is not None:
         model.save_pretrained(folder)
@@ -57,7 +58,7 @@ def tiny_model(family: str, folder: Path | None = None, *, seed: int = 0, **over
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> Any:
     """Return a tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -67,21 +68,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     bos, eos, pad = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
 
 
 def write_text(path: Path, characters: int = 4000) -> Path:
     """Write deterministic English-like text of ``characters`` letters to ``path``."""
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil".split()
-    text, state = [], 1
-    while sum(map(len, text)) + len(text) < characters:
+    text: list[str] = []
+    state = 1
+    while sum(len(word) + 1 for word in text) < characters:
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
         text.append(words[(state >> 16) % len(words)])
     path.write_text(" ".join(text)[:characters] + "\n", encoding="utf-8")
     return path
 
 
-def _spread(model: PreTrainedModel) -> None:
+def _spread(model: Any) -> None:
     """Give biases and norms random values, so that a test notices when one is lost."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -86,8 +86,9 @@ def test_an_input_that_is_changed_in_place_is_not_shared() -> None:
             self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.a(x)
-            return y + self.b(x.add_(1))
+            total: torch.Tensor = self.a(x)
+            total += self.b(x.add_(1))
+            return total
 
     call = capture.BlockCall((), {}, frozenset())
     statistics = capture.collect(Block(), call, torch.randn(2, 3, 16), ["a", "b"])
@@ -108,9 +109,8 @@ def test_gradients_flow_through_a_call() -> None:
     blocks = capture.find_blocks(model)
     calls = capture.record_calls(model, blocks, ids)
     x = capture.first_inputs(model, blocks, ids, torch.float32)[:3].requires_grad_()
-    calls[1](blocks.modules[1], x).square().sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(calls[1](blocks.modules[1], x).square().sum(), x)
+    assert gradient.abs().sum() > 0
 
 
 def test_per_sequence_arguments_grow_with_the_batch() -> None:

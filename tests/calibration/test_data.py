@@ -102,8 +102,13 @@ def test_a_dataset_name(monkeypatch: pytest.MonkeyPatch) -> None:
             return ["one", "two"]
 
     asked: list[Any] = []
-    module = types.ModuleType("datasets")
-    module.load_dataset = lambda *args, **kwargs: asked.append((args, kwargs)) or Rows()  # type: ignore[attr-defined]
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Rows:
+        asked.append((args, kwargs))
+        return Rows()
+
+    module: Any = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert read_text("wikitext:wikitext-2-raw-v1:test") == "one\n\ntwo"
     assert asked == [(("wikitext", "wikitext-2-raw-v1"), {"split": "test"})]

@@ -60,7 +60,7 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
 
 def test_masked_tokens_do_not_give_nan() -> None:
     def masked(tokens: torch.Tensor) -> torch.Tensor:
-        logits = table_model(1)(tokens).clone()
+        logits: torch.Tensor = table_model(1)(tokens).clone()
         logits[..., 10] = -math.inf
         return logits
 

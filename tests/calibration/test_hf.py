@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rankbook.calibration.options import QuantizeOptions
 from tests.calibration import toy_method
 from tests.tiny import tiny_model
 
+AUTO: Any = AutoModelForCausalLM
 IDS = torch.arange(60, 72)[None]
 
 
@@ -55,7 +57,7 @@ assert type(model.model.layers[0].mlp.up_proj).__name__ == "CodebookLinear"
 print(model(torch.arange(60, 72)[None]).logits.double().abs().sum().item())
 """
     done = run(script, str(checkpoint))
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = AUTO.from_pretrained(checkpoint)
     assert float(done) == pytest.approx(model(IDS).logits.double().abs().sum().item(), rel=1e-6)
 
 
@@ -85,7 +87,7 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_dtype_is_that_of_the_call_and_packed_tensors_keep_theirs(checkpoint: Path) -> None:
-    wide, narrow = (AutoModelForCausalLM.from_pretrained(checkpoint, dtype=d) for d in (torch.float32, torch.bfloat16))
+    wide, narrow = (AUTO.from_pretrained(checkpoint, dtype=d) for d in (torch.float32, torch.bfloat16))
     assert narrow(IDS).logits.dtype == torch.bfloat16
     for name, module in packed_modules(narrow).items():
         if isinstance(module, CodebookLinear):
@@ -96,14 +98,14 @@ def test_dtype_is_that_of_the_call_and_packed_tensors_keep_theirs(checkpoint: Pa
 
 
 def test_saving_the_loaded_model_again(checkpoint: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = AUTO.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    again = AUTO.from_pretrained(tmp_path / "again")
     assert torch.equal(model(IDS).logits, again(IDS).logits)
 
 
 def test_generate(checkpoint: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = AUTO.from_pretrained(checkpoint)
     before = model.generate(IDS, max_new_tokens=5, do_sample=False)
     materialize_all(model)
     assert torch.equal(before, model.generate(IDS, max_new_tokens=5, do_sample=False))
@@ -117,7 +119,7 @@ def test_dequantize_gives_a_dense_model(checkpoint: Path, tmp_path: Path, monkey
         tmp_path / "packed",
         QuantizeOptions(method="toy", bits=4, calib_sequences=2, calib_length=8),
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    model = AUTO.from_pretrained(tmp_path / "packed")
     want = model(IDS).logits
     dense = model.dequantize()
     assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
@@ -129,14 +131,14 @@ def test_another_format_version(checkpoint: Path) -> None:
     config["quantization_config"]["format_version"] = 99
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="version 99"):
-        AutoModelForCausalLM.from_pretrained(checkpoint)
+        AUTO.from_pretrained(checkpoint)
 
 
 def test_truncated_weights(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="truncated"):
-        AutoModelForCausalLM.from_pretrained(checkpoint)
+        AUTO.from_pretrained(checkpoint)
 
 
 def test_a_layer_of_another_model(checkpoint: Path) -> None:
@@ -145,7 +147,7 @@ def test_a_layer_of_another_model(checkpoint: Path) -> None:
     layers["model.layers.9.mlp.up_proj"] = layers["model.layers.0.mlp.up_proj"]
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"no layer 'model\.layers\.9\.mlp\.up_proj'"):
-        AutoModelForCausalLM.from_pretrained(checkpoint)
+        AUTO.from_pretrained(checkpoint)
 
 
 def test_missing_tensors_are_an_error_not_random_numbers(checkpoint: Path) -> None:
@@ -154,4 +156,4 @@ def test_missing_tensors_are_an_error_not_random_numbers(checkpoint: Path) -> No
     tensors = {name: t for name, t in tensors.items() if not name.startswith("model.layers.0.mlp.up_proj.")}
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 5 tensors, the first is model\.layers\.0\.mlp\.up_proj"):
-        AutoModelForCausalLM.from_pretrained(checkpoint)
+        AUTO.from_pretrained(checkpoint)

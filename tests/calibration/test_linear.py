@@ -90,7 +90,7 @@ def test_embedding_returns_rows_of_the_decoded_weight(form: str, rows: int) -> N
 
 def test_tied_layer_shares_the_tensors_of_its_embedding() -> None:
     record = random_record(70)
-    model = nn.Module()
+    model: Any = nn.Module()
     model.embedding = CodebookEmbedding.from_record(record)
     model.head = TiedCodebookLinear(model.embedding)
     assert not [name for name in model.state_dict() if name.startswith("head")]

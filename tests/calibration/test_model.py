@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankbook.calibration import checkpoint
 from rankbook.calibration.checkpoint import MANIFEST, load_records
 from rankbook.calibration.loading import load_model
 from rankbook.calibration.methods import METHODS, LayerProblem, Method
@@ -29,6 +28,7 @@ from tests.calibration import toy_method
 from tests.tiny import tiny_model, write_text
 
 ROOT = Path(__file__).parents[2]
+AUTO: Any = AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +97,10 @@ def test_a_run_that_failed_while_writing_the_result_is_finished_without_computin
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    original = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr("rankbook.calibration.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
-    monkeypatch.setattr(checkpoint, "save_file", original)
+    monkeypatch.setattr("rankbook.calibration.checkpoint.save_file", save_file)
     monkeypatch.setattr("rankbook.calibration.capture.advance", None)  # would fail if it were called
     report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), resume=True)
     assert report.resumed_at == 2
@@ -214,7 +213,7 @@ def test_skipped_and_unknown_layers_are_left_alone_and_listed(tmp_path: Path) ->
         "mixtral", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model = AUTO.from_config(config)
     model.save_pretrained(tmp_path / "model")
     chosen = options(tmp_path, calib=None, skip=("*.1.self_attn.q_proj",))
     report = quantize_model(tmp_path / "model", tmp_path / "out", chosen)
@@ -230,7 +229,7 @@ def test_a_model_with_nothing_to_quantize(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "gpt2", vocab_size=259, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AUTO.from_config(config).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no layer of GPT2LMHeadModel is left to quantize"):
         quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, calib=None))
 
