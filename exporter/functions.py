@@ -28,7 +28,7 @@ and since ONNX Runtime refuses two nodes of one name in a function, the node has
 
 def dequantize_function() -> onnx.FunctionProto:
     """Return the function `DEQUANTIZE`: INT8 codes to float32 values."""
-    one = helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.float32(1)))
+    one = helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.array(1, np.float32)))
     values = helper.make_node("DequantizeLinear", ["codes", "one"], ["values"], name=_DEQUANTIZE_NODE)
     opsets = [helper.make_opsetid("", OPSET)]
     return helper.make_function(contract.DOMAIN, DEQUANTIZE, ["codes"], ["values"], [one, values], opsets)
