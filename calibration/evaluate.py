@@ -71,25 +71,15 @@ def evaluate(
         start = time.monotonic()
         logits = _logits(logits_fn, tokens)
         seconds += time.monotonic() - start
-        reference = None if reference_logits_fn is None else _logits(reference_logits_fn, tokens)
-        if reference is not None and reference.shape != logits.shape:
-            raise ValueError(
-                f"the model gives logits {tuple(logits.shape)}, the reference {tuple(reference.shape)}:"
-                " they do not share a vocabulary and cannot be compared"
-            )
-        sums += _sums(logits, reference, tokens)
+        sums += _sums(logits, None if reference_logits_fn is None else _logits(reference_logits_fn, tokens), tokens)
         if progress is not None:
             progress(min(1.0, (done + 1) * batch / len(windows)))
     count = windows.shape[0] * (windows.shape[1] - 1)
-    loss, divergence, agreement = (float(value) / count for value in sums)
-    with_reference = reference_logits_fn is not None
-    return EvalResult(
-        perplexity=math.exp(loss) if loss < 700 else math.inf,  # exp overflows a double beyond 709
-        kl=divergence if with_reference else None,
-        top1_agreement=agreement if with_reference else None,
-        tokens=count,
-        seconds=seconds,
-    )
+    loss, kl, agreement = (float(value) / count for value in sums)
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows a double beyond 709
+    if reference_logits_fn is None:
+        return EvalResult(perplexity, None, None, count, seconds)
+    return EvalResult(perplexity, kl, agreement, count, seconds)
 
 
 def model_logits(model: Any) -> LogitsFunction:
@@ -114,6 +104,11 @@ def _logits(function: LogitsFunction, tokens: Tensor) -> Tensor:
 
 def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
     """Return the sums over positions of negative log-likelihood, divergence and agreement, float64 (3,)."""
+    if reference is not None and reference.shape != logits.shape:
+        raise ValueError(
+            f"the model gives logits {tuple(logits.shape)}, the reference {tuple(reference.shape)}:"
+            " they do not share a vocabulary and cannot be compared"
+        )
     vocabulary = logits.shape[-1]
     flat = logits[:, :-1].reshape(-1, vocabulary)
     wanted = tokens[:, 1:].reshape(-1)

@@ -69,13 +69,10 @@ def quantize_model(
     output = Path(output_dir)
     start = time.monotonic()
     check_replaceable(output, MANIFEST)
-    model, tokenizer = load_model(source)
-    if packed_modules(model):
-        raise ValueError(f"{source} is quantized already; give the original model")
+    model, tokenizer = _load_original(source)
     run = _Run.prepare(model, options, progress)
     digest = model_hash(source)
-    fingerprint = {"options": options.to_json(), "model": digest, "calibration": _text_hash(options)}
-    state = PartialState(output, {**fingerprint, "versions": versions()}, resume=resume)
+    state = PartialState(output, _fingerprint(options, digest), resume=resume)
     run.reporter.tell("calibration text", -1)
     data = _calibration(state, tokenizer, model, options)
     resumed = state.finished()
@@ -267,6 +264,19 @@ def _check_finite_outside(model: nn.Module, blocks: capture.Blocks) -> None:
     for name, module in model.named_modules():
         if not name.startswith(f"{blocks.name}."):
             _check_finite(module, f"{name}." if name else "", recurse=False)
+
+
+def _load_original(source: str | Path) -> tuple[Any, Any]:
+    model, tokenizer = load_model(source)
+    if packed_modules(model):
+        raise ValueError(f"{source} is quantized already; give the original model")
+    return model, tokenizer
+
+
+def _fingerprint(options: QuantizeOptions, digest: str) -> dict[str, Any]:
+    """Return everything that shapes the result; a run is resumed only with the same."""
+    text = _text_hash(options)
+    return {"options": options.to_json(), "model": digest, "calibration": text, "versions": versions()}
 
 
 def _text_hash(options: QuantizeOptions) -> str:
