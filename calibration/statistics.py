@@ -15,7 +15,7 @@ class LayerStatistics:
     Attributes:
         gram: Sum of ``x.T @ x`` over tokens, float32 (K, K) (each batch is summed in float32, batches add in place).
         mean_abs: Sum of ``|x|`` over tokens, float32 (K,).
-        peak_mean_abs: Largest batch mean of ``|x|``, float32 (K,): LQER's scale (official code, section 3.3 of its notes).
+        peak_mean_abs: Largest batch mean of ``|x|``, float32 (K,): the scale of LQER's official code.
         tokens: Number of tokens seen.
     """
 

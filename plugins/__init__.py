@@ -1,0 +1,1 @@
+"""What the operators are, and what runs them. Needs numpy alone."""

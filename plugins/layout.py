@@ -64,7 +64,8 @@ def pack_codes(codes: UInt8Array, bits: int) -> UInt8Array:
     if codes.ndim != 2:
         raise ValueError(f"codes have shape {codes.shape}; give a matrix (N, K)")
     if codes.size and int(codes.max()) >= 1 << bits:
-        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits; the largest allowed is {(1 << bits) - 1}")
+        largest = (1 << bits) - 1
+        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits; the largest allowed is {largest}")
     rows, columns = codes.shape
     panels, blocks, _, _, _ = packed_shape(rows, columns, bits)
     padded = np.zeros((panels * PANEL, blocks * BLOCK), np.uint8)
@@ -86,7 +87,9 @@ def unpack_codes(packed: UInt8Array, rows: int, columns: int) -> UInt8Array:
         ValueError: The shape of ``packed`` does not belong to a (rows, columns) matrix.
     """
     if packed.ndim != 5 or packed.shape != packed_shape(rows, columns, packed.shape[2]):
-        raise ValueError(f"packed codes have shape {packed.shape}, which does not belong to a ({rows}, {columns}) matrix")
+        raise ValueError(
+            f"packed codes have shape {packed.shape}, which does not belong to a ({rows}, {columns}) matrix"
+        )
     panels, blocks, bits, _, _ = packed.shape
     words = packed.transpose(0, 3, 1, 2, 4)  # (panels, 32, blocks, bits, 4)
     if bits == 3:
