@@ -6,153 +6,30 @@ Letters: N out features, K in features, G groups, P planes (the rank of the code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rankbook.calibration.group_params import GroupParams, check_tensor
 from rankbook.plugins import layout
+
+__all__ = [
+    "LEVEL_LIMIT",
+    "Factor",
+    "GroupParams",
+    "LowRank",
+    "QuantizedLinear",
+    "allowed_groups",
+    "check_group",
+]
 
 GROUP_MULTIPLE = 16
 """Group sizes are multiples of this (what one tensor-core step covers) or the whole row."""
 MIN_GROUP, MAX_GROUP = 16, 256
 LEVEL_LIMIT = {2: 64, 3: 64, 4: 64, 8: 128}
 """Integer levels lie in [-limit, limit - 1]: 7 bits are exact in every kernel, 8-bit codes need all 256 levels."""
-
-
-@dataclass(frozen=True)
-class GroupParams:
-    """Per-group numbers (N, G, Q): one coefficient per plane, then the offset if there is one.
-
-    Either in 8 bits, ``codes * step + base`` with one step and base per panel of 32 rows and plane (double
-    quantization: LCQ section on per-group parameters; QLoRA, Dettmers et al. 2023, section 3), or plain
-    floating-point ``values``.
-
-    Attributes:
-        codes: (N, G, Q) int8, or None.
-        step: (ceil(N / 32), Q) float32, or None.
-        base: (ceil(N / 32), Q) float32, or None.
-        values: (N, G, Q) float16 or float32, or None.
-    """
-
-    codes: Tensor | None = None
-    step: Tensor | None = None
-    base: Tensor | None = None
-    values: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if (self.values is None) == (self.codes is None):
-            raise ValueError("group parameters need either codes with step and base, or values; give exactly one form")
-        if self.values is not None:
-            _check("group values", self.values, (torch.float16, torch.float32), 3)
-            return
-        stored, step, base = self.codes, self.step, self.base
-        if stored is None or step is None or base is None:
-            raise ValueError("8-bit group parameters need codes, step and base")
-        _check("group codes", stored, (torch.int8,), 3)
-        want = (layout.ceil_div(stored.shape[0], layout.PANEL), stored.shape[2])
-        for name, tensor in (("step", step), ("base", base)):
-            _check(f"group {name}", tensor, (torch.float32,), 2)
-            if tuple(tensor.shape) != want:
-                raise ValueError(f"group {name} has shape {tuple(tensor.shape)}; codes ask for {want}")
-
-    @classmethod
-    def quantize(cls, values: Tensor, bits: int = 8) -> GroupParams:
-        """Store values (N, G, Q) in ``bits``: 8 (step and base per panel and plane), 16 (float16) or 32.
-
-        Raises:
-            ValueError: Another number of bits, or values that are not finite.
-        """
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                "group parameters hold NaN or infinity; the weights or the statistics they came from do too"
-            )
-        if bits in (16, 32):
-            return cls(values=values.to(torch.float16 if bits == 16 else torch.float32).contiguous())
-        if bits != 8:
-            raise ValueError(f"group parameters in {bits} bits are not supported; choose 8, 16 or 32")
-        step, base = panel_range(values.float())
-        codes = ((values.float() - _per_row(base, values)) / _per_row(step, values)).round().clamp(-128, 127)
-        return cls(codes.to(torch.int8), step, base)
-
-    @classmethod
-    def powers_of_two(cls, exponents: Tensor, bits: int = 8) -> GroupParams:
-        """Store ``2 ** exponents`` exactly, exponents (N, G, Q) integers from -126 to 127 in any dtype.
-
-        In 8 bits a panel of 32 rows covers the seven octaves below its largest exponent (codes 1, 2, 4 .. 128,
-        shifted by 128 through ``base``); smaller exponents are raised to the lowest of them. In 32 bits every
-        exponent is exact, in 16 bits those from -24 to 15.
-
-        Raises:
-            ValueError: Another number of bits, or exponents that are not finite.
-        """
-        if not torch.isfinite(exponents).all():
-            raise ValueError("exponents hold NaN or infinity; the weights they came from do too")
-        if bits != 8:
-            return cls.quantize(exponents.float().exp2(), bits)
-        top = panel_max(exponents.float())
-        lowest = _per_row(top - 7, exponents)
-        codes = (exponents.float() - lowest).clamp_min(0).exp2() - 128
-        step = (top - 7).exp2()
-        return cls(codes.to(torch.int8), step, 128 * step)
-
-    @classmethod
-    def joined(cls, parts: Sequence[GroupParams]) -> GroupParams:
-        """Put planes of the same groups beside each other.
-
-        Raises:
-            ValueError: No parts, or parts in different forms.
-        """
-        values = [part.values for part in parts if part.values is not None]
-        if parts and len(values) == len(parts):
-            return cls(values=torch.cat(values, -1))
-        stored = [
-            (p.codes, p.step, p.base)
-            for p in parts
-            if p.codes is not None and p.step is not None and p.base is not None
-        ]
-        if not parts or len(stored) != len(parts):
-            raise ValueError("group parameters can be joined only if all hold 8-bit codes or all hold values")
-        codes, step, base = zip(*stored, strict=True)
-        return cls(torch.cat(codes, -1), torch.cat(step, -1), torch.cat(base, -1))
-
-    @property
-    def shape(self) -> torch.Size:
-        """(N, G, Q)."""
-        stored = self.codes if self.values is None else self.values
-        return stored.shape  # type: ignore[union-attr]
-
-    def dense(self) -> Tensor:
-        """Return the parameters as float32 (N, G, Q), exactly what every runtime computes."""
-        if self.values is not None:
-            return self.values.float()
-        stored, step, base = self.codes, self.step, self.base
-        if stored is None or step is None or base is None:  # excluded at construction; keeps the type checker honest
-            raise ValueError("8-bit group parameters need codes, step and base")
-        codes = stored.float()
-        return codes * _per_row(step, codes) + _per_row(base, codes)
-
-
-def panel_range(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return step and base (ceil(N / 32), Q) float32 that map int8 codes onto the range of each panel of (N, G, Q)."""
-    low, high = -panel_max(-values), panel_max(values)
-    step = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
-    return step, low + 128 * step
-
-
-def panel_max(values: Tensor) -> Tensor:
-    """Return the largest of values (N, G, Q) in each panel of 32 rows, (ceil(N / 32), Q)."""
-    rows, _, planes = values.shape
-    panels = layout.ceil_div(rows, layout.PANEL)
-    peaks = values.amax(1)  # (N, Q)
-    padding = peaks[-1:].expand(panels * layout.PANEL - rows, planes)
-    return torch.cat([peaks, padding]).view(panels, layout.PANEL, planes).amax(1)
-
-
-def _per_row(per_panel: Tensor, values: Tensor) -> Tensor:
-    """(panels, Q) to (N, 1, Q) for values (N, G, Q)."""
-    return per_panel.repeat_interleave(layout.PANEL, 0)[: values.shape[0], None, :]
 
 
 @dataclass(frozen=True)
@@ -257,7 +134,7 @@ class QuantizedLinear:
     def __post_init__(self) -> None:
         if self.bits not in layout.BITS:
             raise ValueError(f"{self.bits} bits per code are not supported; choose one of {layout.BITS}")
-        _check("codes", self.codes, (torch.uint8,), 2)
+        check_tensor("codes", self.codes, (torch.uint8,), 2)
         if self.codes.numel() == 0 or int(self.codes.max()) >= 1 << self.bits:
             raise ValueError(f"codes must be non-empty and below {1 << self.bits} for {self.bits} bits")
         self._check_levels()
@@ -280,7 +157,7 @@ class QuantizedLinear:
             raise ValueError("the error branch does not fit the layer: up must be (N, R) and down (R, K)")
 
     def _check_levels(self) -> None:
-        _check("levels", self.levels, (torch.int8, torch.float16), 2)
+        check_tensor("levels", self.levels, (torch.int8, torch.float16), 2)
         if self.levels.shape[1] != 1 << self.bits:
             raise ValueError(f"levels have {self.levels.shape[1]} columns; {self.bits} bits ask for {1 << self.bits}")
         limit = LEVEL_LIMIT[self.bits]
@@ -395,13 +272,6 @@ def allowed_groups(in_features: int) -> list[int]:
     """Return the group sizes for rows of ``in_features``: divisors, multiples of 16 up to 256, and the whole row."""
     sizes = [g for g in range(MIN_GROUP, MAX_GROUP + 1, GROUP_MULTIPLE) if in_features % g == 0]
     return sizes if in_features in sizes else [*sizes, in_features]
-
-
-def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int) -> None:
-    if tensor.dtype not in dtypes or tensor.ndim != ndim:
-        raise ValueError(
-            f"{name} are {tensor.dtype} with {tensor.ndim} dimensions; give {' or '.join(map(str, dtypes))} with {ndim}"
-        )
 
 
 def _pack_params(params: GroupParams) -> dict[str, Tensor]:
