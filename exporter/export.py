@@ -20,6 +20,7 @@ from rankbook.exporter import conform, external
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.metadata import AddMetadata
+from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.weights import BindWeights
 from rankbook.exporter.skeleton import build
@@ -141,6 +142,7 @@ def build_model(checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "l
         common.ClearMetadataAndDocStringPass(),
         BindWeights(checkpoint, skeleton),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
+        FuseRotary(),
         DecomposeAttention(),
         common.RemoveUnusedNodesPass(),
         AddBodies(),

@@ -182,7 +182,7 @@ def test_a_failed_write_leaves_the_previous_output(checkpoint, tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_model_above_2_gib_never_lies_in_memory(tmp_path):
     rows, columns = 1 << 20, 640
-    model = tiny_model("llama", hidden_size=32, intermediate_size=64, vocab_size=64, num_hidden_layers=1)
+    model = tiny_model("llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     config = {**model.config.to_dict(), "hidden_size": columns, "vocab_size": rows, "tie_word_embeddings": True}
     config |= {"head_dim": 16, "dtype": "float32", "architectures": ["LlamaForCausalLM"], "attention_bias": False}
     write_large_checkpoint(tmp_path / "checkpoint", config, rows, columns)

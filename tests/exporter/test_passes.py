@@ -1,0 +1,114 @@
+"""Each graph pass on a small graph: what it changes, what it leaves, and that the result is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from rankbook.exporter.passes.attention import DecomposeAttention
+from rankbook.exporter.passes.functions import AddBodies
+from rankbook.exporter.passes.rotary import FuseRotary
+from rankbook.exporter.passes.shapes import InferShapes
+from tests.calibration.records import random_record
+from tests.op_cases import op_model
+
+HEADS, KEYS, SIZE = 4, 2, 16
+
+
+def attention(dtype: str, size: int = SIZE, softcap: float = 0.0) -> ir.Model:
+    """Return a model with one Attention node and a boolean mask."""
+    return ir.from_onnx_text(f"""
+        <ir_version: 11, opset_import: ["" : 23]>
+        g ({dtype}[b,{HEADS},s,{size}] q, {dtype}[b,{KEYS},t,{size}] k, {dtype}[b,{KEYS},t,{size}] v, bool[b,1,s,t] m)
+            => ({dtype}[b,{HEADS},s,{size}] y)
+        {{ y = Attention <scale: float = 0.3, softcap: float = {softcap}> (q, k, v, m) }}
+    """)
+
+
+def run(model: ir.Model, feeds: dict[str, Any]) -> Any:
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, feeds)[0]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_spelled_out_attention_is_the_same(softcap):
+    generator = np.random.default_rng(0)
+    shapes = {"q": (2, HEADS, 3, SIZE), "k": (2, KEYS, 5, SIZE), "v": (2, KEYS, 5, SIZE)}
+    feeds: dict[str, Any] = {name: generator.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    feeds["m"] = generator.random((2, 1, 3, 5)) < 0.5
+    feeds["m"][..., 0] = True
+    model = attention("float", softcap=softcap)
+    want = run(model, feeds)
+    assert DecomposeAttention()(model).modified
+    assert "Attention" not in {node.op_type for node in model.graph}
+    # float32 with sums in another order.
+    assert np.abs(run(model, feeds) - want).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "softcap", "kept"),
+    [
+        ("float16", 64, 0.0, True),
+        ("bfloat16", 128, 0.0, True),
+        ("float", 64, 0.0, False),
+        ("float16", 12, 0.0, False),
+        ("float16", 64, 30.0, False),
+    ],
+)
+def test_attention_stays_where_tensorrt_has_a_kernel(dtype, size, softcap, kept):
+    model = attention(dtype, size, softcap)
+    DecomposeAttention()(model)
+    assert ("Attention" in {node.op_type for node in model.graph}) == kept
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+class Rotary(nn.Module):
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([angles, 2 * angles if self.change == "angles" else angles], -1)
+        cos, sin = both.cos().to(x.dtype).unsqueeze(1), both.sin().to(x.dtype).unsqueeze(1)
+        first, second = x[..., : SIZE // 2], x[..., SIZE // 2 :]
+        turned = torch.cat([second, first] if self.change == "sign" else [-second, first], -1)
+        return x * cos + turned * sin
+
+
+@pytest.mark.parametrize("change", ["", "sign", "angles"])
+def test_only_the_rotary_embedding_of_llama_is_fused(change):
+    x, angles = torch.randn(2, HEADS, 3, SIZE).half(), torch.randn(2, 3, SIZE // 2)
+    program = torch.onnx.export(Rotary(change).eval(), (x, angles), dynamo=True, opset_version=23, verbose=False)
+    assert program is not None
+    model = program.model
+    feeds = {value.name or "": tensor.numpy() for value, tensor in zip(model.graph.inputs, (x, angles), strict=True)}
+    want = run(model, feeds)
+    FuseRotary()(model)
+    assert ("RotaryEmbedding" in {node.op_type for node in model.graph}) == (change == "")
+    # Half precision: two products and a sum of numbers up to 4.
+    assert np.abs(run(model, feeds).astype(np.float32) - want.astype(np.float32)).max() < 1e-2
+
+
+def test_bodies_are_added_once_and_shapes_reach_every_output():
+    model = ir.from_proto(op_model(random_record(rank=2)))
+    model.functions.clear()
+    AddBodies()(model)
+    AddBodies()(model)
+    assert sorted(name for _, name, _ in model.functions) == ["CodebookMatMulLowRank3", "RankbookDequantize"]
+    InferShapes()(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_a_value_without_a_shape_is_named():
+    model = ir.from_onnx_text("""
+        <ir_version: 11, opset_import: ["" : 23, "other" : 1]>
+        g (float[2] x) => (float[2] y) { h = other.Unknown (x)  y = Relu (h) }
+    """)
+    with pytest.raises(ValueError, match=r"Unknown node.*'h'"):
+        InferShapes()(model)
