@@ -56,7 +56,8 @@ def op_model(record: QuantizedLinear, kind: str = "", dtype: str = "float32") ->
     for constant, name in zip(constants, op.constants(), strict=True):
         constant.name = name
     first = op.inputs[0].name
-    node = helper.make_node(op.name, list(op.input_names()), ["y"], domain=contract.DOMAIN, **emit.attributes(meta))
+    attributes: dict[str, Any] = dict(emit.attributes(meta))
+    node = helper.make_node(op.name, list(op.input_names()), ["y"], domain=contract.DOMAIN, **attributes)
     gather = op.kind == contract.GATHER
     x_type = np.dtype("int64") if gather else np.dtype(dtype) if dtype != "bfloat16" else None
     x_elem = onnx.TensorProto.BFLOAT16 if x_type is None else helper.np_dtype_to_tensor_dtype(x_type)

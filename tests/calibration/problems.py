@@ -55,7 +55,11 @@ def block(seed: int = 0, sequences: int = 8, length: int = 32) -> BlockProblem:
     torch.manual_seed(seed)
     module = Block()
     x = inputs(64, sequences * length, seed).view(sequences, length, 64)
-    statistics = {name: LayerStatistics.empty(part.in_features) for name, part in module.named_children()}
+    statistics = {
+        name: LayerStatistics.empty(part.in_features)
+        for name, part in module.named_children()
+        if isinstance(part, nn.Linear)
+    }
     with torch.no_grad():
         statistics["first"].update(x)
         statistics["second"].update(torch.nn.functional.silu(module.first(x)))

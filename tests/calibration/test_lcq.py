@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from rankbook.calibration import rounding
 from rankbook.calibration.methods import _lcq_fit, _lcq_gradient, _lcq_store, lcq
 from rankbook.calibration.methods._lcq_fit import Codebooks
+from rankbook.calibration.methods.base import BlockProblem
 from rankbook.calibration.methods.lcq import LcqConfig
 from rankbook.calibration.reconstruct import token_errors
 from rankbook.calibration.record import GroupParams, QuantizedLinear
@@ -119,7 +121,7 @@ def test_the_closed_form_beats_rounding(bits: int, rank: int) -> None:
 def test_feedback_and_float_levels_help() -> None:
     problem = problems.layer(40, 128)
 
-    def lost(**changes: object) -> float:
+    def lost(**changes: Any) -> float:
         return problems.output_error(problem, lcq.quantize(problem, dataclasses.replace(FAST, **changes)).weight())
 
     assert lost() < 0.8 * lost(feedback_rounds=0)
@@ -192,7 +194,7 @@ def test_the_parameterization_starts_at_the_given_codebooks() -> None:
     ],
     ids=str,
 )
-def test_training_never_leaves_a_block_worse(changes: dict[str, object]) -> None:
+def test_training_never_leaves_a_block_worse(changes: dict[str, Any]) -> None:
     problem = problems.block()
     config = dataclasses.replace(LcqConfig(steps=40, compute="float32", feedback_rounds=0), **changes)
     records = {name: lcq.quantize(part, config) for name, part in problem.layers.items()}
@@ -205,7 +207,7 @@ def test_training_never_leaves_a_block_worse(changes: dict[str, object]) -> None
         assert (record.params.codes is not None) == (config.param_bits == 8)
 
 
-def block_loss(problem: problems.BlockProblem, records: dict[str, QuantizedLinear]) -> float:
+def block_loss(problem: BlockProblem, records: dict[str, QuantizedLinear]) -> float:
     """Loss of the block's output with decoded weights."""
     weights = {f"{name}.weight": record.weight(with_low_rank=True) for name, record in records.items()}
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_branches_and_passes_lower_the_output_error() -> None:
     problem = problems.layer(96, 128)
     config = LqerConfig(bits=3, error_rank=16)
 
-    def lost(**changes: object) -> float:
+    def lost(**changes: Any) -> float:
         record = lqer.quantize(problem, dataclasses.replace(config, **changes))
         return problems.output_error(problem, record.weight(with_low_rank=True))
 

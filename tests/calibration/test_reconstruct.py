@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankbook.calibration import reconstruct, rounding
 from rankbook.calibration.methods import lcq
 from rankbook.calibration.methods._learned_rounding import LearnedRounding, StepSizes, anchored
+from rankbook.calibration.methods.base import BlockProblem
 from rankbook.calibration.methods.lcq import LcqConfig
 from rankbook.calibration.reconstruct import TrainConfig, train_block
 from rankbook.calibration.record import QuantizedLinear
@@ -19,11 +20,11 @@ from tests.calibration import problems
 CONFIG = TrainConfig(steps=10, compute="float32")
 
 
-def _start(problem: problems.BlockProblem) -> dict[str, QuantizedLinear]:
+def _start(problem: BlockProblem) -> dict[str, QuantizedLinear]:
     return {name: lcq.quantize(part, LcqConfig(feedback_rounds=0)) for name, part in problem.layers.items()}
 
 
-def _layers(problem: problems.BlockProblem, steps: int = 10) -> dict[str, LearnedRounding]:
+def _layers(problem: BlockProblem, steps: int = 10) -> dict[str, LearnedRounding]:
     start = _start(problem)
     return {name: LearnedRounding(problem.layers[name].weight, record, steps) for name, record in start.items()}
 

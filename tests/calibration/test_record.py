@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankbook.calibration.group_params import panel_range
 from rankbook.calibration.record import (
     LEVEL_LIMIT,
     Factor,
@@ -18,7 +19,6 @@ from rankbook.calibration.record import (
     QuantizedLinear,
     allowed_groups,
     check_group,
-    panel_range,
 )
 from tests.calibration.records import FORMS, random_record
 

@@ -30,7 +30,7 @@ def chain_model(folder: Path, nodes: int = 3, bits: int = 3) -> Path:
         node.output[:] = [rename[name] for name in node.output]
         node.name = f"layers.{index}.proj"
         graph_nodes.append(node)
-    shape = ["batch", "sequence", FEATURES]
+    shape: list[str | int | None] = ["batch", "sequence", FEATURES]
     graph = helper.make_graph(
         graph_nodes,
         "chain",

@@ -84,7 +84,7 @@ def test_unknown_capabilities_are_refused(name, tmp_path, capsys):
 
 
 def test_profiles_follow_the_names_of_the_inputs():
-    inputs = {
+    inputs: dict[str, list[int | str]] = {
         "input_ids": ["batch", "sequence"],
         "attention_mask": ["batch", "total"],
         "past_key_values.0.key": ["batch", 2, "past", 8],
