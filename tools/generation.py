@@ -60,6 +60,7 @@ class Generation:
         ids: Its tokens.
         prompt_tokens: Tokens of the prompt.
         tokens: Number of new tokens.
+        kernels: What computed packed layers, see `LanguageModel`.
         prompt_seconds: Time for the prompt.
         tokens_per_second: Rate of the tokens after the first.
     """
@@ -68,6 +69,7 @@ class Generation:
     ids: tuple[int, ...]
     prompt_tokens: int
     tokens: int
+    kernels: str
     prompt_seconds: float
     tokens_per_second: float
 
@@ -91,13 +93,16 @@ def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
         if not text.endswith(_UNFINISHED):
             stream.show(text[len(shown) :])
             shown = text
+    text = tokenizer.decode(produced, skip_special_tokens=True)
+    stream.show(text[len(shown) :])
     total = time.perf_counter() - start
     rate = (len(produced) - 1) / (total - first) if len(produced) > 1 else 0.0
     return Generation(
-        text=tokenizer.decode(produced, skip_special_tokens=True),
+        text=text,
         ids=tuple(produced),
         prompt_tokens=len(ids),
         tokens=len(produced),
+        kernels=stream.model.kernels,
         prompt_seconds=first,
         tokens_per_second=rate,
     )

@@ -18,24 +18,27 @@ def _only_onnx(folder: Path) -> bool:
     return not (folder / "config.json").is_file() and any(folder.glob("*.onnx"))
 
 
-def open_model(source: str, *, threads: int | None = None, tokenizer: str | None = None) -> LanguageModel:
+def open_model(
+    source: str, *, threads: int | None = None, tokenizer: str | None = None, kernels: str = "auto"
+) -> LanguageModel:
     """Load a model.
 
     Args:
         source: Hugging Face folder or id, GGUF, checkpoint, exported folder or ``.onnx`` file.
         threads: CPU threads.
         tokenizer: Model whose tokenizer is used instead of the model's own.
+        kernels: For an exported file, see `rankbook.tools.backends.ort.KERNELS`.
 
     Raises:
         ValueError: There is no model, or it cannot be read.
         UsageError: The ONNX file cannot be used.
-        MissingError: ONNX Runtime is needed and not installed.
+        MissingError: ONNX Runtime or the native library is needed and not there.
     """
     model: LanguageModel
     if is_onnx(source):
         from rankbook.tools.backends.ort import OrtModel
 
-        model = OrtModel(Path(source), threads=threads)
+        model = OrtModel(Path(source), threads=threads, kernels=kernels)
     else:
         from rankbook.tools.backends.torch import TorchModel
 

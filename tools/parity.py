@@ -144,7 +144,7 @@ def check(
     note(0.3, "cached decoding")
     cached = compare_cached(model, torch_model, tokens[:1], tolerance)
     note(0.5, "operators")
-    operators = compare_operators(file, tolerance, options)
+    operators = compare_operators(model, tolerance, options)
     note(0.7, "layers")
     depth = bisect(model, torch_model, tokens, tolerance, options) if options.layers else Depth()
     verdicts = [logits.passed, cached is None or cached.passed]
@@ -180,7 +180,7 @@ def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: 
     captured = capture_layers(torch_model, tokens)
     layers = compare_layers(model, captured, tokens, tolerance, options)
     bad = next((layer.name for layer in layers if not layer.passed), None)
-    return Depth(layers, bad, None if bad is None else _own_error(model.file, bad, captured, tolerance))
+    return Depth(layers, bad, None if bad is None else _own_error(model, bad, captured, tolerance))
 
 
 def compare_logits(
@@ -239,8 +239,9 @@ def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tol
     return agreement
 
 
-def compare_operators(file: OnnxFile, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
+def compare_operators(model: OrtModel, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
     """Compare custom nodes, each alone in ONNX Runtime, with the numpy reference on random inputs."""
+    file = model.file
     kinds: dict[tuple[Any, ...], list[CustomNode]] = {}
     for node in file.nodes:
         shapes = tuple(file.initializers[name].shape for name in node.inputs if name in file.initializers)
@@ -250,7 +251,7 @@ def compare_operators(file: OnnxFile, tolerance: float, options: ParityOptions) 
     for nodes in kinds.values():
         node = nodes[0]
         rng = np.random.default_rng(options.seed)
-        agreement = compare_node(file, node, random_inputs(file, node, rng), tolerance)
+        agreement = compare_node(model, node, random_inputs(file, node, rng), tolerance)
         shape = int(node.attributes.get("out_features", 0)), int(node.attributes.get("in_features", 0))
         checks.append(OperatorCheck(node.op_type, node.name, len(nodes), shape, agreement.error, agreement.passed))
     return tuple(checks)
@@ -275,15 +276,16 @@ def _activation(file: OnnxFile) -> Any:
     return {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(file.metadata.get("rankbook.dtype", ""), np.float32)
 
 
-def compare_node(file: OnnxFile, node: CustomNode, inputs: dict[str, Array], tolerance: float) -> Agreement:
+def compare_node(model: OrtModel, node: CustomNode, inputs: dict[str, Array], tolerance: float) -> Agreement:
     """Compare one node in ONNX Runtime with the numpy reference."""
+    file = model.file
     constants = reference.constants(file, node)
 
     def infer(values: Any) -> dict[str, Array]:
         return {"y": reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})}
 
     serialized = single_node(file, node, constants, inputs)
-    runner = ort_runner(f"onnxruntime {node.name}", lambda: ort.session(serialized))
+    runner = ort_runner(f"onnxruntime {node.name}", lambda: ort.session(serialized, native=model.native))
     (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
     return agreement
 
@@ -329,7 +331,7 @@ def compare_layers(
     outputs = {node.name: node.output for node in model.file.nodes if node.name in captured.outputs}
     if not outputs:
         return ()
-    session = session_with_outputs(model.file, list(outputs.values()), threads=options.threads)
+    session = session_with_outputs(model.file, list(outputs.values()), threads=options.threads, native=model.native)
     selected = SelectedOutputs(session, outputs)
     # With `--logits last` the output layer sees the last position only.
     expected = {
@@ -341,15 +343,16 @@ def compare_layers(
     return tuple(LayerCheck(item.name, item.error, item.passed) for item in agreements)
 
 
-def _own_error(file: OnnxFile, name: str, captured: Captured, tolerance: float) -> float:
+def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float) -> float:
     """Feed one node with the input of its torch module: is the layer wrong, or what it was given?"""
+    file = model.file
     node = next(node for node in file.nodes if node.name == name)
     formal = next(formal for formal, actual in node.ports().items() if actual not in file.initializers)
     values = captured.inputs[name]
     inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
     serialized = single_node(file, node, reference.constants(file, node), inputs)
     expected = {"y": captured.outputs[name]}
-    runner = ort_runner(f"onnxruntime {name}", lambda: ort.session(serialized))
+    runner = ort_runner(f"onnxruntime {name}", lambda: ort.session(serialized, native=model.native))
     (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
     return agreement.error
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors, onnx_file
 from rankbook.tools.backends import trt
 from rankbook.tools.backends.ort import OrtModel
@@ -224,3 +225,17 @@ def test_an_engine_is_built_from_the_file(work, tmp_path, capsys):
     inspected = stdout_json(capsys)
     assert inspected["kind"] == "engine"
     assert len(inspected["layers"]) == 14
+
+
+@pytest.mark.skipif(library_unavailable("ort") is not None, reason=str(library_unavailable("ort")))
+def test_native_kernels_pass_the_same_parity(work, capsys):
+    assert run_cli("parity", work / "onnx", "--kernels", "native", "--json", "--quiet") == 0
+    assert stdout_json(capsys)["passed"]
+
+
+def test_native_kernels_that_are_not_built_are_said_so(work, capsys, monkeypatch):
+    monkeypatch.setattr("rankbook.plugins.library.unavailable", lambda _: "run `make native`")
+    assert run_cli("generate", work / "onnx", "-p", "x", "--kernels", "native") == errors.MISSING
+    assert "make native" in capsys.readouterr().err
+    assert run_cli("generate", work / "onnx", "-p", "x", "--max-new-tokens", 2, "--json", "--quiet") == 0
+    assert stdout_json(capsys)["kernels"] == "bodies"

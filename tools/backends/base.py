@@ -18,10 +18,12 @@ class LanguageModel(ABC):
 
     Attributes:
         name: For messages and reports.
+        kernels: What computes packed layers: ``dense`` (decoded once), ``bodies`` or ``native``.
         tokenizer: The model's tokenizer, or None where none was found.
     """
 
     name: str
+    kernels: str = "dense"
     tokenizer: Any = None
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the exported file in a stock session, no library registered."""
+"""ONNX Runtime: the exported file in a stock session, or with our native kernels in place of the bodies."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from rankbook.tools.backends.base import Logits, Tokens
 
+KERNELS = ("auto", "bodies", "native")
+"""``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is built."""
+
 _NUMPY = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -32,13 +35,30 @@ def unavailable() -> str | None:
     return None
 
 
-def session(path: Path | bytes, *, threads: int | None = None, data_folder: Path | None = None) -> Any:
+def use_native(kernels: str) -> bool:
+    """Say whether to register the native kernels, for one of `KERNELS`.
+
+    Raises:
+        MissingError: ``native`` is asked for and the library is not built.
+    """
+    from rankbook.plugins.library import unavailable as library_unavailable
+
+    reason = library_unavailable("ort")
+    if kernels == "native" and reason:
+        raise MissingError(reason)
+    return kernels != "bodies" and reason is None
+
+
+def session(
+    path: Path | bytes, *, threads: int | None = None, data_folder: Path | None = None, native: bool = False
+) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
         path: The ``.onnx`` file, or a serialized model.
         threads: Threads within an operator; ONNX Runtime's choice when None.
         data_folder: Where the external data of a serialized model lies.
+        native: Register our kernels in place of the bodies.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
@@ -54,6 +74,10 @@ def session(path: Path | bytes, *, threads: int | None = None, data_folder: Path
         options.intra_op_num_threads = threads
     if data_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_folder))
+    if native:
+        from rankbook.plugins.library import library
+
+        options.register_custom_ops_library(str(library("ort")))
     source = path if isinstance(path, bytes) else str(path)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -67,8 +91,8 @@ def session(path: Path | bytes, *, threads: int | None = None, data_folder: Path
 class OrtModel(LanguageModel):
     """An exported file as a language model; the cache stays in ONNX Runtime's own tensors between steps."""
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        """Open a file or an exported folder.
+    def __init__(self, path: Path, *, threads: int | None = None, kernels: str = "bodies") -> None:
+        """Open a file or an exported folder, with one of `KERNELS`.
 
         Raises:
             UsageError: Not a file with ``input_ids`` and ``logits``.
@@ -81,7 +105,9 @@ class OrtModel(LanguageModel):
             raise UsageError(
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
             )
-        self.session = session(self.file.path, threads=threads)
+        self.native = use_native(kernels)
+        self.kernels = "native" if self.native else "bodies"
+        self.session = session(self.file.path, threads=threads, native=self.native)
         self.tokenizer = find_tokenizer(self.file.path.parent)
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
         self._outputs = [item.name for item in self.session.get_outputs()]

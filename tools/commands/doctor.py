@@ -117,6 +117,7 @@ def _gpu_names() -> str:
 
 def _native() -> list[Finding]:
     return [
+        _library(),
         _header(
             "TensorRT headers",
             "TENSORRT_INCLUDE_DIR",
@@ -142,6 +143,14 @@ def _native() -> list[Finding]:
         _tool("c++", "install g++ or clang++", "the native library"),
         _tool("cmake", "pip install cmake", "the native library"),
     ]
+
+
+def _library() -> Finding:
+    from rankbook.plugins import library
+
+    reason = library.unavailable("ort")
+    detail = reason or f"{library.library('ort')} ({library.native_info('ort')['isa']})"
+    return Finding("native ONNX Runtime operators", "library", reason is None, detail, "faster generate and eval")
 
 
 def _header(name: str, variable: str, file: str, folders: list[str], hint: str, enables: str) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -31,6 +32,7 @@ def add_flags(flags: Flags) -> None:
     )
     flags.add("--reference", metavar="MODEL", text="unquantized model for KL divergence and top-1 agreement")
     flags.add("--batch", type=int, default=1, metavar="N", text="windows per call")
+    flags.add("--kernels", choices=KERNELS, default="auto", text="bodies in the ONNX file, our native library, or auto")
     flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model")
 
 
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
-        model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer)
+        model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=options.kernels)
         reference = None
         if options.reference is not None:
             reference = open_model(options.reference, threads=options.threads)

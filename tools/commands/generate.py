@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console, peak_rss
 from rankbook.tools.errors import UsageError
@@ -25,6 +26,7 @@ def add_flags(flags: Flags) -> None:
         "--top-p", type=float, default=1.0, metavar="P", text="sample from the smallest set with this probability"
     )
     flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model when MODEL has none")
+    flags.add("--kernels", choices=KERNELS, default="auto", text="bodies in the ONNX file, our native library, or auto")
     flags.add("--ignore-eos", action="store_true", default=False, text="go on after the end token")
 
 
@@ -33,7 +35,7 @@ def run(options: argparse.Namespace) -> Outcome:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     console = Console(quiet=options.quiet)
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-    model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer)
+    model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=options.kernels)
     if model.tokenizer is None:
         raise UsageError(f"{options.model} has no tokenizer; name a model that has it: --tokenizer MODEL")
 
@@ -46,8 +48,8 @@ def run(options: argparse.Namespace) -> Outcome:
     if not options.json:
         print(flush=True)
     console.log(
-        f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s; prompt of {result.prompt_tokens} tokens"
-        f" in {result.prompt_seconds:.2f} s; peak memory {peak_rss() / 1e9:.2f} GB"
+        f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s ({result.kernels});"
+        f" prompt of {result.prompt_tokens} tokens in {result.prompt_seconds:.2f} s; peak memory {peak_rss() / 1e9:.2f} GB"
     )
     return Outcome(report=result)
 

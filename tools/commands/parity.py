@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.files import write_text_atomic
+from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
@@ -32,6 +33,9 @@ def add_flags(flags: Flags) -> None:
         metavar="X",
         text="largest difference relative to the largest value; by type if not given",
     )
+    flags.add(
+        "--kernels", choices=KERNELS, default="bodies", text="bodies in the ONNX file, our native library, or auto"
+    )
     flags.add("--every-node", action="store_true", default=False, text="check every custom node, not one of each kind")
     flags.add("--no-layers", action="store_true", default=False, text="leave out the comparison layer by layer")
     flags.add("-o", "--output", type=Path, metavar="FILE", text="also write the report to this JSON file")
@@ -54,7 +58,7 @@ def run(options: argparse.Namespace) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress("parity") as progress:
         progress(0.0, "loading")
-        model = ort.OrtModel(options.model, threads=options.threads)
+        model = ort.OrtModel(options.model, threads=options.threads, kernels=options.kernels)
         torch_model = TorchModel(checkpoint, threads=options.threads)
         tokens = _tokens(options, torch_model)
         settings = parity.ParityOptions(
