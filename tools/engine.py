@@ -188,6 +188,8 @@ def run_worker(request: dict[str, Any], folder: Path, progress: Callable[[float,
                 process.kill()
             process.wait()
         errors.seek(0)
+        if last.get("errno") is not None:
+            raise OSError(last["errno"], last["error"])
         if "result" not in last:
             reason = (
                 last.get("error") or _last_lines(errors.read()) or f"its process ended with code {process.returncode}"
