@@ -29,6 +29,10 @@ WEIGHTS_SLACK_BYTES = 1 << 20
 """... and by this (lookup tables of the bodies, shape constants)."""
 
 
+class ParserRefusedError(CheckFailedError):
+    """TensorRT's parser does not take the graph."""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What to build.
@@ -38,7 +42,7 @@ class BuildOptions:
         capabilities: Compute capabilities, e.g. ``SM86``; empty means the present GPU (trt only).
         limits: Shapes to serve.
         workspace_bytes: Bound of the builder's workspace, or None.
-        keep_files: Keep the builder's log and the graph that it parsed.
+        keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
     """
 
     target: str = "rtx"
@@ -120,22 +124,32 @@ def build(
     onnx_file.require_ours(model)
     profiles = make_profiles(model.inputs, options.limits)
     with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
-        graph = inline_bodies(model, work)
         engine = folder / ENGINE_NAME
         request = {
             "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
-            "onnx": str(graph),
+            "onnx": str(model.path),
             "engine": str(engine),
             "log": str(work / "build.log"),
             "capabilities": list(options.capabilities),
             "profiles": list(profiles.values()),
             "workspace_bytes": options.workspace_bytes,
         }
-        result = run_worker(request, work, progress)
+        result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
-        report = _report(model, options, profiles, result, log, sha256_file(engine))
+        report = _report(model, options, profiles, {**result, "graph": graph}, log, sha256_file(engine))
         (folder / MANIFEST_NAME).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _build_either_way(
+    model: OnnxFile, request: dict[str, Any], work: Path, progress: Callable[[float, str | None], None]
+) -> tuple[dict[str, Any], Path]:
+    """Build from the file as it is or, where the parser refuses its functions, from the graph without functions."""
+    try:
+        return run_worker(request, work, progress), model.path
+    except ParserRefusedError:
+        graph = inline_bodies(model, work)
+        return run_worker({**request, "onnx": str(graph)}, work, progress), graph
 
 
 @contextlib.contextmanager
@@ -150,8 +164,9 @@ def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
 def inline_bodies(model: OnnxFile, folder: Path) -> Path:
     """Write the graph with the bodies of our nodes expanded; weights stay where they are, reached through links.
 
-    TensorRT's parser names a DequantizeLinear layer after its node and refuses a name twice, so that it fails on the
-    second use of one function (tried with TensorRT-RTX 1.7.1); expanded nodes get names of their own.
+    TensorRT's parser names a DequantizeLinear layer after its node and may refuse a name twice, that is the second use
+    of one function; `rankbook.exporter.functions` has a way around it that depends on the parser's version. Expanded
+    nodes get names of their own.
     """
     import onnx
     import onnx.inliner
@@ -190,6 +205,8 @@ def run_worker(request: dict[str, Any], folder: Path, progress: Callable[[float,
         errors.seek(0)
         if last.get("errno") is not None:
             raise OSError(last["errno"], last["error"])
+        if "parser refused" in last.get("error", ""):
+            raise ParserRefusedError(f"{last['error']}; --keep-files keeps the builder's log")
         if "result" not in last:
             reason = (
                 last.get("error") or _last_lines(errors.read()) or f"its process ended with code {process.returncode}"
@@ -247,7 +264,7 @@ def _report(
         outputs=result["outputs"],
         profiles=profiles,
         checks=verify(model, profiles, result, log),
-        command=polygraphy_command(options, profiles),
+        command=polygraphy_command(result["graph"], options, profiles),
         seconds=result["seconds"],
     )
 
@@ -277,10 +294,10 @@ def verify(
     )
 
 
-def polygraphy_command(options: BuildOptions, profiles: dict[str, Shapes]) -> str:
-    """Return the command line that builds the same engine with polygraphy from the file kept by ``--keep-files``."""
+def polygraphy_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
+    """Return the command line that builds the same engine with polygraphy (an inlined graph needs ``--keep-files``)."""
     parts = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if options.target == "rtx" else []
-    parts += ["polygraphy", "convert", "inlined.onnx", "--convert-to", "trt", "-o", ENGINE_NAME]
+    parts += ["polygraphy", "convert", str(graph), "--convert-to", "trt", "-o", ENGINE_NAME]
     for shapes in profiles.values():
         for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
             parts.append(flag)

@@ -30,7 +30,7 @@ def add_flags(flags: Flags) -> None:
     flags.add("--max-sequence", type=int, default=512, metavar="N", text="longest prompt of one call, in tokens")
     flags.add("--max-context", type=int, default=1024, metavar="N", text="longest context with the cache, in tokens")
     flags.add("--workspace", type=int, metavar="MIB", text="bound of the builder's workspace, in MiB")
-    flags.add("--keep-files", action="store_true", default=False, text="keep the builder's log and the graph it parsed")
+    flags.add("--keep-files", action="store_true", default=False, text="keep the builder's log (and an inlined graph)")
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(
         report=report,
         tables=_tables(report),
-        text=f"{options.output / ENGINE_NAME}\nwith polygraphy (after --keep-files): {report.command}",
+        text=f"{options.output / ENGINE_NAME}\nthe same with polygraphy: {report.command}",
         passed=report.passed,
         config_folder=options.output,
     )
