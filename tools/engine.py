@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -301,5 +302,5 @@ def polygraphy_command(graph: Path, options: BuildOptions, profiles: dict[str, S
     for shapes in profiles.values():
         for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
             parts.append(flag)
-            parts += [f"{name}:[{','.join(map(str, bounds[index]))}]" for name, bounds in shapes.items()]
+            parts += [shlex.quote(f"{name}:[{','.join(map(str, bounds[index]))}]") for name, bounds in shapes.items()]
     return " ".join(parts)
