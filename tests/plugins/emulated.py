@@ -7,7 +7,8 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SOURCES = (*UNITS, "emulation/simt.cpp", "emulation/library.cpp")
 ALIGNMENT = 256
 
 Array = np.ndarray[Any, Any]
+_failures: dict[str, str] = {}
 
 
 class Floats(c.Structure):
@@ -74,13 +76,7 @@ class Gather(c.Structure):
 @cache
 def library() -> c.CDLL:
     """Build (once per state of the sources) and load the emulated kernels."""
-    files = sorted(p for folder in ("kernels/cuda", "emulation") for p in (CSRC / folder).iterdir() if p.is_file())
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
-    folder = ROOT / "build" / "emulation" / digest
-    target = folder / "librankbook_emulation.so"
-    if not target.exists():
-        _build(folder, target)
-    lib = c.CDLL(str(target))
+    lib = c.CDLL(str(build("emulation", SOURCES)))
     lib.rb_error.restype = c.c_char_p
     lib.rb_workspace.restype = c.c_size_t
     return lib
@@ -91,26 +87,50 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def _build(folder: Path, target: Path) -> None:
+def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = ()) -> Path:
+    """Compile sources (relative to csrc, or absolute) over the emulation into a library; what is there already is kept.
+
+    Raises:
+        RuntimeError: The compiler's messages.
+    """
+    if name in _failures:
+        raise RuntimeError(_failures[name])
+    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", ".")
+    files = sorted(p for folder in folders for p in (CSRC / folder).iterdir() if p.is_file())
+    folder = ROOT / "build" / "emulation" / _digest(*files)
     folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"lib{name}-{_digest(*(CSRC / source for source in sources))}.so"
+    if target.exists():
+        return target
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DRANKBOOK_EMULATION", f"-I{CSRC}", "-x", "c++", "-c"]
-    objects = [folder / f"{Path(source).stem}.{os.getpid()}.o" for source in SOURCES]
-    running = [
-        subprocess.Popen(
-            [str(compiler()), *flags, str(CSRC / source), "-o", str(out)], stderr=subprocess.PIPE, text=True
-        )
-        for source, out in zip(SOURCES, objects, strict=True)
+    flags += ["-DRANKBOOK_EMULATION", f"-I{CSRC}", *(f"-isystem{path}" for path in includes), "-x", "c++", "-c"]
+    objects = [folder / f"{Path(source).stem}-{_digest(CSRC / source)}.o" for source in sources]
+    steps = [
+        ([str(compiler()), *flags, str(CSRC / source)], out)
+        for source, out in zip(sources, objects, strict=True)
+        if not out.exists()
     ]
-    for process in running:
-        _, errors = process.communicate()
-        if process.returncode:
-            raise RuntimeError(errors)
-    partial = folder / f"{os.getpid()}.so"
-    subprocess.run([str(compiler()), "-shared", *map(str, objects), "-o", str(partial)], check=True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda step: _compile(*step), steps))
+        _compile([str(compiler()), "-shared", *map(str, objects)], target)
+    except RuntimeError as error:
+        _failures[name] = str(error)  # the next test must not try again
+        raise
+    return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    # Two test processes may build at once: each writes a file of its own, and the last rename wins.
+    partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     partial.replace(target)
-    for out in objects:
-        out.unlink()
+
+
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 class Arena:
@@ -132,13 +152,13 @@ class Arena:
         """Return the array at an address given by `add`."""
         return next(view for view, _ in self._arrays if view.ctypes.data == address)
 
-    def register(self) -> None:
-        """Tell the emulation which addresses are allowed."""
+    def register(self, lib: c.CDLL | None = None) -> None:
+        """Tell an emulation which addresses are allowed."""
         count = len(self._arrays)
         begins = (c.c_size_t * count)(*(view.ctypes.data for view, _ in self._arrays))
         sizes = (c.c_size_t * count)(*(view.nbytes for view, _ in self._arrays))
         writable = (c.c_int * count)(*(int(flag) for _, flag in self._arrays))
-        library().rb_buffers(begins, sizes, writable, count)
+        (lib or library()).rb_buffers(begins, sizes, writable, count)
 
 
 def packed_weight(arena: Arena, tensors: Mapping[str, Array], attributes: Mapping[str, Any]) -> PackedWeight:
