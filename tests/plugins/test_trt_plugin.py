@@ -1,4 +1,4 @@
-"""The TensorRT plugin does what TensorRT asks of it: its host code is driven through a whole life, over emulated kernels.
+"""The TensorRT plugin does what TensorRT asks of it: its host code goes through a whole life, over emulated kernels.
 
 Node attributes to plugin, types, formats, shapes, workspace, serialization, a copy per context, enqueue; the result is
 compared with the numpy reference. No GPU and no TensorRT library take part.
