@@ -59,7 +59,7 @@ native: $(VENV)/.tools  ## Build the native library into plugins/lib/
 	cmake --install build/native --prefix .pkg --component native
 
 # Only this package carries TensorRT's headers (Apache-2.0); it is needed to build and is not installed anywhere.
-$(TENSORRT_HEADERS)/.installed: | $(VENV)/.dev
+$(TENSORRT_HEADERS)/.installed: | $(VENV)/.created
 	$(PIP) install --quiet --no-deps --target $(TENSORRT_HEADERS) kernel-lens==2.0.1
 	@touch $@
 

@@ -96,7 +96,9 @@ def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = (
     if name in _failures:
         raise RuntimeError(_failures[name])
     folders = ("kernels/cuda", "emulation", "emulation/include", "trt", ".")
-    files = sorted(p for folder in folders for p in (CSRC / folder).iterdir() if p.is_file())
+    files = sorted(
+        p for folder in folders for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    )
     folder = ROOT / "build" / "emulation" / _digest(*files)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{name}-{_digest(*(CSRC / source for source in sources))}.so"
