@@ -63,7 +63,7 @@ def body(op_type: str) -> onnx.FunctionProto:
 def _matmul(writer: FunctionWriter, bits: int, low_rank: bool) -> None:
     node, ints = writer.node, writer.ints
     in_features, out_features = writer.attribute("in_features"), writer.attribute("out_features")
-    x = node("Slice", "x", ints([0]), in_features, ints([-1]))  # all of x; see functions.py
+    x = _padded(writer, in_features)  # before the first dequantize, see functions.py
     words = writer.dequantize("codes")  # (NP, KB, b, 32, 4)
     words = node("Transpose", words, perm=[0, 3, 2, 1, 4] if bits == 3 else [0, 3, 1, 2, 4])
     words = node("Reshape", words, ints([0, 0, 3 if bits == 3 else 1, -1]))  # (NP, 32, 1 or 3, units)
@@ -72,7 +72,7 @@ def _matmul(writer: FunctionWriter, bits: int, low_rank: bool) -> None:
     fields = _fields(writer, words, bits)  # (NP, 32, fields, units)
     index = node("Add", fields, _group_starts(writer, in_features, writer.size(fields, 3), writer.size(table, 2), bits))
     weight = writer.node("CastLike", _look_up(writer, table, index), "x")
-    product = node("Gemm", _permuted(writer, x, in_features, writer.size(fields, 3), bits), weight, transB=1)
+    product = node("Gemm", _permuted(writer, x, writer.size(fields, 3), bits), weight, transB=1)
     product = node("Slice", product, ints([0]), out_features, ints([1]))
     product = node("Reshape", product, node("Concat", node("Shape", "x", start=0, end=-1), out_features, axis=0))
     if low_rank:
@@ -148,8 +148,8 @@ def _fields_3(writer: FunctionWriter, value: str) -> str:
     above6 = node("Floor", node("Mul", value, floats(1 / 64)))
     even = node("Sub", value, node("Mul", above3, floats(8)))  # c0 c2 c4
     odd = node("Sub", above3, node("Mul", above6, floats(8)))  # c1 c3 c5
-    low = node("Slice", above6, ints([0]), ints([2]), ints([2]))  # two low bits of c6 and c7
-    high = node("Slice", above6, ints([2]), ints([3]), ints([2]))  # their high bits, together
+    low = node("Gather", above6, ints([0, 1]), axis=2)  # two low bits of c6 and c7
+    high = node("Gather", above6, ints([2]), axis=2)  # their high bits, together
     high7 = node("Floor", node("Mul", high, floats(0.5)))
     high6 = node("Sub", high, node("Mul", high7, floats(2)))
     last = node("Add", low, node("Mul", node("Concat", high6, high7, axis=2), floats(4)))
@@ -180,12 +180,17 @@ def _look_up(writer: FunctionWriter, table: str, index: str) -> str:
     return node("GatherElements", node("Flatten", table, axis=2), node("Flatten", index, axis=2), axis=1)
 
 
-def _permuted(writer: FunctionWriter, x: str, in_features: str, units: str, bits: int) -> str:
-    """Return x as (rows, fields * units): padded to whole blocks, in the order of the decoded weight."""
+def _padded(writer: FunctionWriter, in_features: str) -> str:
+    """Return x padded with zeros to whole blocks."""
+    node, ints = writer.node, writer.ints
+    missing = node("Sub", node("Mul", writer.size("codes", 1), ints([layout.BLOCK])), in_features)
+    return node("Pad", "x", node("Concat", ints([0]), missing, axis=0), "", ints([-1]))
+
+
+def _permuted(writer: FunctionWriter, x: str, units: str, bits: int) -> str:
+    """Return padded x as (rows, fields * units), in the order of the decoded weight."""
     node, ints = writer.node, writer.ints
     count = ints([_FIELDS[bits]])
-    missing = node("Sub", node("Mul", units, count), in_features)
-    x = node("Pad", x, node("Concat", ints([0]), missing, axis=0), "", ints([-1]))
     x = node("Transpose", node("Reshape", x, node("Concat", ints([-1]), units, count, axis=0)), perm=[0, 2, 1])
     if bits == 3:
         x = node("Gather", x, ints(_ORDER_3), axis=1)

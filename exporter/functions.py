@@ -20,9 +20,10 @@ _DEQUANTIZE_NODE = "ONNXTRT_ShapeSlice"
 
 The ONNX parser of TensorRT first gives a DequantizeLinear layer the bare name of its node and then a unique one. In
 TensorRT-RTX 1.7 the first step fails if another layer has that name, as it has where a function is used twice. With
-this name it works: the parser itself hands it out for a Slice (so it is taken, and suffixes are added) and renames that
-layer at once (so no layer has it). A function must therefore have a Slice before its first `FunctionWriter.dequantize`,
-and since ONNX Runtime refuses two nodes of one name in a function, the node has a function of its own.
+this name it works: the parser itself hands it out for a Slice or a Pad (so it is taken, and suffixes are added) and
+renames that layer at once (so no layer has it). A function must therefore have one of them before its first
+`FunctionWriter.dequantize`, and since ONNX Runtime refuses two nodes of one name in a function, the node has a function
+of its own.
 """
 
 

@@ -122,6 +122,8 @@ def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None
     for name, module in list(model.named_modules()):
         meta = checkpoint.layers.get(name)
         if meta is not None and isinstance(module, nn.Embedding):
+            if meta.rank:
+                raise CheckpointError(f"{name} is an embedding with an error branch, for which there is no operator")
             replace_module(model, name, GatherPlaceholder(name, meta, emit.operator(meta, contract.GATHER), dtype))
         elif meta is not None:
             kind = contract.MATMUL_LOW_RANK if meta.rank else contract.MATMUL  # also where tied to an embedding

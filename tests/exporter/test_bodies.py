@@ -75,3 +75,19 @@ def test_tensorrt_rtx_builds_the_body_and_keeps_weights_packed(kind, tmp_path):
             assert report["errors"] == []
             # Codes and parameters plus the group starts (4 bytes an input) and small tables.
             assert report["weight_bytes"] < 512 * 512 * bits / 8 + 512 * 4 * 5 + 4096 + rank * 1100
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_tensorrt_rtx_expands_a_body_more_than_once(tmp_path):
+    # Its parser gives DequantizeLinear layers the bare names of their nodes, see rankbook.exporter.functions.
+    for kind in (contract.MATMUL, contract.MATMUL_LOW_RANK):
+        record = random_record(64, 64, rank=2 if kind == contract.MATMUL_LOW_RANK else 0)
+        model = op_model(record)
+        second = onnx.NodeProto()
+        second.CopyFrom(model.graph.node[0])
+        model.graph.node[0].output[0] = second.input[0] = "between"
+        model.graph.node.append(second)
+        onnx.save(model, tmp_path / "twice.onnx")
+        report = build(tmp_path / "twice.onnx", {"x": ([1, 1, 64], [1, 4, 64], [2, 8, 64])})
+        assert report["errors"] == []

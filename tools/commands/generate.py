@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> Outcome:
         print(flush=True)
     console.log(
         f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s ({result.kernels});"
-        f" prompt of {result.prompt_tokens} tokens in {result.prompt_seconds:.2f} s; peak memory {peak_rss() / 1e9:.2f} GB"
+        f" prompt of {result.prompt_tokens} tokens in {result.prompt_seconds:.2f} s;"
+        f" peak memory {peak_rss() / 1e9:.2f} GB"
     )
     return Outcome(report=result)
 
