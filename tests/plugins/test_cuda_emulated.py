@@ -6,6 +6,7 @@ memory, and at threads of a warp or block that do not all meet; uninitialized sh
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from itertools import product
 
@@ -136,9 +137,10 @@ def test_levels_and_coefficients_of_any_magnitude_survive_fp16():
     """Levels far from 1 would overflow or vanish in fp16 products if the table did not divide them out."""
     record = case_record("plain", float_levels=True)
     for factor in (2.0**-10, 2.0**9):
-        params = dataclasses.replace(
-            record.params, step=record.params.step / factor * 16, base=record.params.base / factor * 16
-        )
+        step, base = record.params.step, record.params.base
+        assert step is not None
+        assert base is not None
+        params = dataclasses.replace(record.params, step=step / factor * 16, base=base / factor * 16)
         scaled = dataclasses.replace(record, levels=(record.levels.float() * factor).half(), params=params)
         check_matmul(dataclasses.replace(scaled, has_offset=True), "float16", tokens=2)
 
@@ -174,5 +176,5 @@ def test_arguments_that_make_no_sense_are_refused(changes, message):
     for name, value in changes.items():
         setattr(weight, name, value)
     arena.register()
-    assert emulated.library().rb_dense(emulated.c.byref(weight), None, 0) == 1
+    assert emulated.library().rb_dense(ctypes.byref(weight), None, 0) == 1
     assert message in emulated.library().rb_error().decode()
