@@ -61,7 +61,7 @@ def check_matmul(record: QuantizedLinear, dtype: str, tokens: int) -> None:
     # per term. The result: one rounding in the type of x.
     a = x.double().abs()
     weights = a @ magnitudes(record).T
-    branch = 0.0
+    branch: torch.Tensor = torch.zeros(())
     if record.low_rank is not None:
         branch = (a @ record.low_rank.down.dense().double().abs().T) @ record.low_rank.up.dense().double().abs().T
     bound = weights * EPSILON[dtype] * (record.params.shape[2] + 3) + want.abs() * EPSILON[dtype]
