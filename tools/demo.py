@@ -37,6 +37,7 @@ class DemoOptions:
         effort: Training budget.
         error_branch: Kind of error branch.
         error_rank: Its rank.
+        calib_sequences: Calibration windows of 512 tokens; half of the usual number, for the sake of time.
         eval_tokens: Tokens to evaluate on.
         capability: Compute capabilities to build for.
         threads: CPU threads.
@@ -51,6 +52,7 @@ class DemoOptions:
     effort: str = "default"
     error_branch: str = "qera"
     error_rank: int = 16
+    calib_sequences: int = 32
     eval_tokens: int = 8192
     capability: tuple[str, ...] = ("SM86",)
     threads: int | None = None
@@ -136,9 +138,10 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     checkpoint, exported, engine = folder / "checkpoint", folder / "onnx", folder / "engine"
     evaluate = ["--text", demo.text, "--context", 512, "--max-tokens", options.eval_tokens]
     note(0.0, "quantize")
+    calib = ["--calib", demo.calib, "--calib-sequences", options.calib_sequences]
     branch = ["--error-branch", options.error_branch, "--error-rank", options.error_rank]
     how = ["--method", "lcq", "--rank", 2, "--bits", options.bits, "--group-size", 64, "--effort", options.effort]
-    demo.run("quantize", "quantize", demo.model, *how, *branch, "--calib", demo.calib, "-o", checkpoint, "--overwrite")
+    demo.run("quantize", "quantize", demo.model, *how, *branch, *calib, "-o", checkpoint, "--overwrite")
     note(0.6, "evaluate the original")
     demo.run("eval original", "eval", demo.model, *evaluate)
     note(0.65, "evaluate the checkpoint")

@@ -30,6 +30,10 @@ WEIGHTS_SLACK_BYTES = 1 << 20
 """... and by this (lookup tables of the bodies, shape constants)."""
 
 
+class ParserRefusedError(CheckFailedError):
+    """TensorRT's parser does not take the graph."""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What to build.
@@ -39,7 +43,7 @@ class BuildOptions:
         capabilities: Compute capabilities, e.g. ``SM86``; empty means the present GPU (trt only).
         limits: Shapes to serve.
         workspace_bytes: Bound of the builder's workspace, or None.
-        keep_files: Keep the builder's log and the graph that it parsed.
+        keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
         plugins: Put our kernels into the engine where the plugin library is built; the function bodies otherwise.
     """
 
@@ -129,12 +133,10 @@ def build(
     profiles = make_profiles(model.inputs, options.limits)
     with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
         plugins = options.plugin_library()
-        # A node whose plugin is known becomes one layer; the bodies stay in the file, unused.
-        graph = model.path if plugins else inline_bodies(model, work)
         engine = folder / ENGINE_NAME
         request = {
             "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
-            "onnx": str(graph),
+            "onnx": str(model.path),
             "engine": str(engine),
             "log": str(work / "build.log"),
             "capabilities": list(options.capabilities),
@@ -142,11 +144,24 @@ def build(
             "workspace_bytes": options.workspace_bytes,
             "plugins": [str(plugins)] if plugins else [],
         }
-        result = run_worker(request, work, progress)
+        result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
-        report = _report(model, options, profiles, result, log, sha256_file(engine))
+        report = _report(model, options, profiles, {**result, "graph": graph}, log, sha256_file(engine))
         (folder / MANIFEST_NAME).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _build_either_way(
+    model: OnnxFile, request: dict[str, Any], work: Path, progress: Callable[[float, str | None], None]
+) -> tuple[dict[str, Any], Path]:
+    """Build from the file as it is or, where the parser refuses its functions, from the graph without functions."""
+    try:
+        return run_worker(request, work, progress), model.path
+    except ParserRefusedError:
+        if request["plugins"]:  # with plugins no function is expanded: the refusal has another reason
+            raise
+        graph = inline_bodies(model, work)
+        return run_worker({**request, "onnx": str(graph)}, work, progress), graph
 
 
 @contextlib.contextmanager
@@ -161,8 +176,9 @@ def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
 def inline_bodies(model: OnnxFile, folder: Path) -> Path:
     """Write the graph with the bodies of our nodes expanded; weights stay where they are, reached through links.
 
-    TensorRT's parser names a DequantizeLinear layer after its node and refuses a name twice, so that it fails on the
-    second use of one function (tried with TensorRT-RTX 1.7.1); expanded nodes get names of their own.
+    TensorRT's parser names a DequantizeLinear layer after its node and may refuse a name twice, that is the second use
+    of one function; `rankbook.exporter.functions` has a way around it that depends on the parser's version. Expanded
+    nodes get names of their own.
     """
     import onnx
     import onnx.inliner
@@ -199,6 +215,10 @@ def run_worker(request: dict[str, Any], folder: Path, progress: Callable[[float,
                 process.kill()
             process.wait()
         errors.seek(0)
+        if last.get("errno") is not None:
+            raise OSError(last["errno"], last["error"])
+        if "parser refused" in last.get("error", ""):
+            raise ParserRefusedError(f"{last['error']}; --keep-files keeps the builder's log")
         if "result" not in last:
             reason = (
                 last.get("error") or _last_lines(errors.read()) or f"its process ended with code {process.returncode}"
@@ -256,7 +276,7 @@ def _report(
         outputs=result["outputs"],
         profiles=profiles,
         checks=(*verify(model, profiles, result, log), verify_plugins(model, options, result)),
-        command=equivalent_command(model, options, profiles),
+        command=equivalent_command(result["graph"], options, profiles),
         seconds=result["seconds"],
     )
 
@@ -292,7 +312,7 @@ def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
 
-def equivalent_command(model: OnnxFile, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
+def equivalent_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
     """Return a command line that builds the same engine without us.
 
     With plugins it is trtexec (``tensorrt_rtx`` in TensorRT-RTX): polygraphy opens a plugin library but does not
@@ -300,8 +320,8 @@ def equivalent_command(model: OnnxFile, options: BuildOptions, profiles: dict[st
     """
     plugins = options.plugin_library()
     if plugins is None:
-        return polygraphy_command(options, profiles)
-    parts = ["tensorrt_rtx" if options.target == "rtx" else "trtexec", f"--onnx={model.path.name}"]
+        return polygraphy_command(graph, options, profiles)
+    parts = ["tensorrt_rtx" if options.target == "rtx" else "trtexec", f"--onnx={graph}"]
     parts += [f"--saveEngine={ENGINE_NAME}", f"--dynamicPlugins={plugins}"]
     for index, shapes in enumerate(profiles.values()):
         parts.append(f"--profile={index}")
@@ -311,10 +331,10 @@ def equivalent_command(model: OnnxFile, options: BuildOptions, profiles: dict[st
     return " ".join(parts)
 
 
-def polygraphy_command(options: BuildOptions, profiles: dict[str, Shapes]) -> str:
-    """Return the command line that builds the same engine with polygraphy from the file kept by ``--keep-files``."""
+def polygraphy_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
+    """Return the command line that builds the same engine with polygraphy (an inlined graph needs ``--keep-files``)."""
     parts = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if options.target == "rtx" else []
-    parts += ["polygraphy", "convert", "inlined.onnx", "--convert-to", "trt", "-o", ENGINE_NAME]
+    parts += ["polygraphy", "convert", str(graph), "--convert-to", "trt", "-o", ENGINE_NAME]
     for shapes in profiles.values():
         for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
             parts.append(flag)

@@ -2,8 +2,8 @@
 
 It runs on its own because the library path must be set before it starts, only the first logger of a process counts,
 and a crash of the builder must not take the command down. It reports on stdout, one JSON object a line:
-``{"progress": 0.4, "phase": "..."}`` while it works and ``{"result": {...}}`` or ``{"error": "..."}`` at the end; the
-builder's verbose log goes to a file.
+``{"progress": 0.4, "phase": "..."}`` while it works, and at the end ``{"result": {...}}`` or
+``{"error": "...", "errno": 28}``; the builder's verbose log goes to a file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(request_path: str) -> int:
     try:
         _say(result=_build(request))
     except (RuntimeError, ValueError, OSError) as error:
-        _say(error=str(error))
+        _say(error=str(error), errno=getattr(error, "errno", None))
         return 1
     return 0
 

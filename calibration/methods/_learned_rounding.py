@@ -23,6 +23,9 @@ from rankbook.calibration.record import LEVEL_LIMIT, GroupParams, QuantizedLinea
 class StepSizes:
     """Total movement allowed over training is half of each number (linear decay).
 
+    They suit a start by error feedback. The tenfold steps that suit a start by nearest levels (notes on LCQ, 1.12) undo
+    a good part of its gain: block error 0.034 instead of 0.030, from 0.037, at 3 bits.
+
     Attributes:
         rounding: Rounding offsets, in gaps.
         coeffs: Coefficients, relative.
@@ -40,7 +43,9 @@ class LearnedRounding:
     """A layer whose codes, parameters and levels are trained by sign gradient descent.
 
     Training starts exactly at the given record: a weight whose code is not its nearest level (error feedback) is
-    anchored at the edge of the cell it was put in.
+    anchored at the edge of the cell it was put in. An error branch stays as it is and the weight is trained around it:
+    on SmolLM2-135M that left 5 % less block error than fitting the branch after training, and as little as training
+    the branch too.
     """
 
     def __init__(self, weight: Tensor, record: QuantizedLinear, steps: int, sizes: StepSizes | None = None) -> None:
@@ -52,8 +57,6 @@ class LearnedRounding:
         self._codes = rounding.to_groups(record.codes, record.group)
         self._gap = ((tables.amax(1) - tables.amin(1)) / (tables.shape[1] - 1))[:, None].contiguous()
         self._place = anchored(grouped, tables, self._codes)
-        reach = self._sizes.rounding / 2
-        self._free = reach > 0
         self._scale = torch.ones_like(self._books.coeffs)
         self._shift = torch.zeros_like(self._books.offset)
         self._levels = self._books.levels.clone()

@@ -60,6 +60,23 @@ def test_a_failing_build_leaves_the_earlier_engine(tmp_path, capsys, monkeypatch
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
 
 
+@needs_rtx
+@pytest.mark.trt
+def test_a_graph_whose_functions_the_parser_refuses_is_inlined(tmp_path, capsys):
+    """Without the exporter's naming of the DequantizeLinear node the second use of a body fails in TensorRT-RTX 1.7."""
+    path = chain_model(tmp_path / "onnx", nodes=2)
+    model = onnx_file.load_graph(path)
+    for function in model.functions:
+        for node in function.node:
+            node.name = ""
+    path.write_bytes(model.SerializeToString())
+    out = tmp_path / "engine"
+    assert run_cli("build", path, "-o", out, "--compute-capability", "86", "--keep-files", "--json", "--quiet") == 0
+    assert "inlined.onnx" in stdout_json(capsys)["command"]
+    assert (out / "inlined.onnx").is_file()
+    assert (out / "build.log").is_file()
+
+
 def test_a_folder_that_is_not_an_engine_is_not_replaced(tmp_path, capsys):
     path = chain_model(tmp_path / "onnx", nodes=1)
     (tmp_path / "precious").mkdir()

@@ -36,7 +36,7 @@ def add_flags(flags: Flags) -> None:
         default=False,
         text="build the function bodies even where the plugin library is built (`make native-cuda`)",
     )
-    flags.add("--keep-files", action="store_true", default=False, text="keep the builder's log and the graph it parsed")
+    flags.add("--keep-files", action="store_true", default=False, text="keep the builder's log (and an inlined graph)")
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(
         report=report,
         tables=_tables(report),
-        text=f"{options.output / ENGINE_NAME}\nthe same without rankbook (after --keep-files): {report.command}",
+        text=f"{options.output / ENGINE_NAME}\nthe same without rankbook: {report.command}",
         passed=report.passed,
         config_folder=options.output,
     )

@@ -22,6 +22,7 @@ def add_flags(flags: Flags) -> None:
     flags.add("--effort", choices=("fast", "default", "high"), default=_DEFAULTS.effort, text="training budget")
     flags.add("--error-branch", metavar="E", default=_DEFAULTS.error_branch, text="kind of the error branch")
     flags.add("--error-rank", type=int, metavar="Q", default=_DEFAULTS.error_rank, text="rank of the error branch")
+    flags.add("--calib-sequences", type=int, metavar="N", default=_DEFAULTS.calib_sequences, text="calibration windows")
     flags.add("--max-tokens", type=int, metavar="N", default=_DEFAULTS.eval_tokens, text="tokens to evaluate on")
     flags.add(
         "--compute-capability",
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> Outcome:
         effort=options.effort,
         error_branch=options.error_branch,
         error_rank=options.error_rank,
+        calib_sequences=options.calib_sequences,
         eval_tokens=options.max_tokens,
         capability=tuple(options.compute_capability),
         threads=options.threads,
