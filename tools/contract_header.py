@@ -17,6 +17,8 @@ def header_text() -> str:
         "namespace rankbook::contract {",
         "",
         f'inline constexpr const char* kDomain = "{contract.DOMAIN}";',
+        f'inline constexpr const char* kPluginNamespace = "{contract.PLUGIN_NAMESPACE}";',
+        f'inline constexpr const char* kPluginVersion = "{contract.PLUGIN_VERSION}";',
         f"inline constexpr int kBits[] = {{{', '.join(map(str, layout.BITS))}}};",
     ]
     attributes = contract.OPERATORS[contract.op_name(contract.MATMUL, layout.BITS[0])].attributes

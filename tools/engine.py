@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.files import replaced_folder, sha256_file
+from rankbook.plugins import library
 from rankbook.tools import engine_log, onnx_file
 from rankbook.tools.backends import trt
 from rankbook.tools.errors import CheckFailedError
@@ -44,6 +45,7 @@ class BuildOptions:
         limits: Shapes to serve.
         workspace_bytes: Bound of the builder's workspace, or None.
         keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
+        plugins: Put our kernels into the engine where the plugin library is built; the function bodies otherwise.
     """
 
     target: str = "rtx"
@@ -51,6 +53,12 @@ class BuildOptions:
     limits: Limits = field(default_factory=Limits)
     workspace_bytes: int | None = None
     keep_files: bool = False
+    plugins: bool = True
+
+    def plugin_library(self) -> Path | None:
+        """Return the plugin library to build with, or None for the function bodies."""
+        usable = self.plugins and library.unavailable("trt") is None
+        return library.library("trt") if usable else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class EngineReport:
         layers: Engine layers by kind, over all profiles.
         profiles: Smallest, typical and largest shape of each input, by profile.
         checks: What was verified.
-        command: The same build with polygraphy.
+        command: The same build with polygraphy or, with plugins, trtexec.
         seconds: Wall time of the child process.
     """
 
@@ -125,6 +133,7 @@ def build(
     onnx_file.require_ours(model)
     profiles = make_profiles(model.inputs, options.limits)
     with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
+        plugins = options.plugin_library()
         engine = folder / ENGINE_NAME
         request = {
             "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
@@ -134,6 +143,7 @@ def build(
             "capabilities": list(options.capabilities),
             "profiles": list(profiles.values()),
             "workspace_bytes": options.workspace_bytes,
+            "plugins": [str(plugins)] if plugins else [],
         }
         result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
@@ -149,6 +159,8 @@ def _build_either_way(
     try:
         return run_worker(request, work, progress), model.path
     except ParserRefusedError:
+        if request["plugins"]:  # with plugins no function is expanded: the refusal has another reason
+            raise
         graph = inline_bodies(model, work)
         return run_worker({**request, "onnx": str(graph)}, work, progress), graph
 
@@ -264,8 +276,8 @@ def _report(
         inputs=result["inputs"],
         outputs=result["outputs"],
         profiles=profiles,
-        checks=verify(model, profiles, result, log),
-        command=polygraphy_command(result["graph"], options, profiles),
+        checks=(*verify(model, profiles, result, log), verify_plugins(model, options, result)),
+        command=equivalent_command(result["graph"], options, profiles),
         seconds=result["seconds"],
     )
 
@@ -293,6 +305,31 @@ def verify(
         Check("weights", 0 < log.weights_bytes <= bound, f"{log.weights_bytes} bytes, at most {bound} allowed"),
         Check("engine layers", sum(log.layers.values()) > 0, f"{sum(log.layers.values())} layers"),
     )
+
+
+def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any]) -> Check:
+    """Compare the plugin layers with the nodes of ours: every one, or none where the bodies are built."""
+    wanted = len(model.nodes) if options.plugin_library() else 0
+    return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
+
+
+def equivalent_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
+    """Return a command line that builds the same engine without us.
+
+    With plugins it is trtexec (``tensorrt_rtx`` in TensorRT-RTX): polygraphy opens a plugin library but does not
+    register what it holds.
+    """
+    plugins = options.plugin_library()
+    if plugins is None:
+        return polygraphy_command(graph, options, profiles)
+    parts = ["tensorrt_rtx" if options.target == "rtx" else "trtexec", f"--onnx={graph}"]
+    parts += [f"--saveEngine={ENGINE_NAME}", f"--dynamicPlugins={plugins}"]
+    for index, shapes in enumerate(profiles.values()):
+        parts.append(f"--profile={index}")
+        for bound, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
+            sizes = [f"{name}:{'x'.join(map(str, bounds[bound]))}" for name, bounds in shapes.items()]
+            parts.append(f"--{flag}={','.join(sizes)}")
+    return " ".join(parts)
 
 
 def polygraphy_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:

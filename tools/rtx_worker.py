@@ -46,6 +46,9 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(logger)
     if builder is None:
         raise RuntimeError("the builder could not be created; see the log")
+    for path in request.get("plugins", ()):
+        if trt.get_plugin_registry().load_library(path) is None:
+            raise RuntimeError(f"the plugin library {path} could not be loaded; see the log")
     network = _parse(trt, builder, logger, request["onnx"])
     parsed_s = time.monotonic() - start
     settings = _settings(trt, builder, network, request)

@@ -5,6 +5,8 @@
 namespace rankbook::contract {
 
 inline constexpr const char* kDomain = "rankbook";
+inline constexpr const char* kPluginNamespace = "rankbook";
+inline constexpr const char* kPluginVersion = "1";
 inline constexpr int kBits[] = {2, 3, 4, 8};
 inline constexpr const char* kInFeatures = "in_features";
 inline constexpr const char* kOutFeatures = "out_features";

@@ -30,6 +30,12 @@ def add_flags(flags: Flags) -> None:
     flags.add("--max-sequence", type=int, default=512, metavar="N", text="longest prompt of one call, in tokens")
     flags.add("--max-context", type=int, default=1024, metavar="N", text="longest context with the cache, in tokens")
     flags.add("--workspace", type=int, metavar="MIB", text="bound of the builder's workspace, in MiB")
+    flags.add(
+        "--no-plugins",
+        action="store_true",
+        default=False,
+        text="build the function bodies even where the plugin library is built (`make native-cuda`)",
+    )
     flags.add("--keep-files", action="store_true", default=False, text="keep the builder's log (and an inlined graph)")
 
 
@@ -44,6 +50,7 @@ def run(options: argparse.Namespace) -> Outcome:
         limits=Limits(options.max_batch, options.max_sequence, options.max_context),
         workspace_bytes=options.workspace * 2**20 if options.workspace else None,
         keep_files=options.keep_files,
+        plugins=not options.no_plugins,
     )
     console = Console(quiet=options.quiet)
     with console.progress(f"building {options.target} engine") as progress:
@@ -51,7 +58,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(
         report=report,
         tables=_tables(report),
-        text=f"{options.output / ENGINE_NAME}\nthe same with polygraphy: {report.command}",
+        text=f"{options.output / ENGINE_NAME}\nthe same without rankbook: {report.command}",
         passed=report.passed,
         config_folder=options.output,
     )
@@ -82,6 +89,7 @@ def _tables(report: EngineReport) -> tuple[Table, ...]:
         ("profiles", ", ".join(report.profiles)),
         ("network layers", report.network_layers),
         ("engine layers", sum(report.layers.values())),
+        ("plugin layers", report.plugin_layers or "none: the function bodies are built"),
         ("build time", f"{report.seconds:.1f} s"),
     ]
     checks = [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in report.checks]

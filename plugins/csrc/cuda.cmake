@@ -1,0 +1,57 @@
+# The TensorRT plugin library: CUDA kernels and their shim.
+
+set(RANKBOOK_CUDA "AUTO" CACHE STRING "Build the TensorRT plugin library: AUTO (if nvcc and headers are found), ON, OFF")
+# Cubins of one major architecture run on its later members: 80 serves 86, 87 and 89, and 120 serves 121. Everything
+# else (B200) is translated from the PTX when the library is loaded.
+set(RANKBOOK_CUDA_ARCHITECTURES "80;90-real;120-real" CACHE STRING "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES")
+set(TENSORRT_INCLUDE_DIR "" CACHE PATH "Folder with NvInferRuntime.h")
+
+# Says why the library is not built; fatal where it was asked for.
+function(rankbook_leave_out reason)
+  if(RANKBOOK_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "RANKBOOK_CUDA is ON, but ${reason}")
+  endif()
+  message(WARNING "LEFT OUT: the TensorRT plugin library, because ${reason} (`make native-cuda` gets the headers). "
+                  "rankbook works without it; engines hold the function bodies, which run more slowly.")
+endfunction()
+
+if(RANKBOOK_CUDA STREQUAL "OFF")
+  message(STATUS "RANKBOOK_CUDA is OFF: the TensorRT plugin library is not built")
+  return()
+endif()
+find_path(RANKBOOK_TRT_INCLUDE NvInferRuntime.h
+  HINTS "${TENSORRT_INCLUDE_DIR}" "$ENV{TENSORRT_INCLUDE_DIR}" "${PROJECT_SOURCE_DIR}/build/tensorrt-headers/kernel_lens/include/tensorrt"
+  PATHS /usr/local/tensorrt/include
+  PATH_SUFFIXES x86_64-linux-gnu aarch64-linux-gnu)
+if(NOT RANKBOOK_TRT_INCLUDE)
+  rankbook_leave_out("NvInferRuntime.h was not found: set TENSORRT_INCLUDE_DIR")
+  return()
+endif()
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  rankbook_leave_out("no CUDA compiler was found: install the CUDA toolkit")
+  return()
+endif()
+set(CMAKE_CUDA_ARCHITECTURES "${RANKBOOK_CUDA_ARCHITECTURES}")
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+enable_language(CUDA)
+message(STATUS "TensorRT headers: ${RANKBOOK_TRT_INCLUDE}; CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+
+add_library(rankbook_cuda_kernels OBJECT
+  kernels/cuda/launch.cu
+  kernels/cuda/width_2.cu kernels/cuda/width_3.cu kernels/cuda/width_4.cu kernels/cuda/width_8.cu)
+target_include_directories(rankbook_cuda_kernels PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+# --expt-relaxed-constexpr: constexpr members of the argument structures serve both sides.
+target_compile_options(rankbook_cuda_kernels PRIVATE --expt-relaxed-constexpr -Werror=all-warnings)
+
+add_library(rankbook_trt MODULE trt/creator.cpp trt/operator.cpp trt/plugin.cpp)
+target_link_libraries(rankbook_trt PRIVATE rankbook_flags rankbook_cuda_kernels)
+target_include_directories(rankbook_trt SYSTEM PRIVATE ${RANKBOOK_TRT_INCLUDE} ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+set_target_properties(rankbook_trt PROPERTIES CUDA_RUNTIME_LIBRARY Static LINK_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/trt/exports.map)
+if(NOT RANKBOOK_SANITIZE)
+  target_link_options(rankbook_trt PRIVATE -static-libstdc++ -static-libgcc)
+endif()
+target_link_options(rankbook_trt PRIVATE
+  LINKER:--version-script,${CMAKE_CURRENT_SOURCE_DIR}/trt/exports.map LINKER:--gc-sections)
+install(TARGETS rankbook_trt LIBRARY DESTINATION rankbook/plugins/lib COMPONENT native)

@@ -1,0 +1,79 @@
+// A C interface over the emulated kernels, for the tests (ctypes), and three broken kernels that the checks must catch.
+#include "kernels/cuda/launch.h"
+
+#include "kernels/cuda/platform.cuh"
+
+using rankbook::cuda::Status;
+using rankbook::emulation::Machine;
+
+namespace {
+
+std::string last_error;
+
+template <typename Call>
+int guarded(Call call) {
+  try {
+    const Status status = call();
+    last_error = status.ok() ? "" : status.message;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  }
+  return last_error.empty() ? 0 : 1;
+}
+
+struct Probe {
+  int what;
+  float* y;
+};
+
+void broken(Probe probe) {
+  using namespace rankbook::cuda;
+  if (probe.what == 0 && thread_index() == 3) return;  // one thread never comes to the barrier
+  if (probe.what == 1 && thread_index() < 16) {        // half a warp shuffles
+    store(probe.y, shuffle_xor(1.0f, 1));
+    return;
+  }
+  if (probe.what == 2) store(probe.y + thread_index(), 1.0f);  // more threads than elements
+  if (probe.what == 3) shared_memory()[64 + thread_index() % 2] = 0;
+  if (probe.what == 4) {
+    if (thread_index() % 2 == 0) {
+      barrier();
+    } else {
+      barrier();
+    }
+  }
+  barrier();
+}
+
+}  // namespace
+
+#define RB_EXPORT extern "C" __attribute__((visibility("default")))
+
+RB_EXPORT const char* rb_error() { return last_error.c_str(); }
+
+RB_EXPORT void rb_buffers(const std::uintptr_t* begins, const std::size_t* sizes, const int* writable, int count) {
+  auto& buffers = Machine::get().buffers;
+  buffers.clear();
+  for (int i = 0; i < count; ++i) buffers.push_back({begins[i], begins[i] + sizes[i], writable[i] != 0});
+}
+
+RB_EXPORT std::size_t rb_workspace(int rows, int columns, int rank, int type, int tokens) {
+  return rankbook::cuda::matmul_workspace(rows, columns, rank, static_cast<rankbook::cuda::DataType>(type), tokens);
+}
+
+RB_EXPORT int rb_matmul(const rankbook::cuda::Matmul* arguments) {
+  return guarded([&] { return rankbook::cuda::launch_matmul(*arguments, nullptr); });
+}
+
+RB_EXPORT int rb_gather(const rankbook::cuda::Gather* arguments) {
+  return guarded([&] { return rankbook::cuda::launch_gather(*arguments, nullptr); });
+}
+
+RB_EXPORT int rb_dense(const rankbook::cuda::PackedWeight* weight, void* y, int type) {
+  return guarded(
+      [&] { return rankbook::cuda::launch_dense(*weight, y, static_cast<rankbook::cuda::DataType>(type), nullptr); });
+}
+
+RB_EXPORT int rb_broken(int what, float* y) {
+  return guarded([&] { return rankbook::cuda::launch(broken, dim3(1), 64, nullptr, Probe{what, y}); });
+}

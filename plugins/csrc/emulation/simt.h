@@ -1,0 +1,227 @@
+// Runs the kernels on the CPU, from the same source, to prove them on a machine without a GPU.
+//
+// Every thread of a block is a fiber; a fiber runs until it meets its warp (shuffle, mma) or its block (barrier). What a
+// GPU leaves undefined is an error here: memory outside the registered buffers, misaligned vectors, writes past the
+// dynamic shared memory, warps and blocks of which only a part arrives at a meeting point, or whose threads arrive at
+// different ones. Shared memory starts as NaN and so does scratch. Blocks run one after the other.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/params.h"
+
+#define RB_DEVICE inline
+#define RB_KERNEL(blocks) void
+
+struct uint2 {
+  std::uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  std::uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct dim3 {
+  explicit dim3(int x_, int y_ = 1) : x(x_), y(y_) {}
+  int x, y;
+};
+
+namespace rankbook::emulation {
+
+constexpr int kWarp = 32;
+constexpr std::size_t kStack = 64 * 1024;
+constexpr std::size_t kGuard = 256;
+
+[[noreturn]] void fail(const std::string& message);
+
+// A buffer that kernels may touch.
+struct Buffer {
+  std::uintptr_t begin, end;
+  bool writable;
+};
+
+// Where threads meet: complete when all members of a warp or block have arrived at the same place.
+struct Meeting {
+  std::uint64_t generation = ~std::uint64_t{0};
+  const char* place = nullptr;
+  int arrived = 0;
+  alignas(16) unsigned char slots[kWarp][32];  // what each lane of a warp shows the others
+};
+
+struct Machine {
+  static Machine& get();
+
+  void run(void (*body)(const void*), const void* arguments, dim3 grid, std::size_t shared_bytes, int threads);
+  void check(const void* address, std::size_t bytes, std::size_t alignment, bool write) const;
+
+  // Meets the other lanes of the warp; `data` (at most 32 bytes) of all lanes is in the result.
+  const Meeting& meet_warp(const char* place, const void* data, std::size_t bytes);
+  void meet_block(const char* place);
+
+  std::vector<Buffer> buffers;
+  int thread = 0, block_x = 0, block_y = 0;
+  dim3 grid{1};
+  unsigned char* shared = nullptr;
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
+    bool done = false;
+    std::uint64_t warp_generation = 0, block_generation = 0;
+    const Meeting* waits_for = nullptr;
+    int members = 0;
+  };
+  static void entry();
+  void run_block(int threads);
+  static void arrive(Meeting& meeting, std::uint64_t generation, const char* place);
+
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Meeting> warps_;  // two per warp: the next meeting may start while lanes still read the last
+  Meeting block_[2];
+  ucontext_t scheduler_;
+  void (*body_)(const void*) = nullptr;
+  const void* arguments_ = nullptr;
+  std::string error_;
+};
+
+float half_to_float(std::uint16_t bits);
+std::uint16_t float_to_half(double value);
+float bfloat_to_float(std::uint16_t bits);
+std::uint16_t float_to_bfloat(float value);
+
+}  // namespace rankbook::emulation
+
+namespace rankbook::cuda {
+
+template <typename T>
+T load(const T* address) {
+  emulation::Machine::get().check(address, sizeof(T), sizeof(T), false);
+  return *address;
+}
+template <typename T>
+T load_fresh(const T* address) {
+  return load(address);
+}
+inline uint4 load_codes(const uint4* address) { return load(address); }
+template <typename T>
+void store(T* address, T value) {
+  emulation::Machine::get().check(address, sizeof(T), sizeof(T), true);
+  *address = value;
+}
+
+inline int thread_index() { return emulation::Machine::get().thread; }
+inline int block_x() { return emulation::Machine::get().block_x; }
+inline int block_y() { return emulation::Machine::get().block_y; }
+inline int grid_x() { return emulation::Machine::get().grid.x; }
+inline int grid_y() { return emulation::Machine::get().grid.y; }
+inline unsigned char* shared_memory() { return emulation::Machine::get().shared; }
+
+#define RB_TEXT_(x) #x
+#define RB_TEXT(x) RB_TEXT_(x)
+#define RB_HERE __FILE__ ":" RB_TEXT(__LINE__)
+#define barrier() emulation_barrier(RB_HERE)
+inline void emulation_barrier(const char* place) { emulation::Machine::get().meet_block(place); }
+
+inline float shuffle_xor(float value, int mask) {
+  auto& machine = emulation::Machine::get();
+  const emulation::Meeting& met = machine.meet_warp("shuffle", &value, sizeof value);
+  float other;
+  std::memcpy(&other, met.slots[(machine.thread % emulation::kWarp) ^ mask], sizeof other);
+  return other;
+}
+
+inline std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float half_to_float(std::uint16_t bits) { return emulation::half_to_float(bits); }
+inline std::uint16_t float_to_half(float value) { return emulation::float_to_half(value); }
+inline float bfloat_to_float(std::uint16_t bits) { return emulation::bfloat_to_float(bits); }
+inline std::uint16_t float_to_bfloat(float value) { return emulation::float_to_bfloat(value); }
+inline std::uint32_t pack_half(float low, float high) {
+  return float_to_half(low) | static_cast<std::uint32_t>(float_to_half(high)) << 16;
+}
+inline std::uint32_t pack_bfloat(float low, float high) {
+  return float_to_bfloat(low) | static_cast<std::uint32_t>(float_to_bfloat(high)) << 16;
+}
+inline float2 unpack_half(std::uint32_t v) {
+  return {half_to_float(static_cast<std::uint16_t>(v)), half_to_float(static_cast<std::uint16_t>(v >> 16))};
+}
+inline std::uint32_t fma_half(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  const float2 x = unpack_half(a), y = unpack_half(b), z = unpack_half(c);
+  const double low = static_cast<double>(x.x) * y.x + z.x, high = static_cast<double>(x.y) * y.y + z.y;
+  return emulation::float_to_half(low) | static_cast<std::uint32_t>(emulation::float_to_half(high)) << 16;
+}
+
+// The fragments of mma.m16n8k16, by the tables of the PTX manual: lane (g = lane / 4, t = lane % 4) holds of A rows g
+// and g + 8, columns 2 t, 2 t + 1 and those plus 8; of B the same columns as rows, at column g; of C rows g and g + 8,
+// columns 2 t, 2 t + 1.
+template <typename Decode>
+void emulated_mma(const char* place, float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
+                  Decode decode) {
+  auto& machine = emulation::Machine::get();
+  const std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emulation::Meeting& met = machine.meet_warp(place, mine, sizeof mine);
+  const int g = machine.thread % emulation::kWarp / 4, t = machine.thread % 4;
+  const auto element = [&](int lane, int word, int half) {
+    std::uint32_t bits;
+    std::memcpy(&bits, met.slots[lane] + 4 * word, 4);
+    return decode(static_cast<std::uint16_t>(bits >> (16 * half)));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const int source = k % 8 / 2;
+      sum += static_cast<double>(element(4 * (row % 8) + source, row / 8 + 2 * (k / 8), k % 2)) *
+             element(4 * column + source, 4 + k / 8, k % 2);
+    }
+    c[i] = static_cast<float>(sum);
+  }
+}
+
+inline void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  emulated_mma("mma f16", c, a, b0, b1, emulation::half_to_float);
+}
+inline void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  emulated_mma("mma bf16", c, a, b0, b1, emulation::bfloat_to_float);
+}
+
+template <typename Arguments>
+Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void*, const Arguments& arguments) {
+  struct Call {
+    void (*kernel)(Arguments);
+    const Arguments* arguments;
+  } call{kernel, &arguments};
+  constexpr std::size_t kStatic = 48 * 1024;  // what a block gets without asking the driver for more
+  if (shared_bytes > kStatic) emulation::fail("a kernel asks for more than 48 KiB of shared memory");
+  emulation::Machine::get().run(
+      [](const void* data) {
+        const auto* it = static_cast<const Call*>(data);
+        it->kernel(*it->arguments);
+      },
+      &call, grid, shared_bytes, kWarps * emulation::kWarp);
+  return {};
+}
+
+}  // namespace rankbook::cuda

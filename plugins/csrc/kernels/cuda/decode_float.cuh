@@ -1,0 +1,215 @@
+// Exact decoding in fp32: the parity form of the product (fp32 activations), the dense weight and the look-up of rows.
+#pragma once
+
+#include "kernels/cuda/branch.cuh"
+
+namespace rankbook::cuda {
+
+// Weights of four rows: a table of levels in shared memory, and the parameters of the lane's group in registers.
+template <int kBits, int kPlanes>
+struct FloatDecoder {
+  static constexpr std::size_t kTableBytes = (std::size_t{1} << kBits) * kPlanes * sizeof(float);
+
+  const float* table;
+  float coefficients[kPlanes][4];
+  float offsets[4];
+
+  // Fills the table (2^bits, planes), planes that the weight lacks with zeros. The caller sets a barrier after it.
+  static RB_DEVICE void fill_table(const PackedWeight& w, float* table) {
+    for (int i = thread_index(); i < (1 << kBits) * kPlanes; i += kWarps * 32) {
+      const int plane = i % kPlanes;
+      table[i] = plane < w.planes() ? half_to_float(load(w.levels + (plane << kBits) + i / kPlanes)) : 0.0f;
+    }
+  }
+
+  RB_DEVICE void set_group(const PackedWeight& w, int panel, int group, int row) {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      if (plane < w.planes()) {
+        read_params(w, panel, group, plane, row, coefficients[plane]);
+      } else {
+        coefficients[plane][0] = coefficients[plane][1] = coefficients[plane][2] = coefficients[plane][3] = 0.0f;
+      }
+    }
+    offsets[0] = offsets[1] = offsets[2] = offsets[3] = 0.0f;
+    if (w.has_offset) read_params(w, panel, group, w.params_planes - 1, row, offsets);
+  }
+
+  RB_DEVICE float weight(int row, std::uint32_t code) const {
+    float sum = offsets[row];
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) sum += coefficients[plane][row] * table[code * kPlanes + plane];
+    return sum;
+  }
+
+  // Weights of columns 4 j .. 4 j + 3 of a unit.
+  RB_DEVICE void quad(const FourRows<kBits>& rows, int j, float (&out)[4][4]) const {
+    constexpr std::uint32_t kMask = (1u << kBits) - 1u;
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const std::uint32_t pair = code_pair<kBits>(rows.words[row], 2 * j + half);
+        out[row][2 * half] = weight(row, pair & kMask);
+        out[row][2 * half + 1] = weight(row, pair >> kBits);
+      }
+    }
+  }
+};
+
+// Four neighbouring activations from column k on, zero past the end of the row.
+RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
+  if ((columns & 3) == 0) {
+    return k < columns ? load(reinterpret_cast<const float4*>(row + k)) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+  }
+  float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (k < columns) v.x = load(row + k);
+  if (k + 1 < columns) v.y = load(row + k + 1);
+  if (k + 2 < columns) v.z = load(row + k + 2);
+  if (k + 3 < columns) v.w = load(row + k + 3);
+  return v;
+}
+
+// y for up to kTokens tokens and fp32 activations. A block per panel; its warps share the columns.
+template <int kBits, int kPlanes, int kTokens>
+RB_KERNEL(1) decode_float(MatmulKernel arguments) {
+  using U = Unit<kBits>;
+  const Matmul& m = arguments.m;
+  const PackedWeight& w = m.weight;
+  const int lane = thread_index() & 31, warp = thread_index() >> 5, panel = block_x();
+  const int row = 4 * (lane >> 2), units = U::count(w.columns), size = w.columns / w.groups;
+  const auto* x = static_cast<const float*>(m.x);
+  auto* table = reinterpret_cast<float*>(shared_memory());
+  FloatDecoder<kBits, kPlanes> decoder{table, {}, {}};
+  decoder.fill_table(w, table);
+  barrier();
+
+  const int steps = (units + 3) / 4, share = (steps + kWarps - 1) / kWarps;
+  const int last = (warp + 1) * share < steps ? (warp + 1) * share : steps;
+  GroupCursor cursor;
+  float sums[4][kTokens] = {};
+  for (int step = warp * share; step < last; ++step) {
+    const int unit = 4 * step + (lane & 3);
+    const FourRows<kBits> rows = load_four_rows<kBits>(w, panel, unit, units, row);
+#pragma unroll
+    for (int j = 0; j < U::kColumns / 4; ++j) {
+      const int k = unit * U::kColumns + 4 * j;
+      if (j % (U::kPairs / 2) == 0 && cursor.advance(k, size, w.groups)) {
+        decoder.set_group(w, panel, cursor.group, row);
+      }
+      float weights[4][4];
+      decoder.quad(rows, j, weights);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (t >= m.tokens) continue;
+        const float4 v = load_quad(x + static_cast<std::size_t>(t) * w.columns, k, w.columns);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[i][t] += weights[i][0] * v.x + weights[i][1] * v.y + weights[i][2] * v.z + weights[i][3] * v.w;
+        }
+      }
+    }
+  }
+  barrier();  // the table is read no more: its memory takes the sums
+  auto* partial = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[i][t] += shuffle_xor(sums[i][t], 1);
+      sums[i][t] += shuffle_xor(sums[i][t], 2);
+      if ((lane & 3) == 0) partial[(warp * kTokens + t) * kPanel + row + i] = sums[i][t];
+    }
+  }
+  barrier();
+  reduce_and_store<Float>(arguments, partial, panel, kTokens, 0);
+}
+
+struct DenseKernel {
+  PackedWeight w;
+  void* y = nullptr;  // (N, K)
+};
+
+// The weight in T. Blocks (x: panel, y: share of the columns).
+template <int kBits, int kPlanes, typename T>
+RB_KERNEL(1) decode_dense(DenseKernel arguments) {
+  using U = Unit<kBits>;
+  const PackedWeight& w = arguments.w;
+  const int lane = thread_index() & 31, panel = block_x(), row = 4 * (lane >> 2);
+  const int units = U::count(w.columns), size = w.columns / w.groups;
+  auto* y = static_cast<typename T::Stored*>(arguments.y);
+  auto* table = reinterpret_cast<float*>(shared_memory());
+  FloatDecoder<kBits, kPlanes> decoder{table, {}, {}};
+  decoder.fill_table(w, table);
+  barrier();
+
+  const int warps = grid_y() * kWarps, warp = block_y() * kWarps + (thread_index() >> 5);
+  const int steps = (units + 3) / 4, share = (steps + warps - 1) / warps;
+  GroupCursor cursor;
+  for (int step = warp * share; step < (warp + 1) * share && step < steps; ++step) {
+    const int unit = 4 * step + (lane & 3);
+    const FourRows<kBits> rows = load_four_rows<kBits>(w, panel, unit, units, row);
+#pragma unroll
+    for (int j = 0; j < U::kColumns / 4; ++j) {
+      const int k = unit * U::kColumns + 4 * j;
+      if (j % (U::kPairs / 2) == 0 && cursor.advance(k, size, w.groups)) {
+        decoder.set_group(w, panel, cursor.group, row);
+      }
+      float weights[4][4];
+      decoder.quad(rows, j, weights);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int n = panel * kPanel + row + i;
+        if (n >= w.rows) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (k + c < w.columns) {
+            store(y + static_cast<std::size_t>(n) * w.columns + k + c, T::encode(weights[i][c]));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows of W by index; a block per index. Threads take one unit each and, like `decode_dense`, four rows of it: the
+// other three are free, since their words share the 16 bytes.
+template <int kBits, int kPlanes>
+RB_KERNEL(1) gather_rows(Gather arguments) {
+  using U = Unit<kBits>;
+  const PackedWeight& w = arguments.weight;
+  const int units = U::count(w.columns), size = w.columns / w.groups;
+  auto* table = reinterpret_cast<float*>(shared_memory());
+  FloatDecoder<kBits, kPlanes> decoder{table, {}, {}};
+  decoder.fill_table(w, table);
+  barrier();
+
+  for (std::int64_t i = block_x(); i < arguments.count; i += grid_x()) {
+    const std::int64_t index = load(arguments.indices + i);
+    float* y = arguments.y + i * w.columns;
+    const bool valid = index >= 0 && index < w.rows;
+    const int panel = valid ? static_cast<int>(index / kPanel) : 0, row = valid ? static_cast<int>(index % kPanel) : 0;
+    for (int unit = thread_index(); unit < units; unit += kWarps * 32) {
+      const FourRows<kBits> rows = load_four_rows<kBits>(w, panel, unit, units, row & ~3);
+      GroupCursor cursor;
+#pragma unroll
+      for (int j = 0; j < U::kColumns / 4; ++j) {
+        const int k = unit * U::kColumns + 4 * j;
+        if (j % (U::kPairs / 2) == 0 && cursor.advance(k, size, w.groups)) {
+          decoder.set_group(w, panel, cursor.group, row & ~3);
+        }
+        float weights[4][4];
+        decoder.quad(rows, j, weights);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          float value = weights[0][c];  // a chain of selections: an index known only at run time would spill
+#pragma unroll
+          for (int other = 1; other < 4; ++other) value = (row & 3) == other ? weights[other][c] : value;
+          if (k + c < w.columns) store(y + k + c, valid ? value : float_of(0x7fc00000u));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace rankbook::cuda

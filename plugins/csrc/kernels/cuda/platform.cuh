@@ -1,0 +1,133 @@
+// What the kernels need from the machine, once for nvcc and once (csrc/emulation/simt.h) for a plain C++ compiler.
+//
+// Kernels touch global memory only through load/store and their vector forms, so that the emulation can check every
+// address; half and bfloat16 travel as raw bits, because two C++ compilers agree on nothing else.
+#pragma once
+
+#include "kernels/cuda/params.h"
+
+#ifdef RANKBOOK_EMULATION
+#include "emulation/simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define RB_DEVICE __device__ __forceinline__
+#define RB_KERNEL(blocks) __global__ void __launch_bounds__(rankbook::cuda::kWarps * 32, blocks)
+
+namespace rankbook::cuda {
+
+template <typename T>
+RB_DEVICE T load(const T* address) {
+  return __ldg(address);
+}
+
+// Packed codes are read once: they must not push activations and parameters out of the first-level cache.
+RB_DEVICE uint4 load_codes(const uint4* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+// For memory that this launch or the one before it wrote: not through the read-only cache.
+template <typename T>
+RB_DEVICE T load_fresh(const T* address) {
+  return *address;
+}
+
+template <typename T>
+RB_DEVICE void store(T* address, T value) {
+  *address = value;
+}
+
+RB_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+RB_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+RB_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+RB_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+RB_DEVICE int grid_y() { return static_cast<int>(gridDim.y); }
+RB_DEVICE void barrier() { __syncthreads(); }
+RB_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+RB_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+}
+
+RB_DEVICE std::uint32_t bits_of(float value) { return __float_as_uint(value); }
+RB_DEVICE float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
+RB_DEVICE float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+RB_DEVICE std::uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+RB_DEVICE float bfloat_to_float(std::uint16_t bits) { return __uint_as_float(static_cast<std::uint32_t>(bits) << 16); }
+RB_DEVICE std::uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+
+RB_DEVICE std::uint32_t as_bits(__half2 v) { return *reinterpret_cast<std::uint32_t*>(&v); }
+RB_DEVICE __half2 as_half2(std::uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
+RB_DEVICE std::uint32_t pack_half(float low, float high) { return as_bits(__floats2half2_rn(low, high)); }
+RB_DEVICE std::uint32_t pack_bfloat(float low, float high) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<std::uint32_t*>(&v);
+}
+RB_DEVICE float2 unpack_half(std::uint32_t v) { return __half22float2(as_half2(v)); }
+RB_DEVICE std::uint32_t fma_half(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  return as_bits(__hfma2(as_half2(a), as_half2(b), as_half2(c)));
+}
+
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8), fragments as in the PTX manual, section "mma.m16n8k16".
+RB_DEVICE void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+RB_DEVICE void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <typename Arguments>
+Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void* stream, const Arguments& arguments) {
+  kernel<<<grid, kWarps * 32, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
+}
+
+}  // namespace rankbook::cuda
+#endif
+
+namespace rankbook::cuda {
+
+// Activation types: how one element, and two neighbours in a 32-bit register, become floats and back.
+struct Float {
+  using Stored = float;
+  static constexpr DataType kType = DataType::kFloat32;
+  static RB_DEVICE float decode(float value) { return value; }
+  static RB_DEVICE float encode(float value) { return value; }
+};
+
+struct Half {
+  using Stored = std::uint16_t;
+  static constexpr DataType kType = DataType::kFloat16;
+  static RB_DEVICE float decode(std::uint16_t bits) { return half_to_float(bits); }
+  static RB_DEVICE std::uint16_t encode(float value) { return float_to_half(value); }
+  static RB_DEVICE std::uint32_t pack(float low, float high) { return pack_half(low, high); }
+  static RB_DEVICE void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+    mma_half(c, a, b0, b1);
+  }
+};
+
+struct BFloat {
+  using Stored = std::uint16_t;
+  static constexpr DataType kType = DataType::kBFloat16;
+  static RB_DEVICE float decode(std::uint16_t bits) { return bfloat_to_float(bits); }
+  static RB_DEVICE std::uint16_t encode(float value) { return float_to_bfloat(value); }
+  static RB_DEVICE std::uint32_t pack(float low, float high) { return pack_bfloat(low, high); }
+  static RB_DEVICE void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+    mma_bfloat(c, a, b0, b1);
+  }
+};
+
+}  // namespace rankbook::cuda

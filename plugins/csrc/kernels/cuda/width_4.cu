@@ -1,0 +1,6 @@
+// Kernels for 4-bit codes.
+#include "kernels/cuda/dispatch.cuh"
+
+namespace rankbook::cuda {
+RB_DEFINE_WIDTH(4)
+}  // namespace rankbook::cuda

@@ -1,0 +1,50 @@
+// The operators as TensorRT sees them: the C++ side of plugins/contract.py. No CUDA in here.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "contract.h"
+#include "kernels/cuda/params.h"
+
+namespace rankbook::trt {
+
+enum class Kind : std::int32_t { kMatmul, kMatmulLowRank, kGather };
+
+// Inputs by position: those of the largest operator, of which the others have the first ones (and a look-up, indices
+// in the place of x).
+using Input = contract::CodebookMatMulLowRank::Input;
+using Branch = contract::CodebookMatMulLowRank;
+inline constexpr const char* kLayerField = "layer";  // the layer's name, stored in engines for messages
+inline constexpr std::int32_t kMaxInputs = Branch::kInputCount;
+
+// What an operator is and what its attributes say.
+struct Operator {
+  Kind kind = Kind::kMatmul;
+  std::int32_t bits = 0;
+  std::int32_t in_features = 0;
+  std::int32_t out_features = 0;
+  std::int32_t offset = 0;
+
+  std::string name() const;
+  std::int32_t inputs() const;
+  std::int32_t output_features() const { return kind == Kind::kGather ? in_features : out_features; }
+
+  // Empty, or what is wrong with the attributes.
+  std::string check() const;
+
+  // Whether `type` is allowed at input `position`, or for the output at position inputs(); x_type is the type of input 0.
+  bool allows(std::int32_t position, nvinfer1::DataType type, nvinfer1::DataType x_type) const;
+};
+
+// Fills the sizes and forms that follow from the shapes of the inputs (no pointers). Returns what is wrong, or nothing.
+std::string read_shapes(const Operator& op, const nvinfer1::Dims* dims, cuda::Matmul* out);
+
+// Product of the leading dimensions of x, or of all dimensions of indices; -1 if one is unknown.
+std::int64_t count_items(const Operator& op, const nvinfer1::Dims& dims);
+
+std::string text_of(const nvinfer1::Dims& dims);
+
+}  // namespace rankbook::trt

@@ -1,0 +1,253 @@
+"""The CUDA kernels on the CPU: builds them over the emulation with the C++ compiler and calls them through ctypes."""
+
+from __future__ import annotations
+
+import ctypes as c
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "plugins" / "csrc"
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+UNITS = (*(f"kernels/cuda/width_{bits}.cu" for bits in (2, 3, 4, 8)), "kernels/cuda/launch.cu")
+SOURCES = (*UNITS, "emulation/simt.cpp", "emulation/library.cpp")
+ALIGNMENT = 256
+
+Array = np.ndarray[Any, Any]
+_failures: dict[str, str] = {}
+
+
+class Floats(c.Structure):
+    _fields_ = [("data", c.c_void_p), ("type", c.c_int32)]
+
+
+class PackedWeight(c.Structure):
+    _fields_ = [
+        ("codes", c.c_void_p),
+        ("levels", c.c_void_p),
+        ("params", c.c_void_p),
+        ("step", Floats),
+        ("base", c.c_void_p),
+        ("params_full", c.c_bool),
+        ("step_full", c.c_bool),
+        ("base_full", c.c_bool),
+        ("has_offset", c.c_bool),
+        ("rows", c.c_int),
+        ("columns", c.c_int),
+        ("bits", c.c_int),
+        ("groups", c.c_int),
+        ("params_planes", c.c_int),
+    ]
+
+
+class Factor(c.Structure):
+    _fields_ = [("codes", c.c_void_p), ("scale", Floats), ("codes_full", c.c_bool), ("scale_full", c.c_bool)]
+
+
+class Matmul(c.Structure):
+    _fields_ = [
+        ("weight", PackedWeight),
+        ("bias", c.c_void_p),
+        ("bias_full", c.c_bool),
+        ("rank", c.c_int),
+        ("down", Factor),
+        ("up", Factor),
+        ("x", c.c_void_p),
+        ("y", c.c_void_p),
+        ("type", c.c_int32),
+        ("tokens", c.c_int),
+        ("workspace", c.c_void_p),
+    ]
+
+
+class Gather(c.Structure):
+    _fields_ = [("weight", PackedWeight), ("indices", c.c_void_p), ("y", c.c_void_p), ("count", c.c_int64)]
+
+
+@cache
+def library() -> c.CDLL:
+    """Build (once per state of the sources) and load the emulated kernels."""
+    lib = c.CDLL(str(build("emulation", SOURCES)))
+    lib.rb_error.restype = c.c_char_p
+    lib.rb_workspace.restype = c.c_size_t
+    return lib
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler, or None."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = ()) -> Path:
+    """Compile sources (relative to csrc, or absolute) over the emulation into a library; what is there already is kept.
+
+    Raises:
+        RuntimeError: The compiler's messages.
+    """
+    if name in _failures:
+        raise RuntimeError(_failures[name])
+    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", ".")
+    files = sorted(
+        p for folder in folders for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    )
+    folder = ROOT / "build" / "emulation" / _digest(*files)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"lib{name}-{_digest(*(CSRC / source for source in sources))}.so"
+    if target.exists():
+        return target
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-DRANKBOOK_EMULATION", f"-I{CSRC}", *(f"-isystem{path}" for path in includes), "-x", "c++", "-c"]
+    objects = [folder / f"{Path(source).stem}-{_digest(CSRC / source)}.o" for source in sources]
+    steps = [
+        ([str(compiler()), *flags, str(CSRC / source)], out)
+        for source, out in zip(sources, objects, strict=True)
+        if not out.exists()
+    ]
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda step: _compile(*step), steps))
+        _compile([str(compiler()), "-shared", *map(str, objects)], target)
+    except RuntimeError as error:
+        _failures[name] = str(error)  # the next test must not try again
+        raise
+    return target
+
+
+def _compile(command: list[str], target: Path) -> None:
+    # Two test processes may build at once: each writes a file of its own, and the last rename wins.
+    partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    done = subprocess.run([*command, "-o", str(partial)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    partial.replace(target)
+
+
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+class Arena:
+    """Buffers that kernels may touch, everything around them forbidden."""
+
+    def __init__(self) -> None:
+        self._arrays: list[tuple[Array, bool]] = []
+
+    def add(self, values: Array, *, writable: bool = False) -> int:
+        """Copy an array to an aligned address of its own and return the address."""
+        raw = np.empty(values.nbytes + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        view = raw[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+        view[...] = values
+        self._arrays.append((view, writable))
+        return int(view.ctypes.data)
+
+    def array(self, address: int) -> Array:
+        """Return the array at an address given by `add`."""
+        return next(view for view, _ in self._arrays if view.ctypes.data == address)
+
+    def register(self, lib: c.CDLL | None = None) -> None:
+        """Tell an emulation which addresses are allowed."""
+        count = len(self._arrays)
+        begins = (c.c_size_t * count)(*(view.ctypes.data for view, _ in self._arrays))
+        sizes = (c.c_size_t * count)(*(view.nbytes for view, _ in self._arrays))
+        writable = (c.c_int * count)(*(int(flag) for _, flag in self._arrays))
+        (lib or library()).rb_buffers(begins, sizes, writable, count)
+
+
+def packed_weight(arena: Arena, tensors: Mapping[str, Array], attributes: Mapping[str, Any]) -> PackedWeight:
+    """Fill the argument structure from the constants of an operator."""
+    params, step = tensors["params"], tensors["step"]
+    full = params if params.size > 1 or step.shape[-1] != 32 else step
+    return PackedWeight(
+        codes=arena.add(tensors["codes"]),
+        levels=arena.add(tensors["levels"]),
+        params=arena.add(params),
+        step=Floats(arena.add(step), TYPES[str(step.dtype)]),
+        base=arena.add(tensors["base"]),
+        params_full=params.shape[-1] == 32,
+        step_full=step.shape[-1] == 32,
+        base_full=tensors["base"].size > 1 or full.shape[2] == 1,
+        has_offset=bool(attributes["offset"]),
+        rows=attributes["out_features"],
+        columns=attributes["in_features"],
+        bits=tensors["codes"].shape[2],
+        groups=full.shape[1],
+        params_planes=full.shape[2],
+    )
+
+
+def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str) -> Array:
+    """Run the product on x (M, K): float32, or 16-bit floats as uint16 bits. Returns y (M, N) in the same form."""
+    arena = Arena()
+    weight = packed_weight(arena, tensors, attributes)
+    rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
+    bytes_needed = library().rb_workspace(weight.rows, weight.columns, rank, TYPES[dtype], len(x))
+    workspace = arena.add(np.full(bytes_needed, 0xFF, np.uint8), writable=True) if bytes_needed else None
+    y = arena.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
+    arguments = Matmul(
+        weight=weight,
+        bias=arena.add(tensors["bias"]),
+        bias_full=tensors["bias"].size > 1,
+        rank=rank,
+        x=arena.add(x),
+        y=y,
+        type=TYPES[dtype],
+        tokens=len(x),
+        workspace=workspace,
+    )
+    if rank:
+        arguments.down = _factor(arena, tensors, "down", 1)
+        arguments.up = _factor(arena, tensors, "up", 0)
+    _call("rb_matmul", arena, c.byref(arguments))
+    return arena.array(y).copy()
+
+
+def gather(tensors: Mapping[str, Array], attributes: Mapping[str, Any], indices: Array) -> Array:
+    """Look up rows (..., K) float32."""
+    arena = Arena()
+    weight = packed_weight(arena, tensors, attributes)
+    y = arena.add(np.zeros((*indices.shape, weight.columns), np.float32), writable=True)
+    _call("rb_gather", arena, c.byref(Gather(weight, arena.add(indices.astype(np.int64)), y, indices.size)))
+    return arena.array(y).copy()
+
+
+def dense(tensors: Mapping[str, Array], attributes: Mapping[str, Any], dtype: str) -> Array:
+    """Decode the weight (N, K) to float32, or to 16-bit floats as uint16 bits."""
+    arena = Arena()
+    weight = packed_weight(arena, tensors, attributes)
+    stored = np.float32 if dtype == "float32" else np.uint16
+    y = arena.add(np.zeros((weight.rows, weight.columns), stored), writable=True)
+    _call("rb_dense", arena, c.byref(weight), c.c_void_p(y), TYPES[dtype])
+    return arena.array(y).copy()
+
+
+def broken(what: int) -> None:
+    """Run one of the kernels that the emulation must refuse."""
+    arena = Arena()
+    y = arena.add(np.zeros(16, np.float32), writable=True)
+    _call("rb_broken", arena, what, c.c_void_p(y))
+
+
+def _factor(arena: Arena, tensors: Mapping[str, Array], name: str, axis: int) -> Factor:
+    codes, scale = tensors[name], tensors[f"{name}_scale"]
+    return Factor(
+        codes=arena.add(codes),
+        scale=Floats(arena.add(scale), TYPES[str(scale.dtype)]),
+        codes_full=codes.size > 1,
+        scale_full=scale.shape[axis] > 1,
+    )
+
+
+def _call(name: str, arena: Arena, *arguments: Any) -> None:
+    arena.register()
+    if getattr(library(), name)(*arguments):
+        raise RuntimeError(library().rb_error().decode())

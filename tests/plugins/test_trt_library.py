@@ -1,0 +1,100 @@
+"""The built TensorRT plugin library: what it exports and needs, what its kernels use, and that engines take it in.
+
+Engines are built without a GPU and never run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rankbook.plugins import contract, library
+from rankbook.tools import engine
+from rankbook.tools.backends import trt
+from rankbook.tools.profiles import Limits
+from tests.plugins.emulated import ROOT
+from tests.tools.files import chain_model
+
+pytestmark = pytest.mark.skipif(library.unavailable("trt") is not None, reason=str(library.unavailable("trt")))
+needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
+
+MOST_REGISTERS = {"decode_mma": 128, "gemm_mma": 128, "branch_down": 96}
+"""Two blocks of 256 threads per multiprocessor need at most 128 registers a thread (of 65536)."""
+
+
+def tool(name: str) -> str:
+    """Return the path of a tool of binutils or the CUDA toolkit, or skip."""
+    beside = ROOT / "build" / "cuda-tools" / "nvidia" / "cu13" / "bin" / name
+    found = shutil.which(name) or (str(beside) if beside.is_file() else None)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+
+def test_it_exports_what_tensorrt_asks_for_and_nothing_else():
+    symbols = [
+        line.split()[-1] for line in output(tool("nm"), "-D", "--defined-only", library.library("trt")).splitlines()
+    ]
+    assert sorted(symbols) == ["getCreators", "setLoggerFinder"]
+
+
+def test_it_links_neither_tensorrt_nor_a_shared_cuda_runtime():
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output(tool("readelf"), "-d", library.library("trt")))
+    assert not [name for name in needed if name.startswith(("libnv", "libcuda", "libstdc++"))]
+
+
+def test_kernels_do_not_spill_and_leave_room_for_two_blocks():
+    text = output(tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert len(usage) > 100
+    for name, registers, stack, local in usage:
+        assert (int(stack), int(local)) == (0, 0), f"{name} keeps variables in local memory"
+        most = next((most for kernel, most in MOST_REGISTERS.items() if kernel in name), 255)
+        assert int(registers) <= most, f"{name} takes {registers} registers"
+
+
+def test_there_are_kernels_for_every_width():
+    text = output(tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
+    for bits in (2, 3, 4, 8):
+        for kernel in ("decode_mma", "decode_float", "decode_dense", "gather_rows"):
+            assert re.search(rf"{kernel}ILi{bits}E", text), f"{kernel} for {bits} bits"
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_every_node_becomes_one_plugin_layer(tmp_path):
+    model = chain_model(tmp_path / "onnx")
+    options = engine.BuildOptions(capabilities=("SM80", "SM120"), limits=Limits(1, 8, 16))
+    report = engine.build(model, tmp_path / "engine", options, lambda *_: None)
+    assert report.passed, report.checks
+    assert report.plugin_layers == 3
+    assert "--dynamicPlugins=" in report.command
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_the_bodies_are_built_on_request(tmp_path):
+    model = chain_model(tmp_path / "onnx", nodes=1)
+    options = engine.BuildOptions(capabilities=("SM80",), limits=Limits(1, 8, 16), plugins=False)
+    report = engine.build(model, tmp_path / "engine", options, lambda *_: None)
+    assert report.passed, report.checks
+    assert report.plugin_layers == 0
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_every_operator_is_registered_and_builds(tmp_path):
+    """All twelve in one child process: the registry of TensorRT-RTX knows them and makes engines of them."""
+    from tests.plugins import rtx_plugins
+
+    results = rtx_plugins.build_all(tmp_path)
+    assert set(results) == set(contract.OPERATORS)
+    assert {name: found for name, found in results.items() if found != {"plugins": 1, "built": True}} == {}

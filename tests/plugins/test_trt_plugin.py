@@ -1,0 +1,147 @@
+"""The TensorRT plugin does what TensorRT asks of it: its host code goes through a whole life, over emulated kernels.
+
+Node attributes to plugin, types, formats, shapes, workspace, serialization, a copy per context, enqueue; the result is
+compared with the numpy reference. No GPU and no TensorRT library take part.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.exporter import emit
+from rankbook.plugins import contract
+from tests.op_cases import CASES, activations, case_record, expected, numpy_inputs, relative_error
+from tests.plugins import emulated
+
+TRT_TYPES = {"float32": 0, "float16": 1, "int8": 2, "int64": 8}
+"""nvinfer1::DataType; its values are part of TensorRT's stable interface."""
+
+
+def trt_headers() -> Path | None:
+    """Return the folder of TensorRT's headers, or None."""
+    folders = [os.environ.get("TENSORRT_INCLUDE_DIR", "")]
+    folders.append(str(emulated.ROOT / "build/tensorrt-headers/kernel_lens/include/tensorrt"))
+    spec = find_spec("kernel_lens")
+    if spec is not None and spec.submodule_search_locations:
+        folders.append(str(Path(next(iter(spec.submodule_search_locations))) / "include" / "tensorrt"))
+    folders += ["/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu", "/usr/local/tensorrt/include"]
+    return next((Path(f) for f in folders if f and (Path(f) / "NvInferRuntime.h").is_file()), None)
+
+
+pytestmark = [
+    pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler to build the plugin"),
+    pytest.mark.skipif(trt_headers() is None, reason="TensorRT's headers are missing: `make native-cuda` gets them"),
+]
+
+
+@cache
+def driver() -> c.CDLL:
+    headers = trt_headers()
+    assert headers is not None
+    sources = [*emulated.SOURCES, "trt/creator.cpp", "trt/operator.cpp", "trt/plugin.cpp"]
+    sources.append(str(Path(__file__).parent / "trt_driver.cpp"))
+    includes = [headers, emulated.CSRC / "emulation" / "include"]
+    lib = c.CDLL(str(emulated.build("rankbook_trt_emulated", sources, includes)))
+    lib.rb_failure.restype = lib.rb_creators.restype = c.c_char_p
+    return lib
+
+
+def run(op_name, tensors, attributes, y, *, fields=3):
+    """Run an operator on its inputs, in the order of the contract; y is overwritten. Returns the shape of y."""
+    lib, arena = driver(), emulated.Arena()
+    values = list(tensors.values())
+    pointers = (c.c_void_p * len(values))(*(arena.add(value) for value in values))
+    ranks = (c.c_int * len(values))(*(value.ndim for value in values))
+    dims = (c.c_int64 * (8 * len(values)))()
+    for i, value in enumerate(values):
+        dims[8 * i : 8 * i + value.ndim] = value.shape
+    types = (c.c_int * len(values))(*(TRT_TYPES[str(value.dtype)] for value in values))
+    numbers = [attributes[name] for name in ("in_features", "out_features", "offset")]
+    out, y_dims = arena.add(y, writable=True), (c.c_int64 * 9)()
+    arena.register(lib)
+    attribute_values = (c.c_int32 * 4)(*numbers, fields)
+    failed = lib.rb_run(
+        op_name.encode(), attribute_values, len(values), ranks, dims, types, pointers, c.c_void_p(out), y_dims
+    )
+    if failed:
+        raise RuntimeError(lib.rb_failure().decode())
+    y[...] = arena.array(out)
+    return tuple(y_dims[1 : 1 + y_dims[0]])
+
+
+def test_there_is_one_creator_per_operator():
+    lines = [line.split() for line in driver().rb_creators().decode().splitlines()]
+    assert sorted(line[0] for line in lines) == sorted(contract.OPERATORS)
+    for _, namespace, version, *fields in lines:
+        assert namespace == contract.PLUGIN_NAMESPACE
+        assert version == contract.PLUGIN_VERSION
+        # The parser drops attributes that no field names, and warns about fields without an attribute.
+        assert sorted(fields) == sorted(a.name for a in contract.OPERATORS["CodebookMatMul4"].attributes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_products(case, dtype):
+    record = case_record(case)
+    meta = LayerMeta.of(record)
+    x = activations(record).astype(dtype)
+    y = np.zeros((2, 3, record.out_features), dtype)
+    tensors = {"x": x, **numpy_inputs(record)}
+    assert run(emit.operator(meta).name, tensors, emit.attributes(meta), y) == y.shape
+    # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
+    assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_look_ups(bits):
+    record = case_record("plain", bits=bits)
+    meta, kind = LayerMeta.of(record), contract.GATHER
+    indices = activations(record, kind)
+    y = np.zeros((*indices.shape, record.in_features), np.float32)
+    tensors = {"indices": indices, **numpy_inputs(record, kind)}
+    assert run(emit.operator(meta, kind).name, tensors, emit.attributes(meta), y) == y.shape
+    assert relative_error(y, expected(record, indices, kind)) < 1e-5
+
+
+def test_scratch_for_many_tokens_is_asked_for():
+    record = case_record("branch")
+    x = np.tile(activations(record), (4, 1, 1))
+    y = np.zeros((8, 3, record.out_features), np.float32)
+    run("CodebookMatMulLowRank3", {"x": x, **numpy_inputs(record)}, emit.attributes(LayerMeta.of(record)), y)
+    assert relative_error(y, expected(record, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("port", "shape", "message"),
+    [
+        ("codes", (2, 2, 4, 32, 4), r"configurePlugin.*layer\.7: codes has shape .* it must be \(2, 2, 3, 32, 4\)"),
+        ("levels", (2, 8), r"levels has shape \(2, 8\); it must be \(3, 8\)"),
+        ("step", (2, 1, 2, 1), r"step has shape .* it must be \(2, 1, 3, 1\) or \(2, 3, 3, 32\)"),
+        ("bias", (39,), r"bias has shape \(39\); it must be \(40\) or \(1\)"),
+        ("x", (2, 3, 47), r"x has shape \(2, 3, 47\); it must be \(\.\.\., 48\)"),
+    ],
+)
+def test_a_wrong_shape_is_refused_with_the_name_of_the_layer(port, shape, message):
+    record = case_record("bias")
+    tensors = {"x": activations(record), **numpy_inputs(record)}
+    tensors[port] = np.zeros(shape, tensors[port].dtype)
+    with pytest.raises(RuntimeError, match=message):
+        run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), np.zeros((2, 3, 40), np.float32))
+
+
+def test_missing_attributes_are_refused():
+    record = case_record("plain")
+    tensors = {"x": activations(record), **numpy_inputs(record)}
+    y = np.zeros((2, 3, 40), np.float32)
+    with pytest.raises(RuntimeError, match=r"createPlugin: .*layer\.7: offset is -1; it must be 0 or 1"):
+        run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), y, fields=2)
+    with pytest.raises(RuntimeError, match="both must be given and positive"):
+        run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), y, fields=1)
