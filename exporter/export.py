@@ -20,6 +20,8 @@ from rankbook.exporter import conform, external
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.metadata import AddMetadata
+from rankbook.exporter.passes.norms import UnifyNormTypes
+from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.weights import BindWeights
@@ -142,6 +144,8 @@ def build_model(checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "l
         common.ClearMetadataAndDocStringPass(),
         BindWeights(checkpoint, skeleton),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
+        UnifyNormTypes(),
+        StaticReshape(),
         FuseRotary(),
         DecomposeAttention(),
         common.RemoveUnusedNodesPass(),

@@ -33,7 +33,9 @@ def _fuse(graph: ir.Graph, add: ir.Node, halves: dict[str, ir.Value]) -> bool:
     if None in tables:
         return False
     old = add.outputs[0]
-    node = ir.node("RotaryEmbedding", [x, *tables], {"interleaved": 0}, name=f"{add.name}.rotary")
+    heads = 0 if x.shape is None or not isinstance(x.shape[1], int) else x.shape[1]
+    attributes = {"interleaved": 0, "num_heads": heads}
+    node = ir.node("RotaryEmbedding", [x, *tables], attributes, name=f"{add.name}.rotary")
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = old.name, old.type, old.shape
     ir.convenience.replace_nodes_and_values(graph, add, [add], [node], [old], [node.outputs[0]])
     return True
@@ -90,8 +92,10 @@ def _half_table(
     if key not in halves:
         nodes = [ir.node(op_type, [angles], name=key)]
         nodes.append(ir.node("Cast", nodes[0].outputs, {"to": x.dtype}, name=f"{key}.cast"))
-        for node in nodes:
-            node.outputs[0].name = node.name
+        for node, dtype in zip(nodes, (angles.dtype, x.dtype), strict=True):
+            output = node.outputs[0]
+            output.name, output.shape = node.name, angles.shape
+            output.type = None if dtype is None else ir.TensorType(dtype)
         graph.insert_before(unsqueeze, nodes)
         halves[key] = nodes[-1].outputs[0]
     return halves[key]

@@ -112,6 +112,8 @@ def test_everything_that_generation_needs_lies_beside_the_model(exported):
     assert not any("safetensors" in name for name in names)
 
 
+@needs_rtx
+@pytest.mark.trt
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_graphs_are_valid_and_import_into_tensorrt(checkpoint, dtype, tmp_path):
     report = export(checkpoint, tmp_path / "out", dtype=dtype)
@@ -119,6 +121,19 @@ def test_half_precision_graphs_are_valid_and_import_into_tensorrt(checkpoint, dt
     if dtype == "fp16":  # stock ONNX Runtime has no bfloat16 kernels on a CPU
         model, _ = load_model(checkpoint)
         # 11 bits in every intermediate result: a few times 2^-11.
+        assert worst_error(tmp_path / "out", model, logits="last") < 1e-2
+    assert_builds(tmp_path / "out")
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.parametrize(("family", "dtype"), [("gemma2", "fp16"), ("qwen3", "bf16")])
+def test_norms_in_another_type_and_inferred_heads_import_into_tensorrt(family, dtype, tmp_path):
+    # Gemma 2 scales its norms in float32; the heads of Qwen 3 are inferred by a reshape and normalized.
+    checkpoint = make_checkpoint(tmp_path, family, bits=4, model={"num_hidden_layers": 1})
+    export(checkpoint, tmp_path / "out", dtype=dtype)
+    if dtype == "fp16":
+        model, _ = load_model(checkpoint)
         assert worst_error(tmp_path / "out", model, logits="last") < 1e-2
     assert_builds(tmp_path / "out")
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
+from rankbook.exporter.passes.norms import UnifyNormTypes
+from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from tests.calibration.records import random_record
@@ -93,6 +95,39 @@ def test_only_the_rotary_embedding_of_llama_is_fused(change):
     assert ("RotaryEmbedding" in {node.op_type for node in model.graph}) == (change == "")
     # Half precision: two products and a sum of numbers up to 4.
     assert np.abs(run(model, feeds).astype(np.float32) - want.astype(np.float32)).max() < 1e-2
+
+
+def test_reshapes_get_a_constant_target_where_axes_allow_it():
+    model = ir.from_onnx_text("""
+        <ir_version: 11, opset_import: ["" : 23]>
+        g (float[b,s,8] x, int64[4] t, int64[2] u) => (float[b,s,2,4] y, float[r,2] z) {
+            y = Reshape <allowzero: int = 1> (x, t)
+            z = Reshape (x, u)
+        }
+    """)
+    assert StaticReshape()(model).modified
+    targets = {node.outputs[0].name: node.inputs[1].const_value for node in model.graph}  # type: ignore[union-attr]
+    assert targets["y"] is not None
+    assert targets["y"].numpy().tolist() == [0, 0, 2, 4]
+    assert targets["z"] is not None
+    assert targets["z"].numpy().tolist() == [-1, 2]
+    x = np.arange(48, dtype=np.float32).reshape(2, 3, 8)
+    feeds = {"x": x, "t": np.array([2, 3, 2, 4]), "u": np.array([24, 2])}
+    assert np.array_equal(run(model, feeds), x.reshape(2, 3, 2, 4))
+
+
+def test_a_norm_is_computed_in_the_type_of_its_scale():
+    model = ir.from_onnx_text("""
+        <ir_version: 11, opset_import: ["" : 23]>
+        g (float16[b,8] x, float[8] w) => (float[b,8] y) { y = RMSNormalization <axis: int = -1> (x, w) }
+    """)
+    assert UnifyNormTypes()(model).modified
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    x = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float16)
+    wide = x.astype(np.float32)
+    want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    assert np.abs(run(model, {"x": x, "w": np.ones(8, np.float32)}) - want).max() < 1e-5
+    assert not UnifyNormTypes()(model).modified
 
 
 def test_bodies_are_added_once_and_shapes_reach_every_output():

@@ -1,0 +1,59 @@
+"""Gives reshapes a constant target where the shapes of input and output allow it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+class StaticReshape(ir.passes.InPlacePass):
+    """Replaces the computed target of a Reshape by a constant.
+
+    * An output size that is a number is written as that number: torch leaves one of them to be inferred, often the
+      number of heads, which TensorRT then does not know when it checks an attention or rotary embedding.
+    * A dynamic size that the input has on the same axis is copied (0); one other dynamic size may be inferred (-1).
+
+    Reshapes with more than one size of the last kind stay.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place."""
+        changed = False
+        for node in model.graph:
+            if node.domain == "" and node.op_type == "Reshape" and (target := _target(node)) is not None:
+                node.replace_input_with(1, _constant(model.graph, target))
+                node.attributes.pop("allowzero", None)  # 0 now means the size of the input
+                changed = True
+        return ir.passes.PassResult(model, modified=changed)
+
+
+def _target(node: ir.Node) -> list[int] | None:
+    source, result = node.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or result.shape is None or node.inputs[1] is None:
+        return None
+    if node.inputs[1].const_value is not None:
+        return None
+    target = []
+    for axis, size in enumerate(result.shape):
+        if isinstance(size, int):
+            target.append(size)
+        elif size.value is None:
+            return None
+        else:
+            target.append(0 if axis < len(source.shape) and source.shape[axis] == size else -1)
+    return target if target.count(-1) <= 1 and 0 not in _numbers(result.shape) else None
+
+
+def _numbers(shape: ir.Shape) -> list[int]:
+    return [size for size in shape if isinstance(size, int)]
+
+
+def _constant(graph: ir.Graph, target: list[int]) -> ir.Value:
+    name = "reshape." + "_".join(map(str, target))
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(target, np.int64), name=name)
+        shape = ir.Shape([len(target)])
+        graph.register_initializer(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+        )
+    return graph.initializers[name]
