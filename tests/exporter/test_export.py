@@ -215,6 +215,8 @@ def test_a_model_above_2_gib_never_lies_in_memory(tmp_path):
     offset = next(int(item.value) for item in stored.external_data if item.key == "offset")
     table = np.memmap(tmp_path / "out" / DATA, np.float32, "r", offset, (rows, columns))
     assert np.array_equal(table[:: rows // 8, 0], np.arange(0, rows, rows // 8, dtype=np.float32))
+    del table
+    shutil.rmtree(tmp_path)  # pytest keeps the folders of three runs
 
 
 def write_large_checkpoint(folder: Path, config: dict[str, object], rows: int, columns: int) -> None:
