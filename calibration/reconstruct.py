@@ -156,7 +156,8 @@ def _judge_batches(count: int, config: TrainConfig) -> Sequence[Tensor]:
     return torch.split(chosen, max(1, config.batch))
 
 
-def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+def arithmetic(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return a context in which matrix products on the CPU are computed in ``dtype`` (see `compute_dtype`)."""
     return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
 
@@ -178,7 +179,7 @@ def _gradients(
     problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     weights = {name: nn.Parameter(layer.weight().to(dtype)) for name, layer in layers.items()}
-    with swapped_weights(problem.block, weights), torch.enable_grad(), _autocast(dtype):
+    with swapped_weights(problem.block, weights), torch.enable_grad(), arithmetic(dtype):
         output = problem.forward(problem.block, problem.inputs[batch])
         loss = token_errors(output, problem.targets[batch]).mean()
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
@@ -195,7 +196,7 @@ def _loss(
     decoded = {name: record.weight(with_low_rank=True).to(dtype) for name, record in records.items()}
     weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in decoded.items()}
     total = 0.0
-    with swapped_weights(problem.block, weights), _autocast(dtype):
+    with swapped_weights(problem.block, weights), arithmetic(dtype):
         for batch in batches:
             output = problem.forward(problem.block, problem.inputs[batch])
             total += float(token_errors(output, problem.targets[batch]).sum())

@@ -34,7 +34,8 @@ class LayerStatistics:
         """Add one batch of inputs (..., K), any floating dtype."""
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         magnitude = flat.abs()
-        self.gram.addmm_(flat.T, flat)
+        with torch.autocast(flat.device.type, enabled=False):  # the sums stay in float32 whatever the block computes in
+            self.gram.addmm_(flat.T, flat)
         self.mean_abs += magnitude.sum(0)
         self.peak_mean_abs = torch.maximum(self.peak_mean_abs, magnitude.mean(0))
         self.tokens += flat.shape[0]

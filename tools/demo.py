@@ -35,6 +35,7 @@ class DemoOptions:
         text: Evaluation text; with ``calib`` None, the rest of Python's help.
         bits: Bits of a code.
         effort: Training budget.
+        steps: Training steps per block, fewer than usual for the sake of time; 0 takes what the effort asks for.
         error_branch: Kind of error branch.
         error_rank: Its rank.
         calib_sequences: Calibration windows of 512 tokens; half of the usual number, for the sake of time.
@@ -50,6 +51,7 @@ class DemoOptions:
     text: Path | None = None
     bits: int = 3
     effort: str = "default"
+    steps: int = 60
     error_branch: str = "qera"
     error_rank: int = 16
     calib_sequences: int = 32
@@ -141,6 +143,7 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     calib = ["--calib", demo.calib, "--calib-sequences", options.calib_sequences]
     branch = ["--error-branch", options.error_branch, "--error-rank", options.error_rank]
     how = ["--method", "lcq", "--rank", 2, "--bits", options.bits, "--group-size", 64, "--effort", options.effort]
+    how += ["--method-option", f"steps={options.steps}"]
     demo.run("quantize", "quantize", demo.model, *how, *branch, *calib, "-o", checkpoint, "--overwrite")
     note(0.6, "evaluate the original")
     demo.run("eval original", "eval", demo.model, *evaluate)

@@ -20,6 +20,9 @@ def add_flags(flags: Flags) -> None:
     flags.add("--text", type=Path, metavar="FILE", text="evaluation text; the rest of Python's help without it")
     flags.add("--bits", type=int, choices=(2, 3, 4, 8), default=_DEFAULTS.bits, text="bits of a code")
     flags.add("--effort", choices=("fast", "default", "high"), default=_DEFAULTS.effort, text="training budget")
+    flags.add(
+        "--steps", type=int, metavar="N", default=_DEFAULTS.steps, text="training steps per block; 0: the effort's"
+    )
     flags.add("--error-branch", metavar="E", default=_DEFAULTS.error_branch, text="kind of the error branch")
     flags.add("--error-rank", type=int, metavar="Q", default=_DEFAULTS.error_rank, text="rank of the error branch")
     flags.add("--calib-sequences", type=int, metavar="N", default=_DEFAULTS.calib_sequences, text="calibration windows")
@@ -42,6 +45,7 @@ def run(options: argparse.Namespace) -> Outcome:
         text=options.text,
         bits=options.bits,
         effort=options.effort,
+        steps=options.steps,
         error_branch=options.error_branch,
         error_rank=options.error_rank,
         calib_sequences=options.calib_sequences,
