@@ -218,6 +218,7 @@ def test_an_engine_is_built_from_the_file(work, tmp_path, capsys):
             "codes stayed packed",
             "weights",
             "engine layers",
+            "plugin layers",
         ],
         True,
     )
