@@ -55,7 +55,7 @@ class DemoOptions:
     error_branch: str = "qera"
     error_rank: int = 16
     calib_sequences: int = 32
-    eval_tokens: int = 8192
+    eval_tokens: int = 4096
     capability: tuple[str, ...] = ("SM86",)
     threads: int | None = None
     seed: int = 0
