@@ -90,7 +90,8 @@ def _measure(bits: int, flags: Sequence[str], args: argparse.Namespace) -> dict[
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
         checkpoint = Path(folder) / "checkpoint"
         command = ["quantize", str(args.model), *flags, "--bits", str(bits), "--group-size", str(args.group_size)]
-        command += ["--calib", str(args.calib), "--seed", str(args.seed), *args.extra, "-o", str(checkpoint)]
+        command += ["--calib", str(args.calib), "--seed", str(args.seed), "-o", str(checkpoint)]
+        command += ["--calib-sequences", str(args.calib_sequences)]
         started = time.perf_counter()
         report, peak = _rankbook(command)
         seconds = time.perf_counter() - started
@@ -99,7 +100,7 @@ def _measure(bits: int, flags: Sequence[str], args: argparse.Namespace) -> dict[
         "bits_per_weight": report["bits_per_weight"],
         "quantize_seconds": seconds,
         "peak_rss_gib": peak / 2**30,
-        "command": "rankbook " + " ".join(command[:-1]) + " DIR",
+        "command": "rankbook " + " ".join(command),
     }
     return result
 
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=512, help="tokens per evaluation window (default: 512)")
     parser.add_argument("--max-tokens", type=int, default=20480, help="evaluation tokens (default: 20480)")
     parser.add_argument("--seed", type=int, default=0, help="seed of quantization (default: 0)")
-    parser.add_argument("--extra", nargs="*", default=[], help="further flags of rankbook quantize for every row")
+    parser.add_argument("--calib-sequences", type=int, default=32, help="calibration windows (default: 32)")
     return parser
 
 
