@@ -81,7 +81,7 @@ def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
         UsageError: An empty prompt, or a chat without a chat template.
     """
     tokenizer = stream.model.tokenizer
-    ids = _prompt_ids(tokenizer, prompt, chat)
+    ids = prompt_ids(tokenizer, prompt, chat)
     start = time.perf_counter()
     produced: list[int] = []
     shown, first = "", 0.0
@@ -152,7 +152,12 @@ def end_tokens(model: LanguageModel) -> set[int]:
     return ends
 
 
-def _prompt_ids(tokenizer: object, prompt: str, chat: bool) -> list[int]:
+def prompt_ids(tokenizer: object, prompt: str, chat: bool = False) -> list[int]:
+    """Return the tokens of a prompt, in the chat template if asked.
+
+    Raises:
+        UsageError: An empty prompt, or a chat without a chat template.
+    """
     if chat:
         template = getattr(tokenizer, "chat_template", None)
         if template is None:

@@ -1,8 +1,9 @@
 """Checks that an exported file computes what its checkpoint computes: whole, node by node and layer by layer.
 
-Four comparisons, each through polygraphy: the logits of PyTorch and of ONNX Runtime on the same tokens, the same with a
+Four comparisons through polygraphy: the logits of PyTorch and of ONNX Runtime on the same tokens, the same with a
 cache filled token by token, each kind of custom node against the numpy reference, and the output of every custom node
-against the torch module of the same name, which shows where an error begins and how it grows.
+against the torch module of the same name, which shows where an error begins and how it grows. A fifth one, on request,
+continues prompts greedily with both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rankbook.tools import onnx_file
 from rankbook.tools.backends import ort, reference
 from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.backends.torch import TorchModel
+from rankbook.tools.greedy import GreedyCheck, compare_greedy
 from rankbook.tools.node_model import session_with_outputs, single_node
 from rankbook.tools.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
@@ -84,6 +86,7 @@ class ParityReport:
         layers: Custom nodes against torch modules, in graph order.
         first_bad_layer: Name of the first layer out of tolerance, or None.
         own_error: Error of that layer alone, fed with the torch module's input; small if the error is older.
+        greedy: Prompts continued by both, if asked for.
         passed: Whether everything passed.
     """
 
@@ -99,6 +102,7 @@ class ParityReport:
     layers: tuple[LayerCheck, ...] = ()
     first_bad_layer: str | None = None
     own_error: float | None = None
+    greedy: tuple[GreedyCheck, ...] = ()
     passed: bool = field(default=False)
 
 
@@ -110,6 +114,7 @@ class ParityOptions:
         tolerance: Largest relative difference, or None for the default of the file's activation type.
         every_node: Check every custom node against the reference, not one of each kind.
         layers: Compare layer by layer.
+        greedy: Tokens to continue each prompt by with both; 0 for none.
         threads: CPU threads.
         seed: Of random inputs.
     """
@@ -117,6 +122,7 @@ class ParityOptions:
     tolerance: float | None = None
     every_node: bool = False
     layers: bool = True
+    greedy: int = 0
     threads: int | None = None
     seed: int = 0
 
@@ -147,8 +153,14 @@ def check(
     operators = compare_operators(model, tolerance, options)
     note(0.7, "layers")
     depth = bisect(model, torch_model, tokens, tolerance, options) if options.layers else Depth()
+    greedy: tuple[GreedyCheck, ...] = ()
+    if options.greedy:
+        greedy = compare_greedy(
+            torch_model, model, options.greedy, tolerance, lambda share: note(0.8 + 0.2 * share, "greedy")
+        )
     verdicts = [logits.passed, cached is None or cached.passed]
     verdicts += [item.passed for item in operators] + [item.passed for item in depth.layers]
+    verdicts += [item.passed for item in greedy]
     return ParityReport(
         model=str(file.path),
         checkpoint=torch_model.name.removeprefix("torch "),
@@ -162,6 +174,7 @@ def check(
         layers=depth.layers,
         first_bad_layer=depth.first_bad_layer,
         own_error=depth.own_error,
+        greedy=greedy,
         passed=all(verdicts) and not problems,
     )
 

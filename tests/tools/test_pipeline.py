@@ -136,6 +136,15 @@ def test_parity_holds_and_reports_every_layer(work, tmp_path, capsys):
     # float32 on both sides.
     assert max(layer["error"] for layer in report["layers"]) < 1e-5
     assert report["cached"]["error"] < 1e-5
+    assert report["greedy"] == []
+
+
+def test_parity_continues_prompts_with_both(work, capsys):
+    command = ["parity", work / "onnx", "--no-layers", "--greedy", 64]
+    assert run_cli(*command, "--json", "--quiet") == 0
+    checks = stdout_json(capsys)["greedy"]
+    assert len(checks) == 5
+    assert all(check["same"] == check["tokens"] == 64 for check in checks)
 
 
 def test_parity_of_a_damaged_file_fails_and_names_the_layer(work, tmp_path, capsys):

@@ -38,6 +38,9 @@ def add_flags(flags: Flags) -> None:
     )
     flags.add("--every-node", action="store_true", default=False, text="check every custom node, not one of each kind")
     flags.add("--no-layers", action="store_true", default=False, text="leave out the comparison layer by layer")
+    flags.add(
+        "--greedy", type=int, default=0, metavar="N", text="also continue five prompts by N tokens with both, greedily"
+    )
     flags.add("-o", "--output", type=Path, metavar="FILE", text="also write the report to this JSON file")
 
 
@@ -65,6 +68,7 @@ def run(options: argparse.Namespace) -> Outcome:
             tolerance=options.tolerance,
             every_node=options.every_node,
             layers=not options.no_layers,
+            greedy=options.greedy,
             threads=options.threads,
             seed=options.seed,
         )
@@ -106,6 +110,9 @@ def _tables(report: ParityReport) -> list[Table]:
     if layers:
         title = f"growth of the error over {len(report.layers)} layers"
         tables.append(Table(title, ("layer", "error", "verdict"), layers))
+    if report.greedy:
+        prompts = [(item.prompt, f"{item.same} of {item.tokens}", _mark(item.passed)) for item in report.greedy]
+        tables.append(Table("greedy tokens that agree", ("prompt", "tokens", "verdict"), prompts))
     return tables
 
 
