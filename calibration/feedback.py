@@ -42,13 +42,13 @@ class Plan:
     factor: Tensor
 
 
-def plan(gram: Tensor, damping: float = _DAMPING) -> Plan:
-    """Prepare rounding with inputs of Gram matrix (K, K): columns of most energy first.
+def plan(gram: Tensor, damping: float = _DAMPING, *, by_energy: bool = True) -> Plan:
+    """Prepare rounding with inputs of Gram matrix (K, K): columns of most energy first, or as they stand.
 
     Raises:
         ValueError: The matrix holds NaN or infinity.
     """
-    order = gram.diagonal().argsort(descending=True)
+    order = gram.diagonal().argsort(descending=True) if by_energy else torch.arange(len(gram))
     return Plan(order, inverse_factor(gram, order, damping))
 
 

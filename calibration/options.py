@@ -35,9 +35,13 @@ class QuantizeOptions:
     method: str = _option("lcq", "Quantization method.")
     bits: int = _option(3, "Bits per code: 2, 3, 4 or 8.")
     group_size: int | str = _option("auto", "Weights of one row that share a codebook: a number, 'auto' or 'channel'.")
-    rank: int | None = _option(None, "Planes of the codebook matrix (lcq; ignored by methods without it).")
-    weight_format: str | None = _option(None, "Fixed level table of rtn and lqer: affine, symmetric, nf4 or mxint.")
-    clip_search: bool | None = _option(None, "Search the clipping range (rtn).")
+    rank: int | None = _option(
+        None, "Planes of the codebook matrix (lcq) or rank of the scaling (lrq); others ignore it."
+    )
+    weight_format: str | None = _option(
+        None, "Fixed level table: affine, symmetric, nf4 or mxint (lrq: the first two)."
+    )
+    clip_search: bool | None = _option(None, "Search the clipping range (methods with fixed levels).")
     error_branch: str | None = _option(None, "Low-rank error branch: none, lqer, l2qer, qera-diag or qera.")
     error_rank: int = _option(32, "Rank of the error branch.")
     factor_bits: int = _option(8, "Bits of the error branch's factors: 8 or 16.")

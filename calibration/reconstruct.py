@@ -21,6 +21,9 @@ from rankbook.calibration.record import QuantizedLinear
 if TYPE_CHECKING:  # the methods import this module
     from rankbook.calibration.methods.base import BlockProblem
 
+LOSSES = ("relative", "square")
+"""Error of a block's output: relative for each token (see `token_errors`), or the plain square, summed over tokens."""
+
 COMPUTE = ("auto", "float32", "bfloat16")
 """Arithmetic of the block's forward and backward pass; ``auto`` takes bfloat16 where the processor multiplies it
 natively.
@@ -50,6 +53,7 @@ class TrainConfig:
         compute: One of `COMPUTE`.
         judge: Sequences on which states are compared.
         checks: Comparisons during training, the last one at the end.
+        loss: One of `LOSSES`.
     """
 
     steps: int = 100
@@ -57,6 +61,7 @@ class TrainConfig:
     compute: str = "auto"
     judge: int = 8
     checks: int = 2
+    loss: str = "relative"
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,18 @@ def train_block(
         ValueError: Unknown ``compute``, or inputs and targets that do not fit each other.
     """
     _check(problem, config)
-    dtype = compute_dtype(config.compute)
     judged = _judge_batches(len(problem.inputs), config)
     check_at = {round(config.steps * (i + 1) / config.checks) for i in range(config.checks)}
     best = dict(start)
-    before = best_loss = _loss(problem, best, judged, dtype)
+    before = best_loss = _loss(problem, best, judged, config)
     batches = _batches(len(problem.inputs), config, problem.seed)
     for step in range(config.steps):
-        grads = _gradients(problem, layers, next(batches), dtype)
+        grads = _gradients(problem, layers, next(batches), config)
         for name, layer in layers.items():
             layer.update(grads.pop(name), 1 - step / config.steps)
         if step + 1 in check_at:
             state = {name: layer.record() for name, layer in layers.items()}
-            loss = _loss(problem, state, judged, dtype)
+            loss = _loss(problem, state, judged, config)
             if loss < best_loss:
                 best_loss, best = loss, state
         problem.progress((step + 1) / config.steps)
@@ -131,11 +135,22 @@ def token_errors(output: Tensor, target: Tensor) -> Tensor:
     return (output.float() - target).square().mean(-1) / (energy + floor)
 
 
+def square_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean square error of each token (batch, length) times the length (the loss of LRQ's released code)."""
+    return (output.float() - target).square().mean(-1) * target.shape[-2]
+
+
+_ERRORS = {"relative": token_errors, "square": square_errors}
+
+
 def _check(problem: BlockProblem, config: TrainConfig) -> None:
     if problem.inputs.shape != problem.targets.shape:
         raise ValueError(f"inputs {tuple(problem.inputs.shape)} and targets {tuple(problem.targets.shape)} must agree")
     if len(problem.inputs) == 0:
         raise ValueError("training needs at least one calibration sequence; none was given")
+    compute_dtype(config.compute)
+    if config.loss not in LOSSES:
+        raise ValueError(f"loss {config.loss!r} is unknown; choose one of {', '.join(LOSSES)}")
     if config.steps < 1 or config.batch < 1 or config.checks < 1:
         raise ValueError("steps, batch and checks must be at least 1")
 
@@ -176,12 +191,13 @@ def swapped_weights(block: nn.Module, weights: Mapping[str, nn.Parameter]) -> It
 
 
 def _gradients(
-    problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, dtype: torch.dtype
+    problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, config: TrainConfig
 ) -> dict[str, Tensor]:
+    dtype = compute_dtype(config.compute)
     weights = {name: nn.Parameter(layer.weight().to(dtype)) for name, layer in layers.items()}
     with swapped_weights(problem.block, weights), torch.enable_grad(), arithmetic(dtype):
         output = problem.forward(problem.block, problem.inputs[batch])
-        loss = token_errors(output, problem.targets[batch]).mean()
+        loss = _ERRORS[config.loss](output, problem.targets[batch]).mean()
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if grad is None else grad
@@ -191,13 +207,14 @@ def _gradients(
 
 @torch.no_grad()
 def _loss(
-    problem: BlockProblem, records: Mapping[str, QuantizedLinear], batches: Sequence[Tensor], dtype: torch.dtype
+    problem: BlockProblem, records: Mapping[str, QuantizedLinear], batches: Sequence[Tensor], config: TrainConfig
 ) -> float:
+    dtype = compute_dtype(config.compute)
     decoded = {name: record.weight(with_low_rank=True).to(dtype) for name, record in records.items()}
     weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in decoded.items()}
     total = 0.0
     with swapped_weights(problem.block, weights), arithmetic(dtype):
         for batch in batches:
             output = problem.forward(problem.block, problem.inputs[batch])
-            total += float(token_errors(output, problem.targets[batch]).sum())
+            total += float(_ERRORS[config.loss](output, problem.targets[batch]).sum())
     return total / max(1, sum(len(batch) for batch in batches) * problem.inputs.shape[1])

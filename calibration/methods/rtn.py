@@ -51,29 +51,61 @@ def quantize(problem: LayerProblem, config: RtnConfig) -> QuantizedLinear:
     Raises:
         ValueError: The group size does not divide the layer, or the weights are not finite.
     """
+    grouped = grouped_weight(problem, config.group_size)
+    energy = input_energy(problem, config.group_size) if config.clip_search else None
+    levels, params = grid(grouped, energy, config)
+    codes = rounding.nearest(grouped, tables_of(levels, params))
+    return assemble(problem, codes, levels, params, "rtn")
+
+
+def grouped_weight(problem: LayerProblem, group: int) -> Tensor:
+    """Return the weight as groups (G, group, N).
+
+    Raises:
+        ValueError: The group size does not divide the layer, or the weights are not finite.
+    """
     if not bool(torch.isfinite(problem.weight).all()):
         raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
-    check_group(problem.weight.shape[1], config.group_size)
-    grouped = rounding.to_groups(problem.weight.float(), config.group_size)
-    energy = None
-    if config.clip_search:
-        moment = problem.statistics.second_moment()
-        energy = (moment if float(moment.max()) > 0 else torch.ones_like(moment)).view(-1, config.group_size)
+    check_group(problem.weight.shape[1], group)
+    return rounding.to_groups(problem.weight.float(), group)
+
+
+def grid(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
+    """Return the levels and the stored parameters of a format's grid for grouped weights (G, group, N).
+
+    Args:
+        grouped: The weights.
+        energy: Mean square of each input (G, group) for the search of the range, or None for none.
+        config: Format, bits and storage.
+    """
     make = {"affine": _affine, "symmetric": _symmetric, "nf4": _nf4, "mxint": _mxint}[config.format]
-    levels, params = make(grouped, energy, config)
+    return make(grouped, energy, config)
+
+
+def tables_of(levels: Tensor, params: GroupParams) -> Tensor:
+    """Return the codebooks (G, L, N) that one row of levels and stored parameters (N, G, 1 or 2) make."""
     dense = params.dense().permute(2, 1, 0)
     tables = levels.float()[0][:, None] * dense[0][:, None]
-    if len(dense) == 2:
-        tables = tables + dense[1][:, None]
+    return tables + dense[1][:, None] if len(dense) == 2 else tables
+
+
+def assemble(problem: LayerProblem, codes: Tensor, levels: Tensor, params: GroupParams, method: str) -> QuantizedLinear:
+    """Return the record of codes (G, group, N) on a grid of `grid`."""
     return QuantizedLinear(
-        codes=rounding.from_groups(rounding.nearest(grouped, tables)),
-        bits=config.bits,
+        codes=rounding.from_groups(codes),
+        bits=int(levels.shape[1]).bit_length() - 1,
         levels=levels,
         params=params,
-        has_offset=len(dense) == 2,
+        has_offset=params.shape[2] == 2,
         bias=problem.bias,
-        method="rtn",
+        method=method,
     )
+
+
+def input_energy(problem: LayerProblem, group: int) -> Tensor:
+    """Return the mean square of each input (G, group); ones where no input was seen."""
+    moment = problem.statistics.second_moment()
+    return (moment if float(moment.max()) > 0 else torch.ones_like(moment)).view(-1, group)
 
 
 def _affine(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
@@ -89,13 +121,18 @@ def _affine(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[
         codes = ((grouped / scale[:, None]).round() + zero[:, None]).clamp_(0, top)
         return _weighted((codes - zero[:, None]) * scale[:, None] - grouped, energy)
 
-    scale, zero = _search(candidate, error, energy)
+    scale, zero = search(candidate, error, _choices(energy))
     levels = affine_levels(config.bits)
-    stored = _store_plane(scale, config.param_bits)
-    scale = stored.dense()[..., 0].T
-    # The zero point is an integer number of the *stored* steps, so that a weight of zero stays next to zero.
-    offset = _store_plane(-scale * (zero + float(levels[0, 0])), config.param_bits)
-    return levels, GroupParams.joined([stored, offset])
+    return levels, affine_params(scale, -zero - float(levels[0, 0]), config.param_bits)
+
+
+def affine_params(scale: Tensor, shift: Tensor, bits: int) -> GroupParams:
+    """Store scales and offsets ``shift * scale``, both (G, N).
+
+    The offset is a multiple of the *stored* scale, so that a weight of zero stays next to zero.
+    """
+    stored = store_plane(scale, bits)
+    return GroupParams.joined([stored, store_plane(stored.dense()[..., 0].T * shift, bits)])
 
 
 def _symmetric(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
@@ -110,8 +147,8 @@ def _symmetric(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tup
         codes = (grouped / scale[:, None]).round().clamp_(-half, half - 1)
         return _weighted(codes * scale[:, None] - grouped, energy)
 
-    (scale,) = _search(candidate, error, energy)
-    return symmetric_levels(config.bits), _store_plane(scale, config.param_bits)
+    (scale,) = search(candidate, error, _choices(energy))
+    return symmetric_levels(config.bits), store_plane(scale, config.param_bits)
 
 
 def _nf4(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
@@ -124,8 +161,8 @@ def _nf4(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Ten
         tables = table[None, :, None] * scale[:, None]
         return _weighted(rounding.lookup(tables, rounding.nearest(grouped, tables)) - grouped, energy)
 
-    (scale,) = _search(lambda shrink: (peak * shrink,), error, energy)
-    return levels, _store_plane(scale / float(levels.float().max()), config.param_bits)
+    (scale,) = search(lambda shrink: (peak * shrink,), error, _choices(energy))
+    return levels, store_plane(scale / float(levels.float().max()), config.param_bits)
 
 
 def _mxint(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[Tensor, GroupParams]:
@@ -145,7 +182,7 @@ def _mxint(grouped: Tensor, energy: Tensor | None, config: RtnConfig) -> tuple[T
         codes = (grouped / place.exp2()[:, None]).round().clamp_(-top, top)
         return _weighted(codes * place.exp2()[:, None] - grouped, energy)
 
-    (exponent,) = _search(lambda shrink: (exponent - shrink,), error, energy, (0.0, 1.0, 2.0))
+    (exponent,) = search(lambda shrink: (exponent - shrink,), error, _choices(energy, (0.0, 1.0, 2.0)))
     return mxint_levels(config.bits), GroupParams.powers_of_two(exponent.T[..., None], config.param_bits)
 
 
@@ -155,19 +192,18 @@ def _weighted(error: Tensor, energy: Tensor | None) -> Tensor:
     return squared.sum(1) if energy is None else torch.einsum("gjn,gj->gn", squared, energy)
 
 
-def _search(
+def search(
     candidate: Callable[[float], tuple[Tensor, ...]],
     error: Callable[..., Tensor],
-    energy: Tensor | None,
-    shrinks: Sequence[float] = _SHRINK,
+    choices: Sequence[float],
 ) -> tuple[Tensor, ...]:
-    """Return the candidate (tensors (G, N)) with the least error in each group; the first one without energies."""
-    best = candidate(shrinks[0])
-    if energy is None:
+    """Return the candidate (tensors (G, N)) with the least error in each group."""
+    best = candidate(choices[0])
+    if len(choices) == 1:
         return best
     least = error(*best)
-    for shrink in shrinks[1:]:
-        trial = candidate(shrink)
+    for choice in choices[1:]:
+        trial = candidate(choice)
         found = error(*trial)
         better = found < least
         least = torch.where(better, found, least)
@@ -175,7 +211,12 @@ def _search(
     return best
 
 
-def _store_plane(values: Tensor, bits: int) -> GroupParams:
+def _choices(energy: Tensor | None, choices: Sequence[float] = _SHRINK) -> Sequence[float]:
+    """Return the choices, the first one alone where no search is wanted (no energies)."""
+    return choices if energy is not None else choices[:1]
+
+
+def store_plane(values: Tensor, bits: int) -> GroupParams:
     """Store one number per group (G, N) as a plane (N, G, 1)."""
     return GroupParams.quantize(values.T[..., None].contiguous(), bits)
 

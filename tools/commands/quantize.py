@@ -54,14 +54,24 @@ def add_flags(flags: Flags) -> None:
 
 
 def _add_method_flags(flags: Flags) -> None:
-    flags.add("--method", default="lcq", metavar="M", text="rtn, lcq or lqer (each a file in calibration/methods)")
+    flags.add(
+        "--method",
+        default="lcq",
+        metavar="M",
+        text="rtn, lcq, lrq, flexround, lqer, gptq ... (each a file in calibration/methods)",
+    )
     flags.add("--bits", type=int, choices=(2, 3, 4, 8), default=3, text="bits of a code")
-    flags.add("--rank", type=int, metavar="R", text="rank of the codebook matrix (lcq), 1 to 2^bits - 1")
+    flags.add(
+        "--rank",
+        type=int,
+        metavar="R",
+        text="rank: of the codebook matrix (lcq), 1 to 2^bits - 1; of the scaling matrices (lrq)",
+    )
     flags.add(
         "--group-size", type=group_size, default="auto", metavar="G", text="weights per codebook: number, auto, channel"
     )
-    flags.add("--weight-format", metavar="F", text="table of rtn and lqer: affine, symmetric, nf4 or mxint")
-    flags.add("--clip-search", action=argparse.BooleanOptionalAction, text="search the clipping range (rtn)")
+    flags.add("--weight-format", metavar="F", text="fixed levels: affine, symmetric, nf4 or mxint (lrq: the first two)")
+    flags.add("--clip-search", action=argparse.BooleanOptionalAction, text="search the clipping range (fixed levels)")
     flags.add("--error-branch", metavar="E", text="low-rank branch: none, lqer, l2qer, qera-diag or qera")
     flags.add("--error-rank", type=int, default=32, metavar="Q", text="rank of the error branch")
     flags.add("--factor-bits", type=int, choices=(8, 16), default=8, text="bits of the branch's factors")

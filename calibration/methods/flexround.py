@@ -1,0 +1,18 @@
+"""FlexRound (Lee et al. 2023, arXiv 2306.00317): LRQ with as many divisors as weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rankbook.calibration.methods import lrq
+from rankbook.calibration.methods.base import Method
+
+
+@dataclass(frozen=True)
+class FlexRoundConfig(lrq.LrqConfig):
+    """Options of FlexRound: those of LRQ, the rank being without effect."""
+
+    full_rank: bool = field(default=True, metadata={"help": "A full scaling matrix; without it this is LRQ."})
+
+
+METHOD = Method("flexround", FlexRoundConfig, lrq.quantize, lrq.refine)

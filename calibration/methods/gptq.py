@@ -1,0 +1,40 @@
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): a fixed format's grid, codes chosen with error feedback.
+
+The grids of all groups are set before the first column is rounded, from the original weights ("static groups" of the
+official code), so that columns can be taken in order of falling input energy without group indices in the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rankbook.calibration import feedback
+from rankbook.calibration.methods import rtn
+from rankbook.calibration.methods.base import LayerProblem, Method
+from rankbook.calibration.methods.lcq import scaled_gram
+from rankbook.calibration.record import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class GptqConfig(rtn.RtnConfig):
+    """Options of GPTQ: those of rounding to nearest, and of the order of columns."""
+
+    act_order: bool = field(default=True, metadata={"help": "Round columns of most input energy first."})
+    damping: float = field(default=0.01, metadata={"help": "Share of the mean input energy added to the Gram matrix."})
+
+
+def quantize(problem: LayerProblem, config: GptqConfig) -> QuantizedLinear:
+    """Quantize one layer.
+
+    Raises:
+        ValueError: The group size does not divide the layer, or weights or statistics are not finite.
+    """
+    grouped = rtn.grouped_weight(problem, config.group_size)
+    energy = rtn.input_energy(problem, config.group_size) if config.clip_search else None
+    levels, params = rtn.grid(grouped, energy, config)
+    columns = feedback.plan(scaled_gram(problem, config.damping), 0.0, by_energy=config.act_order)
+    codes = feedback.assign(grouped, rtn.tables_of(levels, params), columns)
+    return rtn.assemble(problem, codes, levels, params, "gptq")
+
+
+METHOD = Method("gptq", GptqConfig, quantize)

@@ -1,0 +1,170 @@
+"""LRQ: low-rank weight-scaling matrices that steer rounding (Lee et al. 2024, arXiv 2407.11534).
+
+The result is a plain affine or symmetric record: the low-rank part costs nothing at inference. Groups, training with
+few steps and the relative loss are this project's (README, "Methods"); ``compat`` goes back to the released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rankbook.calibration import feedback, rounding
+from rankbook.calibration.codebooks import affine_levels
+from rankbook.calibration.methods import rtn
+from rankbook.calibration.methods._scaled_rounding import Divisors, ScaledRounding
+from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
+from rankbook.calibration.methods.lcq import scaled_gram
+from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.record import QuantizedLinear
+
+FORMATS = ("affine", "symmetric")
+STEPS = {"fast": 0, "default": 100, "high": 600}
+"""Training steps per block of each effort; 0 is rounding to nearest."""
+_COMPAT_STEPS, _COMPAT_BATCH, _COMPAT_RATE = 5000, 2, 5e-4
+_COMPAT_RANGES, _COMPAT_POWER = 100, 2.4
+_NARROW, _WIDE = 4096, 8192
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class LrqConfig:
+    """Options of LRQ."""
+
+    bits: int = field(default=3, metadata={"help": "Bits per code: 2, 3, 4 or 8."})
+    group_size: int = field(default=64, metadata={"help": "Weights of one row that share a scale."})
+    rank: int = field(default=0, metadata={"help": "Rank of the scaling matrices; 0 takes min(N, K) / 4."})
+    format: str = field(default="affine", metadata={"help": f"Levels: {' or '.join(FORMATS)}."})
+    clip_search: bool = field(default=True, metadata={"help": "Search the range of each group before training."})
+    feedback: bool = field(
+        default=False, metadata={"help": "Start from codes chosen with error feedback (GPTQ) instead of the nearest."}
+    )
+    param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
+    effort: str = field(default="default", metadata={"help": "fast: no training; default, high: trained by block."})
+    seed: int = field(default=0, metadata={"help": "Seed of the batch order and of the scaling matrices."})
+    steps: int = field(default=0, metadata={"help": "Training steps per block; 0 takes what the effort asks for."})
+    batch: int = field(default=1, metadata={"help": "Calibration sequences per training step."})
+    compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
+    rate: float = field(default=0.0, metadata={"help": "Step size of the scaling matrices; 0 goes by the steps."})
+    scale_rate: float = field(default=0.0, metadata={"help": "Step size of the grid's scales; 0 goes by the steps."})
+    full_rank: bool = field(default=False, metadata={"help": "A full scaling matrix: FlexRound."})
+    compat: bool = field(
+        default=False,
+        metadata={
+            "help": "As the released code: its range search, rank 1024 or 2048, FlexRound for some shapes, 5000 steps"
+            " of 2 sequences with one step size, plain squared error."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"weight format {self.format!r} is not uniform; choose one of {', '.join(FORMATS)}")
+        if self.rank < 0:
+            raise ValueError(f"rank {self.rank} is negative; choose at least 1, or 0 for min(N, K) / 4")
+        if self.effort not in STEPS:
+            raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(STEPS)}")
+        if self.compat and (self.format != "affine" or self.feedback):
+            raise ValueError("compat is the released code: asymmetric, without error feedback; leave those options out")
+        self.grid()
+
+    def grid(self) -> rtn.RtnConfig:
+        """Return the options of the grid that training starts from."""
+        return rtn.RtnConfig(self.bits, self.group_size, self.format, self.clip_search, self.param_bits)
+
+    def divisors(self, rows: int, columns: int) -> Divisors:
+        """Return how the divisors of a layer (rows, columns) are learned."""
+        steps = self.training_steps()
+        if self.compat:
+            rank = 0 if self.full_rank or _released_full(rows, columns) else _released_rank(rows, columns)
+            rate = self.rate or _COMPAT_RATE
+            return Divisors(rank, rank > 0, self.scale_rate or rate, rate, 1e-8)
+        rank = 0 if self.full_rank else min(self.rank or max(1, min(rows, columns) // 4), rows, columns)
+        reach, scale_reach = (_FULL_REACH, _SCALE_REACH) if rank == 0 else (_REACH, _SCALE_REACH)
+        return Divisors(rank, rank > 0, self.scale_rate or scale_reach / steps, self.rate or reach / steps)
+
+    def training_steps(self) -> int:
+        """Return the training steps per block."""
+        if self.compat and self.effort != "fast":
+            return self.steps or _COMPAT_STEPS
+        return self.steps or STEPS[self.effort]
+
+
+_REACH, _FULL_REACH, _SCALE_REACH = 0.5, 0.5, 0.5
+"""Default step sizes times the number of steps; twice what Adam can move a parameter."""
+
+
+def _released_rank(rows: int, columns: int) -> int:
+    rank = 2048 if min(rows, columns) >= _WIDE else 1024
+    return min(rank, rows, columns)
+
+
+def _released_full(rows: int, columns: int) -> bool:
+    """Return whether the released code silently learns a full matrix."""
+    return min(rows, columns) <= _NARROW < max(rows, columns) or rows == columns == _WIDE
+
+
+def quantize(problem: LayerProblem, config: LrqConfig) -> QuantizedLinear:
+    """Round one layer on a searched grid: where training starts.
+
+    Raises:
+        ValueError: The group size does not divide the layer, or the weights are not finite.
+    """
+    grouped = rtn.grouped_weight(problem, config.group_size)
+    if config.compat and config.clip_search:
+        levels = affine_levels(config.bits)
+        scale, zero = _released_search(grouped, config.bits)
+        params = rtn.affine_params(scale, -zero - float(levels[0, 0]), config.param_bits)
+    else:
+        energy = rtn.input_energy(problem, config.group_size) if config.clip_search else None
+        levels, params = rtn.grid(grouped, energy, config.grid())
+    tables = rtn.tables_of(levels, params)
+    if config.feedback:
+        codes = feedback.assign(grouped, tables, feedback.plan(scaled_gram(problem, _DAMPING), 0.0))
+    else:
+        codes = rounding.nearest(grouped, tables)
+    return rtn.assemble(problem, codes, levels, params, "flexround" if config.full_rank else "lrq")
+
+
+def _released_search(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points (G, N) of least ``mean |error| ** 2.4`` over 100 ranges and all zero points."""
+    count = 1 << bits
+    span = grouped.amax(1).clamp_min(0) - grouped.amin(1).clamp_max(0)
+
+    def candidate(choice: float) -> tuple[Tensor, Tensor]:
+        part, zero = divmod(int(choice), count)
+        scale = (span * ((_COMPAT_RANGES - part) / _COMPAT_RANGES / (count - 1))).clamp_min(1e-8)
+        return scale, torch.full_like(scale, zero)
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        codes = (grouped / scale[:, None]).round().clamp_(-float(zero[0, 0]), count - 1 - float(zero[0, 0]))
+        return (codes * scale[:, None] - grouped).abs().pow_(_COMPAT_POWER).mean(1)
+
+    scale, zero = rtn.search(candidate, error, range(_COMPAT_RANGES * count))
+    return scale, zero
+
+
+def refine(
+    problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: LrqConfig
+) -> dict[str, QuantizedLinear]:
+    """Train the records of a block by its output; with effort ``fast`` they are returned as they are.
+
+    Error branches stay as they are; the codes are trained around them.
+    """
+    steps = config.training_steps()
+    if not steps or not records:
+        return dict(records)
+    layers: dict[str, TrainableLayer] = {}
+    for index, (name, record) in enumerate(records.items()):
+        weight = problem.layers[name].weight
+        divisors = config.divisors(*weight.shape)
+        layers[name] = ScaledRounding(weight, record, divisors, 1000 * problem.seed + index)
+    batch = max(config.batch, _COMPAT_BATCH) if config.compat else config.batch
+    loss = "square" if config.compat else "relative"
+    train = TrainConfig(steps=steps, batch=batch, compute=config.compute, loss=loss)
+    return train_block(problem, records, layers, train).records
+
+
+METHOD = Method("lrq", LrqConfig, quantize, refine)
