@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,20 +14,25 @@ from typing import Any
 
 from rankbook.calibration.files import replaced_folder, sha256_file
 from rankbook.plugins import library
-from rankbook.tools import engine_log, onnx_file
+from rankbook.tools import engine_commands, engine_log, onnx_file
 from rankbook.tools.backends import trt
-from rankbook.tools.errors import CheckFailedError
+from rankbook.tools.errors import CheckFailedError, UsageError
 from rankbook.tools.onnx_file import OnnxFile
 from rankbook.tools.profiles import Limits, Shapes, make_profiles
 from rankbook.tools.report import plain
 
 ENGINE_NAME = "model.engine"
+TIMING_CACHE_NAME = "timing.cache"
+"""Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
 MANIFEST_NAME = "engine.json"
 """Describes the engine beside it and marks the folder as ours."""
 WEIGHTS_SLACK = 1.05
 """Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
 WEIGHTS_SLACK_BYTES = 1 << 20
 """... and by this (lookup tables of the bodies, shape constants)."""
+
+_LOG_TYPES = {"INT8": "Int8", "INT4": "Int4"}
+"""Element types of codes in the builder's log by their names in ONNX."""
 
 
 class ParserRefusedError(CheckFailedError):
@@ -46,6 +50,7 @@ class BuildOptions:
         workspace_bytes: Bound of the builder's workspace, or None.
         keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
         plugins: Put our kernels into the engine where the plugin library is built; the function bodies otherwise.
+        self_contained: Store the plugin library in the engine, so that it runs where the library is not installed.
     """
 
     target: str = "rtx"
@@ -54,6 +59,7 @@ class BuildOptions:
     workspace_bytes: int | None = None
     keep_files: bool = False
     plugins: bool = True
+    self_contained: bool = False
 
     def plugin_library(self) -> Path | None:
         """Return the plugin library to build with, or None for the function bodies."""
@@ -83,7 +89,8 @@ class EngineReport:
         layers: Engine layers by kind, over all profiles.
         profiles: Smallest, typical and largest shape of each input, by profile.
         checks: What was verified.
-        command: The same build with polygraphy or, with plugins, trtexec.
+        self_contained: Whether the engine holds the plugin library.
+        commands: The same build with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
         seconds: Wall time of the child process.
     """
 
@@ -104,7 +111,8 @@ class EngineReport:
     outputs: list[dict[str, Any]]
     profiles: dict[str, Shapes]
     checks: tuple[Check, ...]
-    command: str
+    self_contained: bool
+    commands: dict[str, str]
     seconds: float
 
     @property
@@ -131,10 +139,13 @@ def build(
     """
     model = onnx_file.read(source)
     onnx_file.require_ours(model)
+    onnx_file.require_standard(model)
     profiles = make_profiles(model.inputs, options.limits)
     with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
         plugins = options.plugin_library()
         engine = folder / ENGINE_NAME
+        if options.self_contained and plugins is None:
+            raise UsageError(f"--self-contained stores the plugin library, but {_why_no_plugins(options)}")
         request = {
             "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
             "onnx": str(model.path),
@@ -144,12 +155,19 @@ def build(
             "profiles": list(profiles.values()),
             "workspace_bytes": options.workspace_bytes,
             "plugins": [str(plugins)] if plugins else [],
+            "self_contained": options.self_contained,
+            # TensorRT-RTX measures nothing while it builds.
+            "timing_cache": [str(f / TIMING_CACHE_NAME) for f in (output, folder)] if options.target == "trt" else None,
         }
         result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
         report = _report(model, options, profiles, {**result, "graph": graph}, log, sha256_file(engine))
         (folder / MANIFEST_NAME).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _why_no_plugins(options: BuildOptions) -> str:
+    return library.unavailable("trt") or "plugins are switched off" if options.plugins else "--no-plugins leaves it out"
 
 
 def _build_either_way(
@@ -277,7 +295,8 @@ def _report(
         outputs=result["outputs"],
         profiles=profiles,
         checks=(*verify(model, profiles, result, log), verify_plugins(model, options, result)),
-        command=equivalent_command(result["graph"], options, profiles),
+        self_contained=options.self_contained,
+        commands=_commands(result["graph"], options, profiles),
         seconds=result["seconds"],
     )
 
@@ -287,9 +306,8 @@ def verify(
 ) -> tuple[Check, ...]:
     """Compare the engine with the file: names, profiles, and that packed weights stayed packed."""
     names = [item["name"] for item in result["inputs"]], [item["name"] for item in result["outputs"]]
-    code_names = {node.ports().get("codes", "") for node in model.nodes}
-    codes = sum(model.initializers[name].bytes for name in code_names if name in model.initializers)
-    held = log.constant_bytes().get("Int8", 0)
+    codes, held = model.code_bytes, log.constant_bytes()
+    packed = all(held.get(_LOG_TYPES.get(dtype, dtype), 0) >= size for dtype, size in codes.items())
     bound = int(model.initializer_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
     return (
         Check("inputs", sorted(names[0]) == sorted(model.inputs), f"{len(names[0])} of {len(model.inputs)}"),
@@ -301,7 +319,7 @@ def verify(
         ),
         Check("engine outputs", sorted(log.outputs) == sorted(model.outputs), f"{len(log.outputs)} named in the log"),
         Check("profiles", result["profiles"] == len(profiles), f"{result['profiles']} of {len(profiles)}"),
-        Check("codes stayed packed", held >= codes, f"{held} bytes of INT8 constants; the file's codes have {codes}"),
+        Check("codes stayed packed", packed and bool(codes), f"bytes of constants {held}; of the file's codes {codes}"),
         Check("weights", 0 < log.weights_bytes <= bound, f"{log.weights_bytes} bytes, at most {bound} allowed"),
         Check("engine layers", sum(log.layers.values()) > 0, f"{sum(log.layers.values())} layers"),
     )
@@ -313,31 +331,9 @@ def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
 
-def equivalent_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
-    """Return a command line that builds the same engine without us.
-
-    With plugins it is trtexec (``tensorrt_rtx`` in TensorRT-RTX): polygraphy opens a plugin library but does not
-    register what it holds.
-    """
+def _commands(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> dict[str, str]:
     plugins = options.plugin_library()
-    if plugins is None:
-        return polygraphy_command(graph, options, profiles)
-    parts = ["tensorrt_rtx" if options.target == "rtx" else "trtexec", f"--onnx={graph}"]
-    parts += [f"--saveEngine={ENGINE_NAME}", f"--dynamicPlugins={plugins}"]
-    for index, shapes in enumerate(profiles.values()):
-        parts.append(f"--profile={index}")
-        for bound, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
-            sizes = [f"{name}:{'x'.join(map(str, bounds[bound]))}" for name, bounds in shapes.items()]
-            parts.append(f"--{flag}={','.join(sizes)}")
-    return " ".join(parts)
-
-
-def polygraphy_command(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> str:
-    """Return the command line that builds the same engine with polygraphy (an inlined graph needs ``--keep-files``)."""
-    parts = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if options.target == "rtx" else []
-    parts += ["polygraphy", "convert", str(graph), "--convert-to", "trt", "-o", ENGINE_NAME]
-    for shapes in profiles.values():
-        for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
-            parts.append(flag)
-            parts += [shlex.quote(f"{name}:[{','.join(map(str, bounds[index]))}]") for name, bounds in shapes.items()]
-    return " ".join(parts)
+    build = engine_commands.Build(
+        graph, ENGINE_NAME, options.target, options.capabilities, profiles, plugins, options.self_contained
+    )
+    return {"trtexec": engine_commands.trtexec(build), "polygraphy": engine_commands.polygraphy(build)}

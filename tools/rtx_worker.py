@@ -55,6 +55,9 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     serialized = builder.build_serialized_network(network, settings)
     if serialized is None:
         raise RuntimeError(f"the builder refused the network: {logger.last_error or 'no reason given'}")
+    if request.get("timing_cache"):
+        with Path(request["timing_cache"][1]).open("wb") as stream:
+            stream.write(memoryview(settings.get_timing_cache().serialize()))
     with Path(request["engine"]).open("wb") as stream:
         stream.write(memoryview(serialized))
     return {
@@ -72,7 +75,9 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(trt: Any, builder: Any, logger: Any, path: str) -> Any:
     # From the file, never from memory: a model of 2 GiB or more parsed from memory can give an empty network silently.
-    network = builder.create_network()
+    # The types of the file are kept. Newer versions know nothing else and dropped the flag.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(path):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
@@ -94,6 +99,10 @@ def _settings(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> 
         settings.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
             settings.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    if request.get("self_contained"):
+        settings.plugins_to_serialize = request["plugins"]
+    if request.get("timing_cache"):
+        _start_from_timings(settings, Path(request["timing_cache"][0]))
     for number, shapes in enumerate(request["profiles"]):
         profile = builder.create_optimization_profile()
         for name, (low, typical, high) in shapes.items():
@@ -102,6 +111,13 @@ def _settings(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> 
             raise RuntimeError(f"optimization profile {number} is not valid for this network: {shapes}")
     del network
     return settings
+
+
+def _start_from_timings(settings: Any, path: Path) -> None:
+    cache = settings.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    # Timings of another GPU or version are refused: then the builder measures anew.
+    if cache is None or not settings.set_timing_cache(cache, ignore_mismatch=False):
+        settings.set_timing_cache(settings.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def _tensor(tensor: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from rankbook.tools import engine, engine_log, errors, onnx_file
+from rankbook.tools import engine, engine_log, errors, onnx_file, rtx_worker
 from rankbook.tools.backends import trt
 from rankbook.tools.profiles import Limits, make_profiles
 from tests.tools.files import chain_model, run_cli, stdout_json
@@ -72,7 +72,7 @@ def test_a_graph_whose_functions_the_parser_refuses_is_inlined(tmp_path, capsys)
     path.write_bytes(model.SerializeToString())
     out = tmp_path / "engine"
     assert run_cli("build", path, "-o", out, "--compute-capability", "86", "--keep-files", "--json", "--quiet") == 0
-    assert "inlined.onnx" in stdout_json(capsys)["command"]
+    assert "inlined.onnx" in stdout_json(capsys)["commands"]["polygraphy"]
     assert (out / "inlined.onnx").is_file()
     assert (out / "build.log").is_file()
 
@@ -161,3 +161,29 @@ def test_inlined_bodies_compute_the_same_and_have_unique_names(tmp_path):
     first = ort.session(path).run(None, {"x0": x})[0]
     second = ort.session(inlined.read_bytes(), data_folder=path.parent).run(None, {"x0": x})[0]
     np.testing.assert_array_equal(first, second)
+
+
+class TimingSettings:
+    """Stands for a builder's configuration that refuses timings of another GPU."""
+
+    def __init__(self, *, fits: bool) -> None:
+        self.fits, self.used = fits, None
+
+    def create_timing_cache(self, data):
+        return data
+
+    def set_timing_cache(self, cache, *, ignore_mismatch):
+        assert not ignore_mismatch
+        if cache and not self.fits:
+            return False
+        self.used = cache
+        return True
+
+
+@pytest.mark.parametrize(("stored", "fits", "used"), [(b"t", True, b"t"), (b"t", False, b""), (None, True, b"")])
+def test_timings_are_taken_over_unless_they_belong_to_another_gpu(stored, fits, used, tmp_path):
+    if stored is not None:
+        (tmp_path / "timing.cache").write_bytes(stored)
+    settings = TimingSettings(fits=fits)
+    rtx_worker._start_from_timings(settings, tmp_path / "timing.cache")
+    assert settings.used == used

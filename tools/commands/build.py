@@ -36,6 +36,12 @@ def add_flags(flags: Flags) -> None:
         default=False,
         text="build the function bodies even where the plugin library is built (`make native-cuda`)",
     )
+    flags.add(
+        "--self-contained",
+        action="store_true",
+        default=False,
+        text="store the plugin library in the engine (loading it needs runtime.engine_host_code_allowed = True)",
+    )
     flags.add("--keep-files", action="store_true", default=False, text="keep the builder's log (and an inlined graph)")
 
 
@@ -51,6 +57,7 @@ def run(options: argparse.Namespace) -> Outcome:
         workspace_bytes=options.workspace * 2**20 if options.workspace else None,
         keep_files=options.keep_files,
         plugins=not options.no_plugins,
+        self_contained=options.self_contained,
     )
     console = Console(quiet=options.quiet)
     with console.progress(f"building {options.target} engine") as progress:
@@ -58,7 +65,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(
         report=report,
         tables=_tables(report),
-        text=f"{options.output / ENGINE_NAME}\nthe same without rankbook: {report.command}",
+        text="\n".join([str(options.output / ENGINE_NAME), "the same without rankbook:", *report.commands.values()]),
         passed=report.passed,
         config_folder=options.output,
     )
@@ -90,6 +97,7 @@ def _tables(report: EngineReport) -> tuple[Table, ...]:
         ("network layers", report.network_layers),
         ("engine layers", sum(report.layers.values())),
         ("plugin layers", report.plugin_layers or "none: the function bodies are built"),
+        ("plugin library", "in the engine" if report.self_contained else "loaded from its file"),
         ("build time", f"{report.seconds:.1f} s"),
     ]
     checks = [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in report.checks]

@@ -10,7 +10,7 @@ from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.inspection import Inspection, inspect
 from rankbook.tools.report import Table, plain
 
-_SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version", "command")
+_SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version")
 
 
 def add_flags(flags: Flags) -> None:
@@ -50,6 +50,7 @@ def _summary(found: Inspection) -> str:
     if found.bits_per_weight is not None:
         lines.append(f"{found.bits_per_weight:.3f} stored bits per weight over the quantized ones")
     lines += [f"{key}: {found.facts[key]}" for key in _SHORT if key in found.facts]
+    lines += [f"{tool}: {command}" for tool, command in found.facts.get("commands", {}).items()]
     if metadata := found.facts.get("metadata"):
         lines += [f"{key}: {value}" for key, value in sorted(metadata.items()) if len(value) <= 100]
     for check in found.facts.get("checks", ()):
