@@ -238,7 +238,7 @@ class QuantizedLinear:
         packed = tensors["codes"]
         codes = torch.from_numpy(layout.unpack_codes(packed.cpu().numpy(), out_features, in_features))
         levels = tensors["levels"]
-        params = _unpack_params(tensors, out_features)
+        params = unpack_params(tensors, out_features)
         low_rank = None
         if "down_scale" in tensors:
             low_rank = LowRank(_unpack_factor("down", tensors), _unpack_factor("up", tensors))
@@ -286,7 +286,8 @@ def _pack_params(params: GroupParams) -> dict[str, Tensor]:
     return {"params": ones, "step": values, "base": torch.zeros(1, 1, 1, 1)}
 
 
-def _unpack_params(tensors: Mapping[str, Tensor], rows: int) -> GroupParams:
+def unpack_params(tensors: Mapping[str, Tensor], rows: int) -> GroupParams:
+    """Return the group parameters of a layer with N = ``rows`` from its packed ``params``, ``step`` and ``base``."""
     params, step, base = tensors["params"], tensors["step"], tensors["base"]
     if params.numel() == 1 and step.numel() > 1:
         return GroupParams(values=torch.from_numpy(layout.unpack_rows(step.cpu().numpy(), rows)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from rankbook.exporter.dialects import NATIVE
+from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
+from rankbook.exporter.passes.metadata import LAYERS
 from rankbook.plugins import contract
 
 _MAX_LISTED = 100
@@ -33,17 +37,36 @@ def check_model(path: str | Path) -> list[str]:
 def check_proto(model: onnx.ModelProto) -> list[str]:
     """Return the problems of a model in memory."""
     nodes = [node for node in model.graph.node if node.domain == contract.DOMAIN]
-    if not nodes:
+    noted = {entry.key: entry.value for entry in model.metadata_props}
+    if noted.get(DIALECT_KEY, NATIVE) != NATIVE:
+        problems = list(_check_dialect(model, noted))
+        if not nodes:
+            return problems
+    elif not nodes:
         return [
             f"the model has no node of domain {contract.DOMAIN!r}, so it is not a file of rankbook;"
             " give one written by 'rankbook export'"
         ]
-    problems = list(_check_imports(model, nodes))
+    else:
+        problems = []
+    problems += _check_imports(model, nodes)
     values = _Values(model)
     for node in nodes:
         where = f"{node.op_type} node {node.name or node.output[0]!r}"
         problems += [f"{where}: {problem}" for problem in _check_node(node, values)]
     return problems
+
+
+def _check_dialect(model: onnx.ModelProto, noted: dict[str, str]) -> Iterator[str]:
+    """Check a file in operators that are not ours: every packed layer has its node."""
+    names = {node.name for node in model.graph.node}
+    try:
+        layers = json.loads(noted.get(LAYERS, ""))
+    except ValueError:
+        yield f"the metadata {LAYERS} is missing or damaged; export the model again"
+        return
+    for layer in sorted(set(layers) - names):
+        yield f"there is no node for the packed layer {layer!r}; export the model again"
 
 
 class _Values:

@@ -17,14 +17,17 @@ from onnx_ir.passes import common
 from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from rankbook.calibration.files import check_replaceable, replaced_folder
 from rankbook.exporter import conform, external
+from rankbook.exporter.dialects import NATIVE
+from rankbook.exporter.dialects import dialect as find_dialect
+from rankbook.exporter.dialects.base import check_layers
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
-from rankbook.exporter.passes.metadata import AddMetadata
+from rankbook.exporter.passes.metadata import DIALECT, AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
-from rankbook.exporter.passes.weights import BindWeights
+from rankbook.exporter.passes.weights import BindWeights, packed_layer
 from rankbook.exporter.skeleton import build
 from rankbook.exporter.trace import LOGITS, trace
 
@@ -52,6 +55,7 @@ class ExportReport:
         nodes: Number of nodes by op_type; operators of ours by their name.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         logits: ``last`` or ``all``.
+        dialect: In which operators the packed layers are written.
         opset: Version of the standard operators.
         data_sha256: Hash of the weights' file.
         seconds: Wall-clock time.
@@ -67,6 +71,7 @@ class ExportReport:
     nodes: Mapping[str, int]
     dtype: str
     logits: str
+    dialect: str
     opset: int
     data_sha256: str
     seconds: float
@@ -78,6 +83,7 @@ def export(
     *,
     dtype: str = "fp32",
     logits: str = "last",
+    dialect: str = NATIVE,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write ``model.onnx``, its weights, and the tokenizer and configuration files beside them.
@@ -89,10 +95,12 @@ def export(
         output_dir: Folder of the result; an earlier result there is replaced when the new one is complete.
         dtype: One of `DTYPES`.
         logits: One of `rankbook.exporter.trace.LOGITS`.
+        dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
         progress: Called while stages run.
 
     Raises:
-        ValueError: An unknown dtype or logits.
+        ValueError: An unknown dtype, logits or dialect.
+        DialectError: The dialect cannot express a layer; the message says which, why and what to do.
         CheckpointError: The checkpoint is missing, damaged or of another version.
         FileExistsError: ``output_dir`` holds something else.
         RuntimeError: The model cannot be traced, or the result breaks the contract of an operator.
@@ -103,12 +111,13 @@ def export(
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {tuple(DTYPES)}")
     if logits not in LOGITS:
         raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
+    find_dialect(dialect)
     output = Path(output_dir).absolute()
     check_replaceable(output, MODEL)
     checkpoint = open_checkpoint(checkpoint_dir)
     report = progress or _silent
     report("trace", 0, 1)
-    model = build_model(checkpoint, dtype=dtype, logits=logits)
+    model = build_model(checkpoint, dtype=dtype, logits=logits, dialect=dialect)
     with replaced_folder(output, MODEL) as folder:
         digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))
         model.metadata_props["rankbook.data_sha256"] = digest
@@ -126,23 +135,28 @@ def export(
         packed_bytes=packed,
         other_bytes=other,
         layers=len(checkpoint.layers),
-        bits_per_weight=_packed_bits(checkpoint) / weights,
+        bits_per_weight=(_packed_bits(checkpoint) if dialect == NATIVE else _file_bits(model, checkpoint)) / weights,
         nodes=dict(collections.Counter(node.op_type for node in model.graph)),
         dtype=dtype,
         logits=logits,
+        dialect=dialect,
         opset=model.opset_imports[""],
         data_sha256=digest,
         seconds=time.monotonic() - started,
     )
 
 
-def build_model(checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "last") -> ir.Model:
+def build_model(
+    checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "last", dialect: str = NATIVE
+) -> ir.Model:
     """Return the model of a checkpoint; its large tensors are lazy."""
+    language = find_dialect(dialect)
+    check_layers(language, (packed_layer(checkpoint, name, DTYPES[dtype]) for name in checkpoint.layers))
     skeleton = build(checkpoint, DTYPES[dtype])
     model = trace(skeleton, logits)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
-        BindWeights(checkpoint, skeleton),
+        BindWeights(checkpoint, skeleton, language),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
         UnifyNormTypes(),
         StaticReshape(),
@@ -151,7 +165,7 @@ def build_model(checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "l
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         InferShapes(),
-        AddMetadata(checkpoint, {"rankbook.dtype": dtype, "rankbook.logits": logits}),
+        AddMetadata(checkpoint, {"rankbook.dtype": dtype, "rankbook.logits": logits, DIALECT: dialect}),
     ]
     for step in passes:
         step(model)
@@ -171,7 +185,7 @@ def _sizes(model: ir.Model, checkpoint: Checkpoint) -> tuple[int, int, int]:
     packed = other = 0
     for name, value in model.graph.initializers.items():
         size = 0 if value.const_value is None else value.const_value.nbytes
-        if name.rpartition(".")[0] in owners:
+        if name.rpartition(".")[0] in checkpoint.layers:
             packed += size
         else:
             other += size
@@ -189,6 +203,16 @@ def _packed_bits(checkpoint: Checkpoint) -> int:
         if name != "bias"
     ]
     return 8 * sum(tensor.numel() * tensor.element_size() for tensor in parts)
+
+
+def _file_bits(model: ir.Model, checkpoint: Checkpoint) -> int:
+    """Return the bits of the packed layers in the file: other operators store other side data than the records."""
+    stored = 0
+    for name, value in model.graph.initializers.items():
+        layer, _, part = name.rpartition(".")
+        if layer in checkpoint.layers and part != "bias" and value.const_value is not None:
+            stored += value.const_value.nbytes
+    return 8 * stored
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -41,7 +41,7 @@ def write(model: ir.Model, path: Path, progress: Callable[[int, int], None] | No
             stream.write(padding)
             digest.update(padding)
             offset = stream.tell()
-            data = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
+            data = _bytes(tensor)
             for start in range(0, len(data), _CHUNK_BYTES):
                 stream.write(data[start : start + _CHUNK_BYTES])
                 digest.update(data[start : start + _CHUNK_BYTES])
@@ -57,6 +57,12 @@ def write(model: ir.Model, path: Path, progress: Callable[[int, int], None] | No
                 base_dir=path.parent,
             )
     return digest.hexdigest()
+
+
+def _bytes(tensor: ir.TensorProtocol) -> memoryview:
+    if tensor.dtype.bitwidth < 8:  # numpy keeps such elements in a byte each
+        return memoryview(tensor.tobytes())
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
 
 
 def _size(value: ir.Value) -> int:

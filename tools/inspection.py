@@ -143,8 +143,15 @@ def _onnx(path: Path) -> Inspection:
         "outputs": model.outputs,
         "metadata": model.metadata,
     }
+    noted = onnx_file.noted_layers(model.metadata)
+    ours = {node.name: node for node in model.nodes}
     try:
-        layers = tuple(_onnx_layer(model, node, _noted(model, node.name)) for node in model.nodes)
+        layers = tuple(
+            _onnx_layer(model, ours[name], _noted(model, noted, name))
+            if name in ours
+            else _other(model, name, noted[name])
+            for name in model.outputs_of
+        )
     except KeyError as error:
         raise UsageError(
             f"{model.path}: a node lacks {error}; the file is damaged or of another version: export it again"
@@ -152,13 +159,28 @@ def _onnx(path: Path) -> Inspection:
     return Inspection("onnx", str(model.path), layers, facts)
 
 
-def _noted(model: OnnxFile, name: str) -> dict[str, Any]:
+def _noted(model: OnnxFile, noted: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the exporter wrote about a layer: its method and its error."""
-    try:
-        entry = json.loads(model.metadata.get("rankbook.layers", "{}")).get(name, {})
-    except ValueError:
-        entry = {}
-    return {"method": model.metadata.get("rankbook.method", ""), **entry}
+    return {"method": model.metadata.get("rankbook.method", ""), **noted.get(name, {})}
+
+
+def _other(model: OnnxFile, name: str, entry: Mapping[str, Any]) -> Layer:
+    """A layer in operators that are not ours: what the exporter wrote about it, and the tensors under its name."""
+    held = {part: item for part, item in model.initializers.items() if part.rpartition(".")[0] == name}
+    stored = sum(item.bytes for part, item in held.items() if not part.endswith(".bias"))
+    rows, columns = int(entry["out_features"]), int(entry["in_features"])
+    return Layer(
+        name=name,
+        method=str(entry["method"]),
+        bits=int(entry["bits"]),
+        out_features=rows,
+        in_features=columns,
+        group=int(entry["group"]),
+        planes=int(entry["planes"]),
+        error_rank=int(entry.get("rank", 0)),
+        stored_bits=8 * stored / (rows * columns),
+        error=_error(entry),
+    )
 
 
 def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Layer:

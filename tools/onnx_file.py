@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class OnnxFile:
         outputs: The same of the outputs.
         metadata: The file's metadata properties.
         nodes: Nodes of our domain, in graph order.
+        outputs_of: Output of the node that gives each packed layer's output, by the layer's name, in graph order.
+        domains: Domains of the graph's nodes; the standard one is empty.
         initializers: Stored tensors by name.
         opset: Version of the standard operators.
         data_files: Names of external data files beside the graph.
@@ -69,9 +72,32 @@ class OnnxFile:
     outputs: dict[str, list[int | str]]
     metadata: dict[str, str]
     nodes: tuple[CustomNode, ...]
+    outputs_of: dict[str, str]
+    domains: frozenset[str]
     initializers: dict[str, Initializer]
     opset: int
     data_files: tuple[str, ...]
+
+    @property
+    def dialect(self) -> str:
+        """Operators in which the packed layers are written, see ``rankbook export --dialect``."""
+        return self.metadata.get("rankbook.dialect", "rankbook")
+
+    @property
+    def code_bytes(self) -> dict[str, int]:
+        """Bytes of the packed layers' codes by element type."""
+        total: dict[str, int] = {}
+        for name in self.code_tensors:
+            tensor = self.initializers[name]
+            total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.bytes
+        return total
+
+    @property
+    def code_tensors(self) -> frozenset[str]:
+        """Names of the tensors that hold codes."""
+        ours = {node.ports().get("codes", "") for node in self.nodes}
+        others = {f"{layer}.codes" for layer in self.outputs_of}
+        return frozenset((ours | others) & set(self.initializers))
 
     @property
     def initializer_bytes(self) -> int:
@@ -135,30 +161,60 @@ def read(path: Path) -> OnnxFile:
     file = find_model(path)
     model = load_graph(file)
     graph = model.graph
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    packed = noted_layers(metadata)
     return OnnxFile(
         path=file,
         inputs={value.name: _shape(value) for value in graph.input},
         outputs={value.name: _shape(value) for value in graph.output},
-        metadata={entry.key: entry.value for entry in model.metadata_props},
+        metadata=metadata,
         nodes=tuple(_custom_node(node) for node in graph.node if node.domain == contract.DOMAIN),
+        outputs_of={
+            node.name: node.output[0] for node in graph.node if node.domain == contract.DOMAIN or node.name in packed
+        },
+        domains=frozenset(node.domain.removeprefix("ai.onnx") for node in graph.node),
         initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},
         opset=max([item.version for item in model.opset_import if item.domain in ("", "ai.onnx")], default=0),
         data_files=_data_files(file, graph.initializer),
     )
 
 
+def noted_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the exporter wrote about each packed layer, by name; nothing where a file does not say."""
+    try:
+        layers = json.loads(metadata.get("rankbook.layers", "{}"))
+    except ValueError:
+        return {}
+    return layers if isinstance(layers, dict) else {}
+
+
 def require_ours(model: OnnxFile) -> None:
     """Check that a file was written by this project.
 
     Raises:
-        UsageError: It has no node of our domain.
+        UsageError: It has neither a node of our domain nor a packed layer in another dialect.
     """
     from rankbook.plugins import contract
 
-    if not model.nodes:
+    if not model.outputs_of:
         raise UsageError(
-            f"{model.path} has no node of domain {contract.DOMAIN!r}, so it is not a file of rankbook;"
-            " give one written by `rankbook export`"
+            f"{model.path} has no node of domain {contract.DOMAIN!r} and no packed layers in another dialect, so it is"
+            " not a file of rankbook; give one written by `rankbook export`"
+        )
+
+
+def require_standard(model: OnnxFile) -> None:
+    """Check that TensorRT can know every operator of a file.
+
+    Raises:
+        UsageError: It has operators of another domain than the standard one and ours.
+    """
+    from rankbook.plugins import contract
+
+    if foreign := sorted(model.domains - {"", contract.DOMAIN}):
+        raise UsageError(
+            f"{model.path} has operators of {', '.join(foreign)}, which TensorRT does not know (dialect"
+            f" {model.dialect!r} is for ONNX Runtime); export with --dialect rankbook or qdq"
         )
 
 

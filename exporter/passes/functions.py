@@ -17,7 +17,7 @@ class AddBodies(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
         names = {node.op_type for node in model.graph if node.domain == contract.DOMAIN}
-        for proto in functions(names):
+        for proto in functions(names) if names else ():
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
         return ir.passes.PassResult(model, modified=True)

@@ -17,6 +17,9 @@ FORMAT = "rankbook.format"
 LAYERS = "rankbook.layers"
 """Metadata key of the description of each packed layer, as JSON."""
 
+DIALECT = "rankbook.dialect"
+"""Metadata key of the dialect; files without it are in our own."""
+
 
 class AddMetadata(ir.passes.InPlacePass):
     """Sets producer and metadata properties: methods, bits, hashes of the checkpoint, tool versions, one entry a layer.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import onnx_ir as ir
+import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-from torch import Tensor
 
 from rankbook.calibration.checkpoint import Checkpoint
-from rankbook.exporter import emit
+from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
 from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
 from rankbook.plugins import contract
 
@@ -18,43 +17,43 @@ from rankbook.plugins import contract
 class BindWeights(ir.passes.InPlacePass):
     """Completes every node that `rankbook.exporter.skeleton` left without weights.
 
-    * An operator of ours: its constants become inputs, its attributes those of the contract. Layers that share
-      tensors (an output layer tied to the embedding) share the initializers.
+    * A packed layer: the nodes and constants of a dialect (`rankbook.exporter.dialects`).
     * ``Dense``: Transpose, MatMul and Add on the stored weight, which an embedding may use too.
     * A large parameter that was traced as an expanded zero: its stored values.
 
     All large tensors are lazy: they are read when the file is written.
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, dialect: Dialect) -> None:
         super().__init__()
         self._checkpoint = checkpoint
         self._skeleton = skeleton
+        self._dialect = dialect
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
         graph = model.graph
         for node in list(graph):
             if node.domain == contract.DOMAIN:
-                self._bind_operator(graph, node)
+                self._lower_packed(graph, node)
             elif (node.domain, node.op_type) == (TRACE_DOMAIN, DENSE):
                 self._lower_dense(graph, node)
         for value in list(graph.initializers.values()):
             self._restore(value)
         model.opset_imports.pop(TRACE_DOMAIN, None)
-        model.opset_imports[contract.DOMAIN] = contract.VERSION
+        if all(node.domain != contract.DOMAIN for node in graph):
+            model.opset_imports.pop(contract.DOMAIN, None)
+        else:
+            model.opset_imports[contract.DOMAIN] = contract.VERSION
+        model.opset_imports.update(self._dialect.opsets)
         return ir.passes.PassResult(model, modified=True)
 
-    def _bind_operator(self, graph: ir.Graph, node: ir.Node) -> None:
-        layer = node.attributes[LAYER].as_string()
-        owner = self._checkpoint.layers[layer].shared_with or layer
-        meta = self._checkpoint.layers[owner]
-        op = contract.OPERATORS[node.op_type]
-        tensors = emit.initializers(meta, op, self._reader(owner), owner)
-        inputs = [node.inputs[0], *(_initializer(graph, tensors[name]) for name in op.constants())]
-        self._replace(
-            graph, node, [ir.node(op.name, inputs, emit.attributes(meta), domain=contract.DOMAIN, name=layer)]
-        )
+    def _lower_packed(self, graph: ir.Graph, node: ir.Node) -> None:
+        layer, x = node.attributes[LAYER].as_string(), node.inputs[0]
+        if x is None:
+            raise ValueError(f"the placeholder of {layer} has no input")
+        writer = NodeWriter(graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype))
+        self._replace(graph, node, self._dialect.lower(writer, x))
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
         layer = node.attributes[LAYER].as_string()
@@ -96,8 +95,13 @@ class BindWeights(ir.passes.InPlacePass):
 
         return ir.LazyTensor(load, from_torch_dtype(dtype), ir.Shape(self._checkpoint.tensor(owner).shape), name=owner)
 
-    def _reader(self, layer: str) -> Callable[[str], Tensor]:
-        return lambda part: self._checkpoint.tensor(f"{layer}.{part}")
+
+def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> PackedLayer:
+    """Return a packed layer of a checkpoint as dialects see it."""
+    owner = checkpoint.layers[name].shared_with or name
+    embedding = checkpoint.layers[name].kind == "embedding"
+    meta = checkpoint.layers[owner]
+    return PackedLayer(name, owner, meta, embedding, lambda part: checkpoint.tensor(f"{owner}.{part}"), dtype)
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -70,6 +70,8 @@ def session(
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # A DequantizeLinear of 4 bits before a MatMul must not quantize the other factor as well, which is the default.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads:
         options.intra_op_num_threads = threads
     if data_folder is not None:

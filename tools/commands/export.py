@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rankbook.exporter import dialects
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -23,6 +24,13 @@ def add_flags(flags: Flags) -> None:
     flags.add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", text="activations and unquantized weights")
     flags.add(
         "--logits", choices=("last", "all"), default="last", text="last is for generation, all for `rankbook eval`"
+    )
+    flags.add(
+        "--dialect",
+        choices=dialects.names(),
+        default=dialects.NATIVE,
+        text="operators of packed layers: rankbook (ours, any method), qdq (standard DequantizeLinear, which TensorRT"
+        " fuses: symmetric 4 or 8 bits), ort (MatMulNBits of ONNX Runtime: affine 2 or 4 bits, symmetric 8)",
     )
     flags.add("--overwrite", action="store_true", default=False, text="replace an exported model that is already there")
 
@@ -47,7 +55,14 @@ def run(options: argparse.Namespace) -> Outcome:
             low, high = _SHARE.get(stage, (0.0, 1.0))
             show(low + (high - low) * done / max(1, total), stage)
 
-        report = export(options.checkpoint, output, dtype=options.dtype, logits=options.logits, progress=progress)
+        report = export(
+            options.checkpoint,
+            output,
+            dtype=options.dtype,
+            logits=options.logits,
+            dialect=options.dialect,
+            progress=progress,
+        )
     rows = [
         ("graph", megabytes(report.model_bytes)),
         ("data", megabytes(report.data_bytes)),
@@ -55,7 +70,7 @@ def run(options: argparse.Namespace) -> Outcome:
         ("  of which everything else", megabytes(report.other_bytes)),
         ("packed layers", report.layers),
         ("stored bits per weight of these", report.bits_per_weight),
-        ("activations, logits, opset", f"{report.dtype}, {report.logits}, {report.opset}"),
+        ("activations, logits, dialect, opset", f"{report.dtype}, {report.logits}, {report.dialect}, {report.opset}"),
         ("nodes", sum(report.nodes.values())),
         ("seconds", report.seconds),
     ]

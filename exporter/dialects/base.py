@@ -1,0 +1,161 @@
+"""What a dialect is given and what it must return."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import Tensor
+
+from rankbook.calibration.layer_meta import LayerMeta
+
+__all__ = ["Dialect", "DialectError", "NodeWriter", "PackedLayer", "check_layers", "lazy_tensor"]
+
+
+class DialectError(ValueError):
+    """A checkpoint that a dialect cannot express; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One use of a packed layer.
+
+    Attributes:
+        name: Dotted name of the torch module, which becomes the name of the node that gives the layer's output.
+        owner: Name of the layer that holds the tensors: another one where weights are tied.
+        meta: Shapes and types of the owner.
+        embedding: Whether rows are looked up; otherwise x is multiplied by the matrix.
+        read: Returns a packed tensor of the owner by name, see `QuantizedLinear.pack`.
+        dtype: Dtype of the activations.
+    """
+
+    name: str
+    owner: str
+    meta: LayerMeta
+    embedding: bool
+    read: Callable[[str], Tensor]
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass
+class NodeWriter:
+    """Collects the nodes that take the place of one layer, and registers their constants.
+
+    Attributes:
+        graph: Where the constants go.
+        layer: The layer; names begin with its name.
+        nodes: The nodes so far, in order.
+    """
+
+    graph: ir.Graph
+    layer: PackedLayer
+    nodes: list[ir.Node] = field(default_factory=list)
+
+    def constant(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return the initializer that holds a tensor, by its name, adding it if it is new."""
+        name = str(tensor.name)
+        if name not in self.graph.initializers:
+            shape = ir.Shape(tensor.shape.numpy())
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def lazy(self, part: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.Value:
+        """Return a constant ``<layer>.<part>`` whose values are computed when the file is written."""
+        return self.constant(lazy_tensor(f"{self.layer.name}.{part}", dtype, shape, load))
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Iterable[ir.Value | None],
+        attributes: Mapping[str, int | str] | None = None,
+        *,
+        domain: str = "",
+        name: str = "",
+    ) -> ir.Value:
+        """Append a node and return its first output; a node without a name is named after layer and operator."""
+        name = name or f"{self.layer.name}.{op_type}.{len(self.nodes)}"
+        node = ir.node(op_type, list(inputs), dict(attributes or {}), domain=domain, name=name)
+        node.outputs[0].name = f"{name}.output"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def floats(self, part: str, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.Value:
+        """Return a constant in the dtype of the activations."""
+        dtype = self.layer.dtype
+        return self.lazy(part, from_torch_dtype(dtype), shape, lambda: load().to(dtype))
+
+    def finish(self, product: ir.Value, x: ir.Value) -> list[ir.Node]:
+        """Add error branch and bias to a product and return all nodes; the last one gets the layer's name."""
+        meta = self.layer.meta
+        if meta.rank:
+            inner = self.op("MatMul", [x, self._factor("down", (meta.in_features, meta.rank), rank_axis=1)])
+            outer = self.op("MatMul", [inner, self._factor("up", (meta.rank, meta.out_features), rank_axis=0)])
+            product = self.op("Add", [product, outer])
+        if meta.bias:
+            bias = self.floats("bias", (meta.out_features,), lambda: self.layer.read("bias"))
+            self.op("Add", [product, bias])
+        self.nodes[-1].name = self.layer.name
+        return self.nodes
+
+    def _factor(self, name: str, shape: tuple[int, int], *, rank_axis: int) -> ir.Value:
+        """Return a factor of the error branch, transposed for a product from the right."""
+        read, meta = self.layer.read, self.layer.meta
+        if meta.factor_bits != 8:
+            return self.floats(name, shape, lambda: read(f"{name}_scale").T)
+        codes = self.lazy(name, ir.DataType.INT8, shape, lambda: read(name).T)
+        scale = self.floats(f"{name}_scale", (meta.rank,), lambda: read(f"{name}_scale").reshape(-1))
+        return self.op("DequantizeLinear", [codes, scale], {"axis": rank_axis})
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A way to write packed layers: one module in this package that ends in ``DIALECT = Dialect(...)``.
+
+    Attributes:
+        name: What ``--dialect`` takes.
+        summary: One line for the documentation.
+        refuse: Returns why a layer cannot be expressed and what to do, or an empty string.
+        lower: Returns the nodes that compute a layer from its input; the last one gives the output and has the name
+            of the layer.
+        opsets: Operator sets besides the standard one that the nodes need.
+    """
+
+    name: str
+    summary: str
+    refuse: Callable[[PackedLayer], str]
+    lower: Callable[[NodeWriter, ir.Value], list[ir.Node]]
+    opsets: dict[str, int] = field(default_factory=dict)
+
+
+def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
+    """Check that a dialect can express every layer.
+
+    Raises:
+        DialectError: It cannot; each reason is given once, with a layer as an example.
+    """
+    reasons: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for layer in layers:
+        if reason := dialect.refuse(layer):
+            reasons[reason] += 1
+            example.setdefault(reason, layer.name)
+    if reasons:
+        told = "; ".join(f"{example[reason]} (and {count - 1} more): {reason}" for reason, count in reasons.items())
+        raise DialectError(f"dialect {dialect.name!r} cannot express this checkpoint: {told}")
+
+
+def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.LazyTensor:
+    """Return a tensor whose values are computed when they are asked for; INT4 ones are given as int8 numbers."""
+
+    def make() -> ir.TensorProtocol:
+        values = load().contiguous()
+        if dtype == ir.DataType.INT4:
+            return ir.tensor(values.numpy().astype(dtype.numpy()), name=name)
+        return TorchTensor(values, name=name)
+
+    return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)

@@ -1,0 +1,77 @@
+"""Standard ONNX: DequantizeLinear on INT4 or INT8 weights, which TensorRT fuses into its own matrix products.
+
+Weights lie as (K, N): ONNX Runtime replaces a blocked DequantizeLinear along K with MatMulNBits only then. It quantizes
+x to 8 bits there unless the session option ``session.qdq_matmulnbits_accuracy_level`` is 1, as it is in our tools.
+TensorRT takes symmetric quantization only: no zero points in 4 bits, and zero ones in 8 bits.
+A packed embedding stays an operator of ours: looked-up rows are no product, and the whole table would be decoded.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from rankbook.exporter.affine import AffineLayer, NotAffineError
+from rankbook.exporter.dialects import rankbook
+from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
+
+_TYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+def refuse(layer: PackedLayer) -> str:
+    """Return why a layer cannot be written as symmetric INT4 or INT8."""
+    if layer.embedding:
+        return ""
+    meta = layer.meta
+    if meta.bits not in _TYPES:
+        return (
+            f"it has {meta.bits} bits, and TensorRT's integers have 4 or 8; quantize with --bits 4 or 8, or use"
+            " --dialect rankbook"
+        )
+    try:
+        affine = AffineLayer.of(meta, layer.read)
+        if not meta.has_offset:
+            affine.scales()
+    except NotAffineError as error:
+        return str(error)
+    half = 1 << (meta.bits - 1)
+    if meta.has_offset or affine.first != round(affine.first) or not -half <= affine.first <= -half + 1:
+        return (
+            "it is asymmetric (an offset or zero point per group), which TensorRT refuses; quantize with"
+            " --weight-format symmetric, or use --dialect ort or rankbook"
+        )
+    return ""
+
+
+def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
+    """Return DequantizeLinear and MatMul, and what error branch and bias need."""
+    layer = writer.layer
+    if layer.embedding:
+        return rankbook.lower(writer, x)
+    weight = dequantized_weight(writer)
+    return writer.finish(writer.op("MatMul", [x, weight]), x)
+
+
+def dequantized_weight(writer: NodeWriter) -> ir.Value:
+    """Return the weight (K, N): per channel where a row is one group, in blocks along K otherwise."""
+    meta = writer.layer.meta
+    affine = AffineLayer.of(meta, writer.layer.read)
+
+    def codes() -> Tensor:
+        return (affine.integers().to(torch.int16) + int(affine.first)).to(torch.int8).T
+
+    def scales() -> Tensor:
+        # TensorRT wants positive scales; a group of zeros may have any.
+        return affine.scales().clamp_min(torch.finfo(writer.layer.dtype).tiny).T
+
+    groups = meta.in_features // meta.group
+    stored = writer.lazy("codes", _TYPES[meta.bits], (meta.in_features, meta.out_features), codes)
+    if groups == 1:
+        scale = writer.floats("scales", (meta.out_features,), lambda: scales()[0])
+        return writer.op("DequantizeLinear", [stored, scale], {"axis": 1})
+    scale = writer.floats("scales", (groups, meta.out_features), scales)
+    return writer.op("DequantizeLinear", [stored, scale], {"axis": 0, "block_size": meta.group})
+
+
+DIALECT = Dialect("qdq", "symmetric INT4 / INT8 DequantizeLinear, fused by TensorRT", refuse, lower)
