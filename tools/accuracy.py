@@ -4,7 +4,8 @@
 
 Every row is one ``rankbook quantize`` in a child process (so that seconds and peak memory are its own) and one
 ``rankbook eval`` on the same tokens. *Gap closed* is the share of the log-perplexity gap between the unquantized model
-and min-max RTN at the same bits and group size that a row closes. Finished rows are kept: a second call goes on.
+and min-max RTN at the same bits and group size that a row closes. Finished rows are kept: a second call goes on. Rows
+of other projects (see `peers`) run in the interpreter named with ``--peer-python``, where their packages are installed.
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ ROWS: Mapping[str, Sequence[str]] = {
     "LCQ rank 1, closed form": ("--method", "lcq", "--rank", "1", "--effort", "fast"),
     "LCQ rank 2, closed form": ("--method", "lcq", "--rank", "2", "--effort", "fast"),
     "LCQ rank 1": ("--method", "lcq", "--rank", "1"),
+    "LCQ rank 1, group 48": ("--method", "lcq", "--rank", "1", "--group-size", "48"),
     "LCQ rank 2": ("--method", "lcq", "--rank", "2"),
     "LCQ rank 2 + QERA rank 32": ("--method", "lcq", "--rank", "2", "--error-branch", "qera", "--error-rank", "32"),
 }
-"""Flags of ``rankbook quantize`` by row; bits and group size come from the command line."""
+"""Flags of ``rankbook quantize`` by row; bits and, where a row has none of its own, group size come from the caller."""
+PEER_ROWS: Mapping[str, Sequence[str]] = {
+    "AutoRound, 50 iterations": ("auto-round", "--iterations", "50"),
+    "AutoRound, 200 iterations": ("auto-round", "--iterations", "200"),
+    "HQQ": ("hqq",),
+}
+"""Arguments of ``python -m rankbook.tools.peers`` by row."""
 BASELINE = "RTN"
 
 
@@ -51,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             key = f"{bits} bits, group {args.group_size}: {name}"
             if key not in results:
                 print(key, file=sys.stderr)
-                results[key] = {"bits": bits, "name": name} | _measure(bits, ROWS[name], args)
+                results[key] = {"bits": bits, "name": name} | _measure(bits, name, args)
                 _write(results_file, to_json(results))
                 _write(args.output / "accuracy.md", table(results).markdown() + "\n")
     table(results).show(sys.stdout)
@@ -86,21 +94,25 @@ def table(results: Mapping[str, Any]) -> Table:
     return Table("", columns, rows)
 
 
-def _measure(bits: int, flags: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+def _measure(bits: int, name: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
         checkpoint = Path(folder) / "checkpoint"
-        command = ["quantize", str(args.model), *flags, "--bits", str(bits), "--group-size", str(args.group_size)]
-        command += ["--calib", str(args.calib), "--seed", str(args.seed), "-o", str(checkpoint)]
-        command += ["--calib-sequences", str(args.calib_sequences)]
+        common = ["--bits", str(bits), "--group-size", str(args.group_size), "--calib", str(args.calib)]
+        common += ["--calib-sequences", str(args.calib_sequences), "--seed", str(args.seed), "-o", str(checkpoint)]
+        if name in PEER_ROWS:
+            peer, *flags = PEER_ROWS[name]
+            words = [args.peer_python, "-m", "rankbook.tools.peers", peer, str(args.model), *common, *flags]
+        else:
+            words = [sys.executable, "-m", "rankbook.tools", "quantize", str(args.model), *common, *ROWS[name]]
         started = time.perf_counter()
-        report, peak = _rankbook(command)
+        report, peak = _child(words)
         seconds = time.perf_counter() - started
         result = _evaluate(checkpoint, args, reference=args.model)
     result |= {
         "bits_per_weight": report["bits_per_weight"],
         "quantize_seconds": seconds,
         "peak_rss_gib": peak / 2**30,
-        "command": "rankbook " + " ".join(command),
+        "command": " ".join(words[1:]),
     }
     return result
 
@@ -110,19 +122,26 @@ def _evaluate(model: Path, args: argparse.Namespace, reference: Path | None = No
     command += ["--max-tokens", str(args.max_tokens)]
     if reference is not None:
         command += ["--reference", str(reference)]
-    return _rankbook(command)[0]
+    return _child([sys.executable, "-m", "rankbook.tools", *command])[0]
 
 
-def _rankbook(command: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Run one verb in a child process; return its JSON report and its own peak resident memory in bytes."""
-    process = subprocess.Popen([sys.executable, "-m", "rankbook.tools", *command, "--json"], stdout=subprocess.PIPE)
+def _child(words: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Run a command with ``--json``; return its report and its own peak resident memory in bytes."""
+    import rankbook
+
+    # A peer's interpreter has its own packages; ours is found where it is imported from here.
+    root = str(Path(next(iter(rankbook.__path__))).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    process = subprocess.Popen([*words, "--json"], stdout=subprocess.PIPE, env=environment)
     with process:
         output = process.stdout.read() if process.stdout else b""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"rankbook {' '.join(command)} ended with {process.returncode}; its messages are above")
-    report: dict[str, Any] = json.loads(output)
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}; its messages are above")
+    # The report begins the last line that begins with a brace: peers print more than their report.
+    text = output.decode()
+    report: dict[str, Any] = json.loads(text[text.rindex("\n{") if "\n{" in text else 0 :])
     return report, _bytes(usage)
 
 
@@ -144,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("accuracy"), help="folder of results (default: accuracy)")
     parser.add_argument("--bits", type=int, nargs="+", default=[3], help="bits per code (default: 3)")
     parser.add_argument("--group-size", type=int, default=64, help="weights per group (default: 64)")
-    parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), help="rows to measure (default: all)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=sorted([*ROWS, *PEER_ROWS]), help="rows to measure (default: ours)"
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers (default: this one)")
     parser.add_argument("--context", type=int, default=512, help="tokens per evaluation window (default: 512)")
     parser.add_argument("--max-tokens", type=int, default=20480, help="evaluation tokens (default: 20480)")
     parser.add_argument("--seed", type=int, default=0, help="seed of quantization (default: 0)")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 
-from rankbook.tools import accuracy
+from rankbook.tools import accuracy, errors, peers
 from tests.tiny import tiny_model, write_text
 
 
@@ -20,6 +21,26 @@ def test_the_gap_is_measured_in_log_perplexity_against_rtn_at_the_same_bits():
         "c": row | {"bits": 2, "name": "LCQ rank 2", "perplexity": math.exp(1.5)},
     }
     assert [line[3] for line in accuracy.table(results).rows] == [None, "0.0 %", "75.0 %", ""]
+
+
+def test_a_report_is_found_behind_what_a_peer_prints():
+    words = [sys.executable, "-c", "print('{not json'); print('loading'); print('{\"a\": 1}')"]
+    report, peak = accuracy._child(words)
+    assert report == {"a": 1}
+    # An interpreter alone takes some megabytes; the unit would be wrong by 1024 otherwise.
+    assert 2**20 < peak < 2**30
+
+
+def test_a_child_that_fails_is_named():
+    with pytest.raises(SystemExit, match="ended with 3"):
+        accuracy._child([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)
+    command = ["hqq", str(tmp_path), "--calib", "calib.txt", "-o", str(tmp_path / "out")]
+    assert peers.main(command) == errors.MISSING
+    assert "pip install hqq" in capsys.readouterr().err
 
 
 @pytest.mark.slow
