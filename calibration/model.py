@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration import capture, tables
+from rankbook.calibration import capture, scaling, tables
 from rankbook.calibration.checkpoint import MANIFEST, CheckpointParts, versions, write_checkpoint
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.files import check_replaceable, sha256_file
@@ -35,6 +35,8 @@ from rankbook.calibration.report import (
     totals,
 )
 from rankbook.calibration.selection import Selection, select
+from rankbook.calibration.solve import solve_layer
+from rankbook.calibration.statistics import LayerStatistics
 
 _QUANTIZE_SHARE = 0.3
 """Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
@@ -114,6 +116,7 @@ class _Run:
     reporter: Reporter
     layers: dict[str, LayerReport] = field(default_factory=dict)
     table_layers: dict[str, LayerReport] = field(default_factory=dict)
+    scaled: list[str] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, model: Any, options: QuantizeOptions, progress: Callable[[Progress], None] | None) -> _Run:
@@ -164,10 +167,13 @@ class _Run:
             for name, module in modules.items():
                 module.materialize()
                 replace_module(self.model, name, module)
+            for name, tensor in result.tensors.items():
+                self.model.get_parameter(name).data = tensor.float()
             if index + 1 < streams.end:
                 capture.advance(block, call, streams.inputs)
             for module in modules.values():
                 module.dematerialize()
+        self.scaled += result.scaled
         for name, record in result.records.items():
             self.layers[name] = LayerReport(LayerMeta.of(record), record.stored_bits(), result.errors[name])
 
@@ -176,6 +182,7 @@ class _Run:
         block, prefix, names = self.blocks.modules[index], f"{self.blocks.name}.{index}.", self.selection.layers[index]
         method, options = METHODS[self.options.method], self.options
         statistics = capture.collect(block, call, streams.inputs, names)
+        scaled = self._scale_inputs(block, lambda: call(block, streams.inputs[:1].float()), statistics)
         problems = {name: _problem(block, name, statistics[name]) for name in names}
         share = _QUANTIZE_SHARE if method.refine else 1.0
         with torch.random.fork_rng(devices=[]):
@@ -183,14 +190,28 @@ class _Run:
             records: dict[str, QuantizedLinear] = {}
             for position, (name, problem) in enumerate(problems.items()):
                 self.reporter.tell(f"quantizing {prefix}{name}", index, share * position / len(problems))
-                records[name] = _solve_layer(replace(problem, name=f"{prefix}{name}"), options)
+                records[name] = solve_layer(replace(problem, name=f"{prefix}{name}"), options)
             if method.refine is not None and streams.targets is not None and problems:
                 progress = _refine_progress(self.reporter, index)
                 seed = options.seed + index
                 whole = BlockProblem(block, problems, streams.inputs, streams.targets, call, seed, progress)
                 records = method.refine(whole, records, options.method_config())
         errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
-        return BlockResult({f"{prefix}{name}": record for name, record in records.items()}, errors)
+        return BlockResult(
+            {f"{prefix}{name}": record for name, record in records.items()},
+            errors,
+            {f"{prefix}{name}": tensor.to(self.model.dtype) for name, tensor in scaled.tensors.items()},
+            [f"{prefix}{name}" for name in scaled.layers],
+        )
+
+    def _scale_inputs(
+        self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]
+    ) -> scaling.Scaled:
+        options, kind = self.options, self.options.scaling()
+        if kind == "none":
+            return scaling.Scaled()
+        choose = scaling.chooser(kind, options.bits, options.group, options.scale_strength)
+        return scaling.scale_inputs(block, run, statistics, choose, self.model.dtype)
 
     def _note_tables(self, packed: Mapping[str, LayerMeta]) -> None:
         modules = packed_modules(self.model)
@@ -214,6 +235,7 @@ class _Run:
             layers={**self.table_layers, **self.layers},
             totals=totals(self.layers, entries),
             left_alone=self.selection.left_alone,
+            scaled=tuple(self.scaled),
             calibration=data.description,
             seconds=time.monotonic() - start,
             resumed_at=resumed,
@@ -244,17 +266,6 @@ def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:
         raise TypeError(f"{name} is {type(module).__name__}, not a linear layer")
     bias = module.bias.detach().clone() if module.bias is not None else None
     return LayerProblem(name, module.weight.detach(), bias, statistics)
-
-
-def _solve_layer(problem: LayerProblem, options: QuantizeOptions) -> QuantizedLinear:
-    record = METHODS[options.method].quantize(problem, options.method_config(problem.weight.shape[1]))
-    kind = options.driver_branch()
-    if kind != "none":
-        from rankbook.calibration.error_branch import fit_error_branch
-
-        rank = min(options.error_rank, *problem.weight.shape)
-        record = record.with_low_rank(fit_error_branch(problem, record, kind, rank, options.factor_bits))
-    return record
 
 
 def _refine_progress(reporter: Reporter, index: int) -> Callable[[float], None]:
@@ -318,6 +329,7 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
         "totals": dict(report.totals),
         "layers": {name: layer.to_json() for name, layer in report.layers.items()},
         "left_alone": dict(report.left_alone),
+        "scaled_inputs": list(report.scaled),
         "run": {
             "seconds": report.seconds,
             "resumed_at": report.resumed_at,

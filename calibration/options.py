@@ -48,6 +48,9 @@ class QuantizeOptions:
     param_bits: int | None = _option(None, "Bits of each per-group number: 8 or 16.")
     level_dtype: str | None = _option(None, "Storage of learned levels: int8 or float16.")
     effort: str | None = _option(None, "Training budget: fast, default or high.")
+    branch_passes: int = _option(1, "Rounds of quantizing what the error branch leaves and fitting the branch again.")
+    scale_inputs: str | None = _option(None, "Input scaling hidden in norms before any method: none, awq, smoothquant.")
+    scale_strength: float = _option(0.5, "SmoothQuant's alpha: share of the range that moves into the weights, 0 to 1.")
     calib: str | None = _option(
         None, "Calibration text (.txt, .jsonl or a datasets name); default: sampled from the model."
     )
@@ -67,7 +70,11 @@ class QuantizeOptions:
         _choose("factor_bits", self.factor_bits, (8, 16))
         if self.error_branch is not None:
             _choose("error_branch", self.error_branch, error_branches())
-        for name, least in (("error_rank", 1), ("calib_sequences", 1), ("calib_length", 2)):
+        if self.scale_inputs is not None:
+            _choose("scale_inputs", self.scale_inputs, scalings())
+        if not 0 <= self.scale_strength <= 1:
+            raise ValueError(f"scale_strength is {self.scale_strength}; give a number from 0 to 1")
+        for name, least in _LEAST:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}")
         if isinstance(self.group_size, str):
@@ -91,7 +98,7 @@ class QuantizeOptions:
         for name in ("rank", "weight_format", "clip_search", "param_bits", "level_dtype", "effort", "error_branch"):
             if getattr(self, name) is not None:
                 values[_FIELD.get(name, name)] = getattr(self, name)
-        values |= {"error_rank": self.error_rank, "factor_bits": self.factor_bits}
+        values |= {"error_rank": self.error_rank, "factor_bits": self.factor_bits, "passes": self.branch_passes}
         fields = self._config_fields()
         known = {name: value for name, value in values.items() if name in fields}
         return METHODS[self.method].config_type(**{**known, **self.method_options})
@@ -116,6 +123,10 @@ class QuantizeOptions:
         if self.error_branch is None or "error_branch" in self._config_fields():
             return "none"
         return self.error_branch
+
+    def scaling(self) -> str:
+        """Return the kind of input scaling: the one chosen, or the method's own."""
+        return METHODS[self.method].scale_inputs if self.scale_inputs is None else self.scale_inputs
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values."""
@@ -147,6 +158,16 @@ class QuantizeOptions:
 
 _FIELD = {"weight_format": "format"}
 """Options whose name differs from the field of the methods' configs."""
+
+
+_LEAST = (("error_rank", 1), ("branch_passes", 1), ("calib_sequences", 1), ("calib_length", 2))
+
+
+def scalings() -> tuple[str, ...]:
+    """Return the kinds of input scaling."""
+    from rankbook.calibration.scaling import SCALINGS
+
+    return SCALINGS
 
 
 def error_branches() -> tuple[str, ...]:

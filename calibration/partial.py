@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ class BlockResult:
     Attributes:
         records: By full layer name.
         errors: Relative output errors by full layer name.
+        tensors: New values of other parameters of the block by full name (norms that carry an input scaling).
+        scaled: Full names of the layers whose inputs are scaled.
     """
 
     records: Mapping[str, QuantizedLinear]
     errors: Mapping[str, float | None]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scaled: Sequence[str] = ()
 
 
 class PartialState:
@@ -70,7 +74,13 @@ class PartialState:
         """Store a finished block; a reader never sees half of one."""
         tensors = {f"{name}.{part}": t for name, record in result.records.items() for part, t in record.pack().items()}
         layers = {name: LayerMeta.of(record).to_json() for name, record in result.records.items()}
-        metadata = {"layers": json.dumps(layers), "errors": json.dumps(dict(result.errors))}
+        others = {"tensors": list(result.tensors), "scaled": list(result.scaled)}
+        metadata = {
+            "layers": json.dumps(layers),
+            "errors": json.dumps(dict(result.errors)),
+            "others": json.dumps(others),
+        }
+        tensors |= {name: tensor.contiguous() for name, tensor in result.tensors.items()}
         self._write(self._path(index), tensors, metadata)
 
     def load(self, index: int) -> BlockResult:
@@ -90,7 +100,9 @@ class PartialState:
             meta = LayerMeta.from_json(name, entry)
             parts = {part: tensors[f"{name}.{part}"] for part in meta.template()}
             records[name] = QuantizedLinear.unpack(parts, meta.out_features, meta.in_features, meta.method)
-        return BlockResult(records, json.loads(metadata["errors"]))
+        others = json.loads(metadata["others"])
+        changed = {name: tensors[name] for name in others["tensors"]}
+        return BlockResult(records, json.loads(metadata["errors"]), changed, others["scaled"])
 
     def tokens(self) -> tuple[Tensor, str] | None:
         """Return the calibration tokens (sequences, length) of the interrupted run and their description, if stored."""

@@ -68,6 +68,7 @@ class QuantizeReport:
         layers: Packed layers by full name.
         totals: Sums for ``linear``, ``embeddings`` and ``lm_head``, see `totals`.
         left_alone: Names of weights that stay as they are, with the reason.
+        scaled: Names of layers whose inputs were scaled before quantization.
         calibration: Where the calibration tokens came from.
         seconds: Wall time of this run (of the last part, after a resume).
         resumed_at: Blocks that an earlier, interrupted run had finished.
@@ -78,6 +79,7 @@ class QuantizeReport:
     layers: Mapping[str, LayerReport]
     totals: Mapping[str, Any]
     left_alone: Mapping[str, str]
+    scaled: tuple[str, ...]
     calibration: str
     seconds: float
     resumed_at: int

@@ -16,19 +16,21 @@ class LayerStatistics:
         gram: Sum of ``x.T @ x`` over tokens, float32 (K, K) (each batch is summed in float32, batches add in place).
         mean_abs: Sum of ``|x|`` over tokens, float32 (K,).
         peak_mean_abs: Largest batch mean of ``|x|``, float32 (K,): the scale of LQER's official code.
+        peak: Largest ``|x|``, float32 (K,).
         tokens: Number of tokens seen.
     """
 
     gram: Tensor
     mean_abs: Tensor
     peak_mean_abs: Tensor
+    peak: Tensor
     tokens: int = 0
 
     @classmethod
     def empty(cls, in_features: int) -> LayerStatistics:
         """Return statistics of no tokens for K = ``in_features``."""
         zeros = torch.zeros(in_features)
-        return cls(torch.zeros(in_features, in_features), zeros.clone(), zeros.clone())
+        return cls(torch.zeros(in_features, in_features), zeros.clone(), zeros.clone(), zeros.clone())
 
     def update(self, x: Tensor) -> None:
         """Add one batch of inputs (..., K), any floating dtype."""
@@ -38,7 +40,14 @@ class LayerStatistics:
             self.gram.addmm_(flat.T, flat)
         self.mean_abs += magnitude.sum(0)
         self.peak_mean_abs = torch.maximum(self.peak_mean_abs, magnitude.mean(0))
+        self.peak = torch.maximum(self.peak, magnitude.amax(0))
         self.tokens += flat.shape[0]
+
+    def divide(self, scale: Tensor) -> None:
+        """Become the statistics of ``x / scale``, scale (K,) positive."""
+        self.gram.div_(scale).div_(scale[:, None])
+        for name in ("mean_abs", "peak_mean_abs", "peak"):
+            setattr(self, name, getattr(self, name) / scale)
 
     def second_moment(self) -> Tensor:
         """Return ``E[x_j ** 2]``, float32 (K,)."""

@@ -19,6 +19,8 @@ from rankbook.calibration.record import GroupParams, QuantizedLinear
 GRADIENTS = ("straight-through", "assignment")
 
 _CLIP_RATE, _SHARE_RATE, _LEVEL_RATE = 1e-2, 5e-3, 1e-3
+_EPSILON = 1e-15
+"""Of Adam: gradients of a block's relative error are about 1e-8, where the usual 1e-8 would brake."""
 _MIN_STEP = 1e-5
 _REACH = 1.5
 
@@ -121,26 +123,37 @@ def _logit(ratio: Tensor) -> Tensor:
 
 
 class TrainedCodebooks:
-    """A layer trained by its codebook parameters alone (Adam), codes recomputed at every step."""
+    """A layer trained by its codebook parameters alone (Adam), codes recomputed at every step.
 
-    def __init__(self, weight: Tensor, record: QuantizedLinear, gradient: str) -> None:
+    With ``clip_rate``, for a record with one row of evenly spaced levels and an offset, only the range of each group is
+    learned, at that step size: OmniQuant's learned weight clipping (Shao et al. 2024, equation 2).
+    """
+
+    def __init__(self, weight: Tensor, record: QuantizedLinear, gradient: str, clip_rate: float | None = None) -> None:
         """Start from ``record`` of ``weight`` (N, K)."""
-        self._start, self._gradient = record, gradient
+        self._start, self._gradient, self._learn_levels = record, gradient, clip_rate is None
         self._grouped = rounding.to_groups(weight.float(), record.group)
         self._model = ClippedCodebooks(self._grouped, codebooks_of(record))
         model = self._model
-        self._groups = [
-            {"params": [model.gamma, model.beta], "lr": _CLIP_RATE, "rate": _CLIP_RATE},
-            {"params": [model.shares], "lr": _SHARE_RATE, "rate": _SHARE_RATE},
-            {"params": [model.growth, model.extra], "lr": _LEVEL_RATE, "rate": _LEVEL_RATE},
+        if not self._learn_levels:
+            for fixed in (model.shares, model.growth, model.extra):
+                fixed.requires_grad_(False)
+        groups = [
+            {"params": [model.gamma, model.beta], "rate": _CLIP_RATE if clip_rate is None else clip_rate},
+            {"params": [model.shares], "rate": _SHARE_RATE},
+            {"params": [model.growth, model.extra], "rate": _LEVEL_RATE},
         ]
-        self._optimizer = torch.optim.Adam(self._groups)
+        self._optimizer = torch.optim.Adam(groups[: 3 if self._learn_levels else 1], eps=_EPSILON)
         self._branch = None if record.low_rank is None else record.low_rank.dense()
         self._decoded: Tensor | None = None
 
     def _stored(self, books: Codebooks) -> tuple[GroupParams, Codebooks]:
         integer = "int8" if self._start.levels.dtype == torch.int8 else "float16"
-        rounded = _lcq_store.round_levels(books, self._start.bits, integer)
+        if self._learn_levels:
+            rounded = _lcq_store.round_levels(books, self._start.bits, integer)
+        else:  # the same tables on the levels there are
+            levels = self._start.levels.float()
+            rounded = Codebooks(levels, books.coeffs, books.offset - books.coeffs[0] * levels[0, 0])
         params = _lcq_store.to_params(rounded, 8 if self._start.params.codes is not None else 16)
         return params, _lcq_store.from_params(params, rounded.levels)
 

@@ -61,11 +61,12 @@ class Method:
         config_type: Frozen dataclass of its options; every field has a default.
         quantize: ``quantize(problem, config)`` solves one layer in closed form.
         refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
-        where the
-            method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
+            where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
+        scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.scaling`).
     """
 
     name: str
     config_type: type
     quantize: Callable[[LayerProblem, Any], QuantizedLinear]
     refine: Callable[[BlockProblem, Mapping[str, QuantizedLinear], Any], dict[str, QuantizedLinear]] | None = None
+    scale_inputs: str = "none"

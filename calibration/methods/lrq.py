@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankbook.calibration import feedback, rounding
+from rankbook.calibration import rounding
 from rankbook.calibration.codebooks import affine_levels
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods._scaled_rounding import Divisors, ScaledRounding
 from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
-from rankbook.calibration.methods.lcq import scaled_gram
 from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
 from rankbook.calibration.record import QuantizedLinear
 
@@ -27,7 +26,6 @@ STEPS = {"fast": 0, "default": 100, "high": 600}
 _COMPAT_STEPS, _COMPAT_BATCH, _COMPAT_RATE = 5000, 2, 5e-4
 _COMPAT_RANGES, _COMPAT_POWER = 100, 2.4
 _NARROW, _WIDE = 4096, 8192
-_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,6 @@ class LrqConfig:
     rank: int = field(default=0, metadata={"help": "Rank of the scaling matrices; 0 takes min(N, K) / 4."})
     format: str = field(default="affine", metadata={"help": f"Levels: {' or '.join(FORMATS)}."})
     clip_search: bool = field(default=True, metadata={"help": "Search the range of each group before training."})
-    feedback: bool = field(
-        default=False, metadata={"help": "Start from codes chosen with error feedback (GPTQ) instead of the nearest."}
-    )
     param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
     effort: str = field(default="default", metadata={"help": "fast: no training; default, high: trained by block."})
     seed: int = field(default=0, metadata={"help": "Seed of the batch order and of the scaling matrices."})
@@ -66,8 +61,8 @@ class LrqConfig:
             raise ValueError(f"rank {self.rank} is negative; choose at least 1, or 0 for min(N, K) / 4")
         if self.effort not in STEPS:
             raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(STEPS)}")
-        if self.compat and (self.format != "affine" or self.feedback):
-            raise ValueError("compat is the released code: asymmetric, without error feedback; leave those options out")
+        if self.compat and self.format != "affine":
+            raise ValueError("compat is the released code, which is asymmetric; leave the format at affine")
         self.grid()
 
     def grid(self) -> rtn.RtnConfig:
@@ -82,8 +77,8 @@ class LrqConfig:
             rate = self.rate or _COMPAT_RATE
             return Divisors(rank, rank > 0, self.scale_rate or rate, rate, 1e-8)
         rank = 0 if self.full_rank else min(self.rank or max(1, min(rows, columns) // 4), rows, columns)
-        reach, scale_reach = (_FULL_REACH, _SCALE_REACH) if rank == 0 else (_REACH, _SCALE_REACH)
-        return Divisors(rank, rank > 0, self.scale_rate or scale_reach / steps, self.rate or reach / steps)
+        default = _REACH / max(1, steps)
+        return Divisors(rank, rank > 0, self.scale_rate or default, self.rate or default)
 
     def training_steps(self) -> int:
         """Return the training steps per block."""
@@ -92,8 +87,12 @@ class LrqConfig:
         return self.steps or STEPS[self.effort]
 
 
-_REACH, _FULL_REACH, _SCALE_REACH = 0.5, 0.5, 0.5
-"""Default step sizes times the number of steps; twice what Adam can move a parameter."""
+_REACH = 0.5
+"""Default step size times the number of steps: twice what Adam can move a logarithm.
+
+The released 5e-4 suits 5000 steps. One block of SmolLM2-135M, 3 bits, 60 steps, error relative to a start of 1: 0.55 at
+0.24, 0.53 at 0.5, 0.55 at 1.2. Starting from codes chosen with error feedback ended no lower.
+"""
 
 
 def _released_rank(rows: int, columns: int) -> int:
@@ -120,11 +119,7 @@ def quantize(problem: LayerProblem, config: LrqConfig) -> QuantizedLinear:
     else:
         energy = rtn.input_energy(problem, config.group_size) if config.clip_search else None
         levels, params = rtn.grid(grouped, energy, config.grid())
-    tables = rtn.tables_of(levels, params)
-    if config.feedback:
-        codes = feedback.assign(grouped, tables, feedback.plan(scaled_gram(problem, _DAMPING), 0.0))
-    else:
-        codes = rounding.nearest(grouped, tables)
+    codes = rounding.nearest(grouped, rtn.tables_of(levels, params))
     return rtn.assemble(problem, codes, levels, params, "flexround" if config.full_rank else "lrq")
 
 

@@ -59,7 +59,7 @@ def test_qera_equals_the_paper_with_a_symmetric_square_root() -> None:
 
 def test_with_a_constant_scale_l2qer_is_lqer() -> None:
     problem, record, _ = _case()
-    statistics = LayerStatistics(torch.eye(64) * 4, torch.ones(64), torch.full((64,), 2.0), 1)
+    statistics = LayerStatistics(torch.eye(64) * 4, torch.ones(64), torch.full((64,), 2.0), torch.full((64,), 3.0), 1)
     even = LayerProblem(problem.name, problem.weight, None, statistics)
     plain = fit_error_branch(even, record, "lqer", 8, 32)
     for kind in ("l2qer", "qera-diag", "qera"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankbook.calibration import rounding
 from rankbook.calibration.error_branch import fit_error_branch
-from rankbook.calibration.methods import METHODS, gptq, lrq, rtn
+from rankbook.calibration.methods import METHODS, lrq, rtn
 from rankbook.calibration.methods._scaled_rounding import Divisors, ScaledRounding
 from rankbook.calibration.methods.base import BlockProblem
 from rankbook.calibration.methods.flexround import FlexRoundConfig
@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flexround": {"full_rank": True},
     "symmetric": {"format": "symmetric", "bits": 4},
     "per channel": {"group_size": 0},
-    "feedback": {"feedback": True},
     "no search": {"clip_search": False, "param_bits": 16},
     "two bits": {"bits": 2, "group_size": 32},
     "eight bits": {"bits": 8, "group_size": 0},
@@ -125,7 +124,7 @@ def test_training_gains_and_stores_plain_codes(changes: dict[str, Any]) -> None:
     trained = lrq.refine(problem, records, config)
     # 8-bit weights have next to nothing to gain; the trainer then returns the start.
     before, after = block_loss(problem, records), block_loss(problem, trained)
-    assert after <= before if config.bits == 8 or config.feedback else after < 0.95 * before
+    assert after <= before if config.bits == 8 else after < 0.95 * before
     for name, record in trained.items():
         assert record.planes == 1
         assert record.has_offset == (config.format == "affine")
@@ -271,32 +270,10 @@ def test_wrong_values_are_refused() -> None:
         LrqConfig(rank=-1)
     with pytest.raises(ValueError, match="choose one of fast, default, high"):
         LrqConfig(effort="max")
-    with pytest.raises(ValueError, match="asymmetric, without error feedback"):
+    with pytest.raises(ValueError, match="which is asymmetric"):
         LrqConfig(compat=True, format="symmetric")
     with pytest.raises(ValueError, match="choose 8 or 16"):
         LrqConfig(param_bits=4)
     damaged = dataclasses.replace(problems.layer(8, 64), weight=torch.full((8, 64), float("nan")))
     with pytest.raises(ValueError, match="weights of layer hold NaN"):
         lrq.quantize(damaged, LrqConfig())
-
-
-@pytest.mark.parametrize("weight_format", ["affine", "symmetric", "nf4"])
-def test_gptq_rounds_better_than_to_nearest_on_the_same_grid(weight_format: str) -> None:
-    problem = problems.layer(40, 128)
-    config = gptq.GptqConfig(bits=4, format=weight_format)
-    record = gptq.quantize(problem, config)
-    plain = rtn.quantize(problem, rtn.RtnConfig(bits=4, format=weight_format))
-    assert torch.equal(record.params.dense(), plain.params.dense())
-    assert problems.output_error(problem, record.weight()) < 0.8 * problems.output_error(problem, plain.weight())
-    assert record.method == "gptq"
-
-
-def test_gptq_takes_columns_as_they_stand_or_by_energy() -> None:
-    problem = problems.layer(40, 128)
-    config = gptq.GptqConfig(bits=3)
-    ordered = gptq.quantize(problem, config)
-    plain = gptq.quantize(problem, dataclasses.replace(config, act_order=False))
-    assert not torch.equal(ordered.codes, plain.codes)
-    # With columns as they stand the first one is rounded to its nearest level.
-    first = rtn.quantize(problem, rtn.RtnConfig(bits=3)).codes[:, 0]
-    assert torch.equal(plain.codes[:, 0], first)

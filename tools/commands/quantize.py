@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _OPTIONS = (
     "method bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits level_dtype"
-    " effort calib calib_sequences calib_length seed quantize_lm_head quantize_embeddings"
+    " effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
+    " quantize_lm_head quantize_embeddings"
 ).split()
 """Flags that go to `QuantizeOptions` under their own names."""
 
@@ -75,6 +76,11 @@ def _add_method_flags(flags: Flags) -> None:
     flags.add("--error-branch", metavar="E", text="low-rank branch: none, lqer, l2qer, qera-diag or qera")
     flags.add("--error-rank", type=int, default=32, metavar="Q", text="rank of the error branch")
     flags.add("--factor-bits", type=int, choices=(8, 16), default=8, text="bits of the branch's factors")
+    flags.add(
+        "--branch-passes", type=int, default=1, metavar="N", text="rounds of quantizing around the branch and refitting"
+    )
+    flags.add("--scale-inputs", metavar="S", text="hide input scales in norms first: none, awq or smoothquant")
+    flags.add("--scale-strength", type=float, default=0.5, metavar="A", text="smoothquant's alpha, 0 to 1")
     flags.add(
         "--param-bits", type=int, choices=(8, 16), text="bits of each number of a group; the method's choice without"
     )
@@ -150,6 +156,7 @@ def _tables(report: QuantizeReport) -> list[Table]:
     rows += [
         ("calibration", report.calibration),
         ("layers left alone", len(report.left_alone)),
+        ("layers with scaled inputs", len(report.scaled)),
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
     ]

@@ -1,0 +1,24 @@
+"""AWQ (Lin et al. 2024, arXiv 2306.00978): activation-aware input scaling, then rounding with a searched range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from rankbook.calibration.methods import rtn
+from rankbook.calibration.methods.base import LayerProblem, Method
+from rankbook.calibration.record import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class AwqConfig(rtn.RtnConfig):
+    """Options of AWQ: those of rounding to nearest."""
+
+    clip_search: bool = field(default=True, metadata={"help": "Search the range of each group by weighted error."})
+
+
+def quantize(problem: LayerProblem, config: AwqConfig) -> QuantizedLinear:
+    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.scaling`)."""
+    return replace(rtn.quantize(problem, config), method="awq")
+
+
+METHOD = Method("awq", AwqConfig, quantize, scale_inputs="awq")

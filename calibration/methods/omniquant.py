@@ -1,0 +1,65 @@
+"""OmniQuant's learned weight clipping (Shao et al. 2024, arXiv 2308.13137): the range of each group, trained by block.
+
+It is LCQ at rank one with evenly spaced levels that stay as they are. The offset is real, as everywhere in the records.
+The equivalent transformation, which the official scripts for weight-only LLaMA do not learn either, is left out;
+``--scale-inputs`` takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from rankbook.calibration.methods import rtn
+from rankbook.calibration.methods._lcq_gradient import TrainedCodebooks
+from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
+from rankbook.calibration.methods.lrq import STEPS
+from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.record import QuantizedLinear
+
+_RATE = 1e-2
+"""Step size of the official code, for 5120 steps; fewer take larger ones, `_REACH` over their number."""
+_REACH = 3.0
+
+
+@dataclass(frozen=True)
+class OmniQuantConfig(rtn.RtnConfig):
+    """Options of learned clipping: those of asymmetric rounding to nearest, and of training."""
+
+    clip_search: bool = field(default=True, metadata={"help": "Search the range of each group before training."})
+    effort: str = field(default="default", metadata={"help": "fast: no training; default, high: trained by block."})
+    steps: int = field(default=0, metadata={"help": "Training steps per block; 0 takes what the effort asks for."})
+    rate: float = field(default=0.0, metadata={"help": "Step size of the ranges' logits; 0 goes by the steps."})
+    batch: int = field(default=1, metadata={"help": "Calibration sequences per training step."})
+    compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format != "affine":
+            raise ValueError(f"weight format {self.format!r} cannot be clipped on two sides; leave it at affine")
+        if self.effort not in STEPS:
+            raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(STEPS)}")
+
+
+def quantize(problem: LayerProblem, config: OmniQuantConfig) -> QuantizedLinear:
+    """Round one layer to nearest: where training starts."""
+    return replace(rtn.quantize(problem, config), method="omniquant")
+
+
+def refine(
+    problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: OmniQuantConfig
+) -> dict[str, QuantizedLinear]:
+    """Train the ranges of a block by its output; with effort ``fast`` the records are returned as they are."""
+    steps = config.steps or STEPS[config.effort]
+    if not steps or not records:
+        return dict(records)
+    rate = config.rate or max(_RATE, _REACH / steps)
+    layers: dict[str, TrainableLayer] = {
+        name: TrainedCodebooks(problem.layers[name].weight, record, "straight-through", rate)
+        for name, record in records.items()
+    }
+    train = TrainConfig(steps=steps, batch=config.batch, compute=config.compute)
+    return train_block(problem, records, layers, train).records
+
+
+METHOD = Method("omniquant", OmniQuantConfig, quantize, refine)

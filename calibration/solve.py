@@ -1,0 +1,38 @@
+"""Solving one layer: the method's closed form, and an error branch where the driver adds one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rankbook.calibration.methods import METHODS, LayerProblem
+from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.report import output_error
+
+
+def solve_layer(problem: LayerProblem, options: QuantizeOptions) -> QuantizedLinear:
+    """Return the record of a layer by the method's closed form, with the error branch of the options.
+
+    With ``branch_passes`` above 1 the layer is quantized again without what its branch adds, and the branch is fitted
+    again (as in LoftQ, Li et al. 2023, algorithm 1, with the layer's output error in place of the weight's); the pass
+    with the least output error counts.
+    """
+    method, config = METHODS[options.method], options.method_config(problem.weight.shape[1])
+    record, kind = method.quantize(problem, config), options.driver_branch()
+    if kind == "none":
+        return record
+    from rankbook.calibration.error_branch import fit_error_branch
+
+    rank = min(options.error_rank, *problem.weight.shape)
+    best, least = record, float("inf")
+    for left in reversed(range(options.branch_passes)):
+        branch = fit_error_branch(problem, record, kind, rank, options.factor_bits)
+        record = record.with_low_rank(branch)
+        if options.branch_passes == 1 or branch is None:
+            return record
+        error = output_error(problem.weight, record, problem.statistics.gram) or 0.0
+        if error < least:
+            best, least = record, error
+        if left:
+            record = method.quantize(replace(problem, weight=problem.weight - branch.dense()), config)
+    return best
