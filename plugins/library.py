@@ -3,6 +3,7 @@
 ONNX Runtime::
 
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("rankbook.activations", "int8")  # before the next line; without it: exact, slower
     options.register_custom_ops_library(str(rankbook.plugins.library.library("ort")))
 """
 
@@ -11,6 +12,10 @@ from __future__ import annotations
 import ctypes
 import json
 from pathlib import Path
+
+ACTIVATIONS = ("fp32", "int8")
+"""Values of the session configuration entry `ACTIVATIONS_ENTRY`; int8 is defined in `rankbook.plugins.integer`."""
+ACTIVATIONS_ENTRY = "rankbook.activations"
 
 _FILES = {"ort": "librankbook_ort.so", "trt": "librankbook_trt.so"}
 _TARGETS = {"ort": "make native", "trt": "make native-cuda"}
@@ -47,7 +52,7 @@ def library(runtime: str) -> Path:
 
 
 def native_info(runtime: str) -> dict[str, str | int]:
-    """Return what the library says about itself: ``isa`` (the instruction set chosen here) and ``ort_api``.
+    """Return what the library says about itself: ``isa`` and ``isa_int8`` (instruction sets chosen here), ``ort_api``.
 
     Raises:
         ValueError: No library is made for this runtime.

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <thread>
@@ -131,6 +132,85 @@ double largest_error(const Case& c, const Layer& layer, const PanelKernels& kern
   return worst;
 }
 
+// The same layer in the int8 mode; levels are made whole numbers first.
+std::vector<float> run_integers(const Case& c, const Layer& layer, const IntegerKernels& kernels, const std::vector<float>& x,
+                                const std::vector<float>& bias) {
+  const int width = 1 << c.bits;
+  std::vector<int32_t> levels(layer.levels.size());
+  IntegerWeight weight;
+  weight.weight = layer.weight;
+  std::vector<float> step = layer.step;
+  std::vector<float> base = layer.base;
+  const int64_t planes = layer.weight.param_planes();
+  for (int plane = 0; plane < c.planes; ++plane) {
+    int32_t* row = levels.data() + plane * width;
+    const float unit = whole_levels(layer.levels.data() + plane * width, width, row);
+    for (size_t i = static_cast<size_t>(plane); i < step.size(); i += static_cast<size_t>(planes)) {
+      step[i] *= unit;
+      base[i] *= unit;
+    }
+    weight.is_signed = weight.is_signed || needs_signed(row, width, kernels);
+  }
+  std::vector<PlaneTable> tables;
+  for (int plane = 0; plane < c.planes; ++plane) {
+    tables.push_back(prepare_table(levels.data() + plane * width, c.bits, weight.is_signed));
+  }
+  weight.tables = tables.data();
+  weight.step = step.data();
+  weight.base = base.data();
+  weight.per_panel = true;
+
+  IntegerBranch branch;
+  branch.rank = c.rank;
+  const int64_t words = ceil_div(c.rank, kPanel) * layer.weight.blocks() * kBlock * kPanel;
+  std::vector<uint8_t> down(static_cast<size_t>(words), 0x80);
+  for (int64_t r = 0; r < c.rank; ++r) {
+    for (int64_t k = 0; k < c.k; ++k) {
+      const int64_t at = (r / kPanel * layer.weight.blocks() * 8 + k / 4) * kWordBytes + r % kPanel * 4 + k % 4;
+      down[at] = static_cast<uint8_t>(layer.down[(r / kPanel * c.k + k) * kPanel + r % kPanel]);
+    }
+  }
+  std::vector<float> ones(static_cast<size_t>(ceil_div(c.rank, kPanel) * c.groups * kPanel), 1.0F);
+  int32_t codes[256];
+  for (int code = 0; code < 256; ++code) codes[code] = code - 128;
+  const bool is_signed = needs_signed(codes, 256, kernels);
+  const PlaneTable table = prepare_table(codes, 8, is_signed);
+  const float one = 1.0F;
+  const float zero = 0.0F;
+  CodebookWeight factor;
+  factor.bits = 8;
+  factor.out_features = c.rank;
+  factor.in_features = c.k;
+  factor.groups = c.groups;
+  factor.planes = 1;
+  factor.form = ParamForm::kFloat32;
+  factor.codes = down.data();
+  factor.params = ones.data();
+  branch.down = {factor, &table, is_signed, &one, &zero, false};
+  branch.up = layer.branch.up;
+  branch.middle = layer.branch.middle;
+
+  std::vector<float> y(static_cast<size_t>(c.tokens * c.n));
+  const int64_t bytes = integer_workspace(weight, branch, c.tokens);
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, static_cast<size_t>(bytes)), std::free);
+  const IntegerArgs args{weight, branch, bias.data(), x.data(), c.tokens, y.data(), static_cast<uint8_t*>(workspace.get())};
+  if (integer_linear(args, kernels, {nullptr, run_threads}) != Status::kOk) y.assign(y.size(), NAN);
+  return y;
+}
+
+// Every instruction set gives the bits of the portable kernels (what those must be, the tests in Python say).
+bool integers_agree(const Case& c, const Layer& layer) {
+  const std::vector<float> x = reals(c.tokens * c.k, 1.0F);
+  const std::vector<float> bias = reals(c.n, 1.0F);
+  const std::vector<float> want = run_integers(c, layer, select_integer_kernels(Isa::kPortable), x, bias);
+  bool same = true;
+  for (const float value : want) same = same && std::isfinite(value);
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512}) {
+    same = same && run_integers(c, layer, select_integer_kernels(isa), x, bias) == want;
+  }
+  return same;
+}
+
 }  // namespace
 
 int main() {
@@ -141,6 +221,12 @@ int main() {
       {8, 2, false, 40, 33, 1, 0, 7},   {4, 1, true, 300, 512, 8, 16, 2},  {3, 2, true, 300, 512, 8, 16, 1},
   };
   int failures = 0;
+  for (const Case& c : cases) {
+    if (integers_agree(c, Layer(c))) continue;
+    std::fprintf(stderr, "int8 mode: %d bits, %d planes, N %ld, K %ld, M %ld: instruction sets differ\n", c.bits, c.planes,
+                 static_cast<long>(c.n), static_cast<long>(c.k), static_cast<long>(c.tokens));
+    ++failures;
+  }
   for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
     const PanelKernels& kernels = select_kernels(isa);
     for (const Case& c : cases) {

@@ -170,7 +170,7 @@ def test_unknown_instruction_set_is_refused() -> None:
     environment = {**os.environ, "RANKBOOK_NATIVE_ISA": "sse9", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "RANKBOOK_NATIVE_ISA must be portable, avx2 or avx512" in done.stderr
+    assert "RANKBOOK_NATIVE_ISA must be portable, avx2, avxvnni or avx512" in done.stderr
 
 
 @built
@@ -306,4 +306,6 @@ def test_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_library_is_built_in_ci() -> None:
     """Skips must not hide everything: where CI built the library, it loads and describes itself."""
     assert library.unavailable("ort") is None
-    assert library.native_info("ort")["isa"] in {"portable", "avx2", "avx512"}
+    info = library.native_info("ort")
+    assert info["isa"] in {"portable", "avx2", "avx512"}
+    assert info["isa_int8"] in {"portable", "avx2", "avx-vnni", "avx512-vnni"}

@@ -35,17 +35,6 @@ int64_t elements(const Shape& shape) {
   return count;
 }
 
-// (rows, columns) to (ceil(rows / 32), columns, 32), zero-padded.
-template <class T>
-std::vector<T> to_panels(const T* from, int64_t rows, int64_t columns) {
-  std::vector<T> out(static_cast<size_t>(ceil_div(rows, kPanel) * columns * kPanel));
-  for (int64_t row = 0; row < rows; ++row) {
-    T* to = out.data() + row / kPanel * columns * kPanel + row % kPanel;
-    for (int64_t column = 0; column < columns; ++column) to[column * kPanel] = from[row * columns + column];
-  }
-  return out;
-}
-
 }  // namespace
 
 std::string describe(const Shape& shape) {
@@ -215,44 +204,42 @@ CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   return weight;
 }
 
-PanelFactor BranchStore::Factor::view() const {
-  return codes.empty() ? PanelFactor{nullptr, values.data()} : PanelFactor{codes.data(), nullptr};
-}
-
-BranchStore::BranchStore(const Constants& constants, size_t down, int64_t out_features, int64_t in_features) {
-  const size_t up = down + 2;
-  const auto load = [&](size_t input, int64_t rows, int64_t columns, const Shape& scale, std::vector<float>& scales) {
+Factors::Factors(const Constants& constants, size_t first, int64_t out_features, int64_t in_features) {
+  const auto load = [&](size_t input, int64_t rows, int64_t columns, const Shape& scale) {
     Factor factor;
     constants.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
     const bool plain = constants.shape(input + 1) == Shape{rows, columns} && elements(constants.shape(input)) == 1;
     if (plain) {
-      std::vector<float> values = constants.floats(input + 1);
+      factor.values = constants.floats(input + 1);
       const float unit = constants.floats(input)[0];
-      for (float& value : values) value *= unit;
-      factor.values = to_panels(values.data(), rows, columns);
-      scales.assign(static_cast<size_t>(rank_), 1.0F);
+      for (float& value : factor.values) value *= unit;
+      factor.scales.assign(static_cast<size_t>(rank), 1.0F);
       return factor;
     }
     constants.expect(input, {{rows, columns}, {1, 1}});
     constants.expect(input + 1, {scale});
-    factor.codes = to_panels(static_cast<const int8_t*>(constants.tensor(input).GetTensorRawData()), rows, columns);
-    scales = constants.floats(input + 1);
+    const auto* codes = static_cast<const int8_t*>(constants.tensor(input).GetTensorRawData());
+    factor.codes.assign(codes, codes + rows * columns);
+    factor.scales = constants.floats(input + 1);
     return factor;
   };
-  const Shape first = constants.shape(down);
-  const Shape scale = constants.shape(down + 1);
-  const Shape& full = elements(first) == 1 && scale.size() == 2 && scale[1] == in_features ? scale : first;
+  const Shape shape = constants.shape(first);
+  const Shape scale = constants.shape(first + 1);
+  const Shape& full = elements(shape) == 1 && scale.size() == 2 && scale[1] == in_features ? scale : shape;
   if (full.size() != 2 || full[0] < 1 || full[1] != in_features) {
-    constants.fail(std::string("input ") + constants.name(down) + " has shape " + describe(first) + "; it must be (rank, " +
+    constants.fail(std::string("input ") + constants.name(first) + " has shape " + describe(shape) + "; it must be (rank, " +
                    std::to_string(in_features) + ")");
   }
-  rank_ = full[0];
-  std::vector<float> down_scale;
-  std::vector<float> up_scale;
-  down_ = load(down, rank_, in_features, {rank_, 1}, down_scale);
-  up_ = load(up, out_features, rank_, {1, rank_}, up_scale);
-  middle_.resize(static_cast<size_t>(rank_));
-  for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = down_scale[i] * up_scale[i];
+  rank = full[0];
+  down = load(first, rank, in_features, {rank, 1});
+  up = load(first + 2, out_features, rank, {1, rank});
+}
+
+BranchStore::BranchStore(const Factors& factors, int64_t out_features, int64_t in_features)
+    : rank_(factors.rank), middle_(static_cast<size_t>(factors.rank)) {
+  down_ = {to_panels(factors.down.codes, rank_, in_features), to_panels(factors.down.values, rank_, in_features)};
+  up_ = {to_panels(factors.up.codes, out_features, rank_), to_panels(factors.up.values, out_features, rank_)};
+  for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = factors.down.scales[i] * factors.up.scales[i];
 }
 
 LowRankBranch BranchStore::bind() const { return {rank_, down_.view(), up_.view(), middle_.data()}; }

@@ -43,6 +43,11 @@ class WeightStore {
   // The weight with its pointers into the inputs of this call.
   CodebookWeight bind(const Ort::KernelContext& context) const;
 
+  const CodebookWeight& sizes() const { return weight_; }  // without pointers
+  const std::vector<float>& levels() const { return levels_; }
+  const std::vector<float>& step() const { return step_; }
+  const std::vector<float>& base() const { return base_; }
+
  private:
   void read_params(const Constants& constants);
   void fit_lines();
@@ -53,24 +58,51 @@ class WeightStore {
   std::vector<float> levels_, slopes_, step_, base_;
 };
 
+// One factor of the error branch as the file has it, (rows, columns): codes with scales, or values with scales of one.
+struct Factor {
+  std::vector<int8_t> codes;
+  std::vector<float> values;
+  std::vector<float> scales;  // one per rank
+};
+
+// Both factors. `down` is the position of that input; down_scale, up and up_scale follow it.
+struct Factors {
+  int64_t rank = 0;
+  Factor down, up;
+  Factors(const Constants& constants, size_t down, int64_t out_features, int64_t in_features);
+};
+
+// (rows, columns) to (ceil(rows / 32), columns, 32), zero-padded.
+template <class T>
+std::vector<T> to_panels(const std::vector<T>& from, int64_t rows, int64_t columns) {
+  std::vector<T> out(static_cast<size_t>(from.empty() ? 0 : ceil_div(rows, kPanel) * columns * kPanel));
+  for (int64_t row = 0; row < rows && !from.empty(); ++row) {
+    T* to = out.data() + row / kPanel * columns * kPanel + row % kPanel;
+    for (int64_t column = 0; column < columns; ++column) to[column * kPanel] = from[static_cast<size_t>(row * columns + column)];
+  }
+  return out;
+}
+
+// A factor in panel order.
+struct StoredFactor {
+  std::vector<int8_t> codes;
+  std::vector<float> values;
+  PanelFactor view() const {
+    return codes.empty() ? PanelFactor{nullptr, values.data()} : PanelFactor{codes.data(), nullptr};
+  }
+};
+
 // The error branch, its factors brought into panel order: R * (32-padded N + K) bytes, or four times that if not int8.
 class BranchStore {
  public:
   BranchStore() = default;
-  // `down` is the position of that input; down_scale, up and up_scale follow it.
-  BranchStore(const Constants& constants, size_t down, int64_t out_features, int64_t in_features);
+  BranchStore(const Factors& factors, int64_t out_features, int64_t in_features);
 
   LowRankBranch bind() const;
 
  private:
-  struct Factor {
-    std::vector<int8_t> codes;
-    std::vector<float> values;
-    PanelFactor view() const;
-  };
-
   int64_t rank_ = 0;
-  Factor down_, up_;
+  StoredFactor down_, up_;
   std::vector<float> middle_;
 };
 

@@ -40,6 +40,16 @@ int64_t product(const std::vector<int64_t>& shape, size_t count) {
   throw Ort::Exception(node + ": " + sentence, ORT_INVALID_ARGUMENT);
 }
 
+// Memory on a cache line.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : held_(new uint8_t[static_cast<size_t>(bytes + 64)]) {}
+  uint8_t* get() const { return held_.get() + (64 - reinterpret_cast<uintptr_t>(held_.get()) % 64) % 64; }
+
+ private:
+  std::unique_ptr<uint8_t[]> held_;
+};
+
 // Runs `work`, turning what it throws into a status: an exception must not cross the C API.
 template <class Work>
 OrtStatusPtr guarded(Work&& work) noexcept {
@@ -61,9 +71,9 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
   int bits;
   ONNXTensorElementDataType type;
   std::string name;
-  const PanelKernels& kernels;
+  const Kernels kernels;
 
-  Op(Kind kind_, int bits_, ONNXTensorElementDataType type_, const PanelKernels& kernels_)
+  Op(Kind kind_, int bits_, ONNXTensorElementDataType type_, const Kernels& kernels_)
       : kind(kind_), bits(bits_), type(type_), kernels(kernels_) {
     name = (kind == Kind::kGather ? Gather::kName : kind == Kind::kLowRank ? LowRank::kName : MatMul::kName);
     name += std::to_string(bits);
@@ -77,7 +87,7 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     return guarded([&] {
       if (kind == Kind::kGather) {
-        *kernel = new GatherKernel(Constants(info, Gather::kInputs, name), bits, kernels);
+        *kernel = new GatherKernel(Constants(info, Gather::kInputs, name), bits);
       } else {
         const bool low_rank = kind == Kind::kLowRank;
         const Constants constants(info, low_rank ? LowRank::kInputs : MatMul::kInputs, name);
@@ -115,7 +125,7 @@ static_assert(MatMul::kCodes == static_cast<int>(LowRank::kCodes) && MatMul::kBi
 
 }  // namespace
 
-MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, const PanelKernels& kernels)
+MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, const Kernels& kernels)
     : node_(constants.node()),
       kernels_(kernels),
       weight_(constants, bits, MatMul::kCodes),
@@ -131,7 +141,14 @@ MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, 
       bias_.assign(static_cast<size_t>(out_features_), value);
     }
   }
-  if (low_rank) branch_ = BranchStore(constants, LowRank::kDown, out_features_, in_features_);
+  if (kernels_.integers != nullptr) integer_weight_.emplace(constants, weight_, *kernels_.integers);
+  if (!low_rank) return;
+  const Factors factors(constants, LowRank::kDown, out_features_, in_features_);
+  if (kernels_.integers != nullptr) {
+    integer_branch_ = IntegerBranchStore(factors, weight_.sizes(), *kernels_.integers);
+  } else {
+    branch_ = BranchStore(factors, out_features_, in_features_);
+  }
 }
 
 OrtStatusPtr MatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
@@ -145,38 +162,44 @@ void MatMulKernel::compute(const Ort::KernelContext& context) const {
   if (shape.empty() || shape.back() != in_features_) {
     fail(node_, "x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(in_features_));
   }
-  LinearArgs args;
-  args.weight = weight_.bind(context);
-  args.branch = branch_.bind();
-  args.bias = bias_.empty() ? nullptr : bias_.data();
-  args.tokens = product(shape, shape.size() - 1);
+  const int64_t tokens = product(shape, shape.size() - 1);
   shape.back() = out_features_;
   auto y = context.GetOutput(0, shape);
 
-  const bool half = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-  const int64_t inputs = half ? args.tokens * in_features_ : 0;
-  const int64_t outputs = half ? args.tokens * out_features_ : 0;
-  std::vector<float> workspace(static_cast<size_t>(linear_workspace(args.weight, args.branch, args.tokens) + inputs + outputs));
-  float* staged = workspace.data();
-  args.workspace = staged + inputs + outputs;
-  if (half) {
-    const auto* from = static_cast<const uint16_t*>(x.GetTensorRawData());
-    for (int64_t i = 0; i < inputs; ++i) staged[i] = half_to_float(from[i]);
-    args.x = staged;
-    args.y = staged + inputs;
+  const auto type = info.GetElementType();
+  Status status = Status::kOk;
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    status = multiply(context, x.GetTensorData<float>(), tokens, y.GetTensorMutableData<float>());
   } else {
-    args.x = x.GetTensorData<float>();
-    args.y = y.GetTensorMutableData<float>();
+    const auto inputs = static_cast<size_t>(tokens * in_features_);
+    const auto outputs = static_cast<size_t>(tokens * out_features_);
+    const std::unique_ptr<float[]> staged(new float[inputs + outputs]);
+    const bool half = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    const auto* from = static_cast<const uint16_t*>(x.GetTensorRawData());
+    for (size_t i = 0; i < inputs; ++i) staged[i] = half ? half_to_float(from[i]) : bfloat_to_float(from[i]);
+    const float* results = staged.get() + inputs;
+    status = multiply(context, staged.get(), tokens, staged.get() + inputs);
+    auto* to = static_cast<uint16_t*>(y.GetTensorMutableRawData());
+    for (size_t i = 0; i < outputs; ++i) to[i] = half ? Ort::Float16_t(results[i]).val : Ort::BFloat16_t(results[i]).val;
   }
-  const Status status = codebook_linear(args, kernels_, pool_of(context));
   if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
-  if (half) {
-    auto* to = y.GetTensorMutableData<Ort::Float16_t>();
-    for (int64_t i = 0; i < outputs; ++i) to[i] = Ort::Float16_t(args.y[i]);
-  }
 }
 
-GatherKernel::GatherKernel(const Constants& constants, int bits, const PanelKernels&)
+Status MatMulKernel::multiply(const Ort::KernelContext& context, const float* x, int64_t tokens, float* y) const {
+  const float* bias = bias_.empty() ? nullptr : bias_.data();
+  const CodebookWeight weight = weight_.bind(context);
+  if (kernels_.integers == nullptr) {
+    const LowRankBranch branch = branch_.bind();
+    const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(weight, branch, tokens))]);
+    return codebook_linear({weight, branch, bias, x, tokens, y, workspace.get()}, kernels_.floats, pool_of(context));
+  }
+  const IntegerWeight integer = integer_weight_->bind(weight);
+  const IntegerBranch branch = integer_branch_.bind();
+  const Workspace workspace(integer_workspace(integer, branch, tokens));
+  return integer_linear({integer, branch, bias, x, tokens, y, workspace.get()}, *kernels_.integers, pool_of(context));
+}
+
+GatherKernel::GatherKernel(const Constants& constants, int bits)
     : node_(constants.node()), weight_(constants, bits, Gather::kCodes) {}
 
 OrtStatusPtr GatherKernel::ComputeV2(OrtKernelContext* context) noexcept {
@@ -199,14 +222,15 @@ void GatherKernel::compute(const Ort::KernelContext& context) const {
   if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
 }
 
-void add_operators(Ort::CustomOpDomain& domain, const PanelKernels& kernels) {
-  static std::list<Op> operators;
+void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels) {
+  auto& operators = *new std::list<Op>;
   for (const int bits : contract::kBits) {
     for (const auto kind : {Op::Kind::kMatMul, Op::Kind::kLowRank}) {
-      operators.emplace_back(kind, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
-      domain.Add(&operators.back());
-      operators.emplace_back(kind, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, kernels);
-      domain.Add(&operators.back());
+      for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                              ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
+        operators.emplace_back(kind, bits, type, kernels);
+        domain.Add(&operators.back());
+      }
     }
     operators.emplace_back(Op::Kind::kGather, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
     domain.Add(&operators.back());

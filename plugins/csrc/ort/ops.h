@@ -2,26 +2,38 @@
 
 // The custom operators as ONNX Runtime sees them: names, types, and what runs when a node is created or computed.
 
+#include <memory>
+#include <optional>
 #include <string>
 
 #include "kernels/dispatch.h"
 #include "ort/constants.h"
+#include "ort/integer_store.h"
 
 namespace rankbook::ort {
+
+// What the operators of one domain compute with.
+struct Kernels {
+  const PanelKernels& floats;
+  const IntegerKernels* integers;  // null: fp32 activations
+};
 
 // CodebookMatMul and CodebookMatMulLowRank.
 class MatMulKernel {
  public:
-  MatMulKernel(const Constants& constants, int bits, bool low_rank, const PanelKernels& kernels);
+  MatMulKernel(const Constants& constants, int bits, bool low_rank, const Kernels& kernels);
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
   void compute(const Ort::KernelContext& context) const;
+  Status multiply(const Ort::KernelContext& context, const float* x, int64_t tokens, float* y) const;
 
   std::string node_;
-  const PanelKernels& kernels_;
+  const Kernels kernels_;
   WeightStore weight_;
   BranchStore branch_;
+  std::optional<IntegerWeightStore> integer_weight_;
+  IntegerBranchStore integer_branch_;
   std::vector<float> bias_;
   int64_t out_features_, in_features_;
 };
@@ -29,7 +41,7 @@ class MatMulKernel {
 // CodebookGather.
 class GatherKernel {
  public:
-  GatherKernel(const Constants& constants, int bits, const PanelKernels& kernels);
+  GatherKernel(const Constants& constants, int bits);
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
@@ -39,7 +51,7 @@ class GatherKernel {
   WeightStore weight_;
 };
 
-// Adds every operator to `domain`. The operators are static: a session may use them as long as the library is loaded.
-void add_operators(Ort::CustomOpDomain& domain, const PanelKernels& kernels);
+// Adds every operator to `domain`. They are never destroyed: a session may use them as long as the library is loaded.
+void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels);
 
 }  // namespace rankbook::ort

@@ -1,0 +1,79 @@
+#pragma once
+
+// The int8 mode: activations rounded to 8 bits inside, products in integers, then fp32 in a fixed order. What is computed,
+// to the last bit, stands in plugins/integer.py. Letters as in codebook.h.
+
+#include <cstdint>
+
+#include "kernels/codebook.h"
+
+namespace rankbook {
+
+inline constexpr int64_t kLargestGroup = 65536;  // inputs; beyond, an int32 sum could overflow
+
+// One plane of whole-numbered levels in the form that the inner loops look up: level = entry + centre. Entries are uint8,
+// or int8 where IntegerWeight::is_signed. prepare_table() fills it.
+struct PlaneTable {
+  alignas(16) uint8_t nibble[3][16] = {};  // 2, 3 and 4 bits; several, since the carrier flips the top bit of each byte
+  uint8_t bytes[256] = {};                 // 8 bits, by byte of the carrier
+  bool straight = false;                   // 8 bits: the entry is the code itself, nothing to look up
+  int32_t centre = 0;
+};
+
+struct IntegerWeight {
+  CodebookWeight weight;               // its levels, slopes, step and base are not used
+  const PlaneTable* tables = nullptr;  // (P)
+  bool is_signed = false;
+  const float* step = nullptr;         // (NP, Q) or (Q): value = params * step + base
+  const float* base = nullptr;
+  bool per_panel = false;              // which of the two
+
+  // Blocks of 32 inputs that a group touches. Groups of an odd multiple of 16 begin or end inside a block: the rest of that
+  // block is multiplied by zeros.
+  RANKBOOK_INLINE int64_t group_halves() const { return ceil_div(weight.in_features / weight.groups, kHalfBlock); }
+  RANKBOOK_INLINE int64_t group_blocks() const { return ceil_div(group_halves(), 2); }
+  RANKBOOK_INLINE int64_t staged_bytes() const { return weight.groups * group_blocks() * kBlock; }
+};
+
+struct IntegerBranch {
+  int64_t rank = 0;         // R; 0 means none
+  IntegerWeight down;       // R out features of 8 straight bits, groups as in the weight, values one
+  PanelFactor up;           // (NP, R, 32)
+  const float* middle = nullptr;  // (R)
+};
+
+// Activations as the inner loops read them.
+struct StagedRows {
+  int8_t* codes = nullptr;   // (M, G, group_blocks, 32), in the order of the width, see stage() in integer_kernels.h
+  int32_t* sums = nullptr;   // (M, G)
+  float* scales = nullptr;   // (M, G)
+};
+
+struct IntegerArgs {
+  IntegerWeight weight;
+  IntegerBranch branch;
+  const float* bias = nullptr;   // (N), or null
+  const float* x = nullptr;      // (M, K)
+  int64_t tokens = 0;            // M
+  float* y = nullptr;            // (M, N)
+  uint8_t* workspace = nullptr;  // integer_workspace() bytes, aligned to 64
+};
+
+struct IntegerKernels;  // kernels/dispatch.h
+
+// Whole-numbered levels (2^b) and their unit: as they are if they are whole and within 255, else rounded to int8.
+float whole_levels(const float* levels, int count, int32_t* out);
+
+// Rounds `count` values to int8 with one scale, which is returned: quantize() of plugins/integer.py.
+float round_row(const float* values, int64_t count, int8_t* out);
+
+// Whether levels of this range fit unsigned tables of the kernels.
+bool needs_signed(const int32_t* levels, int count, const IntegerKernels& kernels);
+
+PlaneTable prepare_table(const int32_t* levels, int bits, bool is_signed);
+
+int64_t integer_workspace(const IntegerWeight& weight, const IntegerBranch& branch, int64_t tokens);
+
+Status integer_linear(const IntegerArgs& args, const IntegerKernels& kernels, const Parallel& parallel);
+
+}  // namespace rankbook

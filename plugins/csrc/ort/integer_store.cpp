@@ -1,0 +1,97 @@
+#include "ort/integer_store.h"
+
+#include <cstring>
+#include <string>
+
+namespace rankbook::ort {
+namespace {
+
+const float kOne = 1.0F;
+const float kZero = 0.0F;
+
+// int8 (rows, columns) as 8-bit codes (panels, blocks, 8, 32, 4); an int8 is the carrier of its code.
+std::vector<uint8_t> to_words(const std::vector<int8_t>& from, int64_t rows, int64_t columns) {
+  const int64_t blocks = ceil_div(columns, kBlock);
+  std::vector<uint8_t> out(static_cast<size_t>(ceil_div(rows, kPanel) * blocks * kBlock * kPanel));
+  for (int64_t row = 0; row < rows; ++row) {
+    uint8_t* to = out.data() + row / kPanel * blocks * kBlock * kPanel + row % kPanel * 4;
+    for (int64_t k = 0; k < columns; ++k) to[k / 4 * kWordBytes + k % 4] = static_cast<uint8_t>(from[static_cast<size_t>(row * columns + k)]);
+  }
+  return out;
+}
+
+}  // namespace
+
+IntegerWeightStore::IntegerWeightStore(const Constants& constants, const WeightStore& store, const IntegerKernels& kernels) {
+  const CodebookWeight& weight = store.sizes();
+  const int64_t group = weight.in_features / weight.groups;
+  if (group > kLargestGroup) {
+    constants.fail("groups of " + std::to_string(group) + " inputs are too long for int8 activations; the longest is " +
+                   std::to_string(kLargestGroup) + ": use rankbook.activations = fp32");
+  }
+  const int width = 1 << weight.bits;
+  std::vector<int32_t> levels(static_cast<size_t>(weight.planes * width));
+  std::vector<float> units;
+  for (int plane = 0; plane < weight.planes; ++plane) {
+    int32_t* row = levels.data() + plane * width;
+    units.push_back(whole_levels(store.levels().data() + plane * width, width, row));
+    is_signed_ = is_signed_ || needs_signed(row, width, kernels);
+  }
+  for (int plane = 0; plane < weight.planes; ++plane) {
+    tables_.push_back(prepare_table(levels.data() + plane * width, weight.bits, is_signed_));
+  }
+  if (weight.has_offset) units.push_back(1.0F);
+  per_panel_ = weight.form == ParamForm::kInt8;
+  step_ = per_panel_ ? store.step() : std::vector<float>(units.size(), weight.value_scale);
+  base_ = per_panel_ ? store.base() : std::vector<float>(units.size(), weight.value_base);
+  for (size_t i = 0; i < step_.size(); ++i) {
+    step_[i] *= units[i % units.size()];
+    base_[i] *= units[i % units.size()];
+  }
+}
+
+IntegerWeight IntegerWeightStore::bind(const CodebookWeight& weight) const {
+  return {weight, tables_.data(), is_signed_, step_.data(), base_.data(), per_panel_};
+}
+
+IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels)
+    : middle_(static_cast<size_t>(factors.rank)) {
+  const int64_t rank = factors.rank;
+  const int64_t k = weight.in_features;
+  down_.bits = 8;
+  down_.out_features = rank;
+  down_.in_features = k;
+  down_.groups = weight.groups;
+  down_.planes = 1;
+  down_.form = ParamForm::kFloat32;
+  std::vector<int8_t> codes = factors.down.codes;
+  std::vector<float> scales = factors.down.scales;
+  if (codes.empty()) {
+    codes.resize(factors.down.values.size());
+    for (int64_t row = 0; row < rank; ++row) {
+      scales[static_cast<size_t>(row)] = round_row(factors.down.values.data() + row * k, k, codes.data() + row * k);
+    }
+  }
+  codes_ = to_words(codes, rank, k);
+  ones_.assign(static_cast<size_t>(down_.panels() * down_.groups * kPanel), 1.0F);
+  int32_t levels[256];
+  for (int code = 0; code < 256; ++code) levels[code] = code - 128;
+  is_signed_ = needs_signed(levels, 256, kernels);
+  table_ = prepare_table(levels, 8, is_signed_);
+  up_ = {to_panels(factors.up.codes, weight.out_features, rank), to_panels(factors.up.values, weight.out_features, rank)};
+  for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = scales[i] * factors.up.scales[i];
+}
+
+IntegerBranch IntegerBranchStore::bind() const {
+  IntegerBranch branch;
+  branch.rank = static_cast<int64_t>(middle_.size());
+  if (branch.rank == 0) return branch;
+  branch.down = {down_, &table_, is_signed_, &kOne, &kZero, false};
+  branch.down.weight.codes = codes_.data();
+  branch.down.weight.params = ones_.data();
+  branch.up = up_.view();
+  branch.middle = middle_.data();
+  return branch;
+}
+
+}  // namespace rankbook::ort

@@ -1,0 +1,44 @@
+#pragma once
+
+// What the int8 mode keeps of a node beside its inputs: tables of whole-numbered levels, scales, factors of the branch.
+
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "ort/constants.h"
+
+namespace rankbook::ort {
+
+class IntegerWeightStore {
+ public:
+  IntegerWeightStore(const Constants& constants, const WeightStore& weight, const IntegerKernels& kernels);
+
+  // `weight` bound to the inputs of this call, with the tables beside it.
+  IntegerWeight bind(const CodebookWeight& weight) const;
+
+ private:
+  std::vector<PlaneTable> tables_;
+  std::vector<float> step_, base_;
+  bool is_signed_ = false;
+  bool per_panel_ = false;
+};
+
+// Factors as 8-bit weights: rank * (32-padded N + K) bytes, four times that for the second factor if it is not int8.
+class IntegerBranchStore {
+ public:
+  IntegerBranchStore() = default;
+  IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels);
+
+  IntegerBranch bind() const;
+
+ private:
+  CodebookWeight down_;
+  std::vector<uint8_t> codes_;
+  std::vector<float> ones_;  // parameters of down, (RP, G, 1, 32)
+  PlaneTable table_;
+  bool is_signed_ = false;
+  StoredFactor up_;
+  std::vector<float> middle_;
+};
+
+}  // namespace rankbook::ort

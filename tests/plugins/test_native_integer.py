@@ -1,0 +1,155 @@
+"""The int8 mode of the native library equals its definition in numpy bit for bit, on every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from rankbook.plugins import integer, library
+from tests.plugins.op_models import Array, Op, OpCase, draw
+from tests.plugins.test_native_ort import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
+
+
+def session(op: Op, activations: str = "int8", threads: int = 2) -> Any:
+    """Return a session with the library registered for these activations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("rankbook.activations", activations)
+    options.register_custom_ops_library(str(library.library("ort")))
+    return ort.InferenceSession(op.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(op: Op, activations: str = "int8", threads: int = 2) -> Array:
+    """Run ``op`` natively."""
+    (result,) = session(op, activations, threads).run(None, {"x": op.inputs["x"]})
+    array: Array = result
+    return array
+
+
+def expected(op: Op) -> Array:
+    """Return what the definition says."""
+    return integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+
+
+@built
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(case=cases())
+def test_equals_the_definition(case: OpCase) -> None:
+    """Any width, rank, group, size, parameter form and branch: not one bit differs."""
+    op = draw(case)
+    np.testing.assert_array_equal(run(op), expected(op))
+
+
+@built
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avxvnni", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """So do the kernels of each instruction set that this processor has (others fall back to what it has)."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); from tests.plugins import test_native_integer as t; t.check_all_widths()"
+    )
+    environment = {**os.environ, "RANKBOOK_NATIVE_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_all_widths() -> None:
+    """Compare one token, a few and many at every width, with one to five planes, levels of small and of large range."""
+    for bits in (2, 3, 4, 8):
+        for planes in (1, 2, 3, 5)[: 2 if bits == 2 else 4]:
+            for tokens, linear in ((1, False), (1, True), (5, False), (200, True)):
+                case = OpCase(
+                    bits=bits, planes=planes, tokens=(tokens,), in_features=240, group=48, out_features=77, rank=5
+                )
+                op = draw(replace(case, linear_levels=linear, bias=True))
+                for widest in (False, True):
+                    if widest:  # beyond what 7-bit tables hold
+                        op.inputs["levels"][0, :2] = (-127, 128)
+                    np.testing.assert_array_equal(run(op), expected(op), err_msg=str(case))
+
+
+@built
+def test_half_activations() -> None:
+    """fp16 in and out, the same arithmetic inside."""
+    op = draw(OpCase(bits=3, dtype="float16", bias=True, rank=8, tokens=(2, 5)))
+    np.testing.assert_array_equal(run(op), expected(op))
+
+
+@built
+def test_levels_that_are_not_whole() -> None:
+    """NF4-like levels are rounded as the definition says."""
+    op = draw(OpCase(bits=4, planes=1))
+    op.inputs["levels"][0] = np.sort(np.random.default_rng(0).uniform(-1, 1, 16)).astype(np.float16)
+    np.testing.assert_array_equal(run(op), expected(op))
+
+
+@built
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_one_long_group(tokens: int) -> None:
+    """A row that is one group is decoded in parts whose integer sums are carried on."""
+    op = draw(OpCase(bits=4, in_features=1999, group=1999, out_features=70, tokens=(tokens,)))
+    np.testing.assert_array_equal(run(op), expected(op))
+
+
+@built
+def test_bad_activations_spoil_their_row_only() -> None:
+    """A NaN or an infinity gives NaNs in its row; zeros give the bias; other rows are untouched."""
+    op = draw(OpCase(bits=4, bias=True, tokens=(4,)))
+    x = op.inputs["x"]
+    x[0, 3], x[1, 100], x[2] = np.nan, np.inf, 0
+    y = run(op)
+    np.testing.assert_array_equal(y, expected(op))
+    assert np.isnan(y[:2]).all()
+    np.testing.assert_array_equal(y[2], op.inputs["bias"])
+    assert np.isfinite(y[3]).all()
+
+
+@built
+def test_result_does_not_depend_on_threads_or_company() -> None:
+    """A token gets the same bits alone, among others, and on any number of threads."""
+    op = draw(OpCase(bits=3, out_features=500, in_features=512, tokens=(7,), rank=8))
+    together = run(op)
+    np.testing.assert_array_equal(together, run(op, threads=1))
+    x = op.inputs["x"]
+    for token in range(len(x)):
+        op.inputs["x"] = x[token : token + 1]
+        np.testing.assert_array_equal(run(op)[0], together[token])
+
+
+@built
+def test_default_is_exact() -> None:
+    """Without the entry, or with fp32, nothing is rounded to 8 bits."""
+    op = draw(OpCase(bits=4))
+    scale = np.abs(op.expected()).max()
+    assert np.abs(run(op, "fp32") - op.expected()).max() / scale < 1e-5
+    assert np.abs(run(op, "int8") - op.expected()).max() / scale > 1e-4
+
+
+@built
+def test_unknown_activations_are_refused() -> None:
+    """A typing error is an error, not a silent choice."""
+    with pytest.raises(Exception, match=r"rankbook\.activations must be fp32 or int8"):
+        run(draw(OpCase()), "int7")
+
+
+@built
+def test_too_long_a_group_is_refused() -> None:
+    """An int32 sum could overflow: an error when the session is made, with what to do."""
+    op = draw(OpCase(bits=2, in_features=65568, group=65568, out_features=1, tokens=(1,), offset=False))
+    with pytest.raises(Exception, match=r"(?s)'layer'.*65568 inputs are too long.*65536.*fp32"):
+        session(op)
