@@ -18,7 +18,7 @@ class LanguageModel(ABC):
 
     Attributes:
         name: For messages and reports.
-        kernels: What computes packed layers: ``dense`` (decoded once), ``bodies`` or ``native``.
+        kernels: What computes packed layers: ``dense`` (decoded once), ``bodies``, ``native`` or ``native-int8``.
         tokenizer: The model's tokenizer, or None where none was found.
     """
 

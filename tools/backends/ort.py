@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     from rankbook.tools.backends.base import Logits, Tokens
 
-KERNELS = ("auto", "bodies", "native")
+EXACT_KERNELS = ("auto", "bodies", "native")
 """``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is built."""
+KERNELS = (*EXACT_KERNELS, "native-int8")
+"""``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.integer`)."""
 
 _NUMPY = {
     "tensor(float)": "float32",
@@ -39,18 +41,23 @@ def use_native(kernels: str) -> bool:
     """Say whether to register the native kernels, for one of `KERNELS`.
 
     Raises:
-        MissingError: ``native`` is asked for and the library is not built.
+        MissingError: A native kind is asked for and the library is not built.
     """
     from rankbook.plugins.library import unavailable as library_unavailable
 
     reason = library_unavailable("ort")
-    if kernels == "native" and reason:
+    if kernels.startswith("native") and reason:
         raise MissingError(reason)
     return kernels != "bodies" and reason is None
 
 
 def session(
-    path: Path | bytes, *, threads: int | None = None, data_folder: Path | None = None, native: bool = False
+    path: Path | bytes,
+    *,
+    threads: int | None = None,
+    data_folder: Path | None = None,
+    native: bool = False,
+    activations: str = "fp32",
 ) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on the CPU.
 
@@ -59,6 +66,7 @@ def session(
         threads: Threads within an operator; ONNX Runtime's choice when None.
         data_folder: Where the external data of a serialized model lies.
         native: Register our kernels in place of the bodies.
+        activations: What these compute with, see `rankbook.plugins.library.ACTIVATIONS`.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
@@ -77,8 +85,9 @@ def session(
     if data_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_folder))
     if native:
-        from rankbook.plugins.library import library
+        from rankbook.plugins.library import ACTIVATIONS_ENTRY, library
 
+        options.add_session_config_entry(ACTIVATIONS_ENTRY, activations)
         options.register_custom_ops_library(str(library("ort")))
     source = path if isinstance(path, bytes) else str(path)
     try:
@@ -108,8 +117,10 @@ class OrtModel(LanguageModel):
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
             )
         self.native = use_native(kernels)
-        self.kernels = "native" if self.native else "bodies"
-        self.session = session(self.file.path, threads=threads, native=self.native)
+        integer = kernels == "native-int8"
+        self.kernels = "bodies" if not self.native else "native-int8" if integer else "native"
+        activations = "int8" if integer else "fp32"
+        self.session = session(self.file.path, threads=threads, native=self.native, activations=activations)
         self.tokenizer = find_tokenizer(self.file.path.parent)
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
         self._outputs = [item.name for item in self.session.get_outputs()]

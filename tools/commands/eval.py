@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
+from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_flags(flags: Flags) -> None:
     )
     flags.add("--reference", metavar="MODEL", text="unquantized model for KL divergence and top-1 agreement")
     flags.add("--batch", type=int, default=1, metavar="N", text="windows per call")
-    flags.add("--kernels", choices=KERNELS, default="auto", text="bodies in the ONNX file, our native library, or auto")
+    add_kernel_flags(flags)
     flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model")
 
 
@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
-        model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=options.kernels)
+        kernels = chosen_kernels(options)
+        model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=kernels)
         reference = None
         if options.reference is not None:
             reference = open_model(options.reference, threads=options.threads)

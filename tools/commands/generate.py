@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console, peak_rss
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation import Sampling, Stream, generate
+from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
 from rankbook.tools.models import open_model
 
 
@@ -26,7 +26,7 @@ def add_flags(flags: Flags) -> None:
         "--top-p", type=float, default=1.0, metavar="P", text="sample from the smallest set with this probability"
     )
     flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model when MODEL has none")
-    flags.add("--kernels", choices=KERNELS, default="auto", text="bodies in the ONNX file, our native library, or auto")
+    add_kernel_flags(flags)
     flags.add("--ignore-eos", action="store_true", default=False, text="go on after the end token")
 
 
@@ -35,7 +35,9 @@ def run(options: argparse.Namespace) -> Outcome:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     console = Console(quiet=options.quiet)
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-    model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=options.kernels)
+    model = open_model(
+        options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=chosen_kernels(options)
+    )
     if model.tokenizer is None:
         raise UsageError(f"{options.model} has no tokenizer; name a model that has it: --tokenizer MODEL")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.files import write_text_atomic
-from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
 from rankbook.tools.report import Table, to_json
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def add_flags(flags: Flags) -> None:
         metavar="X",
         text="largest difference relative to the largest value; by type if not given",
     )
-    flags.add(
-        "--kernels", choices=KERNELS, default="bodies", text="bodies in the ONNX file, our native library, or auto"
-    )
+    add_kernel_flags(flags, default="bodies", exact=True)
     flags.add("--every-node", action="store_true", default=False, text="check every custom node, not one of each kind")
     flags.add("--no-layers", action="store_true", default=False, text="leave out the comparison layer by layer")
     flags.add(
@@ -61,7 +59,7 @@ def run(options: argparse.Namespace) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress("parity") as progress:
         progress(0.0, "loading")
-        model = ort.OrtModel(options.model, threads=options.threads, kernels=options.kernels)
+        model = ort.OrtModel(options.model, threads=options.threads, kernels=chosen_kernels(options))
         torch_model = TorchModel(checkpoint, threads=options.threads)
         tokens = _tokens(options, torch_model)
         settings = parity.ParityOptions(
