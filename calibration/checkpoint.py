@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,12 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
 
+    @property
+    def runtime(self) -> Mapping[str, Any]:
+        """Entries of quantization_config that act at run time, see `rankbook.calibration.runtime`."""
+        entries = self.config.get("quantization_config", {})
+        return {key: entries[key] for key in ("activations", "kv_bits") if entries.get(key)}
+
     def tensor(self, name: str) -> Tensor:
         """Return one stored tensor by its full name.
 
@@ -105,6 +111,7 @@ class CheckpointParts:
         tensors: Every stored tensor by full name, packed ones included; tied ones once.
         manifest: The caller's part of the manifest; versions and hashes of files are added.
         save_extras: Called with the temporary folder to add tokenizer and generation config.
+        runtime: Further entries of quantization_config, see `rankbook.calibration.runtime`.
     """
 
     config: Mapping[str, Any]
@@ -112,6 +119,7 @@ class CheckpointParts:
     tensors: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
     save_extras: Callable[[Path], None] = lambda _: None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SHARD_BYTES) -> None:
@@ -130,6 +138,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "layers": {name: meta.to_json() for name, meta in parts.layers.items()},
+            **parts.runtime,
         }
         _write_json(temporary / "config.json", {**parts.config, "quantization_config": quantization})
         parts.save_extras(temporary)

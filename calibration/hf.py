@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from rankbook.calibration import runtime
 from rankbook.calibration.checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -40,9 +41,18 @@ class ConfigPart:
         quant_method: ``rankbook``.
         format_version: Of the checkpoint.
         layers: Entries of `LayerMeta` by layer name.
+        activations: Entry of `rankbook.calibration.runtime`, or None.
+        kv_bits: Bits of keys and values, 0 where they are left alone.
     """
 
-    def __init__(self, format_version: int = FORMAT_VERSION, layers: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        layers: dict[str, Any] | None = None,
+        activations: dict[str, Any] | None = None,
+        kv_bits: int = 0,
+        **_: Any,
+    ) -> None:
         """Check the version and every entry.
 
         Raises:
@@ -53,6 +63,8 @@ class ConfigPart:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.layers = layers or {}
+        self.activations = activations
+        self.kv_bits = kv_bits
         self.metas()
 
     def metas(self) -> dict[str, LayerMeta]:
@@ -86,6 +98,8 @@ class QuantizerPart:
         for module in packed_modules(model).values():
             if isinstance(module, PackedModule):
                 module.compute_dtype = model.dtype
+        config = self.quantization_config
+        runtime.install(model, {"activations": config.activations, "kv_bits": config.kv_bits})
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration import capture, scaling, tables
+from rankbook.calibration import capture, runtime, scaling, tables
 from rankbook.calibration.checkpoint import MANIFEST, CheckpointParts, versions, write_checkpoint
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.files import check_replaceable, sha256_file
@@ -81,9 +81,11 @@ def quantize_model(
     data = _calibration(state, tokenizer, model, options)
     resumed = state.finished()
     run.blocks_in_order(data.tokens, state)
+    run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
+    acting = runtime.settings(model, data.tokens, run.layers, options)
     report = run.report(output, data, resumed, start)
     manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
-    write_checkpoint(output, _parts(model, tokenizer, run.metas(), manifest))
+    write_checkpoint(output, replace(_parts(model, tokenizer, run.metas(), manifest), runtime=acting))
     state.remove()
     run.reporter.tell("done", len(run.blocks.modules))
     return report

@@ -10,6 +10,7 @@ from typing import Any
 
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.record import allowed_groups, check_group
+from rankbook.calibration.settings import ACTIVATIONS, KV_BITS, RANGES
 from rankbook.plugins import layout
 
 AUTO_GROUP = 64
@@ -51,6 +52,9 @@ class QuantizeOptions:
     branch_passes: int = _option(1, "Rounds of quantizing what the error branch leaves and fitting the branch again.")
     scale_inputs: str | None = _option(None, "Input scaling hidden in norms before any method: none, awq, smoothquant.")
     scale_strength: float = _option(0.5, "SmoothQuant's alpha: share of the range that moves into the weights, 0 to 1.")
+    activations: str = _option("none", f"Inputs of packed layers: {', '.join(ACTIVATIONS)}.")
+    activation_range: str = _option("mse", f"Choice of static ranges: {', '.join(RANGES)}.")
+    kv_bits: int = _option(0, "Bits of keys and values in evaluation: 8 or 4; 0 leaves them alone.")
     calib: str | None = _option(
         None, "Calibration text (.txt, .jsonl or a datasets name); default: sampled from the model."
     )
@@ -68,6 +72,9 @@ class QuantizeOptions:
         _choose("quantize_lm_head", self.quantize_lm_head, TABLE_BITS)
         _choose("quantize_embeddings", self.quantize_embeddings, TABLE_BITS)
         _choose("factor_bits", self.factor_bits, (8, 16))
+        _choose("activations", self.activations, ACTIVATIONS)
+        _choose("activation_range", self.activation_range, RANGES)
+        _choose("kv_bits", self.kv_bits, KV_BITS)
         if self.error_branch is not None:
             _choose("error_branch", self.error_branch, error_branches())
         if self.scale_inputs is not None:

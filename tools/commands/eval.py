@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.settings import ACTIVATIONS, KV_BITS
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -33,6 +34,18 @@ def add_flags(flags: Flags) -> None:
     flags.add("--reference", metavar="MODEL", text="unquantized model for KL divergence and top-1 agreement")
     flags.add("--batch", type=int, default=1, metavar="N", text="windows per call")
     add_kernel_flags(flags)
+    dynamic = [kind for kind in ACTIVATIONS if not kind.startswith("static")]
+    flags.add(
+        "--activations",
+        choices=dynamic,
+        text="quantize the inputs of linear layers so, whatever the checkpoint says (PyTorch models only)",
+    )
+    flags.add(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        text="quantize keys and values per token and head so, whatever the checkpoint says (PyTorch models only)",
+    )
     flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model")
 
 
@@ -53,6 +66,7 @@ def run(options: argparse.Namespace) -> Outcome:
         show(0.0, "loading")
         kernels = chosen_kernels(options)
         model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=kernels)
+        _override(options, model)
         reference = None
         if options.reference is not None:
             reference = open_model(options.reference, threads=options.threads)
@@ -74,6 +88,21 @@ def run(options: argparse.Namespace) -> Outcome:
     ]
     table = Table(options.model, ("measure", "value"), [row for row in rows if row[1] is not None])
     return Outcome({"model": options.model, **_fields(result)}, [table])
+
+
+def _override(options: argparse.Namespace, model: LanguageModel) -> None:
+    """Replace the settings of activations and cache that the flags name."""
+    if options.activations is None and options.kv_bits is None:
+        return
+    from rankbook.calibration.runtime import override
+    from rankbook.tools.backends.torch import TorchModel
+
+    if not isinstance(model, TorchModel):
+        raise UsageError(
+            f"--activations and --kv-bits apply to PyTorch models; {options.model} is an exported file, which has its"
+            " own: evaluate the checkpoint that it was made from"
+        )
+    override(model.model, kind=options.activations, kv_bits=options.kv_bits)
 
 
 def _fields(result: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.settings import ACTIVATIONS, KV_BITS, RANGES
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _OPTIONS = (
     "method bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits level_dtype"
     " effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
-    " quantize_lm_head quantize_embeddings"
+    " quantize_lm_head quantize_embeddings activations activation_range kv_bits"
 ).split()
 """Flags that go to `QuantizeOptions` under their own names."""
 
@@ -48,6 +49,26 @@ def add_flags(flags: Flags) -> None:
     )
     flags.add(
         "--quantize-embeddings", type=int, choices=(0, 4, 8), default=0, text="bits of the embedding; 0 leaves it"
+    )
+    flags.add(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="none",
+        text="inputs of packed layers: static8 (INT8, one step a tensor, exported as QuantizeLinear), token8 (one range"
+        " a token), mxint8 and mxint6 (blocks of 16); the dynamic ones are for evaluation in PyTorch",
+    )
+    flags.add(
+        "--activation-range",
+        choices=RANGES,
+        default="mse",
+        text="how static ranges are chosen from the calibration text",
+    )
+    flags.add(
+        "--kv-bits",
+        type=int,
+        choices=KV_BITS,
+        default=0,
+        text="keys and values per token and head, before the rotary embedding, in PyTorch; 0 leaves them",
     )
     flags.add("--skip", nargs="+", default=(), metavar="NAME", text="layers to leave alone; * and ? are wildcards")
     flags.add("--resume", action="store_true", default=False, text="go on at the last finished block of an earlier run")

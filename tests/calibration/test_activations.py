@@ -1,0 +1,209 @@
+"""Low-bit activations and caches: calibration of ranges, what is stored, and what loading and evaluation apply."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rankbook.calibration import activations, fake_quant, kv_cache, runtime
+from rankbook.calibration.activations import ActivationConfig, Histogram, StaticRange
+from rankbook.calibration.checkpoint import open_checkpoint
+from rankbook.calibration.linear import packed_modules
+from rankbook.calibration.loading import load_model
+from rankbook.calibration.model import quantize_model
+from rankbook.calibration.options import QuantizeOptions
+from tests.tiny import tiny_model, write_text
+
+
+def quantized(folder: Path, family: str = "llama", **options: Any) -> Path:
+    tiny_model(family, folder / "model")
+    text = str(write_text(folder / "text.txt"))
+    chosen = {"method": "rtn", "bits": 8, "calib": text, "calib_sequences": 2, "calib_length": 16, **options}
+    quantize_model(folder / "model", folder / "q", QuantizeOptions(**chosen))
+    return folder / "q"
+
+
+def entering(model: Any, ids: torch.Tensor, *, after: bool) -> dict[str, torch.Tensor]:
+    """Return what enters each packed layer, before or after its input is quantized."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(_: Any, args: Any, *rest: Any) -> None:
+            seen[name] = args[0].clone()
+
+        return keep
+
+    for name, module in packed_modules(model).items():
+        if after:
+            module.register_forward_hook(hook(name))
+        else:
+            module.register_forward_pre_hook(hook(name), prepend=True)
+    with torch.no_grad():
+        model(ids)
+    return seen
+
+
+@pytest.mark.parametrize("kind", activations.ACTIVATIONS[1:])
+def test_a_checkpoint_is_loaded_with_its_activations(kind, tmp_path):
+    folder = quantized(tmp_path, activations=kind, activation_range="minmax")
+    model, _ = load_model(folder)
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    before, after = entering(copy.deepcopy(model), ids, after=False), entering(model, ids, after=True)
+    assert len(after) == 14
+    config = ActivationConfig.from_json(open_checkpoint(folder).runtime["activations"])
+    for name, x in before.items():
+        if kind == "token8":
+            want = fake_quant.per_token(x, 8)
+        elif kind == "token8-symmetric":
+            want = fake_quant.per_token(x, 8, symmetric=True)
+        elif kind.startswith("mxint"):
+            want = fake_quant.mxint(x, int(kind[-1]))
+        else:
+            found = config.ranges[name]
+            want = fake_quant.per_tensor(x, found.step, found.zero, symmetric=kind == "static8")
+        assert torch.equal(after[name], want)
+        assert not torch.equal(after[name], x)
+
+
+def test_shared_inputs_have_one_range_and_the_output_layer_none(tmp_path):
+    folder = quantized(tmp_path, activations="static8", quantize_lm_head=8)
+    ranges = open_checkpoint(folder).runtime["activations"]["ranges"]
+    assert "lm_head" not in ranges
+    attention = "model.layers.0.self_attn"
+    assert ranges[f"{attention}.q_proj"] == ranges[f"{attention}.k_proj"] == ranges[f"{attention}.v_proj"]
+    assert ranges[f"{attention}.q_proj"] != ranges[f"{attention}.o_proj"]
+
+
+def test_minmax_covers_exactly_what_was_seen():
+    histogram = Histogram()
+    for values in ([0.5, -0.25], [3.0, -1.0], [0.0]):
+        histogram.add(torch.tensor(values))
+    assert histogram.count == 5
+    assert histogram.range("minmax", symmetric=True) == StaticRange(float(torch.tensor(3 / 127)), 0)
+    assert histogram.range("minmax", symmetric=False) == StaticRange(float(torch.tensor(4 / 255)), 64)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_outliers_move_minmax_but_hardly_the_other_ranges(symmetric):
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    outlier = torch.tensor([50.0])
+    steps = {}
+    for how in activations.RANGES:
+        histogram = Histogram()
+        histogram.add(values)
+        histogram.add(outlier)
+        steps[how] = histogram.range(how, symmetric=symmetric).step
+    assert steps["minmax"] == pytest.approx(50 / 127 if symmetric else (50 - float(values.min())) / 255)
+    # 99.99 % of a normal distribution lies within 3.89 deviations; a bin is 0.02 to 0.03 wide.
+    assert steps["percentile"] == pytest.approx(3.89 / 127 if symmetric else 2 * 3.89 / 255, rel=0.15)
+    # The outlier's error counts once, the step's error for every value.
+    assert steps["percentile"] * 0.9 < steps["mse"] < steps["minmax"] * 0.9
+
+
+def test_the_mse_range_has_the_least_error_of_all_shrinks():
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(1)) ** 3
+    histogram = Histogram()
+    histogram.add(values)
+
+    def error(step: float) -> float:
+        return float((fake_quant.per_tensor(values, step, 0, symmetric=True) - values).square().sum())
+
+    best = histogram.range("mse", symmetric=True)
+    peak = float(values.abs().max())
+    trials = [error(peak * (1 - index / 100) / 127) for index in range(100)]
+    # The search sees bins 1/4096 of the range wide instead of values.
+    assert error(best.step) <= min(trials) * 1.02
+
+
+def test_the_range_does_not_depend_on_the_order_of_batches():
+    values = torch.randn(40, 100, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 40)[:, None]
+    steps = []
+    for order in (range(40), range(39, -1, -1)):
+        histogram = Histogram()
+        for index in order:
+            histogram.add(values[index])
+        steps.append(histogram.range("mse", symmetric=True).step)
+    # The bounds differ by the powers of two that the first batch is doubled by, so the bins do.
+    assert steps[0] == pytest.approx(steps[1], rel=0.03)
+
+
+def test_8_bit_activations_change_little_and_4_bit_keys_more(tmp_path):
+    folder = quantized(tmp_path)
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    model, _ = load_model(folder)
+    with torch.no_grad():
+        plain = model(ids).logits
+        differences = {}
+        for name, setting in {
+            "token8": {"kind": "token8", "kv_bits": 0},
+            "kv8": {"kind": "none", "kv_bits": 8},
+            "kv4": {"kind": "none", "kv_bits": 4},
+        }.items():
+            runtime.override(model, **setting)
+            differences[name] = float((model(ids).logits - plain).abs().max() / plain.abs().max())
+        runtime.override(model, kind="none", kv_bits=0)
+        assert torch.equal(model(ids).logits, plain)
+    assert 0 < differences["token8"] < 0.05
+    assert 0 < differences["kv8"] < differences["kv4"] < 0.5
+    # 4 bits have 17 times the step of 8.
+    assert differences["kv4"] > 4 * differences["kv8"]
+
+
+@pytest.mark.parametrize(("family", "leaf"), [("llama", "k_proj"), ("opt", "v_proj"), ("phi3", "qkv_proj")])
+def test_keys_and_values_are_rounded_per_token_and_head(family, leaf):
+    model = tiny_model(family)
+    name = next(name for name, _ in model.named_modules() if name.endswith(leaf))
+    module = model.get_submodule(name)
+    x = torch.randn(2, 3, 48)
+    before = module(x)
+    kv_cache.install(model, 4)
+    after = module(x)
+    heads = 4
+    start = 4 * 12 if leaf == "qkv_proj" else 0
+    assert torch.equal(after[..., :start], before[..., :start])
+    size = 48 // heads
+    want = fake_quant.per_token(before[..., start:].reshape(2, 3, -1, size), 4).flatten(-2)
+    assert torch.equal(after[..., start:], want)
+
+
+def test_kv_bits_are_stored_and_loaded(tmp_path):
+    folder = quantized(tmp_path, kv_bits=4)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["kv_bits"] == 4
+    model, _ = load_model(folder)
+    output = model.model.layers[0].self_attn.k_proj(torch.randn(1, 1, 48))
+    assert len(set(output.view(2, 12)[0].tolist())) <= 12
+    codes = output.view(2, 12)[0]
+    step = float((codes.max() - codes.min()) / 15) if float(codes.min()) < 0 < float(codes.max()) else math.nan
+    assert torch.allclose((codes / step).round() * step, codes, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"activations": "int8"}, r"'int8' is not supported; choose one of none, static8"),
+        ({"activation_range": "max"}, r"choose one of minmax, percentile, mse"),
+        ({"kv_bits": 2}, r"choose one of 0, 8, 4"),
+    ],
+)
+def test_unknown_settings_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        QuantizeOptions(**options)
+
+
+def test_settings_that_cannot_be_applied_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"need calibrated ranges.*rankbook quantize --activations static8"):
+        runtime.override(model, kind="static8", kv_bits=None)
+    with pytest.raises(ValueError, match="no input range for"):
+        activations.install(model, ActivationConfig("static8", {"x": StaticRange(0.1)}), ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(ValueError, match="is damaged"):
+        ActivationConfig.from_json({"ranges": {}})
+    del model.model.layers[1].self_attn.k_proj
+    with pytest.raises(ValueError, match=r"leave out --kv-bits"):
+        kv_cache.install(model, 8)
