@@ -119,6 +119,7 @@ class _Run:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     table_layers: dict[str, LayerReport] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
+    bits: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, model: Any, options: QuantizeOptions, progress: Callable[[Progress], None] | None) -> _Run:
@@ -134,6 +135,7 @@ class _Run:
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the tables and every block, or take finished blocks from ``state``."""
         finished = state.finished()
+        self.bits = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
         self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens)
         trained = METHODS[self.options.method].refine is not None
@@ -147,6 +149,17 @@ class _Run:
             self._block(index, call, streams, state, solve=index >= finished)
         packed |= tables.quantize_head(self.model, self.tables, self.options)
         self._note_tables(packed)
+
+    def _allocate(self, tokens: Tensor) -> dict[str, int]:
+        """Return the bits of layers where a budget was given; elsewhere those of the options hold."""
+        if self.options.target_bits is None:
+            return {}
+        from rankbook.calibration.allocation import allocate
+
+        self.reporter.tell("choosing bits", -1)
+        prefix = self.blocks.name
+        names = [f"{prefix}.{i}.{name}" for i, layers in enumerate(self.selection.layers) for name in layers]
+        return allocate(self.model, names, tokens, self.options)
 
     def _first_inputs(self, tokens: Tensor) -> Tensor:
         dtype = next(self.blocks.modules[0].parameters()).dtype
@@ -192,7 +205,9 @@ class _Run:
             records: dict[str, QuantizedLinear] = {}
             for position, (name, problem) in enumerate(problems.items()):
                 self.reporter.tell(f"quantizing {prefix}{name}", index, share * position / len(problems))
-                records[name] = solve_layer(replace(problem, name=f"{prefix}{name}"), options)
+                full = f"{prefix}{name}"
+                chosen = replace(options, bits=self.bits.get(full, options.bits))
+                records[name] = solve_layer(replace(problem, name=full), chosen)
             if method.refine is not None and streams.targets is not None and problems:
                 progress = _refine_progress(self.reporter, index)
                 seed = options.seed + index

@@ -35,6 +35,9 @@ class QuantizeOptions:
 
     method: str = _option("lcq", "Quantization method.")
     bits: int = _option(3, "Bits per code: 2, 3, 4 or 8.")
+    target_bits: float | None = _option(
+        None, "Stored bits per weight of all layers together: bits are then chosen for each layer (needs scipy)."
+    )
     group_size: int | str = _option("auto", "Weights of one row that share a codebook: a number, 'auto' or 'channel'.")
     rank: int | None = _option(
         None, "Planes of the codebook matrix (lcq) or rank of the scaling (lrq); others ignore it."
@@ -77,6 +80,8 @@ class QuantizeOptions:
         _choose("kv_bits", self.kv_bits, KV_BITS)
         if self.error_branch is not None:
             _choose("error_branch", self.error_branch, error_branches())
+        if self.target_bits is not None and not 1 <= self.target_bits <= 16:
+            raise ValueError(f"target_bits is {self.target_bits}; give stored bits per weight, such as 3.2")
         if self.scale_inputs is not None:
             _choose("scale_inputs", self.scale_inputs, scalings())
         if not 0 <= self.scale_strength <= 1:

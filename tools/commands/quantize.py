@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rankbook.calibration.report import Progress, QuantizeReport
 
 _OPTIONS = (
-    "method bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits level_dtype"
-    " effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
+    "method bits target_bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits"
+    " level_dtype effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
     " quantize_lm_head quantize_embeddings activations activation_range kv_bits"
 ).split()
 """Flags that go to `QuantizeOptions` under their own names."""
@@ -178,12 +178,19 @@ def _tables(report: QuantizeReport) -> list[Table]:
         ("calibration", report.calibration),
         ("layers left alone", len(report.left_alone)),
         ("layers with scaled inputs", len(report.scaled)),
+        ("layers by bits", ", ".join(f"{n} of {bits}" for bits, n in _by_bits(report).items())),
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
     ]
     if report.resumed_at:
         rows.append(("resumed after block", report.resumed_at))
     return [Table("checkpoint", ("property", "value"), rows)]
+
+
+def _by_bits(report: QuantizeReport) -> dict[int, int]:
+    """Count the layers of each width."""
+    widths = sorted(layer.meta.bits for layer in report.layers.values())
+    return {bits: widths.count(bits) for bits in widths}
 
 
 COMMAND = Command(

@@ -1,0 +1,205 @@
+"""Bits for each layer under a budget of stored bits: where rounding hurts the model's output most, more of them.
+
+Rounding errors E of a layer change the model's output distribution by about (nats per token, second order)
+
+    KL = 1/2 sum_nk h_n m_k E_nk^2        m_k = E[x_k^2],  h_n = E[(d loss / d y_n)^2]
+
+with labels drawn from the model itself, so that h is the diagonal of the Fisher information of the layer's outputs (as
+in SqueezeLLM, Kim et al. 2024, section 4.1, which weights weights by it). Errors of different layers add. One backward
+pass through the whole model gives h and m of every layer; E is that of rounding to nearest on a searched grid. The
+choice is an integer program with one number of bits per layer, solved by HiGHS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.methods import LayerProblem, rtn
+from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.record import MIN_GROUP, QuantizedLinear
+from rankbook.calibration.solve import solve_layer
+from rankbook.calibration.statistics import LayerStatistics
+from rankbook.plugins import layout
+
+_SEQUENCES = 4
+"""Calibration windows for the backward pass."""
+_ROWS = 128
+"""Rows of a layer whose rounding errors are computed."""
+_GAP = 1e-4
+"""Relative distance from the best choice at which the solver stops."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What each number of bits costs one layer.
+
+    Attributes:
+        harm: Predicted divergence in nats per token, by bits.
+        stored: Stored bits of the whole layer, by bits.
+    """
+
+    harm: Mapping[int, float]
+    stored: Mapping[int, int]
+
+
+def allocate(
+    model: Any,
+    names: Sequence[str],
+    tokens: Tensor,
+    options: QuantizeOptions,
+    progress: Callable[[float], None] = lambda _: None,
+) -> dict[str, int]:
+    """Return the bits of each layer so that all of them together keep to ``options.target_bits``.
+
+    Memory: the activations of one window through the whole model, besides its weights.
+
+    Args:
+        model: The original model.
+        names: Full names of the linear layers to quantize.
+        tokens: Calibration windows (sequences, length).
+        options: Method, group size, branch and target.
+        progress: Called with the fraction done.
+
+    Raises:
+        ValueError: The target is below what the fewest bits need.
+        ModuleNotFoundError: scipy is missing.
+    """
+    if options.target_bits is None:
+        raise ValueError("allocation needs target_bits")
+    layers = {name: model.get_submodule(name) for name in names}
+    energy, fisher = sensitivities(model, layers, tokens[:_SEQUENCES], options.seed)
+    found: dict[str, Candidates] = {}
+    widths = possible_bits(options)
+    stored: dict[tuple[int, int], dict[int, int]] = {}
+    for position, (name, module) in enumerate(layers.items()):
+        weight = module.weight.detach().float()
+        rows, columns = weight.shape
+        if (rows, columns) not in stored:
+            stored[rows, columns] = {bits: stored_bits(rows, columns, replace(options, bits=bits)) for bits in widths}
+        harm = harms(weight, energy[name], fisher[name], options.group(columns), widths)
+        found[name] = Candidates(harm, stored[rows, columns])
+        progress((position + 1) / len(layers))
+    weights = sum(module.weight.numel() for module in layers.values())
+    return choose(found, options.target_bits * weights, weights)
+
+
+def possible_bits(options: QuantizeOptions) -> list[int]:
+    """Return the widths at which the method accepts its options."""
+    widths = []
+    for bits in layout.BITS:
+        try:
+            replace(options, bits=bits)
+        except ValueError:
+            continue
+        widths.append(bits)
+    return widths
+
+
+def sensitivities(
+    model: Any, layers: Mapping[str, nn.Module], tokens: Tensor, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the mean square of the inputs (K,) and of the loss gradients at the outputs (N,) of each layer.
+
+    The loss is the cross entropy, summed over tokens, of labels drawn from the model's own predictions.
+    """
+    energy: dict[str, Tensor] = {}
+    fisher: dict[str, Tensor] = {}
+
+    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+        flat = values.detach().float().reshape(-1, values.shape[-1])
+        sums[name] = sums.get(name, torch.zeros(())) + flat.square().sum(0) / tokens.numel()
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
+            add(energy, name, args[0])
+            output.register_hook(lambda grad: add(fisher, name, grad))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
+    start = model.get_input_embeddings()
+    hooks.append(start.register_forward_hook(lambda _module, _args, output: output.detach().requires_grad_()))
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.enable_grad():
+            for window in tokens:
+                logits = model(input_ids=window[None], use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+    return energy, fisher
+
+
+def harms(weight: Tensor, energy: Tensor, fisher: Tensor, group: int, widths: Sequence[int]) -> dict[int, float]:
+    """Return the predicted divergence of a layer (N, K) rounded to nearest at each width, from up to 128 rows."""
+    stride = -(-len(weight) // _ROWS)
+    weight, fisher = weight[::stride], fisher[::stride]
+    statistics = LayerStatistics.empty(weight.shape[1])
+    statistics.gram.diagonal().copy_(energy)
+    problem = LayerProblem("sensitivity", weight, None, replace(statistics, tokens=1))
+    found = {}
+    for bits in widths:
+        error = rtn.quantize(problem, rtn.RtnConfig(bits, group, clip_search=True)).weight() - weight
+        found[bits] = stride / 2 * float(fisher @ (error.square() @ energy))
+    return found
+
+
+def stored_bits(rows: int, columns: int, options: QuantizeOptions) -> int:
+    """Return what a layer (rows, columns) will take with these options, side data and error branch included.
+
+    A record of one small corner tells which numbers the method stores.
+    """
+    corner = replace(options, group_size=MIN_GROUP, branch_passes=1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(layout.PANEL, MIN_GROUP, generator=generator)
+    record: QuantizedLinear = solve_layer(
+        LayerProblem("corner", weight, None, LayerStatistics.empty(MIN_GROUP)), corner
+    )
+    meta = replace(LayerMeta.of(record), out_features=rows, in_features=columns, group=options.group(columns))
+    if meta.rank:
+        meta = replace(meta, rank=min(options.error_rank, rows, columns))
+    return sum(8 * tensor.numel() * tensor.element_size() for tensor in meta.template().values())
+
+
+def choose(layers: Mapping[str, Candidates], budget: float, weights: int) -> dict[str, int]:
+    """Return the bits of each layer with the least sum of harms whose stored bits keep to the budget.
+
+    Raises:
+        ValueError: Even the fewest bits do not keep to it.
+        ModuleNotFoundError: scipy is missing.
+    """
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_matrix
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--target-bits needs scipy; install it: pip install scipy") from error
+    least = sum(min(layer.stored.values()) for layer in layers.values())
+    if least > budget:
+        raise ValueError(
+            f"{budget / weights:.3f} bits per weight are too few: the smallest choice takes {least / weights:.3f} with"
+            " its side data; give more, or a larger group size"
+        )
+    options = [(index, name, bits) for index, (name, layer) in enumerate(layers.items()) for bits in layer.harm]
+    harm = [layers[name].harm[bits] for _, name, bits in options]
+    stored = [layers[name].stored[bits] / budget for _, name, bits in options]
+    worst = max(*harm, 1e-30)
+    one_each = csr_matrix(([1.0] * len(options), ([index for index, _, _ in options], range(len(options)))))
+    solution = milp(
+        [value / worst for value in harm],
+        integrality=[1] * len(options),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint([stored], 0, 1)],
+        options={"mip_rel_gap": _GAP, "time_limit": 60},
+    )
+    if solution.x is None:
+        raise ValueError(f"no allocation was found: {solution.message}")
+    return {name: bits for (_, name, bits), taken in zip(options, solution.x, strict=True) if taken > 0.5}

@@ -1,0 +1,140 @@
+"""Bits under a budget: the sensitivities, the sizes, and the choice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rankbook.calibration import allocation
+from rankbook.calibration.allocation import Candidates
+from rankbook.calibration.checkpoint import MANIFEST, load_records
+from rankbook.calibration.model import quantize_model
+from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.solve import solve_layer
+from tests.calibration import problems
+from tests.calibration.test_model import files, interrupted, options
+from tests.tiny import tiny_model
+
+pytest.importorskip("scipy")
+
+TOKENS = torch.arange(64).view(2, 32) * 3 % 256
+
+
+def layers_of(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks."""
+    return {name: part for name, part in model.named_modules() if type(part) is nn.Linear and "layers" in name}
+
+
+def test_predicted_divergence_is_the_measured_one() -> None:
+    model = tiny_model("llama").double()  # the divergence of a tiny model is lost in float32
+    layers = layers_of(model)
+    samples = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(0))
+    energy, fisher = allocation.sensitivities(model, layers, samples)
+    with torch.no_grad():
+        before = model(input_ids=samples).logits.log_softmax(-1)
+    ratios = []
+    for name, layer in layers.items():
+        kept = layer.weight.data
+        noise = torch.randn(kept.shape, generator=torch.Generator().manual_seed(1)).double() * 0.1 * kept.std()
+        layer.weight.data = kept + noise
+        with torch.no_grad():
+            after = model(input_ids=samples).logits.log_softmax(-1)
+        layer.weight.data = kept
+        measured = float((before.exp() * (before - after)).sum(-1).mean())
+        predicted = 0.5 * float(fisher[name].double() @ (noise.square() @ energy[name].double()))
+        ratios.append(predicted / measured)
+    # One draw of errors and labels for each: a factor of two. Errors of keys that all tokens share have no effect, and
+    # those of values that they share add up over tokens: both fall out of the independence that is assumed.
+    assert sum(0.5 < ratio < 2 for ratio in ratios) >= len(ratios) - 2, ratios
+    assert 0.8 < sorted(ratios)[len(ratios) // 2] < 1.25
+
+
+def test_the_model_is_left_as_it_was_found() -> None:
+    model = tiny_model("opt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = layers_of(model)
+    first = allocation.sensitivities(model, layers, TOKENS)
+    again = allocation.sensitivities(model, layers, TOKENS)
+    assert all(torch.equal(first[1][name], again[1][name]) for name in layers)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "lcq", "rank": 3, "effort": "fast"},
+        {"method": "rtn", "bits": 4, "weight_format": "nf4"},
+        {"method": "lqer", "error_rank": 8},
+        {"method": "lrq", "group_size": "channel", "error_branch": "qera", "error_rank": 8, "factor_bits": 16},
+        {"method": "gptq", "param_bits": 16, "group_size": 32},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_of_the_records(changes: dict[str, Any]) -> None:
+    chosen = QuantizeOptions(**{"bits": 3, "group_size": 64, **changes})
+    problem = problems.layer(40, 128)
+    record = solve_layer(problem, chosen)
+    wanted = sum(bits for name, bits in record.stored_bits().items())
+    assert allocation.stored_bits(40, 128, chosen) == wanted
+
+
+def test_harm_falls_with_bits_and_follows_the_sensitivity() -> None:
+    weight, energy, fisher = torch.randn(200, 128), torch.rand(128), torch.rand(200)
+    found = allocation.harms(weight, energy, fisher, 64, [2, 3, 4, 8])
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    twice = allocation.harms(weight, 2 * energy, 3 * fisher, 64, [3])
+    assert twice[3] == pytest.approx(6 * found[3], rel=1e-3)
+
+
+def test_the_choice_is_the_best_one() -> None:
+    harm = {"a": {2: 9.0, 3: 4.0, 4: 1.0}, "b": {2: 3.0, 3: 1.0, 4: 0.5}, "c": {2: 5.0, 3: 3.0, 4: 2.5}}
+    sizes = {"a": 100, "b": 100, "c": 300}
+    layers = {name: Candidates(harm[name], {b: b * sizes[name] for b in (2, 3, 4)}) for name in harm}
+
+    def brute(budget: float) -> float:
+        every = [dict(zip("abc", bits, strict=True)) for bits in itertools.product((2, 3, 4), repeat=3)]
+        fitting = [bits for bits in every if sum(bits[name] * sizes[name] for name in bits) <= budget]
+        return min(sum(harm[name][bits[name]] for name in bits) for bits in fitting)
+
+    for budget in (1000, 1100, 1250, 1500, 1750, 2000):
+        bits = allocation.choose(layers, budget, 500)
+        assert sum(bits[name] * sizes[name] for name in bits) <= budget
+        assert sum(harm[name][bits[name]] for name in bits) == brute(budget)
+    with pytest.raises(ValueError, match=r"takes 2\.000"):
+        allocation.choose(layers, 900, 500)
+
+
+def test_only_widths_that_the_method_takes() -> None:
+    assert allocation.possible_bits(QuantizeOptions(method="lcq", rank=5, bits=3)) == [3, 4, 8]
+    assert allocation.possible_bits(QuantizeOptions(method="rtn", bits=4, weight_format="nf4")) == [4]
+
+
+def test_a_model_keeps_to_its_budget_and_a_resumed_run_to_its_bits(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path, method="gptq", group_size=16, target_bits=5.0)
+    report = quantize_model(tmp_path / "model", tmp_path / "whole", chosen)
+    assert 4.5 < report.bits_per_weight <= 5.0
+    widths = {record.bits for record in load_records(tmp_path / "whole").values()}
+    assert len(widths) > 1
+    interrupted(tmp_path, chosen)
+    quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    manifest = json.loads((tmp_path / "whole" / MANIFEST).read_text())
+    assert manifest["options"]["target_bits"] == 5.0
+
+
+def test_wrong_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"give stored bits per weight, such as 3\.2"):
+        QuantizeOptions(target_bits=0)
+    with pytest.raises(ValueError, match="needs target_bits"):
+        allocation.allocate(None, [], TOKENS, QuantizeOptions())
+    assert replace(QuantizeOptions(), target_bits=3.2).target_bits == 3.2
