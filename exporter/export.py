@@ -6,7 +6,7 @@ import collections
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
+from rankbook.calibration.activations import ActivationConfig
 from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from rankbook.calibration.files import check_replaceable, replaced_folder
 from rankbook.exporter import conform, external
@@ -22,6 +23,7 @@ from rankbook.exporter.dialects import dialect as find_dialect
 from rankbook.exporter.dialects.base import check_layers
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
+from rankbook.exporter.passes.kv_cache import CACHES, QuantizeCache
 from rankbook.exporter.passes.metadata import DIALECT, AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
@@ -84,6 +86,8 @@ def export(
     dtype: str = "fp32",
     logits: str = "last",
     dialect: str = NATIVE,
+    kv: str = "float",
+    weights_only: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write ``model.onnx``, its weights, and the tokenizer and configuration files beside them.
@@ -96,10 +100,12 @@ def export(
         dtype: One of `DTYPES`.
         logits: One of `rankbook.exporter.trace.LOGITS`.
         dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
+        kv: Type of the cache, one of `rankbook.exporter.passes.kv_cache.CACHES`.
+        weights_only: Leave out the checkpoint's settings of activations and cache.
         progress: Called while stages run.
 
     Raises:
-        ValueError: An unknown dtype, logits or dialect.
+        ValueError: An unknown dtype, logits, dialect or kv, or settings of the checkpoint that exist in PyTorch only.
         DialectError: The dialect cannot express a layer; the message says which, why and what to do.
         CheckpointError: The checkpoint is missing, damaged or of another version.
         FileExistsError: ``output_dir`` holds something else.
@@ -111,13 +117,15 @@ def export(
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {tuple(DTYPES)}")
     if logits not in LOGITS:
         raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
+    if kv not in CACHES:
+        raise ValueError(f"kv {kv!r} is unknown; choose one of {CACHES}")
     find_dialect(dialect)
     output = Path(output_dir).absolute()
     check_replaceable(output, MODEL)
-    checkpoint = open_checkpoint(checkpoint_dir)
+    checkpoint = _with_settings(open_checkpoint(checkpoint_dir), weights_only=weights_only)
     report = progress or _silent
     report("trace", 0, 1)
-    model = build_model(checkpoint, dtype=dtype, logits=logits, dialect=dialect)
+    model = build_model(checkpoint, dtype=dtype, logits=logits, dialect=dialect, kv=kv)
     with replaced_folder(output, MODEL) as folder:
         digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))
         model.metadata_props["rankbook.data_sha256"] = digest
@@ -147,16 +155,19 @@ def export(
 
 
 def build_model(
-    checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "last", dialect: str = NATIVE
+    checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "last", dialect: str = NATIVE, kv: str = "float"
 ) -> ir.Model:
     """Return the model of a checkpoint; its large tensors are lazy."""
     language = find_dialect(dialect)
     check_layers(language, (packed_layer(checkpoint, name, DTYPES[dtype]) for name in checkpoint.layers))
+    kind = checkpoint.runtime.get("activations", {}).get("kind", "none")
+    acting = {"rankbook.kv": kv, "rankbook.activations": kind}
     skeleton = build(checkpoint, DTYPES[dtype])
     model = trace(skeleton, logits)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
         BindWeights(checkpoint, skeleton, language),
+        *([QuantizeCache()] if kv == "int8" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
         UnifyNormTypes(),
         StaticReshape(),
@@ -165,11 +176,35 @@ def build_model(
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         InferShapes(),
-        AddMetadata(checkpoint, {"rankbook.dtype": dtype, "rankbook.logits": logits, DIALECT: dialect}),
+        AddMetadata(checkpoint, {"rankbook.dtype": dtype, "rankbook.logits": logits, DIALECT: dialect, **acting}),
     ]
     for step in passes:
         step(model)
     return model
+
+
+def _with_settings(checkpoint: Checkpoint, *, weights_only: bool) -> Checkpoint:
+    """Return the checkpoint with those of its settings that a file can have.
+
+    Raises:
+        ValueError: It has others; the message says what to do.
+    """
+    config = ActivationConfig.from_json(checkpoint.runtime.get("activations"))
+    quantization = dict(checkpoint.config.get("quantization_config", {}))
+    if weights_only:
+        quantization.pop("activations", None)
+        return replace(checkpoint, config={**checkpoint.config, "quantization_config": quantization})
+    if config.kind != "none" and not config.static:
+        raise ValueError(
+            f"the checkpoint's activations {config.kind!r} are rounded with the range of each token, which exists in"
+            " PyTorch only; give --weights-only to export the weights alone, or quantize with --activations static8"
+        )
+    if checkpoint.runtime.get("kv_bits"):
+        raise ValueError(
+            f"the checkpoint's keys and values in {checkpoint.runtime['kv_bits']} bits (before the rotary embedding)"
+            " exist in PyTorch only; give --weights-only, and --kv int8 for a cache of 8 bits"
+        )
+    return checkpoint
 
 
 def _copy_extras(checkpoint: Checkpoint, folder: Path) -> None:

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
+from rankbook.calibration.activations import StaticRange
 from rankbook.calibration.layer_meta import LayerMeta
 
 __all__ = ["Dialect", "DialectError", "NodeWriter", "PackedLayer", "check_layers", "lazy_tensor"]
@@ -31,6 +33,8 @@ class PackedLayer:
         embedding: Whether rows are looked up; otherwise x is multiplied by the matrix.
         read: Returns a packed tensor of the owner by name, see `QuantizedLinear.pack`.
         dtype: Dtype of the activations.
+        input_range: Static range of the input, or None where the input is not quantized.
+        symmetric_input: Whether that range is symmetric: INT8 with zero point 0, otherwise UINT8.
     """
 
     name: str
@@ -39,6 +43,8 @@ class PackedLayer:
     embedding: bool
     read: Callable[[str], Tensor]
     dtype: torch.dtype = torch.float32
+    input_range: StaticRange | None = None
+    symmetric_input: bool = True
 
 
 @dataclass
@@ -88,6 +94,24 @@ class NodeWriter:
         """Return a constant in the dtype of the activations."""
         dtype = self.layer.dtype
         return self.lazy(part, from_torch_dtype(dtype), shape, lambda: load().to(dtype))
+
+    def quantized_input(self, x: ir.Value) -> ir.Value:
+        """Return x after QuantizeLinear and DequantizeLinear where the layer has an input range, else x itself.
+
+        Equal ranges share their constants, so that the nodes of layers with one input merge.
+        """
+        found = self.layer.input_range
+        if found is None:
+            return x
+        kind = ir.DataType.INT8 if self.layer.symmetric_input else ir.DataType.UINT8
+        step = ir.tensor(torch.tensor(found.step).to(self.layer.dtype), name=f"input_step.{found.step!r}")
+        zero = ir.tensor(np.array(found.zero, kind.numpy()), name=f"input_zero.{kind.name}.{found.zero}")
+        constants = [self.constant(step), self.constant(zero)]
+        codes = self.op("QuantizeLinear", [x, *constants])
+        values = self.op("DequantizeLinear", [codes, *constants])
+        codes.type, values.type = ir.TensorType(kind), x.type
+        codes.shape = values.shape = x.shape
+        return values
 
     def finish(self, product: ir.Value, x: ir.Value) -> list[ir.Node]:
         """Add error branch and bias to a product and return all nodes; the last one gets the layer's name."""

@@ -24,6 +24,11 @@ def refuse(layer: PackedLayer) -> str:
     if layer.embedding:
         return ""
     meta = layer.meta
+    if layer.input_range is not None and not layer.symmetric_input:
+        return (
+            "its input is quantized asymmetrically, which TensorRT refuses; quantize with --activations static8, or use"
+            " --dialect ort or rankbook"
+        )
     if meta.bits not in _TYPES:
         return (
             f"it has {meta.bits} bits, and TensorRT's integers have 4 or 8; quantize with --bits 4 or 8, or use"

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
+from rankbook.calibration.activations import ActivationConfig
 from rankbook.calibration.checkpoint import Checkpoint
 from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
 from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
@@ -53,7 +54,7 @@ class BindWeights(ir.passes.InPlacePass):
         if x is None:
             raise ValueError(f"the placeholder of {layer} has no input")
         writer = NodeWriter(graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype))
-        self._replace(graph, node, self._dialect.lower(writer, x))
+        self._replace(graph, node, self._dialect.lower(writer, writer.quantized_input(x)))
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
         layer = node.attributes[LAYER].as_string()
@@ -101,7 +102,17 @@ def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Packe
     owner = checkpoint.layers[name].shared_with or name
     embedding = checkpoint.layers[name].kind == "embedding"
     meta = checkpoint.layers[owner]
-    return PackedLayer(name, owner, meta, embedding, lambda part: checkpoint.tensor(f"{owner}.{part}"), dtype)
+    config = ActivationConfig.from_json(None if embedding else checkpoint.runtime.get("activations"))
+    return PackedLayer(
+        name,
+        owner,
+        meta,
+        embedding,
+        lambda part: checkpoint.tensor(f"{owner}.{part}"),
+        dtype,
+        config.ranges.get(name),
+        config.symmetric,
+    )
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

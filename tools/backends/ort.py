@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ _NUMPY = {
     "tensor(float16)": "float16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
 }
 
 
@@ -58,6 +60,7 @@ def session(
     data_folder: Path | None = None,
     native: bool = False,
     activations: str = "fp32",
+    entries: Mapping[str, str] | None = None,
 ) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on the CPU.
 
@@ -67,6 +70,7 @@ def session(
         data_folder: Where the external data of a serialized model lies.
         native: Register our kernels in place of the bodies.
         activations: What these compute with, see `rankbook.plugins.library.ACTIVATIONS`.
+        entries: Further session configuration entries.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
@@ -84,6 +88,8 @@ def session(
         options.intra_op_num_threads = threads
     if data_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_folder))
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     if native:
         from rankbook.plugins.library import ACTIVATIONS_ENTRY, library
 
@@ -102,8 +108,15 @@ def session(
 class OrtModel(LanguageModel):
     """An exported file as a language model; the cache stays in ONNX Runtime's own tensors between steps."""
 
-    def __init__(self, path: Path, *, threads: int | None = None, kernels: str = "bodies") -> None:
-        """Open a file or an exported folder, with one of `KERNELS`.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        kernels: str = "bodies",
+        entries: Mapping[str, str] | None = None,
+    ) -> None:
+        """Open a file or an exported folder, with one of `KERNELS` and further session configuration entries.
 
         Raises:
             UsageError: Not a file with ``input_ids`` and ``logits``.
@@ -120,7 +133,9 @@ class OrtModel(LanguageModel):
         integer = kernels == "native-int8"
         self.kernels = "bodies" if not self.native else "native-int8" if integer else "native"
         activations = "int8" if integer else "fp32"
-        self.session = session(self.file.path, threads=threads, native=self.native, activations=activations)
+        self.session = session(
+            self.file.path, threads=threads, native=self.native, activations=activations, entries=entries
+        )
         self.tokenizer = find_tokenizer(self.file.path.parent)
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
         self._outputs = [item.name for item in self.session.get_outputs()]

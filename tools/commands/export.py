@@ -32,6 +32,18 @@ def add_flags(flags: Flags) -> None:
         text="operators of packed layers: rankbook (ours, any method), qdq (standard DequantizeLinear, which TensorRT"
         " fuses: symmetric 4 or 8 bits), ort (MatMulNBits of ONNX Runtime: affine 2 or 4 bits, symmetric 8)",
     )
+    flags.add(
+        "--kv",
+        choices=("float", "int8"),
+        default="float",
+        text="cache inputs and outputs: the type of the activations, or INT8 with a scale for each token and head",
+    )
+    flags.add(
+        "--weights-only",
+        action="store_true",
+        default=False,
+        text="leave out the checkpoint's --activations and --kv-bits",
+    )
     flags.add("--overwrite", action="store_true", default=False, text="replace an exported model that is already there")
 
 
@@ -61,6 +73,8 @@ def run(options: argparse.Namespace) -> Outcome:
             dtype=options.dtype,
             logits=options.logits,
             dialect=options.dialect,
+            kv=options.kv,
+            weights_only=options.weights_only,
             progress=progress,
         )
     rows = [

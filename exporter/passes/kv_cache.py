@@ -1,0 +1,123 @@
+"""Stores keys and values in 8 bits, with a scale for each token and head, as inputs and outputs of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+
+import numpy as np
+import onnx_ir as ir
+
+CACHES = ("float", "int8")
+"""Types of the cache, what ``--kv`` takes; ``float`` is the type of the activations."""
+PAST, PRESENT, SCALE = "past_key_values.", "present.", "_scale"
+"""Names of the tensors: ``past_key_values.0.key`` and its ``past_key_values.0.key_scale``."""
+_SMALLEST = {ir.DataType.FLOAT16: 1e-7}
+_SMALLEST_WIDE = 1e-30
+"""Lower bounds of a scale, so that a token of zeros can be divided by it; float16 has no smaller numbers."""
+
+
+class QuantizeCache(ir.passes.InPlacePass):
+    """Replaces each ``Concat(past, new)`` of the cache by the same on INT8 codes and on their scales.
+
+    Keys are stored as attention sees them, after the rotary embedding: ``scale = max|x| / 127`` over one head of one
+    token, ``codes = clamp(round(x / scale))``, symmetric. Attention reads ``codes * scale`` for new tokens as well, so
+    a prompt in one call and token by token gives the same.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place.
+
+        Raises:
+            ValueError: A cache tensor is not joined with new keys or values in one Concat.
+        """
+        graph = model.graph
+        scales: dict[str, tuple[ir.Value, ir.Value]] = {}
+        for past in list(graph.inputs):
+            if (past.name or "").startswith(PAST):
+                scales[str(past.name)] = _quantize(graph, past)
+        _insert(graph.inputs, {name: pair[0] for name, pair in scales.items()})
+        _insert(graph.outputs, {name.replace(PAST, PRESENT): pair[1] for name, pair in scales.items()})
+        return ir.passes.PassResult(model, modified=bool(scales))
+
+
+def _quantize(graph: ir.Graph, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Rewrite one cache tensor; return the scales of the past and of the present."""
+    concat = _concat(graph, past)
+    new, present = concat.inputs[1], concat.outputs[0]
+    dtype, name = present.dtype, str(present.name)
+    if new is None or dtype is None or past.shape is None or present.shape is None:
+        raise ValueError(f"the cache tensor {past.name!r} has no type or shape")
+    writer = _Writer(graph, name, dtype)
+    # Types first: what reads the past now reads codes.
+    past.type = ir.TensorType(ir.DataType.INT8)
+    old_scale = ir.Value(
+        name=f"{past.name}{SCALE}", type=ir.TensorType(dtype), shape=ir.Shape([*past.shape.dims[:-1], 1])
+    )
+    peak = writer.op("ReduceMax", [writer.op("Abs", [new]), writer.constant([-1], np.dtype(np.int64))], keepdims=1)
+    step = writer.op("Max", [writer.op("Div", [peak, writer.number(127.0)]), writer.number(_smallest(dtype))])
+    one, zero = writer.number(1.0), writer.constant(0, np.dtype(np.int8))
+    codes = writer.op("QuantizeLinear", [writer.op("Div", [new, step]), one, zero])
+    joined = writer.op("Concat", [past, codes], axis=2)
+    scales = writer.op("Concat", [old_scale, step], axis=2)
+    values = writer.op("Mul", [writer.op("DequantizeLinear", [joined, one, zero]), scales])
+    values.type, values.shape = present.type, present.shape
+    joined.type, joined.shape = ir.TensorType(ir.DataType.INT8), present.shape
+    scales.type, scales.shape = ir.TensorType(dtype), ir.Shape([*present.shape.dims[:-1], 1])
+    index = next(i for i, output in enumerate(graph.outputs) if output is present)
+    graph.insert_after(concat, writer.nodes)
+    graph.outputs[index] = joined
+    present.replace_all_uses_with(values)
+    graph.remove(concat, safe=True)
+    present.name, joined.name, scales.name = f"{name}.float", name, f"{name}{SCALE}"
+    return old_scale, scales
+
+
+def _concat(graph: ir.Graph, past: ir.Value) -> ir.Node:
+    """Return the node that joins the past with what is new and whose output is the present."""
+    for node in past.consumers():
+        joins = node.op_type == "Concat" and len(node.inputs) == 2 and node.inputs[0] is past
+        if joins and any(output is node.outputs[0] for output in graph.outputs):
+            return node
+    raise ValueError(
+        f"the cache tensor {past.name!r} is not joined with new ones in one Concat, so it cannot be stored in 8 bits;"
+        " export with --kv float"
+    )
+
+
+def _insert(values: MutableSequence[ir.Value], scales: dict[str, ir.Value]) -> None:
+    """Put each scale behind its codes."""
+    ordered = [item for value in values for item in (value, scales.get(str(value.name))) if item is not None]
+    values.clear()
+    values.extend(ordered)
+
+
+def _smallest(dtype: ir.DataType) -> float:
+    return _SMALLEST.get(dtype, _SMALLEST_WIDE)
+
+
+class _Writer:
+    """Collects nodes named after one cache tensor."""
+
+    def __init__(self, graph: ir.Graph, name: str, dtype: ir.DataType) -> None:
+        self.nodes: list[ir.Node] = []
+        self._graph, self._name, self._dtype = graph, name, dtype
+
+    def op(self, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        name = f"{self._name}.{op_type}.{len(self.nodes)}"
+        node = ir.node(op_type, inputs, attributes, name=name)
+        node.outputs[0].name = f"{name}.output"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def number(self, number: float) -> ir.Value:
+        """Return a constant of the activations' type."""
+        return self.constant(number, self._dtype.numpy())
+
+    def constant(self, content: float | list[int], dtype: np.dtype[np.generic]) -> ir.Value:
+        name = f"cache.{dtype.name}.{content}"
+        if name not in self._graph.initializers:
+            tensor = ir.tensor(np.array(content, dtype), name=name)
+            shape = ir.Shape(tensor.shape.numpy())
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+            self._graph.register_initializer(value)
+        return self._graph.initializers[name]
