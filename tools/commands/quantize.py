@@ -80,9 +80,12 @@ def _add_method_flags(flags: Flags) -> None:
         "--method",
         default="lcq",
         metavar="M",
-        text="rtn, lcq, lrq, flexround, lqer, gptq ... (each a file in calibration/methods)",
+        text="lcq, lrq, lqer, flexround, rtn, gptq, awq, omniquant or smoothquant (each a file in calibration/methods)",
     )
     flags.add("--bits", type=int, choices=(2, 3, 4, 8), default=3, text="bits of a code")
+    flags.add(
+        "--target-bits", type=float, metavar="B", text="stored bits per weight: choose the bits of each layer (scipy)"
+    )
     flags.add(
         "--rank",
         type=int,
