@@ -23,7 +23,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test check format native native-all native-cuda wheel wheel-check clean distclean
+.PHONY: help demo test test-gpu check format native native-all native-cuda wheel wheel-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,16 @@ native-all: $(VENV)/.tools
 
 test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
+GPU_TESTS := tests/plugins/test_cuda_emulated.py
+test-gpu: $(VENV)/.dev native-cuda  ## Kernels and engines on this machine's GPU (none of it has run on one yet)
+	@nvidia-smi -L || { echo "no NVIDIA GPU with a driver is visible here" >&2; exit 3; }
+	RANKBOOK_KERNELS_ON=gpu $(BIN)/python -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
+	RANKBOOK_EXPECT_CUDA=1 $(BIN)/python -m pytest -m 'gpu or trt' tests $(PYTEST_ARGS)
+	for tool in memcheck racecheck synccheck; do \
+		RANKBOOK_KERNELS_ON=gpu compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -q $(GPU_TESTS) -k 'every_stored_form or share_a_panel' || exit 1; done
 
 check: $(VENV)/.dev  ## Lint, format and type-check
 	$(BIN)/ruff check .

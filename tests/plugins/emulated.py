@@ -1,4 +1,7 @@
-"""The CUDA kernels on the CPU: builds them over the emulation with the C++ compiler and calls them through ctypes."""
+"""The CUDA kernels on the CPU: builds them over the emulation with the C++ compiler and calls them through ctypes.
+
+With ``RANKBOOK_KERNELS_ON=gpu`` nvcc builds them and the same calls run on the GPU (``make test-gpu``).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 UNITS = (*(f"kernels/cuda/width_{bits}.cu" for bits in (2, 3, 4, 8)), "kernels/cuda/launch.cu")
 SOURCES = (*UNITS, "emulation/simt.cpp", "emulation/library.cpp")
 ALIGNMENT = 256
+ON_GPU = os.environ.get("RANKBOOK_KERNELS_ON") == "gpu"
+EXTRA_FLAGS = os.environ.get("RANKBOOK_EMULATION_FLAGS", "").split()
+"""More flags for the compiler, e.g. sanitizers (test_trt_plugin.py)."""
 
 Array = np.ndarray[Any, Any]
 _failures: dict[str, str] = {}
@@ -76,10 +82,40 @@ class Gather(c.Structure):
 @cache
 def library() -> c.CDLL:
     """Build (once per state of the sources) and load the emulated kernels."""
-    lib = c.CDLL(str(build("emulation", SOURCES)))
+    lib = c.CDLL(str(build_for_gpu() if ON_GPU else build("emulation", SOURCES)))
     lib.rb_error.restype = c.c_char_p
     lib.rb_workspace.restype = c.c_size_t
+    if ON_GPU:
+        lib.rb_upload.restype = c.c_void_p
     return lib
+
+
+def build_for_gpu(architecture: str = "native") -> Path:
+    """Compile the kernels and a C interface with nvcc.
+
+    Args:
+        architecture: ``native``, the GPU that is here, or e.g. ``sm_80``.
+
+    Raises:
+        RuntimeError: The compiler's messages.
+    """
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if nvcc is None:
+        raise RuntimeError("nvcc is not installed; the tests on a GPU need the CUDA toolkit")
+    sources = [*(CSRC / unit for unit in UNITS), CSRC / "emulation" / "gpu_library.cu"]
+    target = ROOT / "build" / "emulation" / f"libgpu-{architecture}-{_digest(*_files(), *sources)}.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", f"-arch={architecture}", f"-I{CSRC}"]
+        _compile([nvcc, *flags, "--expt-relaxed-constexpr", "--threads=0", *map(str, sources)], target)
+    return target
+
+
+def _files() -> list[Path]:
+    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", ".")
+    return sorted(
+        p for folder in folders for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")
+    )
 
 
 def compiler() -> str | None:
@@ -95,17 +131,22 @@ def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = (
     """
     if name in _failures:
         raise RuntimeError(_failures[name])
-    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", ".")
-    files = sorted(
-        p for folder in folders for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")
-    )
-    folder = ROOT / "build" / "emulation" / _digest(*files)
+    marks = hashlib.sha256(" ".join(EXTRA_FLAGS).encode()).hexdigest()[:6] if EXTRA_FLAGS else ""
+    folder = ROOT / "build" / "emulation" / (_digest(*_files()) + marks)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{name}-{_digest(*(CSRC / source for source in sources))}.so"
     if target.exists():
         return target
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DRANKBOOK_EMULATION", f"-I{CSRC}", *(f"-isystem{path}" for path in includes), "-x", "c++", "-c"]
+    flags += [
+        *EXTRA_FLAGS,
+        "-DRANKBOOK_EMULATION",
+        f"-I{CSRC}",
+        *(f"-isystem{path}" for path in includes),
+        "-x",
+        "c++",
+        "-c",
+    ]
     objects = [folder / f"{Path(source).stem}-{_digest(CSRC / source)}.o" for source in sources]
     steps = [
         ([str(compiler()), *flags, str(CSRC / source)], out)
@@ -115,7 +156,7 @@ def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = (
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda step: _compile(*step), steps))
-        _compile([str(compiler()), "-shared", *map(str, objects)], target)
+        _compile([str(compiler()), *EXTRA_FLAGS, "-shared", *map(str, objects)], target)
     except RuntimeError as error:
         _failures[name] = str(error)  # the next test must not try again
         raise
@@ -136,13 +177,25 @@ def _digest(*files: Path) -> str:
 
 
 class Arena:
-    """Buffers that kernels may touch, everything around them forbidden."""
+    """Buffers that kernels may touch, everything around them forbidden (on a GPU: up to the driver's granularity)."""
 
     def __init__(self) -> None:
         self._arrays: list[tuple[Array, bool]] = []
+        self._device: dict[int, Array] = {}  # on a GPU: the shape of what lies at an address
+
+    def __del__(self) -> None:
+        for address in self._device:
+            library().rb_free(c.c_void_p(address))
 
     def add(self, values: Array, *, writable: bool = False) -> int:
         """Copy an array to an aligned address of its own and return the address."""
+        if ON_GPU:
+            data = np.ascontiguousarray(values)
+            address = library().rb_upload(c.c_void_p(data.ctypes.data), c.c_size_t(data.nbytes))
+            if not address:
+                raise RuntimeError(library().rb_error().decode())
+            self._device[address] = data
+            return int(address)
         raw = np.empty(values.nbytes + ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % ALIGNMENT
         view = raw[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
@@ -152,10 +205,17 @@ class Arena:
 
     def array(self, address: int) -> Array:
         """Return the array at an address given by `add`."""
+        if ON_GPU:
+            found = np.empty_like(self._device[address])
+            if library().rb_download(c.c_void_p(found.ctypes.data), c.c_void_p(address), c.c_size_t(found.nbytes)):
+                raise RuntimeError(library().rb_error().decode())
+            return found
         return next(view for view, _ in self._arrays if view.ctypes.data == address)
 
     def register(self, lib: c.CDLL | None = None) -> None:
         """Tell an emulation which addresses are allowed."""
+        if ON_GPU and lib is None:
+            return
         count = len(self._arrays)
         begins = (c.c_size_t * count)(*(view.ctypes.data for view, _ in self._arrays))
         sizes = (c.c_size_t * count)(*(view.nbytes for view, _ in self._arrays))

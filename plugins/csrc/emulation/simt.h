@@ -20,7 +20,7 @@
 #include "kernels/cuda/params.h"
 
 #define RB_DEVICE inline
-#define RB_KERNEL(blocks) void
+#define RB_KERNEL(...) void
 
 struct uint2 {
   std::uint32_t x, y;
@@ -75,6 +75,7 @@ struct Machine {
   int thread = 0, block_x = 0, block_y = 0;
   dim3 grid{1};
   unsigned char* shared = nullptr;
+  int multiprocessors = 4;  // few, so that small layers are shared by blocks at all
 
  private:
   struct Fiber {
@@ -142,6 +143,38 @@ inline float shuffle_xor(float value, int mask) {
   float other;
   std::memcpy(&other, met.slots[(machine.thread % emulation::kWarp) ^ mask], sizeof other);
   return other;
+}
+
+inline std::uint32_t permute(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  const std::uint64_t bytes = a | static_cast<std::uint64_t>(b) << 32;
+  std::uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t which = selector >> (4 * i) & 15u;
+    if (which > 7) emulation::fail("a byte permutation with the sign bit of a selector set");
+    out |= static_cast<std::uint32_t>(bytes >> (8 * which) & 255u) << (8 * i);
+  }
+  return out;
+}
+
+inline std::uint32_t spread_half(std::uint32_t v, int high) { return permute(v, v, high ? 0x3232u : 0x1010u); }
+inline unsigned multiply_high(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
+}
+
+// Blocks run one after the other: what one wrote the next one sees.
+inline void publish(float* address, float value) { store(address, value); }
+inline float load_other(const float* address) { return load(address); }
+inline unsigned arrive(unsigned* counter) {
+  const unsigned before = load(counter);
+  store(counter, before + 1);
+  return before;
+}
+inline void see_others() {}
+inline int multiprocessors() { return emulation::Machine::get().multiprocessors; }
+inline Status clear(void* address, std::size_t bytes, void*) {
+  emulation::Machine::get().check(address, bytes, 4, true);
+  std::memset(address, 0, bytes);
+  return {};
 }
 
 inline std::uint32_t bits_of(float value) {

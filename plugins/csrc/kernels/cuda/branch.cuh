@@ -7,11 +7,13 @@ namespace rankbook::cuda {
 
 constexpr int kBranchTokens = 8;  // tokens that one warp multiplies with one row of `down`
 
-// Arguments of every kernel of a product: `u` (M, R) and `dense` (N, K) lie in the workspace.
+// Arguments of every kernel of a product. What they point to lies in the workspace.
 struct MatmulKernel {
   Matmul m;
-  float* u = nullptr;
-  void* dense = nullptr;
+  float* u = nullptr;             // (M, R)
+  void* dense = nullptr;          // (N, K)
+  float* shares = nullptr;        // (blocks per panel, panels, tokens of a kernel, 32 rows) sums
+  unsigned* arrivals = nullptr;   // (panels), zero at the start
 };
 
 // Four neighbouring elements of row `row` of a factor with `columns` columns, without its scale per rank.
@@ -82,18 +84,36 @@ RB_DEVICE float epilogue(const MatmulKernel& arguments, int token, int row) {
   return sum;
 }
 
-// Adds up what the warps of a block left in `partial` (kWarps, tokens, 32 rows) and writes the outputs of one panel.
+// Adds up what the warps of a block left in `partial` (kWarps, tokens, 32 rows) and writes the outputs of one panel. Where
+// several blocks share a panel, each leaves its sums in the workspace and the last one to arrive adds them up, always in
+// the same order.
 template <typename T>
-RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, const float* partial, int panel, int tile, int first) {
+RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, int panel, int tile) {
   const Matmul& m = arguments.m;
-  for (int i = thread_index(); i < tile * kPanel; i += kWarps * 32) {
-    const int row = panel * kPanel + i % kPanel;
-    const int token = first + i / kPanel;
+  const int blocks = grid_y(), size = tile * kPanel;
+  if (blocks > 1) {
+    for (int i = thread_index(); i < size; i += kWarps * 32) {
+      float sum = 0.0f;
+      for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * size + i];
+      publish(arguments.shares + (static_cast<std::size_t>(block_y()) * grid_x() + panel) * size + i, sum);
+    }
+    barrier();
+    if (thread_index() == 0) partial[0] = arrive(arguments.arrivals + panel) + 1u == unsigned(blocks) ? 1.0f : 0.0f;
+    barrier();
+    if (partial[0] == 0.0f) return;
+    see_others();
+  }
+  for (int i = thread_index(); i < size; i += kWarps * 32) {
+    const int row = panel * kPanel + i % kPanel, token = i / kPanel;
     if (row >= m.weight.rows || token >= m.tokens) continue;
     float sum = epilogue(arguments, token, row);
-    for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * tile * kPanel + i];
-    store(static_cast<typename T::Stored*>(m.y) + static_cast<std::size_t>(token) * m.weight.rows + row,
-          T::encode(sum));
+    if (blocks > 1) {
+      const float* share = arguments.shares + static_cast<std::size_t>(panel) * size + i;
+      for (int block = 0; block < blocks; ++block) sum += load_other(share + static_cast<std::size_t>(block) * grid_x() * size);
+    } else {
+      for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * size + i];
+    }
+    store(static_cast<typename T::Stored*>(m.y) + static_cast<std::size_t>(token) * m.weight.rows + row, T::encode(sum));
   }
 }
 

@@ -3,6 +3,7 @@
 // A warp works on one panel of 32 rows. Lane (p = lane / 4, q = lane % 4) takes rows 4 p .. 4 p + 3 of unit 4 step + q;
 // a *unit* is what one row holds in one word (2, 4, 8 bits) or in one block of three words (3 bits). The words of four
 // rows stand side by side, so a lane reads 16 bytes and a warp whole cache lines, and four rows share one piece of x.
+// The tensor-core kernels take as many neighbouring units at once (a *chunk*) as hold at least 16 inputs.
 #pragma once
 
 #include "kernels/cuda/platform.cuh"
@@ -16,6 +17,7 @@ struct Unit {
   static constexpr int kParts = kBits == 3 ? 2 : 1;               // parts that may belong to different groups
   static constexpr int kPairs = kColumns / kParts / 2;            // pairs of neighbouring codes per part
   static constexpr int kPairBits = 2 * kBits;
+  static constexpr int kChunk = kColumns < 16 ? 16 / kColumns : 1;  // units of a chunk
 
   static RB_DEVICE int count(int columns) { return (columns + kBlock - 1) / kBlock * (kBits == 3 ? 1 : kBits); }
 };
@@ -26,12 +28,32 @@ struct FourRows {
   std::uint32_t words[4][Unit<kBits>::kWords];
 };
 
+// And of one chunk, as stored: bytes are codes minus 128.
+template <int kBits>
+struct Chunk {
+  static constexpr int kColumns = Unit<kBits>::kChunk * Unit<kBits>::kColumns;
+  static constexpr int kLoads = Unit<kBits>::kChunk * Unit<kBits>::kWords;  // pieces of 16 bytes
+  static constexpr int kPitch = kLoads * kPanel / 4;                        // from chunk to chunk, in pieces
+
+  FourRows<kBits> units[Unit<kBits>::kChunk];
+
+  RB_DEVICE void load_from(const uint4* first) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint4 v = load_codes(first + i * (kPanel / 4));
+      auto& words = units[i / Unit<kBits>::kWords].words;
+      const int word = i % Unit<kBits>::kWords;
+      words[0][word] = v.x, words[1][word] = v.y, words[2][word] = v.z, words[3][word] = v.w;
+    }
+  }
+};
+
 template <int kBits>
 RB_DEVICE FourRows<kBits> load_four_rows(const PackedWeight& w, int panel, int unit, int units, int row) {
   FourRows<kBits> rows;
 #pragma unroll
   for (int i = 0; i < Unit<kBits>::kWords; ++i) {
-    uint4 v = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};  // codes of zero, as the carrier stores them
+    uint4 v = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};  // codes of zero, as they are stored
     if (unit < units) {
       const std::size_t word = (static_cast<std::size_t>(panel) * units + unit) * Unit<kBits>::kWords + i;
       v = load_codes(reinterpret_cast<const uint4*>(w.codes + word * kPanel + row));

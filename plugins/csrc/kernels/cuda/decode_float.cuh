@@ -70,13 +70,13 @@ RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
   return v;
 }
 
-// y for up to kTokens tokens and fp32 activations. A block per panel; its warps share the columns.
+// y for up to kTokens tokens and fp32 activations. Blocks as for `decode_mma`.
 template <int kBits, int kPlanes, int kTokens>
 RB_KERNEL(1) decode_float(MatmulKernel arguments) {
   using U = Unit<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
-  const int lane = thread_index() & 31, warp = thread_index() >> 5, panel = block_x();
+  const int lane = thread_index() & 31, warp = block_y() * kWarps + (thread_index() >> 5), panel = block_x();
   const int row = 4 * (lane >> 2), units = U::count(w.columns), size = w.columns / w.groups;
   const auto* x = static_cast<const float*>(m.x);
   auto* table = reinterpret_cast<float*>(shared_memory());
@@ -84,7 +84,7 @@ RB_KERNEL(1) decode_float(MatmulKernel arguments) {
   decoder.fill_table(w, table);
   barrier();
 
-  const int steps = (units + 3) / 4, share = (steps + kWarps - 1) / kWarps;
+  const int warps = grid_y() * kWarps, steps = (units + 3) / 4, share = (steps + warps - 1) / warps;
   const int last = (warp + 1) * share < steps ? (warp + 1) * share : steps;
   GroupCursor cursor;
   float sums[4][kTokens] = {};
@@ -118,11 +118,11 @@ RB_KERNEL(1) decode_float(MatmulKernel arguments) {
     for (int i = 0; i < 4; ++i) {
       sums[i][t] += shuffle_xor(sums[i][t], 1);
       sums[i][t] += shuffle_xor(sums[i][t], 2);
-      if ((lane & 3) == 0) partial[(warp * kTokens + t) * kPanel + row + i] = sums[i][t];
+      if ((lane & 3) == 0) partial[((thread_index() >> 5) * kTokens + t) * kPanel + row + i] = sums[i][t];
     }
   }
   barrier();
-  reduce_and_store<Float>(arguments, partial, panel, kTokens, 0);
+  reduce_and_store<Float>(arguments, partial, panel, kTokens);
 }
 
 struct DenseKernel {

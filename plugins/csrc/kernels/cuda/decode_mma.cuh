@@ -2,246 +2,255 @@
 //
 // Weights are the A operand of mma.m16n8k16 and tokens the eight columns of B, as in QTIP (Tseng et al. 2024): one
 // instruction serves up to eight tokens at the price of one. The order of inputs inside an mma step is free as long as
-// both operands share it, so every lane multiplies its own unit of its own rows with the same unit of x and no data
+// both operands share it, so every lane multiplies its own chunk of its own rows with the same chunk of x and no data
 // moves between lanes. Fragment rows p and p + 8 are the neighbouring output rows 4 p + 2 i and 4 p + 2 i + 1.
 //
-// Levels come in pairs from shared memory, one look-up for two weights and all planes. Entries are 128 bytes apart and
-// hold one copy per bank (or per two or four banks where an entry takes 8 or 16 bytes), so look-ups never collide.
+// Rows must be multiples of 8 inputs, so that x is read 16 bytes at a time; others take the way of many tokens.
 #pragma once
 
 #include "kernels/cuda/branch.cuh"
+#include "kernels/cuda/lookup.cuh"
 
 namespace rankbook::cuda {
 
-constexpr int kEntryBytes = 128;
-
-// What the planes of a group are multiplied with: fp16 pairs for fp16 weights, floats for bfloat16, whose 8 bits of
-// mantissa must be rounded to once, at the end.
-template <typename T>
-struct Combine;
-
-template <>
-struct Combine<Half> {
-  using Number = std::uint32_t;
-  static RB_DEVICE Number number(float value) { return pack_half(value, value); }
-  template <int kPlanes>
-  static RB_DEVICE std::uint32_t weights(const std::uint32_t (&levels)[kPlanes], const Number (&factors)[kPlanes],
-                                         Number offset) {
-    std::uint32_t sum = offset;
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) sum = fma_half(levels[plane], factors[plane], sum);
-    return sum;
-  }
-};
-
-template <>
-struct Combine<BFloat> {
-  using Number = float;
-  static RB_DEVICE Number number(float value) { return value; }
-  template <int kPlanes>
-  static RB_DEVICE std::uint32_t weights(const std::uint32_t (&levels)[kPlanes], const Number (&factors)[kPlanes],
-                                         Number offset) {
-    float low = offset, high = offset;
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      const float2 pair = unpack_half(levels[plane]);
-      low += pair.x * factors[plane];
-      high += pair.y * factors[plane];
-    }
-    return pack_bfloat(low, high);
-  }
-};
-
-// The table of level pairs. With 8 bits there are too many pairs: entries are single codes, two planes to a word.
-template <int kBits, int kPlanes>
-struct PairTable {
-  static constexpr bool kSingle = kBits == 8;
-  static constexpr int kEntries = 1 << (kSingle ? kBits : 2 * kBits);
-  static constexpr int kWords = kSingle ? (kPlanes + 1) / 2 : kPlanes;  // 1, 2 or 4 words of an entry
-  static constexpr int kCopies = kEntryBytes / (4 * kWords);
-  static constexpr std::size_t kBytes = static_cast<std::size_t>(kEntries) * kEntryBytes;
-
-  // The power of two at or below the largest level of a plane. Levels are stored divided by it and coefficients
-  // multiplied: exact, and it keeps both well inside the range of fp16 whatever units a method chose.
-  static RB_DEVICE float plane_scale(const PackedWeight& w, int plane) {
-    float largest = 0.0f;
-    for (int i = thread_index() & 31; i < 1 << kBits; i += 32) {
-      const float level = half_to_float(load(w.levels + (plane << kBits) + i));
-      largest = level > largest ? level : (-level > largest ? -level : largest);
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1) {
-      const float other = shuffle_xor(largest, mask);
-      largest = other > largest ? other : largest;
-    }
-    return largest > 0.0f ? float_of(bits_of(largest) & 0x7f800000u) : 1.0f;
-  }
-
-  static RB_DEVICE float level(const PackedWeight& w, int plane, int code, float scale) {
-    return plane < w.planes() ? half_to_float(load(w.levels + (plane << kBits) + code)) / scale : 0.0f;
-  }
-
-  static RB_DEVICE void fill(const PackedWeight& w, const float (&scales)[kPlanes], unsigned char* table) {
-    for (int entry = thread_index(); entry < kEntries; entry += kWarps * 32) {
-      std::uint32_t words[kWords];
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        if constexpr (kSingle) {
-          const float second = 2 * i + 1 < kPlanes ? level(w, 2 * i + 1, entry, scales[(2 * i + 1) % kPlanes]) : 0.0f;
-          words[i] = pack_half(level(w, 2 * i, entry, scales[2 * i]), second);
-        } else {
-          words[i] = pack_half(level(w, i, entry & ((1 << kBits) - 1), scales[i]), level(w, i, entry >> kBits, scales[i]));
-        }
-      }
-      auto* line = reinterpret_cast<std::uint32_t*>(table + entry * kEntryBytes);
-      for (int copy = 0; copy < kCopies; ++copy) {
-        const int at = (copy + entry) % kCopies;  // neighbouring threads start in different banks
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) line[at * kWords + i] = words[i];
-      }
-    }
-  }
-
-  static RB_DEVICE void entry(const unsigned char* lane_table, std::uint32_t index, std::uint32_t (&out)[kWords]) {
-    const unsigned char* at = lane_table + index * kEntryBytes;
-    if constexpr (kWords == 1) {
-      out[0] = *reinterpret_cast<const std::uint32_t*>(at);
-    } else if constexpr (kWords == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(at);
-      out[0] = v.x, out[1] = v.y;
-    } else {
-      const uint4 v = *reinterpret_cast<const uint4*>(at);
-      out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-    }
-  }
-
-  // Levels of two neighbouring codes, one word per plane.
-  static RB_DEVICE void levels(const unsigned char* lane_table, std::uint32_t pair, std::uint32_t (&out)[kPlanes]) {
-    if constexpr (kSingle) {
-      std::uint32_t first[kWords], second[kWords];
-      entry(lane_table, pair & 255u, first);
-      entry(lane_table, pair >> 8, second);
-#pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        const std::uint32_t a = first[plane / 2], b = second[plane / 2];
-        out[plane] = plane % 2 == 0 ? (a & 0xffffu) | (b << 16) : (a >> 16) | (b & 0xffff0000u);
-      }
-    } else {
-      entry(lane_table, pair, out);
-    }
-  }
-};
-
-// 2 kPairs neighbouring activations from column k on, two per word, zero past the end of the row.
+// 2 kPairs neighbouring activations from `from` on, two per word; zero from the input `left` on.
 template <int kPairs>
-RB_DEVICE void load_activations(const std::uint16_t* row, int k, int columns, bool valid, std::uint32_t (&out)[kPairs]) {
+RB_DEVICE void load_activations(const uint4* from, int left, bool whole, std::uint32_t (&out)[kPairs]) {
+  uint4 v[kPairs / 4];
+  if (whole) {  // the same for all lanes
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) out[j] = 0u;
-  if (!valid) return;
-  if ((columns & 7) == 0) {
-    if constexpr (kPairs == 2) {
-      if (k >= columns) return;
-      const uint2 v = load(reinterpret_cast<const uint2*>(row + k));
-      out[0] = v.x, out[1] = v.y;
-    } else {
+    for (int j = 0; j < kPairs / 4; ++j) v[j] = load(from + j);
+  } else {
 #pragma unroll
-      for (int j = 0; j < kPairs; j += 4) {
-        if (k + 2 * j >= columns) continue;
-        const uint4 v = load(reinterpret_cast<const uint4*>(row + k + 2 * j));
-        out[j] = v.x, out[j + 1] = v.y, out[j + 2] = v.z, out[j + 3] = v.w;
-      }
+    for (int j = 0; j < kPairs / 4; ++j) {
+      v[j] = {0u, 0u, 0u, 0u};
+      if (8 * j < left) v[j] = load(from + j);
     }
-    return;
   }
 #pragma unroll
-  for (int i = 0; i < 2 * kPairs; ++i) {
-    if (k + i < columns) out[i / 2] |= static_cast<std::uint32_t>(load(row + k + i)) << (16 * (i % 2));
+  for (int j = 0; j < kPairs / 4; ++j) {
+    out[4 * j] = v[j].x, out[4 * j + 1] = v[j].y, out[4 * j + 2] = v[j].z, out[4 * j + 3] = v[j].w;
   }
 }
 
-// Coefficients and offsets of four rows in one group, scaled as the table asks.
-template <typename T, int kPlanes>
-struct GroupNumbers {
-  typename Combine<T>::Number factors[4][kPlanes];
-  typename Combine<T>::Number offsets[4];
+// What turns stored parameters into coefficients (one slot per plane) and offset (the last slot), for one panel. Absent
+// slots read another plane and multiply it by zero.
+template <int kPlanes>
+struct PanelParams {
+  static constexpr int kSlots = kPlanes + 1;
+  using Words = std::uint32_t[kSlots];  // parameters of four rows each, as stored
 
-  RB_DEVICE void read(const PackedWeight& w, int panel, int group, int row, const float (&scales)[kPlanes]) {
-    float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (w.has_offset) read_params(w, panel, group, w.params_planes - 1, row, values);
+  const std::int8_t* codes;  // of the lane's first row in the first group
+  int pitch;                 // from group to group
+  int last;                  // from the first plane to the offset
+  float step[kSlots], base[kSlots];
+
+  static RB_DEVICE bool exists(const PackedWeight& w, int slot) {
+    return slot == kPlanes ? w.has_offset : slot < w.planes();
+  }
+
+  RB_DEVICE int at(const PackedWeight& w, int slot) const {
+    if (slot == kPlanes) return last;
+    return slot < kPlanes - 1 || kPlanes < 4 || exists(w, slot) ? kPanel * slot : 0;  // 4 stands for 3 planes as well
+  }
+
+  // Coefficients are multiplied by what levels are divided by.
+  RB_DEVICE void prepare(const PackedWeight& w, int panel, const float (&scales)[kPlanes]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) offsets[i] = Combine<T>::number(values[i]);
-#pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      values[0] = values[1] = values[2] = values[3] = 0.0f;
-      if (plane < w.planes()) read_params(w, panel, group, plane, row, values);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) factors[i][plane] = Combine<T>::number(values[i] * scales[plane]);
+    for (int slot = 0; slot < kSlots; ++slot) {
+      step[slot] = base[slot] = 0.0f;
+      if (!exists(w, slot)) continue;
+      const float scale = slot < kPlanes ? scales[slot % kPlanes] : 1.0f;
+      const std::size_t plane = static_cast<std::size_t>(panel) * w.params_planes + at(w, slot) / kPanel;
+      step[slot] = (w.step_full ? 1.0f : read_float(w.step, plane)) * scale;
+      base[slot] = load(w.base + (w.base_full ? plane : 0)) * scale;
     }
+  }
+
+  RB_DEVICE PanelParams(const PackedWeight& w, int panel, int row) {
+    pitch = w.params_planes * kPanel;
+    codes = w.params + static_cast<std::size_t>(panel) * w.groups * pitch + row;
+    last = w.has_offset ? kPanel * (w.params_planes - 1) : 0;
+  }
+
+  // The common form: a byte per parameter, a step per plane. It alone is fetched ahead.
+  static RB_DEVICE bool common(const PackedWeight& w) { return w.params_full && !w.step_full; }
+
+  RB_DEVICE void fetch(const PackedWeight& w, int group, Words& words) const {
+    const std::int8_t* from = codes + static_cast<std::size_t>(static_cast<unsigned>(group * pitch));
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      words[slot] = load(reinterpret_cast<const std::uint32_t*>(from + at(w, slot)));
+    }
+  }
+
+  RB_DEVICE GroupNumbers<kPlanes> numbers(const Words& words) const {
+    GroupNumbers<kPlanes> out;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i] = static_cast<float>(static_cast<std::int8_t>(words[slot] >> (8 * i))) * step[slot] + base[slot];
+      }
+      out.pairs[0][slot] = pack_half(values[0], values[1]);
+      out.pairs[1][slot] = pack_half(values[2], values[3]);
+    }
+    return out;
+  }
+
+  // The other forms.
+  RB_DEVICE GroupNumbers<kPlanes> numbers(const PackedWeight& w, int panel, int group, int row) const {
+    GroupNumbers<kPlanes> out;
+    const std::size_t first = (static_cast<std::size_t>(panel) * w.groups + group) * pitch + row;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::size_t where = first + at(w, slot) + i;
+        const float code = static_cast<float>(load(w.params + (w.params_full ? where : 0)));
+        values[i] = code * (w.step_full ? read_float(w.step, where) * step[slot] : step[slot]) + base[slot];
+      }
+      out.pairs[0][slot] = pack_half(values[0], values[1]);
+      out.pairs[1][slot] = pack_half(values[2], values[3]);
+    }
+    return out;
   }
 };
 
-// y for up to 8 kTiles tokens. A block per panel; its warps share the columns.
+// How a row of groups falls into the steps of a warp. A step that several groups share, or a group that ends inside a
+// unit, costs parameters anew in every step; that is the exception.
+template <int kBits>
+struct Steps {
+  static constexpr int kColumns = 4 * Chunk<kBits>::kColumns;  // of a step: four lanes take a chunk each
+
+  int count, parts, span, groups;
+  unsigned per_column;  // groups per column, times 2^32
+
+  RB_DEVICE explicit Steps(const PackedWeight& w) {
+    const int size = w.columns / w.groups;
+    parts = Unit<kBits>::kParts > 1 && w.groups > 1 && size % Unit<kBits>::kColumns != 0 ? Unit<kBits>::kParts : 1;
+    count = (w.columns + kColumns - 1) / kColumns * parts;
+    span = w.groups == 1 ? count : (size % kColumns == 0 ? size / kColumns : 1);
+    groups = w.groups;
+    per_column = 0xffffffffu / static_cast<unsigned>(size) + 1u;
+  }
+
+  RB_DEVICE int chunk(int step, int q) const { return 4 * (parts == 1 ? step : step / Unit<kBits>::kParts) + q; }
+
+  // Group of the lane's columns; columns past the end belong to the last group. The product is exact below 2^20 columns
+  // and groups of up to 2^12; a single group is more, and the last.
+  RB_DEVICE int group(int step, int q) const {
+    int column = chunk(step, q) * Chunk<kBits>::kColumns;
+    if (parts > 1) column += step % Unit<kBits>::kParts * (Unit<kBits>::kColumns / Unit<kBits>::kParts);
+    const int found = static_cast<int>(multiply_high(static_cast<unsigned>(column), per_column));
+    return found < groups ? found : groups - 1;
+  }
+};
+
+template <int kBits, int kPlanes, typename T>
+struct DecodeShared {
+  using Lookup = typename LookupOf<T, kBits, kPlanes>::Type;
+  static constexpr std::size_t bytes(int tiles) {
+    const std::size_t sums = sizeof(float) * kWarps * 8 * tiles * kPanel;
+    if constexpr (Lookup::kBytes == 0) return sums;
+    else return sums < Lookup::kBytes ? Lookup::kBytes : sums;
+  }
+};
+
+// y for up to 8 kTiles tokens. Blocks (x: panel, y: share of the columns); the warps of a block share its columns. Four
+// planes and sixteen tokens need more registers than two blocks a multiprocessor leave.
 template <int kBits, int kPlanes, int kTiles, typename T>
-RB_KERNEL(2) decode_mma(MatmulKernel arguments) {
+RB_KERNEL((kPlanes < 4 || kTiles < 2) ? 2 : 1) decode_mma(MatmulKernel arguments) {
   using U = Unit<kBits>;
-  using Table = PairTable<kBits, kPlanes>;
+  using C = Chunk<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
-  const int lane = thread_index() & 31, warp = thread_index() >> 5, panel = block_x();
-  const int p = lane >> 2, q = lane & 3, units = U::count(w.columns), size = w.columns / w.groups;
-  const auto* x = static_cast<const std::uint16_t*>(m.x);
-  unsigned char* shared = shared_memory();
+  const int lane = thread_index() & 31, warp = block_y() * kWarps + (thread_index() >> 5), panel = block_x();
+  const int p = lane >> 2, q = lane & 3, units = U::count(w.columns), chunks = units / U::kChunk;
+
+  const Steps<kBits> steps(w);
+  const int warps = grid_y() * kWarps, share = (steps.count + warps - 1) / warps;
+  int step = warp * share, chunk = steps.chunk(step, q);
+  const int last = step + share < steps.count ? step + share : steps.count;
+  // The first codes and parameters are on their way while the table is made. Lanes without columns keep what they have:
+  // every byte is a valid code, and their activations are zero.
+  const auto* codes = reinterpret_cast<const uint4*>(
+      w.codes + (static_cast<std::size_t>(panel) * units + static_cast<std::size_t>(chunk) * U::kChunk) * U::kWords * kPanel +
+      4 * p);
+  C ahead = {};
+  if (step < last && chunk < chunks) ahead.load_from(codes);
+  PanelParams<kPlanes> params(w, panel, 4 * p);
+  typename PanelParams<kPlanes>::Words words = {};
+  const bool common = params.common(w);
+  int group = steps.group(step, q);
+  if (common) params.fetch(w, group, words);
 
   float scales[kPlanes];
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
-    scales[plane] = plane < w.planes() ? Table::plane_scale(w, plane) : 1.0f;  // the same branch in all lanes
+    scales[plane] = plane < w.planes() ? plane_scale<kBits>(w, plane) : 1.0f;  // the same branch in all lanes
   }
-  Table::fill(w, scales, shared);
+  params.prepare(w, panel, scales);
+  typename LookupOf<T, kBits, kPlanes>::Type lookup;
+  lookup.prepare(w, scales, shared_memory());
   barrier();
-  const unsigned char* lane_table = shared + (lane % Table::kCopies) * 4 * Table::kWords;
 
-  const int steps = (units + 3) / 4, share = (steps + kWarps - 1) / kWarps;
-  const int last = (warp + 1) * share < steps ? (warp + 1) * share : steps;
-  GroupCursor cursor;
-  GroupNumbers<T, kPlanes> numbers{};
-  float sums[2][kTiles][4] = {};
-  FourRows<kBits> ahead = load_four_rows<kBits>(w, panel, 4 * warp * share + q, units, 4 * p);
-  for (int step = warp * share; step < last; ++step) {
-    const FourRows<kBits> rows = ahead;
-    const int unit = 4 * step + q;
-    if (step + 1 < last) ahead = load_four_rows<kBits>(w, panel, unit + 4, units, 4 * p);
+  const uint4* x[kTiles];
 #pragma unroll
-    for (int part = 0; part < U::kParts; ++part) {
-      const int k = unit * U::kColumns + part * 2 * U::kPairs;
-      if (cursor.advance(k, size, w.groups)) numbers.read(w, panel, cursor.group, 4 * p, scales);
-      std::uint32_t b[kTiles][U::kPairs];
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int token = 8 * tile + p;  // columns of B do not mix: an absent token may hold whatever another one holds
+    x[tile] = reinterpret_cast<const uint4*>(
+        static_cast<const std::uint16_t*>(m.x) +
+        static_cast<std::size_t>(token < m.tokens ? token : m.tokens - 1) * w.columns + chunk * C::kColumns);
+  }
+  int left = w.columns - chunk * C::kColumns;                    // inputs from the lane's chunk on
+  int warp_left = w.columns - (chunk - q + 4) * C::kColumns;     // inputs behind the warp's step
+  float sums[2][kTiles][4] = {};
+  int end = step / steps.span * steps.span;
+  while (step < last) {
+    lookup.set_group(common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p));
+    end = end + steps.span < last ? end + steps.span : last;
+    group = steps.group(end, q);
+    if (common) params.fetch(w, group, words);
+    for (; step < end; ++step) {
+      const C now = ahead;
+      const int ahead_by = steps.parts == 1 || step % U::kParts == U::kParts - 1 ? 4 : 0;  // chunks; 0: the other part
+      codes += ahead_by * C::kPitch;
+      chunk += ahead_by;
+      if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
+      std::uint32_t b[kTiles][C::kColumns / 2];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const int token = 8 * tile + p;
-        load_activations<U::kPairs>(x + static_cast<std::size_t>(token) * w.columns, k, w.columns, token < m.tokens,
-                                    b[tile]);
-      }
+        load_activations<C::kColumns / 2>(x[tile], left, warp_left >= 0, b[tile]);
+        x[tile] += ahead_by * (C::kColumns / 8);
+        if constexpr (U::kParts > 1) {
+          if (steps.parts > 1) {  // the other part belongs to another group
 #pragma unroll
-      for (int j = 0; j < U::kPairs; j += 2) {
+            for (int j = 0; j < C::kColumns / 2; ++j) b[tile][j] = j / U::kPairs == step % U::kParts ? b[tile][j] : 0u;
+          }
+        }
+        lookup.arrange(b[tile]);
+      }
+      left -= ahead_by * C::kColumns;
+      warp_left -= ahead_by * C::kColumns;
+#pragma unroll
+      for (int j = 0; j < C::kColumns / 4; ++j) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           std::uint32_t a[4];
+          lookup.fragment(now, i, j, a);
 #pragma unroll
-          for (int s = 0; s < 4; ++s) {  // a0, a1: rows p and p + 8 of the first pair; a2, a3: of the second
-            const int row = 2 * i + s % 2;
-            std::uint32_t levels[kPlanes];
-            Table::levels(lane_table, code_pair<kBits>(rows.words[row], part * U::kPairs + j + s / 2), levels);
-            a[s] = Combine<T>::template weights<kPlanes>(levels, numbers.factors[row], numbers.offsets[row]);
+          for (int tile = 0; tile < kTiles; ++tile) {
+            T::mma(sums[i][tile], a, b[tile][lookup.first_word(j)], b[tile][lookup.second_word(j)]);
           }
-#pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) T::mma(sums[i][tile], a, b[tile][j], b[tile][j + 1]);
         }
       }
     }
   }
   barrier();  // the table is read no more: its memory takes the sums
-  auto* partial = reinterpret_cast<float*>(shared) + warp * 8 * kTiles * kPanel;
+  auto* partial = reinterpret_cast<float*>(shared_memory()) + (thread_index() >> 5) * 8 * kTiles * kPanel;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -253,7 +262,7 @@ RB_KERNEL(2) decode_mma(MatmulKernel arguments) {
     }
   }
   barrier();
-  reduce_and_store<T>(arguments, reinterpret_cast<float*>(shared), panel, 8 * kTiles, 0);
+  reduce_and_store<T>(arguments, reinterpret_cast<float*>(shared_memory()), panel, 8 * kTiles);
 }
 
 }  // namespace rankbook::cuda

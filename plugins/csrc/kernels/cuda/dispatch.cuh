@@ -13,17 +13,15 @@ inline std::size_t element_size(DataType type) { return type == DataType::kFloat
 template <int kBits, int kPlanes>
 struct Width {
   template <int kTokens>
-  static Status decode_fp32(const MatmulKernel& k, int panels, void* stream) {
+  static Status decode_fp32(const MatmulKernel& k, dim3 grid, void* stream) {
     const std::size_t table = FloatDecoder<kBits, kPlanes>::kTableBytes;
     const std::size_t sums = sizeof(float) * kWarps * kTokens * kPanel;
-    return launch(decode_float<kBits, kPlanes, kTokens>, dim3(panels), table > sums ? table : sums, stream, k);
+    return launch(decode_float<kBits, kPlanes, kTokens>, grid, table > sums ? table : sums, stream, k);
   }
 
   template <typename T, int kTiles>
-  static Status decode_16(const MatmulKernel& k, int panels, void* stream) {
-    const std::size_t table = PairTable<kBits, kPlanes>::kBytes;
-    const std::size_t sums = sizeof(float) * kWarps * 8 * kTiles * kPanel;
-    return launch(decode_mma<kBits, kPlanes, kTiles, T>, dim3(panels), table > sums ? table : sums, stream, k);
+  static Status decode_16(const MatmulKernel& k, dim3 grid, void* stream) {
+    return launch(decode_mma<kBits, kPlanes, kTiles, T>, grid, DecodeShared<kBits, kPlanes, T>::bytes(kTiles), stream, k);
   }
 
   template <typename T>
@@ -40,16 +38,17 @@ struct Width {
     return type == DataType::kFloat16 ? dense<Half>(k, panels, stream) : dense<BFloat>(k, panels, stream);
   }
 
-  static Status decode(const MatmulKernel& k, void* stream) {
-    const int panels = ceil_div(k.m.weight.rows, kPanel), tokens = k.m.tokens;
+  static Status decode(const MatmulKernel& k, int blocks, void* stream) {
+    const dim3 grid(ceil_div(k.m.weight.rows, kPanel), blocks);
+    const int tokens = k.m.tokens;
     if (k.m.type == DataType::kFloat32) {
-      if (tokens == 1) return decode_fp32<1>(k, panels, stream);
-      return tokens <= 4 ? decode_fp32<4>(k, panels, stream) : decode_fp32<16>(k, panels, stream);
+      if (tokens == 1) return decode_fp32<1>(k, grid, stream);
+      return tokens <= 4 ? decode_fp32<4>(k, grid, stream) : decode_fp32<16>(k, grid, stream);
     }
     if (k.m.type == DataType::kFloat16) {
-      return tokens <= 8 ? decode_16<Half, 1>(k, panels, stream) : decode_16<Half, 2>(k, panels, stream);
+      return tokens <= 8 ? decode_16<Half, 1>(k, grid, stream) : decode_16<Half, 2>(k, grid, stream);
     }
-    return tokens <= 8 ? decode_16<BFloat, 1>(k, panels, stream) : decode_16<BFloat, 2>(k, panels, stream);
+    return tokens <= 8 ? decode_16<BFloat, 1>(k, grid, stream) : decode_16<BFloat, 2>(k, grid, stream);
   }
 
   static Status gather(const Gather& g, void* stream) {
@@ -61,7 +60,7 @@ struct Width {
 // The three entry points of one width, declared here and defined in width_<bits>.cu.
 template <int kBits>
 struct WidthEntry {
-  static Status decode(const MatmulKernel& k, void* stream);
+  static Status decode(const MatmulKernel& k, int blocks, void* stream);
   static Status dense(const DenseKernel& k, DataType type, void* stream);
   static Status gather(const Gather& g, void* stream);
 };
@@ -72,8 +71,8 @@ struct WidthEntry {
 
 #define RB_DEFINE_WIDTH(bits)                                                                        \
   template <int kBits>                                                                               \
-  Status WidthEntry<kBits>::decode(const MatmulKernel& k, void* stream) {                            \
-    return RB_BY_PLANES(k.m.weight.planes(), decode(k, stream));                                     \
+  Status WidthEntry<kBits>::decode(const MatmulKernel& k, int blocks, void* stream) {                \
+    return RB_BY_PLANES(k.m.weight.planes(), decode(k, blocks, stream));                             \
   }                                                                                                  \
   template <int kBits>                                                                               \
   Status WidthEntry<kBits>::dense(const DenseKernel& k, DataType type, void* stream) {               \

@@ -16,13 +16,30 @@ Status check(const PackedWeight& w) {
   if (w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8) return {"codes must have 2, 3, 4 or 8 bits"};
   if (w.rows < 1 || w.columns < 1) return {"the weight has no rows or no columns"};
   if (w.planes() < 1 || w.planes() > kMaxPlanes) return {"the weight must have 1 to 4 planes of coefficients"};
+  if (w.columns > 1 << 20) return {"the weight must not have more than 2^20 columns"};
   if (w.groups < 1 || w.columns % w.groups != 0) return {"the number of groups must divide the number of columns"};
   if (w.groups > 1 && w.columns / w.groups % 16 != 0) {
     return {"groups must be multiples of 16 columns, or one group must be the whole row"};
   }
+  if (w.groups > 1 && w.columns / w.groups > 4096) {
+    return {"groups must have at most 4096 columns, or one group must be the whole row"};
+  }
   if (w.step.type == DataType::kBFloat16) return {"steps must be float32 or float16"};
   if (misaligned(w.codes, 16) || misaligned(w.params, 4)) return {"codes must be aligned to 16 bytes, params to 4"};
   return {};
+}
+
+// How many blocks may share a panel; a bound that depends on the layer only, for the workspace.
+int most_shares(int panels) {
+  const int shares = 768 / panels;
+  return shares < 1 ? 1 : (shares < 8 ? shares : 8);
+}
+
+// Workspace of the shared sums of a product of `tokens` tokens, and before them the counters.
+std::size_t share_bytes(int panels, DataType type, int tokens) {
+  const int tile = tokens <= (type == DataType::kFloat32 ? 4 : 8) ? 8 : 16;  // at least the tokens of a kernel
+  return aligned(sizeof(unsigned) * panels) +
+         aligned(sizeof(float) * static_cast<std::size_t>(most_shares(panels)) * panels * tile * kPanel);
 }
 
 template <typename Entry, typename... Arguments>
@@ -57,12 +74,31 @@ Status product(const MatmulKernel& k, void* stream) {
                                         : launch(gemm_mma<BFloat>, grid, MmaTile::kBytes, stream, k);
 }
 
+// Whether codes are decoded inside the product; above, or where rows are not made of pieces of 16 bytes, into scratch.
+bool decodes_directly(DataType type, int columns, int tokens) {
+  return tokens <= kMaxDecodeTokens && (type == DataType::kFloat32 || columns % 8 == 0);
+}
+
+// Blocks that share a panel, so that a layer of few rows fills the GPU: three blocks of one warp step or more for every
+// multiprocessor. At most `most_shares`.
+int count_shares(const Matmul& m) {
+  const int panels = ceil_div(m.weight.rows, kPanel), step = m.weight.bits == 3 ? 128 : 64;
+  const int wanted = 3 * multiprocessors() / panels, useful = ceil_div(m.weight.columns, step) / kWarps;
+  const int most = most_shares(panels);
+  const int shares = wanted < useful ? wanted : useful;
+  return shares < 1 ? 1 : (shares < most ? shares : most);
+}
+
 }  // namespace
 
 std::size_t matmul_workspace(int rows, int columns, int rank, DataType type, int tokens) {
   const std::size_t u = aligned(sizeof(float) * static_cast<std::size_t>(rank) * tokens);
-  if (tokens <= kMaxDecodeTokens) return u;
-  return u + aligned(element_size(type) * static_cast<std::size_t>(rows) * columns);
+  // A builder asks for the largest number of tokens only; fewer must find room as well.
+  const int few = tokens < kMaxDecodeTokens ? tokens : kMaxDecodeTokens, panels = ceil_div(rows, kPanel);
+  const std::size_t shares = most_shares(panels) > 1 ? share_bytes(panels, type, few) : 0;
+  if (decodes_directly(type, columns, tokens)) return u + shares;
+  const std::size_t dense = aligned(element_size(type) * static_cast<std::size_t>(rows) * columns);
+  return u + (shares > dense ? shares : dense);
 }
 
 Status launch_matmul(const Matmul& m, void* stream) {
@@ -77,10 +113,17 @@ Status launch_matmul(const Matmul& m, void* stream) {
   if (m.rank > 0) {
     if (const Status status = any_down(k, stream); !status.ok()) return status;
   }
-  if (m.tokens <= kMaxDecodeTokens) {
-    return by_width(m.weight.bits, [](auto width, const auto&... rest) { return width.decode(rest...); }, k, stream);
+  char* rest = static_cast<char*>(m.workspace) + aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens);
+  if (decodes_directly(m.type, m.weight.columns, m.tokens)) {
+    const int shares = count_shares(m), panels = ceil_div(m.weight.rows, kPanel);
+    if (shares > 1) {
+      k.arrivals = reinterpret_cast<unsigned*>(rest);
+      k.shares = reinterpret_cast<float*>(rest + aligned(sizeof(unsigned) * panels));
+      if (const Status status = clear(k.arrivals, sizeof(unsigned) * panels, stream); !status.ok()) return status;
+    }
+    return by_width(m.weight.bits, [](auto width, const auto&... all) { return width.decode(all...); }, k, shares, stream);
   }
-  k.dense = static_cast<char*>(m.workspace) + aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens);
+  k.dense = rest;
   if (const Status status = launch_dense(m.weight, k.dense, m.type, stream); !status.ok()) return status;
   return product(k, stream);
 }

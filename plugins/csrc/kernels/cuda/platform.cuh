@@ -15,7 +15,7 @@
 #include <cuda_runtime.h>
 
 #define RB_DEVICE __device__ __forceinline__
-#define RB_KERNEL(blocks) __global__ void __launch_bounds__(rankbook::cuda::kWarps * 32, blocks)
+#define RB_KERNEL(...) __global__ void __launch_bounds__(rankbook::cuda::kWarps * 32, __VA_ARGS__)
 
 namespace rankbook::cuda {
 
@@ -57,6 +57,22 @@ RB_DEVICE unsigned char* shared_memory() {
   return bytes;
 }
 
+// Four bytes of the eight of a (bytes 0 to 3) and b, by the low four nibbles of `selector`, each 0 to 7.
+RB_DEVICE std::uint32_t permute(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  std::uint32_t out;  // not __byte_perm: it clears the bits that are known to be zero
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+  return out;
+}
+
+// Results of other blocks: written with `publish`, counted with `arrive`, and read with `load_other` by the last one.
+RB_DEVICE void publish(float* address, float value) { __stcg(address, value); }
+RB_DEVICE float load_other(const float* address) { return __ldcg(address); }
+RB_DEVICE unsigned arrive(unsigned* counter) {
+  __threadfence();
+  return atomicAdd(counter, 1u);
+}
+RB_DEVICE void see_others() { __threadfence(); }
+
 RB_DEVICE std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 RB_DEVICE float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 RB_DEVICE float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -76,16 +92,48 @@ RB_DEVICE std::uint32_t fma_half(std::uint32_t a, std::uint32_t b, std::uint32_t
   return as_bits(__hfma2(as_half2(a), as_half2(b), as_half2(c)));
 }
 
+// The low or the high half, twice; the compiler makes it part of the instruction that uses it.
+RB_DEVICE std::uint32_t spread_half(std::uint32_t v, int high) {
+  return as_bits(high ? __high2half2(as_half2(v)) : __low2half2(as_half2(v)));
+}
+RB_DEVICE unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
+
 // c (16 x 8, fp32) += a (16 x 16) b (16 x 8), fragments as in the PTX manual, section "mma.m16n8k16".
 RB_DEVICE void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // Turing has the half of it: the fragments of m16n8k16 are those of two m16n8k8
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
 }
 RB_DEVICE void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else  // Turing has no bfloat16, and no runtime offers it there
+  __trap();
+#endif
+}
+
+// Multiprocessors of the current device, or a guess where there is none (the launch will say so).
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? count : 1;
+}
+
+inline Status clear(void* address, std::size_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(address, 0, bytes, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
 }
 
 template <typename Arguments>

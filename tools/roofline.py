@@ -1,0 +1,256 @@
+"""Predicts how fast the CUDA kernels would be, from their machine code: ``python -m rankbook.tools.roofline``.
+
+**A prediction, never a measurement**: no GPU took part. Instructions per weight are counted in the compiled kernels
+(`rankbook.tools.sass`); rates of the pipes come from the CUDA programming guide and vendor data sheets, the tensor-core
+rates of mma.sync from public micro-benchmarks. Not modelled: launch and memory latency (which rule layers below about
+2048 x 2048), occupancy, dependencies between instructions, caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rankbook.plugins import library
+from rankbook.tools import sass
+from rankbook.tools.errors import CommandError
+
+TOKENS = (1, 2, 4, 8, 16)
+NOTE = "a prediction from compiled code and data sheets; these kernels have never run on a GPU"
+_DECODE = re.compile(r"decode_mmaILi(\d)ELi(\d)ELi(\d)ENS0_4HalfE")
+_ISSUE = 128  # lanes that start an instruction per clock and multiprocessor: four schedulers, 32 lanes each
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU on paper.
+
+    Attributes:
+        name: Name.
+        code: Architecture whose machine code it runs: the newest of ours that it accepts.
+        bandwidth: Memory bandwidth in GB/s.
+        multiprocessors: Their number.
+        clock: Boost clock in GHz.
+        mma: Clocks of a multiprocessor per mma.m16n8k16 (fp16, sums in fp32).
+        half: Lanes that do an fp16x2 operation per clock and multiprocessor.
+    """
+
+    name: str
+    code: int
+    bandwidth: float
+    multiprocessors: int
+    clock: float
+    mma: float
+    half: int
+
+
+GPUS = (
+    Gpu("A100-80GB", 80, 2039, 108, 1.41, 2.0, 128),
+    Gpu("H100-SXM", 90, 3352, 132, 1.755, 1.6, 128),
+    Gpu("L4", 80, 300, 58, 2.04, 4.0, 64),
+    Gpu("RTX 4090", 80, 1008, 128, 2.52, 8.0, 64),
+    Gpu("RTX 5090", 120, 1792, 170, 2.41, 8.0, 64),
+    Gpu("Orin-64GB", 80, 204.8, 16, 1.3, 2.0, 64),
+)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Prediction for the product with few tokens.
+
+    Attributes:
+        gpu: Name of the GPU.
+        bits: Bits per code.
+        planes: Planes of coefficients; there is an offset in addition.
+        group: Weights per group.
+        tokens: Tokens at once.
+        bytes_per_weight: Codes and parameters.
+        instructions: Per weight and pipe, with ``total``.
+        loads: Busy share of every pipe and of the schedulers (``issue``) at full memory speed.
+        limiter: ``memory``, or the pipe that is too slow for it.
+        bandwidth_fraction: Predicted share of the memory bandwidth.
+    """
+
+    gpu: str
+    bits: int
+    planes: int
+    group: int
+    tokens: int
+    bytes_per_weight: float
+    instructions: dict[str, float]
+    loads: dict[str, float]
+    limiter: str
+    bandwidth_fraction: float
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prediction for the product with many tokens: the weight decoded to scratch, then a tiled product.
+
+    Attributes:
+        gpu: Name of the GPU.
+        bits: Bits per code.
+        tokens: Tokens at once.
+        product_fraction: Predicted share of the tensor-core rate within the product.
+        limiter: What bounds the product.
+        fraction: The same with the time of decoding, which is bound by memory, added.
+    """
+
+    gpu: str
+    bits: int
+    tokens: int
+    product_fraction: float
+    limiter: str
+    fraction: float
+
+
+def wavefronts(instructions: tuple[sass.Instruction, ...]) -> int:
+    """Return how many 128-byte rows of shared memory a warp reads or writes, without bank conflicts."""
+    return sum(
+        4 if ".128" in i.opcode or ".M88.4" in i.opcode else 2 if ".64" in i.opcode or ".M88.2" in i.opcode else 1
+        for i in instructions
+        if i.pipe == "shared"
+    )
+
+
+def pipe_rates(gpu: Gpu) -> dict[str, float]:
+    """Return lanes per clock and multiprocessor by pipe; float and integer multiply-adds share the slower rate."""
+    return {"alu": 64, "fma": 64, "half": gpu.half, "xu": 16, "global": 32, "other": 64}
+
+
+def decode(gpu: Gpu, cost: sass.LoopCost, bits: int, planes: int, group: int, tokens: int) -> Decode:
+    """Predict one kernel on one GPU."""
+    columns = 128 if bits == 3 else 64  # of a step of a warp, which is where parameters are read at the latest
+    steps = max(1, group // columns)
+    instructions = cost.per_weight(steps)
+    size = bits / 8 + (planes + 1) / group  # a byte per parameter
+    # Weights per clock and multiprocessor at full memory speed.
+    rate = gpu.bandwidth / (size * gpu.multiprocessors * gpu.clock)
+    loads = {pipe: rate * instructions[pipe] / lanes for pipe, lanes in pipe_rates(gpu).items()}
+    rows = wavefronts(cost.step) + wavefronts(cost.group) / steps
+    loads["shared"] = rate * rows / cost.weights / 32
+    loads["tensor"] = rate * instructions["tensor"] / 32 * gpu.mma
+    loads["issue"] = rate * instructions["total"] / _ISSUE
+    busiest = max(loads, key=lambda pipe: loads[pipe])
+    limiter = busiest if loads[busiest] > 1 else "memory"
+    return Decode(
+        gpu.name, bits, planes, group, tokens, size, instructions, loads, limiter, min(1.0, 1 / loads[busiest])
+    )
+
+
+def prefill(gpu: Gpu, cost: sass.LoopCost, bits: int, tokens: int) -> Prefill:
+    """Predict the product of many tokens on one GPU."""
+    mma = cost.count("HMMA") * gpu.mma
+    times = {"issue": len(cost.step) / 4, "shared": float(wavefronts(cost.step)), "tensor": mma}
+    slowest = max(times, key=lambda pipe: times[pipe])
+    product = mma / times[slowest]
+    # Per weight: 2048 multiply-adds an mma; the scratch is written and read once, two bytes each.
+    ideal = tokens / 2048 * gpu.mma
+    per_clock = gpu.bandwidth / (gpu.multiprocessors * gpu.clock)
+    extra = (bits / 8 + 2 + 2) / per_clock
+    return Prefill(gpu.name, bits, tokens, product, slowest, ideal / (ideal / product + extra))
+
+
+def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decode], list[Prefill]]:
+    """Predict every kernel of the library on every GPU that it holds code for.
+
+    Raises:
+        MissingError: cuobjdump is not installed.
+    """
+    decodes, prefills = [], []
+    for architecture in sorted({gpu.code for gpu in GPUS}):
+        code = sass.functions(path, architecture)
+        costs: dict[tuple[int, int, int], sass.LoopCost] = {}
+        for name, instructions in code.items():
+            if match := _DECODE.search(name):
+                bits, planes, tiles = map(int, match.groups())
+                costs[bits, planes, tiles] = sass.main_loop(instructions, 8 * tiles)
+        gemm = next((i for n, i in code.items() if re.search(r"gemm_mmaINS0_4HalfE", n)), None)
+        for gpu in (gpu for gpu in GPUS if gpu.code == architecture):
+            for bits in (2, 3, 4):
+                for planes in (1, 2):
+                    for group in groups:
+                        decodes += [
+                            decode(gpu, costs[bits, planes, (tokens + 7) // 8], bits, planes, group, tokens)
+                            for tokens in TOKENS
+                            if (bits, planes, (tokens + 7) // 8) in costs
+                        ]
+                if gemm is not None:
+                    cost = sass.main_loop(gemm, 8)
+                    prefills += [prefill(gpu, cost, bits, tokens) for tokens in (512, 2048)]
+    return decodes, prefills
+
+
+def table(decodes: list[Decode], tokens: int) -> str:
+    """Return a Markdown table: a row per form, a column per GPU, predicted share of the bandwidth and limiter."""
+    names = list(dict.fromkeys(item.gpu for item in decodes))
+    lines = [f"| bits, planes, group (M = {tokens}) | B/weight | SASS/weight | " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    forms = sorted({(d.bits, d.planes, d.group) for d in decodes})
+    for form in forms:
+        row = {d.gpu: d for d in decodes if (d.bits, d.planes, d.group) == form and d.tokens == tokens}
+        counts = [d.instructions["total"] for d in row.values()]
+        some = next(iter(row.values()))
+        cells = [f"{form[0]}, {form[1]}, {form[2]}", f"{some.bytes_per_weight:.3f}", _range(counts)]
+        lines.append("| " + " | ".join([*cells, *(_cell(row[name]) for name in names)]) + " |")
+    return "\n".join(lines)
+
+
+def prefill_table(prefills: list[Prefill]) -> str:
+    """Return a Markdown table: a row per number of tokens and bits, predicted share of the tensor-core rate."""
+    names = list(dict.fromkeys(item.gpu for item in prefills))
+    lines = ["| tokens, bits | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for tokens, bits in sorted({(item.tokens, item.bits) for item in prefills}):
+        found = {p.gpu: p for p in prefills if (p.tokens, p.bits) == (tokens, bits)}
+        cells = [f"{100 * found[name].fraction:.0f} % ({found[name].limiter})" for name in names]
+        lines.append("| " + " | ".join([f"{tokens}, {bits}", *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _cell(item: Decode) -> str:
+    busiest = max(item.loads, key=lambda pipe: item.loads[pipe])
+    if item.limiter == "memory":
+        return f"memory ({busiest} {100 * item.loads[busiest]:.0f} %)"
+    return f"**{100 * item.bandwidth_fraction:.0f} %** ({item.limiter})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rankbook.tools.roofline", description=f"Roofline: {NOTE}.")
+    parser.add_argument("--library", type=Path, help="librankbook_trt.so, or a cubin (default: the built library)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
+    parser.add_argument("--group", type=int, nargs="+", default=[64, 128], metavar="N", help="group sizes")
+    options = parser.parse_args(arguments)
+    try:
+        path = options.library or library.library("trt")
+        decodes, prefills = predict(path, tuple(options.group))
+    except (FileNotFoundError, CommandError) as error:
+        print(error, file=sys.stderr)
+        return 3
+    if not decodes:
+        print(f"{path} holds no decode kernels for sm_80, sm_90 or sm_120", file=sys.stderr)
+        return 1
+    if options.json:
+        content = {"note": NOTE, "decode": list(map(asdict, decodes)), "prefill": list(map(asdict, prefills))}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"Predicted, not measured: {NOTE}.")
+    print("Share of the memory bandwidth; in parentheses the busiest pipe and its load at full memory speed.\n")
+    print("\n\n".join([table(decodes, 8), table(decodes, 16)]))
+    print(
+        "\nMany tokens: share of the tensor-core rate, with the time of decoding to scratch; what bounds the product.\n"
+    )
+    print(prefill_table(prefills))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
