@@ -72,6 +72,8 @@ def find_blocks(model: nn.Module) -> Blocks:
     wanted = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(name, module) for name, module in lists if len(module) == wanted and len(module) > 0]
+    # A vision tower may have as many blocks, and need not lie deeper than the language model.
+    fitting = [item for item in fitting if not is_vision(item[0])]
     if not fitting:
         raise ValueError(
             f"{type(model).__name__} has no list of {wanted} blocks; only decoder-only models are supported"
@@ -79,6 +81,11 @@ def find_blocks(model: nn.Module) -> Blocks:
     fitting.sort(key=lambda item: (item[0].count("."), -sum(p.numel() for p in item[1].parameters())))
     name, modules = fitting[0]
     return Blocks(name, list(modules))
+
+
+def is_vision(name: str) -> bool:
+    """Return whether a module belongs to the vision tower of a model that has one (LLaVA and its like)."""
+    return any(part.startswith(("vision", "visual")) for part in name.split("."))
 
 
 def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor) -> list[BlockCall]:

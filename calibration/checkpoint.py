@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Checkpoint:
         manifest: Contents of rankbook.json.
         layers: Packed layers by name, those that share another's tensors included.
         files: File of each tensor by the tensor's full name.
+        stored_names: Name under which a file holds a tensor, where that is another one, see `language_view`.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Checkpoint:
     manifest: Mapping[str, Any]
     layers: Mapping[str, LayerMeta]
     files: Mapping[str, str]
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     def record(self, name: str) -> QuantizedLinear:
         """Return the record of a packed layer.
@@ -93,7 +95,7 @@ class Checkpoint:
                 f"{self.folder} holds no tensor {name!r}; the checkpoint is incomplete, write it again"
             )
         with _opened(self.folder / file) as stream:
-            tensor: Tensor = stream.get_tensor(name)
+            tensor: Tensor = stream.get_tensor(self.stored_names.get(name, name))
             return tensor
 
     def unquantized(self) -> list[str]:
@@ -176,6 +178,51 @@ def open_checkpoint(folder: str | Path, *, verify: bool = False) -> Checkpoint:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     return Checkpoint(folder, config, manifest, layers, _tensor_files(folder))
+
+
+_LANGUAGE = "model.language_model."
+"""Where models with a vision tower keep their language model; its own name for the same modules is ``model.``."""
+
+
+def language_name(name: str) -> str:
+    """Return the name of a module or tensor within the language model of a model with a vision tower."""
+    return f"model.{name.removeprefix(_LANGUAGE)}" if name.startswith(_LANGUAGE) else name
+
+
+def language_view(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the language model alone of a checkpoint with a vision tower, under the names it has alone.
+
+    A checkpoint without a vision tower is returned as it is.
+
+    Raises:
+        CheckpointError: The language model lies somewhere else than in LLaVA and its like.
+    """
+    config = checkpoint.config
+    if "vision_config" not in config or "text_config" not in config:
+        return checkpoint
+    inside = {language_name(name): name for name in checkpoint.files if name.startswith((_LANGUAGE, "lm_head."))}
+    if len(inside) < 2:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a model of type {config.get('model_type')!r} keeps its language model in an unknown"
+            f" place (not {_LANGUAGE}*), so it cannot be exported alone"
+        )
+    layers = {
+        language_name(name): replace(meta, shared_with=language_name(meta.shared_with))
+        for name, meta in checkpoint.layers.items()
+    }
+    quantization = dict(config.get("quantization_config", {}))
+    if ranges := quantization.get("activations", {}).get("ranges"):
+        renamed = {language_name(name): found for name, found in ranges.items()}
+        quantization["activations"] = {**quantization["activations"], "ranges": renamed}
+    noted = {language_name(name): entry for name, entry in checkpoint.manifest.get("layers", {}).items()}
+    return replace(
+        checkpoint,
+        config={**config["text_config"], "quantization_config": quantization},
+        manifest={**checkpoint.manifest, "layers": noted},
+        layers=layers,
+        files={name: checkpoint.files[stored] for name, stored in inside.items()},
+        stored_names=inside,
+    )
 
 
 def load_records(folder: str | Path) -> dict[str, QuantizedLinear]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankbook.calibration import fake_quant
+from rankbook.calibration.capture import is_vision
 from rankbook.calibration.settings import KV_BITS
 
 _HOOK = "_rankbook_kv_hook"
@@ -82,12 +83,7 @@ def _projections(model: Any) -> list[tuple[Any, _OutputHook]]:
     found = []
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if not _is_text(name) or leaf not in ("k_proj", "v_proj", "qkv_proj"):
+        if is_vision(name) or leaf not in ("k_proj", "v_proj", "qkv_proj"):
             continue
         found.append((module, _OutputHook(0, heads * size if leaf == "qkv_proj" else 0, size)))
     return found
-
-
-def _is_text(name: str) -> bool:
-    """Return whether a module belongs to the language model of a model that has a vision tower."""
-    return not any(part.startswith("vision") for part in name.split("."))

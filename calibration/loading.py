@@ -116,16 +116,31 @@ def model_hash(source: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _auto_class(found: Source) -> Any:
+    """Return the class of transformers that loads a model; one with a vision tower has a table of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if found.gguf:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(found.location)
+    with_vision = getattr(config, "vision_config", None) is not None
+    return (
+        AutoModelForImageTextToText
+        if with_vision and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        else AutoModelForCausalLM
+    )
+
+
 def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     if found.gguf:
         extra: dict[str, Any] = {"gguf_file": found.gguf, "dtype": dtype or torch.float32}
     else:  # no pickled weights: they can run code
         extra = {"dtype": dtype or "auto", "use_safetensors": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(found.location, **extra)
+        model: Any = _auto_class(found).from_pretrained(found.location, **extra)
     except CheckpointError:
         raise
     except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ import torch
 from onnx_ir.passes import common
 
 from rankbook.calibration.activations import ActivationConfig
-from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, language_view, open_checkpoint
 from rankbook.calibration.files import check_replaceable, replaced_folder
 from rankbook.exporter import conform, external
 from rankbook.exporter.dialects import NATIVE
@@ -92,6 +92,9 @@ def export(
 ) -> ExportReport:
     """Write ``model.onnx``, its weights, and the tokenizer and configuration files beside them.
 
+    Of a model with a vision tower (LLaVA) this is the language model alone; its nodes have the names that the language
+    model has alone (``model.layers.0...`` for ``model.language_model.layers.0...``).
+
     Memory: the largest single tensor; all others are read from the memory-mapped checkpoint and written one by one.
 
     Args:
@@ -122,7 +125,7 @@ def export(
     find_dialect(dialect)
     output = Path(output_dir).absolute()
     check_replaceable(output, MODEL)
-    checkpoint = _with_settings(open_checkpoint(checkpoint_dir), weights_only=weights_only)
+    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir)), weights_only=weights_only)
     report = progress or _silent
     report("trace", 0, 1)
     model = build_model(checkpoint, dtype=dtype, logits=logits, dialect=dialect, kv=kv)

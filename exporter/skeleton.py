@@ -96,7 +96,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
 
     attention.register()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json cannot be used: {error}") from error
     if hasattr(config, "quantization_config"):

@@ -331,6 +331,7 @@ class Captured:
 
 def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     """Run the torch model once and keep what goes into and comes out of every packed layer."""
+    from rankbook.calibration.checkpoint import language_name
     from rankbook.calibration.linear import CodebookEmbedding, packed_modules
 
     captured = Captured()
@@ -344,7 +345,8 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
 
         return hook
 
-    for name, module in packed_modules(torch_model.model).items():
+    for stored, module in packed_modules(torch_model.model).items():
+        name = language_name(stored)  # the file of a model with a vision tower holds its language model alone
         scale = float(module.meta.scale) if isinstance(module, CodebookEmbedding) else 1.0
         hooks.append(module.register_forward_hook(remember(name, scale)))
     try:
