@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from rankbook.plugins import integer, library
 from tests.plugins.op_models import Array, Op, OpCase, draw
-from tests.plugins.test_native_ort import cases
+from tests.plugins.test_native_ort import cases, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
@@ -135,9 +135,8 @@ def test_result_does_not_depend_on_threads_or_company() -> None:
 def test_default_is_exact() -> None:
     """Without the entry, or with fp32, nothing is rounded to 8 bits."""
     op = draw(OpCase(bits=4))
-    scale = np.abs(op.expected()).max()
-    assert np.abs(run(op, "fp32") - op.expected()).max() / scale < 1e-5
-    assert np.abs(run(op, "int8") - op.expected()).max() / scale > 1e-4
+    assert relative_error(run(op, "fp32"), op.expected()) < 1e-5
+    assert relative_error(run(op, "int8"), op.expected()) > 1e-4
 
 
 @built

@@ -1,0 +1,145 @@
+"""`rankbook bench` measures what it says, in turns, and stores it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from rankbook.plugins.library import unavailable as library_unavailable
+from rankbook.tools import errors
+from rankbook.tools.backends.ort import session
+from rankbook.tools.bench import bandwidth, layer_bench, model_bench, plot, timing
+from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
+from rankbook.tools.bench.model_bench import Memory, ModelResult, ModelSubject
+from tests.tools.files import run_cli, stdout_json
+
+built = pytest.mark.skipif(library_unavailable("ort") is not None, reason=str(library_unavailable("ort")))
+
+
+def test_turns_are_interleaved() -> None:
+    """Each subject runs once a turn, in order; the first turn does not count."""
+    ran: list[str] = []
+
+    def subject(name: str) -> float:
+        ran.append(name)
+        return float(len(ran))
+
+    fractions: list[float] = []
+    values = timing.interleave({"a": lambda: subject("a"), "b": lambda: subject("b")}, 2, fractions.append)
+    assert ran == ["a", "b"] * 3
+    assert values == {"a": [3, 5], "b": [4, 6]}
+    assert fractions[-1] == 1
+
+
+def test_ratio_of_the_same_turn() -> None:
+    """A turn in which everything is slow does not move the ratio."""
+    assert timing.median_ratio([2, 20, 2], [1, 10, 1]) == 2
+
+
+def test_bandwidth_is_positive() -> None:
+    """Any machine reads more than 100 MB/s, also in parts."""
+    assert bandwidth.read_bandwidth(2, size=1 << 20, repeats=1) > 1e8
+
+
+def test_models_hold_distinct_constants() -> None:
+    """As many layers as the bytes to stream need, no two of them with the same codes."""
+    model, copies, size = ours(4, 1).model((64, 128), 20_000)
+    assert copies == -(-20_000 // size)
+    codes = [tensor.raw_data for tensor in model.graph.initializer if tensor.name.startswith("codes")]
+    assert len(codes) == len(set(codes)) == copies
+    stored = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer if tensor.name.endswith("_0")}
+    assert sum(stored.values()) == size
+
+
+@built
+@pytest.mark.parametrize("subject", [ours(3, 2), ours(4, 1, branch=4), ours(8, 1), ours(2, 1, activations="fp32")])
+def test_ours_runs(subject) -> None:
+    """The drawn layers are valid nodes."""
+    model, copies, _ = subject.model((64, 128), 1)
+    held = session(model.SerializeToString(), native=True, activations=subject.activations)
+    outputs = held.run(None, {"x": np.ones((2, 128), np.float32)})
+    assert len(outputs) == copies == 1
+    assert outputs[0].shape == (2, 64)
+    assert np.isfinite(outputs[0]).all()
+
+
+@pytest.mark.parametrize("subject", [matmul_nbits(4), matmul_nbits(2), plain_float()])
+def test_peers_run(subject) -> None:
+    """So are those of the peers."""
+    model, _, _ = subject.model((64, 128), 1)
+    (y,) = session(model.SerializeToString()).run(None, {"x": np.ones((1, 128), np.float32)})
+    assert y.shape == (1, 64)
+
+
+def test_who_is_compared_with_whom() -> None:
+    """Widths that MatMulNBits lacks are compared with its 4 bits; peers with nobody."""
+    names = ["MatMulNBits 4 bits", "MatMulNBits 2 bits", "MatMul fp32"]
+    assert layer_bench.peer_of(ours(3, 1), names) == "MatMulNBits 4 bits"
+    assert layer_bench.peer_of(ours(2, 1), names) == "MatMulNBits 2 bits"
+    assert layer_bench.peer_of(ours(2, 1), names[2:]) == "MatMul fp32"
+    assert layer_bench.peer_of(matmul_nbits(4), names) is None
+
+
+@built
+def test_layers_from_the_command_line(tmp_path, capsys) -> None:
+    """One small layer: a report with every subject, and the stored table."""
+    shape = ["--shapes", "64x128", "--bits", 4, "--ranks", 1, "--repeats", 2, "--stream", 1, "--threads", 1]
+    assert run_cli("bench", *shape, "--json", "--quiet", "-o", tmp_path) == errors.OK
+    report = stdout_json(capsys)
+    assert [item["name"] for item in report["layers"]] == ["rankbook 4 bits rank 1 int8", "MatMulNBits 4 bits"]
+    mine, peer = report["layers"]
+    assert mine["ratio"] > 0
+    assert peer["ratio"] is None
+    assert mine["gigabytes_per_second"] == pytest.approx(mine["bytes"] / mine["microseconds"] / 1e3)
+    assert report["bandwidth"]["1"] > 0
+    assert json.loads((tmp_path / "bench.json").read_text("utf-8"))["machine"] == report["machine"]
+    assert "| rankbook 4 bits rank 1 int8 | 64 x 128 |" in (tmp_path / "bench.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--shapes", "64"], "4096x14336"),
+        (["--bits", "5"], "choose from"),
+        (["--repeats", "0"], "at least 1"),
+        (["no/such/model"], "does not exist"),
+        (["--shapes", "64x100", "--stream", "1"], "do not divide"),
+        (["--no-native"], "native library"),
+    ],
+)
+@built
+def test_wrong_flags_are_named(flags, words, capsys) -> None:
+    """A usage error with what is allowed."""
+    assert run_cli("bench", *flags, "--quiet") == errors.USAGE
+    assert words in capsys.readouterr().err
+
+
+def test_subjects_name_their_kernels(tmp_path) -> None:
+    """``PATH@KERNELS`` chooses; a path that holds an @ stays a path."""
+    odd = tmp_path / "model@home"
+    odd.mkdir()
+    assert ModelSubject.parse(f"{tmp_path}@bodies", "auto") == ModelSubject(tmp_path, "bodies")
+    assert ModelSubject.parse(str(odd), "native") == ModelSubject(odd, "native")
+
+
+def test_plot(tmp_path) -> None:
+    """A picture where matplotlib is, a sentence where it is not."""
+    result = ModelResult("m", "native", 3.4, 1, 10.0, 11.0, 1.0, None, None, Memory(1, 2, 3))
+    if plot.unavailable():
+        assert "rankbook[bench]" in str(plot.unavailable())
+    else:
+        plot.draw([result], tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_sizes_add_up(tmp_path) -> None:
+    """Packed bytes are those of the nodes' constants, weights N x K of each layer."""
+    import onnx
+
+    from rankbook.tools import onnx_file
+
+    model, copies, size = ours(4, 1).model((64, 128), 20_000)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert model_bench.packed_size(onnx_file.read(tmp_path)) == (copies * size, copies * 64 * 128)

@@ -1,0 +1,23 @@
+"""What the machine's memory gives to a plain read: the bound of decoding."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+
+def read_bandwidth(threads: int, *, size: int = 1 << 28, repeats: int = 5) -> float:
+    """Return the bytes per second that ``threads`` read from memory: the best pass over ``size`` bytes.
+
+    The reduction is numpy's maximum of 64-bit integers, which is vectorized and limited by memory on what we know.
+    """
+    parts = np.array_split(np.ones(size // 8, np.int64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        best = float("inf")
+        for _ in range(repeats + 1):  # the first pass starts the threads
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = min(best, time.perf_counter() - start)
+    return size / best

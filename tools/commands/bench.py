@@ -1,0 +1,236 @@
+"""``rankbook bench``: how fast single layers or whole exported models are, beside their peers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankbook.calibration.files import write_text_atomic
+from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.console import Console
+from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.report import Table, to_json
+
+if TYPE_CHECKING:
+    from rankbook.tools.bench.layer_bench import LayerResult
+    from rankbook.tools.bench.layers import LayerSubject
+    from rankbook.tools.bench.model_bench import ModelResult
+
+PEERS = ("matmulnbits", "fp32", "none")
+
+
+def add_flags(flags: Flags) -> None:
+    """Declare the flags."""
+    flags.add(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        default=[],
+        text="exported folders or .onnx files, MODEL@KERNELS to choose kernels; single layers when none is given",
+    )
+    add_kernel_flags(flags)
+    flags.add("--repeats", type=int, default=15, metavar="N", text="turns; every subject runs once in each")
+    flags.add("--prompt", type=int, default=64, metavar="N", text="models: tokens before decoding begins")
+    flags.add("--steps", type=int, default=32, metavar="N", text="models: tokens decoded in a turn")
+    flags.add("--prefill", type=int, default=512, metavar="N", text="models: tokens of the prefill; 0 leaves it out")
+    flags.add("--shapes", nargs="+", default=["4096x4096", "4096x14336"], metavar="NxK", text="layers: sizes")
+    flags.add("--bits", nargs="+", type=int, default=[4, 3, 2], metavar="B", text="layers: bits per code")
+    flags.add("--ranks", nargs="+", type=int, default=[1, 2], metavar="R", text="layers: planes of the codebooks")
+    flags.add("--branch", type=int, default=0, metavar="R", text="layers: also with an error branch of this rank")
+    flags.add("--group-size", type=int, default=64, metavar="G", text="layers: inputs per group")
+    flags.add("--rows", nargs="+", type=int, default=[1], metavar="M", text="layers: rows of x; 1 is decoding")
+    flags.add("--peers", nargs="+", choices=PEERS, default=["matmulnbits"], text="layers: what to compare with")
+    flags.add("--exact", action="store_true", default=False, text="layers: also with fp32 activations")
+    flags.add("--stream", type=int, default=160, metavar="MB", text="layers: read at least this much per run")
+    flags.add("-o", "--output", type=Path, metavar="DIR", text="write bench.json, bench.md and, for models, bench.png")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Measure, report, store."""
+    from rankbook.tools.backends import ort
+
+    if reason := ort.unavailable():
+        raise MissingError(reason)
+    for name in ("repeats", "prompt", "steps", "stream"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} is {getattr(options, name)}; give at least 1")
+    report: dict[str, Any] = {"machine": _machine()}
+    if options.models:
+        table, report["models"] = _models(options)
+    else:
+        table, report["layers"] = _layers(options)
+    report["bandwidth"] = _bandwidth(options)
+    lines = [
+        f"plain read from memory, {threads} threads: {rate / 1e9:.1f} GB/s"
+        for threads, rate in report["bandwidth"].items()
+    ]
+    text = "\n".join([*lines, *(_store(options, report, table, lines) if options.output else [])])
+    return Outcome(report, [table], text)
+
+
+def _threads(options: argparse.Namespace) -> tuple[int, ...]:
+    """The given number, or one and all of those this process may run on."""
+    if options.threads:
+        return (options.threads,)
+    return tuple(sorted({1, len(os.sched_getaffinity(0))}))
+
+
+def _machine() -> dict[str, Any]:
+    import onnxruntime
+
+    from rankbook.plugins.library import native_info, unavailable
+
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "onnxruntime": onnxruntime.__version__,
+        "native": None if unavailable("ort") else native_info("ort"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text("utf-8").splitlines() if file.is_file() else []
+
+
+def _bandwidth(options: argparse.Namespace) -> dict[int, float]:
+    from rankbook.tools.bench.bandwidth import read_bandwidth
+
+    return {threads: read_bandwidth(threads) for threads in _threads(options)}
+
+
+def _layers(options: argparse.Namespace) -> tuple[Table, list[LayerResult]]:
+    from rankbook.tools.bench.layer_bench import LayerOptions, measure_layers
+
+    settings = LayerOptions(
+        subjects=tuple(_subjects(options)),
+        shapes=tuple(_shape(text) for text in options.shapes),
+        tokens=tuple(options.rows),
+        threads=_threads(options),
+        repeats=options.repeats,
+        stream=options.stream * 1_000_000,
+    )
+    with Console(quiet=options.quiet).progress("layers") as progress:
+        results = measure_layers(settings, progress)
+    rows = [
+        (
+            item.name,
+            f"{item.out_features} x {item.in_features}",
+            item.tokens,
+            item.threads,
+            item.microseconds,
+            item.gigabytes_per_second,
+            item.peer,
+            item.ratio,
+        )
+        for item in results
+    ]
+    columns = ("layer", "N x K", "rows", "threads", "µs", "GB/s", "peer", "times as fast")
+    return Table("single layers, medians", columns, rows), results
+
+
+def _subjects(options: argparse.Namespace) -> list[LayerSubject]:
+    from rankbook.plugins import layout
+    from rankbook.tools.backends.ort import use_native
+    from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
+
+    if not set(options.bits) <= set(layout.BITS):
+        raise UsageError(f"--bits {options.bits}: choose from {layout.BITS}")
+    if chosen_kernels(options) == "bodies":
+        raise UsageError("single layers measure the native library; give an exported model to measure the bodies")
+    use_native("native")
+    kinds = ["int8", "fp32"] if options.exact else ["fp32"] if options.kernels == "native" else ["int8"]
+    subjects = [
+        ours(bits, rank, branch=branch, group=options.group_size, activations=kind)
+        for bits in options.bits
+        for rank in options.ranks
+        for branch in sorted({0, options.branch})
+        for kind in kinds
+    ]
+    if "matmulnbits" in options.peers:
+        subjects += [matmul_nbits(bits) for bits in sorted({4} | ({2, 8} & set(options.bits)))]
+    if "fp32" in options.peers:
+        subjects.append(plain_float())
+    return subjects
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.lower().partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise UsageError(f"--shapes {text}: give out features x in features, e.g. 4096x14336")
+    return int(rows), int(columns)
+
+
+def _models(options: argparse.Namespace) -> tuple[Table, list[ModelResult]]:
+    from rankbook.tools.bench.model_bench import ModelOptions, ModelSubject, measure_models
+
+    kernels = chosen_kernels(options)
+    settings = ModelOptions(
+        subjects=tuple(ModelSubject.parse(text, kernels) for text in options.models),
+        threads=options.threads,
+        repeats=options.repeats,
+        prompt=options.prompt,
+        steps=options.steps,
+        prefill=options.prefill,
+    )
+    with Console(quiet=options.quiet).progress("models") as progress:
+        results = measure_models(settings, progress)
+    rows = [
+        (
+            item.name,
+            item.kernels,
+            item.bits,
+            item.decode,
+            item.decode_ratio,
+            item.prefill,
+            item.prefill_ratio,
+            item.packed_bytes / 1e6,
+            item.memory.file_bytes / 1e6,
+            (item.memory.peak_rss - item.memory.baseline_rss) / 1e6,
+        )
+        for item in results
+    ]
+    columns = (
+        "model",
+        "kernels",
+        "stored bits",
+        "decode, tokens/s",
+        "to the last",
+        "prefill, tokens/s",
+        "to the last",
+        "packed, MB",
+        "file, MB",
+        "RSS beyond Python, MB",
+    )
+    return Table("models, medians", columns, rows), results
+
+
+def _store(options: argparse.Namespace, report: dict[str, Any], table: Table, lines: list[str]) -> list[str]:
+    """Write the files; returns what to say about them."""
+    from rankbook.tools.bench import plot
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(options.output / "bench.json", to_json(report) + "\n")
+    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    write_text_atomic(options.output / "bench.md", "\n\n".join([machine, table.markdown(), *lines]) + "\n")
+    if "models" not in report:
+        return [f"stored in {options.output}"]
+    if reason := plot.unavailable():
+        return [f"stored in {options.output}, without a plot: {reason}"]
+    plot.draw(report["models"], options.output / "bench.png")
+    return [f"stored in {options.output}"]
+
+
+COMMAND = Command(
+    name="bench",
+    summary="measure the speed of single layers or of exported models beside their peers",
+    example="rankbook bench model-onnx@native-int8 model-onnx@native other-onnx -o bench",
+    add_flags=add_flags,
+    run=run,
+)
