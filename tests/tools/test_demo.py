@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rankbook.tools import demo, errors
-from rankbook.tools.backends import trt
+from rankbook.tools.backends import ort, trt
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli
 
@@ -48,6 +48,10 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path, capsys):
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["passed"]
     assert report["parity"]
+    if ort.use_native("auto"):
+        assert [check["same"] for check in report["greedy"]] == [64] * 5
+    else:
+        assert report["greedy"] is None
     assert report["stages"][0]["name"] == "quantize"
     assert all(stage["seconds"] > 0 and stage["peak_rss_bytes"] > 50e6 for stage in report["stages"])
     table = (tmp_path / "demo" / "report.md").read_text()
