@@ -43,9 +43,9 @@ class LearnedRounding:
     """A layer whose codes, parameters and levels are trained by sign gradient descent.
 
     Training starts exactly at the given record: a weight whose code is not its nearest level (error feedback) is
-    anchored at the edge of the cell it was put in. An error branch stays as it is and the weight is trained around it:
-    on SmolLM2-135M that left 5 % less block error than fitting the branch after training, and as little as training
-    the branch too.
+    anchored at the edge of the cell it was put in. An error branch stays as it is and the codes are trained for what it
+    leaves of the weight: on SmolLM2-135M that left 5 % less block error than fitting the branch after training, as
+    little as training the branch too, and anchors from the weight without the branch 10 % less than from all of it.
     """
 
     def __init__(self, weight: Tensor, record: QuantizedLinear, steps: int, sizes: StepSizes | None = None) -> None:
@@ -53,7 +53,9 @@ class LearnedRounding:
         self._start, self._sizes, self._steps = record, sizes or StepSizes(), steps
         self._books = codebooks_of(record)
         tables = self._books.tables()
-        grouped = rounding.to_groups(weight.float(), record.group)
+        self._branch = None if record.low_rank is None else record.low_rank.dense()
+        rest = weight.float() if self._branch is None else weight.float() - self._branch
+        grouped = rounding.to_groups(rest, record.group)
         self._codes = rounding.to_groups(record.codes, record.group)
         self._gap = ((tables.amax(1) - tables.amin(1)) / (tables.shape[1] - 1))[:, None].contiguous()
         self._place = anchored(grouped, tables, self._codes)
@@ -61,7 +63,6 @@ class LearnedRounding:
         self._shift = torch.zeros_like(self._books.offset)
         self._levels = self._books.levels.clone()
         self._level_size = self._books.levels.abs().mean(1, keepdim=True)
-        self._branch = None if record.low_rank is None else record.low_rank.dense()
         self._params: GroupParams | None = None
         self._tables = tables
 
