@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import subprocess
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,3 +147,26 @@ def test_missing_attributes_are_refused():
         run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), y, fields=2)
     with pytest.raises(RuntimeError, match="both must be given and positive"):
         run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), y, fields=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(emulated.EXTRA_FLAGS), reason="this is the run under the sanitizers")
+def test_the_plugin_is_clean_under_sanitizers():
+    """All of the above once more: no access outside memory, no undefined behaviour, in host code and kernels alike."""
+    compiler = emulated.compiler()
+    assert compiler is not None
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    if not Path(runtime.stdout.strip()).is_file():
+        pytest.skip("the compiler has no address sanitizer")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),  # Python itself is not built with it
+        # Python never frees some of its memory; the fibers of the emulation are stacks of their own.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "RANKBOOK_EMULATION_FLAGS": "-fsanitize=address,undefined -fno-omit-frame-pointer -g1 -O0",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert "passed" in done.stdout

@@ -110,8 +110,9 @@ void Machine::run_block(int threads) {
   }
 }
 
-void Machine::run(void (*body)(const void*), const void* arguments, dim3 new_grid, std::size_t shared_bytes,
+void Machine::run(void (*body)(const void*), const void* arguments, dim3 new_grid, std::size_t bytes_of_shared,
                   int threads) {
+  shared_bytes = bytes_of_shared;
   std::vector<unsigned char> storage(shared_bytes + 2 * kGuard + 128);
   const auto start = reinterpret_cast<std::uintptr_t>(storage.data()) + kGuard;
   shared = reinterpret_cast<unsigned char*>((start + 127) / 128 * 128);

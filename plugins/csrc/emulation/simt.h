@@ -64,7 +64,7 @@ struct Meeting {
 struct Machine {
   static Machine& get();
 
-  void run(void (*body)(const void*), const void* arguments, dim3 grid, std::size_t shared_bytes, int threads);
+  void run(void (*body)(const void*), const void* arguments, dim3 grid, std::size_t bytes_of_shared, int threads);
   void check(const void* address, std::size_t bytes, std::size_t alignment, bool write) const;
 
   // Meets the other lanes of the warp; `data` (at most 32 bytes) of all lanes is in the result.
@@ -75,6 +75,7 @@ struct Machine {
   int thread = 0, block_x = 0, block_y = 0;
   dim3 grid{1};
   unsigned char* shared = nullptr;
+  std::size_t shared_bytes = 0;
   int multiprocessors = 4;  // few, so that small layers are shared by blocks at all
 
  private:
@@ -175,6 +176,18 @@ inline Status clear(void* address, std::size_t bytes, void*) {
   emulation::Machine::get().check(address, bytes, 4, true);
   std::memset(address, 0, bytes);
   return {};
+}
+
+inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - emulation::Machine::get().shared);
+}
+template <typename... Words>
+void read_shared(unsigned at, Words&... words) {
+  auto& machine = emulation::Machine::get();
+  if (at % (4 * sizeof...(Words)) != 0) emulation::fail("misaligned read of shared memory");
+  if (at + 4 * sizeof...(Words) > machine.shared_bytes) emulation::fail("read outside the shared memory of a block");
+  const unsigned char* from = machine.shared + at;
+  ((std::memcpy(&words, from, 4), from += 4), ...);
 }
 
 inline std::uint32_t bits_of(float value) {

@@ -64,7 +64,15 @@ struct PanelParams {
       const std::size_t plane = static_cast<std::size_t>(panel) * w.params_planes + at(w, slot) / kPanel;
       step[slot] = (w.step_full ? 1.0f : read_float(w.step, plane)) * scale;
       base[slot] = load(w.base + (w.base_full ? plane : 0)) * scale;
+      if (common(w)) base[slot] -= kByteFloat * step[slot];
     }
+  }
+
+  // A byte u in the bits of a float, as 2^15 + u: cheaper than a conversion, and what it costs in accuracy (2^-24 of
+  // 2^15 steps) is far below fp16.
+  static constexpr float kByteFloat = 32768.0f + 128.0f;  // of a code of zero
+  static RB_DEVICE float byte_float(std::uint32_t bytes, int i) {
+    return float_of(permute(bytes, 0x47000000u, 0x7404u + 16u * static_cast<unsigned>(i)));
   }
 
   RB_DEVICE PanelParams(const PackedWeight& w, int panel, int row) {
@@ -88,11 +96,10 @@ struct PanelParams {
     GroupNumbers<kPlanes> out;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
+      const std::uint32_t bytes = words[slot] ^ 0x80808080u;
       float values[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        values[i] = static_cast<float>(static_cast<std::int8_t>(words[slot] >> (8 * i))) * step[slot] + base[slot];
-      }
+      for (int i = 0; i < 4; ++i) values[i] = byte_float(bytes, i) * step[slot] + base[slot];
       out.pairs[0][slot] = pack_half(values[0], values[1]);
       out.pairs[1][slot] = pack_half(values[2], values[3]);
     }

@@ -77,12 +77,12 @@ struct PairTable {
   static constexpr int kCopies = kEntryBytes / (4 * kWords);
   static constexpr std::size_t kBytes = static_cast<std::size_t>(kEntries) * kEntryBytes;
 
-  const unsigned char* lane_table;
+  unsigned lane_table;  // address in shared memory
   GroupNumbers<kPlanes> numbers;
 
   // Fills the table. The caller sets a barrier after it.
   RB_DEVICE void prepare(const PackedWeight& w, const float (&scales)[kPlanes], unsigned char* table) {
-    lane_table = table + (thread_index() % kCopies) * 4 * kWords;
+    lane_table = shared_address(table) + (thread_index() % kCopies) * 4 * kWords;
     for (int entry = thread_index(); entry < kEntries; entry += kWarps * 32) {
       std::uint32_t words[kWords];
 #pragma unroll
@@ -109,15 +109,13 @@ struct PairTable {
   RB_DEVICE void set_group(const GroupNumbers<kPlanes>& group) { numbers = group; }
 
   RB_DEVICE void entry(std::uint32_t word, int byte, std::uint32_t (&out)[kWords]) const {
-    const unsigned char* at = lane_table + permute(word, 0u, 0x4440u + byte) * kEntryBytes;
+    const unsigned at = permute(word, 0u, 0x4440u + byte) * kEntryBytes + lane_table;
     if constexpr (kWords == 1) {
-      out[0] = *reinterpret_cast<const std::uint32_t*>(at);
+      read_shared(at, out[0]);
     } else if constexpr (kWords == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(at);
-      out[0] = v.x, out[1] = v.y;
+      read_shared(at, out[0], out[1]);
     } else {
-      const uint4 v = *reinterpret_cast<const uint4*>(at);
-      out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+      read_shared(at, out[0], out[1], out[2], out[3]);
     }
   }
 
@@ -215,9 +213,9 @@ struct RegisterTable {
       if constexpr (kBits == 2) {
         std::uint32_t codes = (rows.words[row][0] >> (2 * j)) & 0x03030303u;
         if (j == 3) codes ^= 0x02020202u;  // the stored byte's minus 128
-        const std::uint32_t bytes = codes * 0x22u + 0x10101010u;  // a code c becomes the byte numbers 2 c and 2 c + 1
-        a[half] = permute(table[0], table[1], bytes);
-        a[2 + half] = permute(table[0], table[1], bytes >> 16);
+        // A code c becomes the byte numbers 2 c and 2 c + 1. Multiplications, because the logic pipe is the busy one.
+        a[half] = permute(table[0], table[1], codes * 0x22u + 0x1010u);
+        a[2 + half] = permute(table[0], table[1], multiply_high(codes, 0x220000u) + 0x1010u);
       } else {
         const std::uint32_t codes = nibbles(rows.words[row], j >> 1) >> (16 * (j & 1));
         const std::uint32_t low = permute(table[0], table[1], codes), high = permute(table[2], table[3], codes);

@@ -73,6 +73,19 @@ RB_DEVICE unsigned arrive(unsigned* counter) {
 }
 RB_DEVICE void see_others() { __threadfence(); }
 
+// Shared memory by its own 32-bit addresses: through pointers, newer architectures add its base to every access. Volatile,
+// so that no read moves before the barrier behind the writes.
+RB_DEVICE unsigned shared_address(const void* pointer) { return static_cast<unsigned>(__cvta_generic_to_shared(pointer)); }
+RB_DEVICE void read_shared(unsigned at, std::uint32_t& a) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(a) : "r"(at));
+}
+RB_DEVICE void read_shared(unsigned at, std::uint32_t& a, std::uint32_t& b) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(at));
+}
+RB_DEVICE void read_shared(unsigned at, std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at));
+}
+
 RB_DEVICE std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 RB_DEVICE float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 RB_DEVICE float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
