@@ -5,6 +5,9 @@ ONNX Runtime::
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("rankbook.activations", "int8")  # before the next line; without it: exact, slower
     options.register_custom_ops_library(str(rankbook.plugins.library.library("ort")))
+
+The entry ``rankbook.memory`` = ``mapped`` uses weights where they are instead of copying them once to huge pages, which
+is a third slower where the processor must walk tables of small pages, and saves memory where the file is not mapped.
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def library(runtime: str) -> Path:
 
 
 def native_info(runtime: str) -> dict[str, str | int]:
-    """Return what the library says about itself: ``isa`` and ``isa_int8`` (instruction sets chosen here), ``ort_api``.
+    """Return what the library says about itself.
+
+    These are ``isa`` and ``isa_int8`` (instruction sets chosen here), ``ort_api``,
+    ``copied_bytes`` (constants that open sessions hold as copies on huge pages).
 
     Raises:
         ValueError: No library is made for this runtime.

@@ -249,3 +249,16 @@ def test_native_kernels_that_are_not_built_are_said_so(work, capsys, monkeypatch
     assert "make native" in capsys.readouterr().err
     assert run_cli("generate", work / "onnx", "-p", "x", "--max-new-tokens", 2, "--json", "--quiet") == 0
     assert stdout_json(capsys)["kernels"] == "bodies"
+
+
+def test_models_are_timed_in_turns(work, capsys, tmp_path):
+    onnx = work / "onnx"
+    flags = ["--repeats", 1, "--steps", 2, "--prompt", 4, "--prefill", 8, "--threads", 1, "-o", tmp_path]
+    assert run_cli("bench", f"{onnx}@bodies", onnx, *flags, "--json", "--quiet") == 0
+    bodies, last = stdout_json(capsys)["models"]
+    assert bodies["kernels"] == "bodies"
+    assert last["decode_ratio"] == last["prefill_ratio"] == 1
+    assert bodies["decode"] > 0
+    assert 2 < bodies["bits"] < 16
+    assert bodies["memory"]["peak_rss"] > bodies["memory"]["baseline_rss"] > 0
+    assert (tmp_path / "bench.md").is_file()

@@ -224,17 +224,23 @@ def measure_memory(subject: ModelSubject, threads: int | None) -> Memory:
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def _most_resident() -> int:
+    """Largest resident memory of this process in bytes; getrusage would count the process that started this one."""
+    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise CheckFailedError("/proc/self/status has no VmHWM: memory cannot be measured here")
+
+
 def _main(arguments: Sequence[str]) -> None:
     """Print the `Memory` of this process as JSON: the other half of `measure_memory`."""
     import onnxruntime as _  # noqa: F401  (part of the baseline)
 
-    from rankbook.tools.console import peak_rss
-
     path, kernels, threads = arguments
-    baseline = peak_rss()
+    baseline = _most_resident()
     model = OrtModel(Path(path), threads=int(threads) or None, kernels=kernels)
     decode_rate(model, 16, 4)()
-    print(json.dumps(asdict(Memory(model.file.file_bytes, peak_rss(), baseline))))
+    print(json.dumps(asdict(Memory(model.file.file_bytes, _most_resident(), baseline))))
 
 
 if __name__ == "__main__":

@@ -193,10 +193,21 @@ void WeightStore::fit_lines() {
   slopes_ = std::move(slopes);
 }
 
+void WeightStore::copy(const Constants& constants) {
+  const auto of = [&](size_t input, size_t size) {
+    const Ort::ConstValue value = constants.tensor(input);
+    return HugeCopy::of(value.GetTensorRawData(), value.GetTensorTypeAndShapeInfo().GetElementCount() * size);
+  };
+  codes_ = of(codes_input_, 1);
+  params_ = of(params_input_, weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4);
+}
+
 CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   CodebookWeight weight = weight_;
-  weight.codes = static_cast<const uint8_t*>(context.GetInput(codes_input_).GetTensorRawData());
-  weight.params = context.GetInput(params_input_).GetTensorRawData();
+  const void* codes = codes_.data();
+  const void* params = params_.data();
+  weight.codes = static_cast<const uint8_t*>(codes != nullptr ? codes : context.GetInput(codes_input_).GetTensorRawData());
+  weight.params = params != nullptr ? params : context.GetInput(params_input_).GetTensorRawData();
   weight.levels = levels_.data();
   weight.slopes = slopes_.empty() ? nullptr : slopes_.data();
   weight.step = step_.data();

@@ -7,6 +7,7 @@
 
 #include "kernels/codebook.h"
 #include "ort/api.h"
+#include "ort/huge_pages.h"
 
 namespace rankbook::ort {
 
@@ -34,13 +35,16 @@ class Constants {
 
 std::string describe(const std::vector<int64_t>& shape);
 
-// A weight whose small parts are owned here; codes and params stay where ONNX Runtime has them.
+// A weight whose small parts are owned here. Codes and params stay where ONNX Runtime has them, or are copied once.
 class WeightStore {
  public:
   // `codes` is the position of that input; levels, params, step and base follow it.
   WeightStore(const Constants& constants, int bits, size_t codes);
 
-  // The weight with its pointers into the inputs of this call.
+  // Copies codes and params to huge pages, where there are any.
+  void copy(const Constants& constants);
+
+  // The weight with its pointers into the copies, or into the inputs of this call.
   CodebookWeight bind(const Ort::KernelContext& context) const;
 
   const CodebookWeight& sizes() const { return weight_; }  // without pointers
@@ -56,6 +60,7 @@ class WeightStore {
   size_t params_input_;  // params, or step where that holds the values themselves
   CodebookWeight weight_;
   std::vector<float> levels_, slopes_, step_, base_;
+  HugeCopy codes_, params_;
 };
 
 // One factor of the error branch as the file has it, (rows, columns): codes with scales, or values with scales of one.

@@ -12,6 +12,7 @@ namespace {
 using rankbook::Isa;
 
 constexpr const char* kActivations = "rankbook.activations";
+constexpr const char* kMemory = "rankbook.memory";
 
 // RANKBOOK_NATIVE_ISA=portable|avx2|avxvnni|avx512 forbids better instruction sets, so that tests reach every kernel.
 bool read_limit(Isa& limit) {
@@ -26,19 +27,21 @@ bool read_limit(Isa& limit) {
   return false;
 }
 
-// The session's wish: fp32 activations unless its configuration entry says int8.
-OrtStatus* read_activations(const OrtSessionOptions* options, const OrtApi& api, bool& integer) {
+// Which of two values a configuration entry of the session has; the first one where it has none.
+OrtStatus* read_entry(const OrtSessionOptions* options, const OrtApi& api, const char* key, const char* first,
+                      const char* second, bool& is_second) {
   int present = 0;
-  integer = false;
-  if (OrtStatus* status = api.HasSessionConfigEntry(options, kActivations, &present)) return status;
+  is_second = false;
+  if (OrtStatus* status = api.HasSessionConfigEntry(options, key, &present)) return status;
   if (present == 0) return nullptr;
   char value[16] = {};
   size_t size = sizeof value;
-  OrtStatus* status = api.GetSessionConfigEntry(options, kActivations, value, &size);
-  integer = status == nullptr && std::strcmp(value, "int8") == 0;
-  if (status == nullptr && (integer || std::strcmp(value, "fp32") == 0)) return nullptr;
+  OrtStatus* status = api.GetSessionConfigEntry(options, key, value, &size);
+  is_second = status == nullptr && std::strcmp(value, second) == 0;
+  if (status == nullptr && (is_second || std::strcmp(value, first) == 0)) return nullptr;
   if (status != nullptr) api.ReleaseStatus(status);
-  return api.CreateStatus(ORT_INVALID_ARGUMENT, "the session configuration entry rankbook.activations must be fp32 or int8");
+  const std::string message = std::string("the session configuration entry ") + key + " must be " + first + " or " + second;
+  return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
 }
 
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
@@ -47,17 +50,19 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
     return api.CreateStatus(ORT_INVALID_ARGUMENT, "RANKBOOK_NATIVE_ISA must be portable, avx2, avxvnni or avx512");
   }
   bool integer = false;
-  if (OrtStatus* status = read_activations(options, api, integer)) return status;
+  bool mapped = false;
+  if (OrtStatus* status = read_entry(options, api, kActivations, "fp32", "int8", integer)) return status;
+  if (OrtStatus* status = read_entry(options, api, kMemory, "huge", "mapped", mapped)) return status;
   try {
     // Never destroyed: sessions may outlive static destruction.
-    const auto make = [&](bool with_integers) {
+    const auto make = [&](bool with_integers, bool copy) {
       auto* made = new Ort::CustomOpDomain(rankbook::contract::kDomain);
       const auto* integers = with_integers ? &rankbook::select_integer_kernels(limit) : nullptr;
-      rankbook::ort::add_operators(*made, {rankbook::select_kernels(limit), integers});
+      rankbook::ort::add_operators(*made, {rankbook::select_kernels(limit), integers, copy});
       return made;
     };
-    static Ort::CustomOpDomain* const domains[] = {make(false), make(true)};
-    return api.AddCustomOpDomain(options, *domains[integer ? 1 : 0]);
+    static Ort::CustomOpDomain* const domains[] = {make(false, false), make(true, false), make(false, true), make(true, true)};
+    return api.AddCustomOpDomain(options, *domains[(integer ? 1 : 0) + (mapped ? 0 : 2)]);
   } catch (const std::exception& error) {
     return api.CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
   }
@@ -78,14 +83,15 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   return register_operators(options, *api);
 }
 
-// Which kernels this processor gets and the ONNX Runtime API version asked for, as JSON.
+// Which kernels this processor gets, the ONNX Runtime API version asked for, and the bytes that sessions hold as copies at
+// the moment, as JSON; valid until the same thread asks again.
 __attribute__((visibility("default"))) const char* rankbook_native_info() {
-  static const std::string text = [] {
-    Isa limit = Isa::kPortable;
-    read_limit(limit);
-    return std::string("{\"isa\": \"") + rankbook::select_kernels(limit).name + "\", \"isa_int8\": \"" +
-           rankbook::select_integer_kernels(limit).name + "\", \"ort_api\": " + std::to_string(ORT_API_VERSION) + "}";
-  }();
+  thread_local std::string text;
+  Isa limit = Isa::kPortable;
+  read_limit(limit);
+  text = std::string("{\"isa\": \"") + rankbook::select_kernels(limit).name + "\", \"isa_int8\": \"" +
+         rankbook::select_integer_kernels(limit).name + "\", \"ort_api\": " + std::to_string(ORT_API_VERSION) +
+         ", \"copied_bytes\": " + std::to_string(rankbook::ort::huge_bytes()) + "}";
   return text.c_str();
 }
 

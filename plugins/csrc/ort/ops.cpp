@@ -141,6 +141,7 @@ MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, 
       bias_.assign(static_cast<size_t>(out_features_), value);
     }
   }
+  if (kernels_.copy) weight_.copy(constants);
   if (kernels_.integers != nullptr) integer_weight_.emplace(constants, weight_, *kernels_.integers);
   if (!low_rank) return;
   const Factors factors(constants, LowRank::kDown, out_features_, in_features_);

@@ -16,6 +16,7 @@ namespace rankbook::ort {
 struct Kernels {
   const PanelKernels& floats;
   const IntegerKernels* integers;  // null: fp32 activations
+  bool copy;                       // constants to huge pages
 };
 
 // CodebookMatMul and CodebookMatMulLowRank.
