@@ -250,8 +250,6 @@ def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array
     arena = Arena()
     weight = packed_weight(arena, tensors, attributes)
     rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
-    bytes_needed = library().rb_workspace(weight.rows, weight.columns, rank, TYPES[dtype], len(x))
-    workspace = arena.add(np.full(bytes_needed, 0xFF, np.uint8), writable=True) if bytes_needed else None
     y = arena.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
     arguments = Matmul(
         weight=weight,
@@ -262,8 +260,9 @@ def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array
         y=y,
         type=TYPES[dtype],
         tokens=len(x),
-        workspace=workspace,
     )
+    if bytes_needed := library().rb_workspace(c.byref(arguments)):
+        arguments.workspace = arena.add(np.full(bytes_needed, 0xFF, np.uint8), writable=True)
     if rank:
         arguments.down = _factor(arena, tensors, "down", 1)
         arguments.up = _factor(arena, tensors, "up", 0)

@@ -34,8 +34,8 @@ needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt
 
 MOST_REGISTERS = {"decode_mma": 128, "gemm_mma": 128, "branch_down": 96}
 """Two blocks of 256 threads per multiprocessor need at most 128 registers a thread (of 65536)."""
-ONE_BLOCK = re.compile(r"decode_mmaILi\dELi4ELi2E")
-"""Three or four planes and more than 8 tokens: one block per multiprocessor, up to 255 registers."""
+ONE_BLOCK = re.compile(r"decode_mmaILi(\dELi4|3ELi2)ELi2E")
+"""More than 8 tokens with 3 or 4 planes, or 2 at 3 bits: one block per multiprocessor, up to 255 registers."""
 
 
 def tool(name: str) -> str:

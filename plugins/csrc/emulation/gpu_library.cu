@@ -40,8 +40,8 @@ RB_EXPORT int rb_download(void* data, const void* address, std::size_t bytes) {
 
 RB_EXPORT int rb_free(void* address) { return report(cudaFree(address)); }
 
-RB_EXPORT std::size_t rb_workspace(int rows, int columns, int rank, int type, int tokens) {
-  return rankbook::cuda::matmul_workspace(rows, columns, rank, static_cast<rankbook::cuda::DataType>(type), tokens);
+RB_EXPORT std::size_t rb_workspace(const rankbook::cuda::Matmul* arguments) {
+  return rankbook::cuda::matmul_workspace(*arguments);
 }
 
 RB_EXPORT int rb_matmul(const rankbook::cuda::Matmul* arguments) {

@@ -57,8 +57,8 @@ RB_EXPORT void rb_buffers(const std::uintptr_t* begins, const std::size_t* sizes
   for (int i = 0; i < count; ++i) buffers.push_back({begins[i], begins[i] + sizes[i], writable[i] != 0});
 }
 
-RB_EXPORT std::size_t rb_workspace(int rows, int columns, int rank, int type, int tokens) {
-  return rankbook::cuda::matmul_workspace(rows, columns, rank, static_cast<rankbook::cuda::DataType>(type), tokens);
+RB_EXPORT std::size_t rb_workspace(const rankbook::cuda::Matmul* arguments) {
+  return rankbook::cuda::matmul_workspace(*arguments);
 }
 
 RB_EXPORT int rb_matmul(const rankbook::cuda::Matmul* arguments) {

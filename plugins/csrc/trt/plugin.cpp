@@ -20,7 +20,7 @@ using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 
 // Part of the timing-cache id: raise it when the kernels change so much that old timings mean nothing.
-constexpr int kKernelVersion = 1;
+constexpr int kKernelVersion = 2;
 
 cuda::DataType kernel_type(DataType type) {
   if (type == DataType::kHALF) return cuda::DataType::kFloat16;
@@ -115,11 +115,15 @@ bool Plugin::supportsFormatCombination(std::int32_t position, const DynamicPlugi
 std::size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, std::int32_t inputs,
                                      const DynamicPluginTensorDesc*, std::int32_t) const noexcept {
   if (op_.kind == Kind::kGather || inputs != op_.inputs()) return 0;
+  Dims dims[kMaxInputs];
+  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].max;
+  cuda::Matmul m;
   const std::int64_t tokens = count_items(op_, in[Branch::kX].max);
-  const std::int64_t rank = op_.kind == Kind::kMatmulLowRank ? in[Branch::kUpScale].max.d[1] : 0;
-  if (tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;  // onShapeChange reports it
-  return cuda::matmul_workspace(op_.out_features, op_.in_features, static_cast<int>(rank),
-                                kernel_type(in[Branch::kX].desc.type), static_cast<int>(tokens));
+  // What is wrong with the shapes is reported by configurePlugin and onShapeChange.
+  if (!read_shapes(op_, dims, &m).empty() || tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;
+  m.type = kernel_type(in[Branch::kX].desc.type);
+  m.tokens = static_cast<int>(tokens);
+  return cuda::matmul_workspace(m);
 }
 
 std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inputs, const PluginTensorDesc*,

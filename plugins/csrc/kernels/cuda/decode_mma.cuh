@@ -5,7 +5,8 @@
 // both operands share it, so every lane multiplies its own chunk of its own rows with the same chunk of x and no data
 // moves between lanes. Fragment rows p and p + 8 are the neighbouring output rows 4 p + 2 i and 4 p + 2 i + 1.
 //
-// Rows must be multiples of 8 inputs, so that x is read 16 bytes at a time; others take the way of many tokens.
+// Rows must be multiples of 8 inputs, so that x is read 16 bytes at a time, and groups must not end inside a unit;
+// others take the way of many tokens.
 #pragma once
 
 #include "kernels/cuda/branch.cuh"
@@ -126,32 +127,28 @@ struct PanelParams {
   }
 };
 
-// How a row of groups falls into the steps of a warp. A step that several groups share, or a group that ends inside a
-// unit, costs parameters anew in every step; that is the exception.
+// How a row of groups falls into the steps of a warp. A step that several groups share costs parameters anew in every
+// step.
 template <int kBits>
 struct Steps {
   static constexpr int kColumns = 4 * Chunk<kBits>::kColumns;  // of a step: four lanes take a chunk each
 
-  int count, parts, span, groups;
+  int count, span, groups;
   unsigned per_column;  // groups per column, times 2^32
 
   RB_DEVICE explicit Steps(const PackedWeight& w) {
     const int size = w.columns / w.groups;
-    parts = Unit<kBits>::kParts > 1 && w.groups > 1 && size % Unit<kBits>::kColumns != 0 ? Unit<kBits>::kParts : 1;
-    count = (w.columns + kColumns - 1) / kColumns * parts;
+    count = (w.columns + kColumns - 1) / kColumns;
     span = w.groups == 1 ? count : (size % kColumns == 0 ? size / kColumns : 1);
     groups = w.groups;
     per_column = 0xffffffffu / static_cast<unsigned>(size) + 1u;
   }
 
-  RB_DEVICE int chunk(int step, int q) const { return 4 * (parts == 1 ? step : step / Unit<kBits>::kParts) + q; }
-
   // Group of the lane's columns; columns past the end belong to the last group. The product is exact below 2^20 columns
   // and groups of up to 2^12; a single group is more, and the last.
   RB_DEVICE int group(int step, int q) const {
-    int column = chunk(step, q) * Chunk<kBits>::kColumns;
-    if (parts > 1) column += step % Unit<kBits>::kParts * (Unit<kBits>::kColumns / Unit<kBits>::kParts);
-    const int found = static_cast<int>(multiply_high(static_cast<unsigned>(column), per_column));
+    const unsigned column = static_cast<unsigned>((4 * step + q) * Chunk<kBits>::kColumns);
+    const int found = static_cast<int>(multiply_high(column, per_column));
     return found < groups ? found : groups - 1;
   }
 };
@@ -167,9 +164,9 @@ struct DecodeShared {
 };
 
 // y for up to 8 kTiles tokens. Blocks (x: panel, y: share of the columns); the warps of a block share its columns. Four
-// planes and sixteen tokens need more registers than two blocks a multiprocessor leave.
+// planes and sixteen tokens need more registers than two blocks a multiprocessor leave; so do 3 bits with two planes.
 template <int kBits, int kPlanes, int kTiles, typename T>
-RB_KERNEL((kPlanes < 4 || kTiles < 2) ? 2 : 1) decode_mma(MatmulKernel arguments) {
+RB_KERNEL((kTiles < 2 || kPlanes + kBits % 2 < 3) ? 2 : 1) decode_mma(MatmulKernel arguments) {
   using U = Unit<kBits>;
   using C = Chunk<kBits>;
   const Matmul& m = arguments.m;
@@ -179,7 +176,7 @@ RB_KERNEL((kPlanes < 4 || kTiles < 2) ? 2 : 1) decode_mma(MatmulKernel arguments
 
   const Steps<kBits> steps(w);
   const int warps = grid_y() * kWarps, share = (steps.count + warps - 1) / warps;
-  int step = warp * share, chunk = steps.chunk(step, q);
+  int step = warp * share, chunk = 4 * step + q;
   const int last = step + share < steps.count ? step + share : steps.count;
   // The first codes and parameters are on their way while the table is made. Lanes without columns keep what they have:
   // every byte is a valid code, and their activations are zero.
@@ -223,25 +220,18 @@ RB_KERNEL((kPlanes < 4 || kTiles < 2) ? 2 : 1) decode_mma(MatmulKernel arguments
     if (common) params.fetch(w, group, words);
     for (; step < end; ++step) {
       const C now = ahead;
-      const int ahead_by = steps.parts == 1 || step % U::kParts == U::kParts - 1 ? 4 : 0;  // chunks; 0: the other part
-      codes += ahead_by * C::kPitch;
-      chunk += ahead_by;
+      codes += 4 * C::kPitch;
+      chunk += 4;
       if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
       std::uint32_t b[kTiles][C::kColumns / 2];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         load_activations<C::kColumns / 2>(x[tile], left, warp_left >= 0, b[tile]);
-        x[tile] += ahead_by * (C::kColumns / 8);
-        if constexpr (U::kParts > 1) {
-          if (steps.parts > 1) {  // the other part belongs to another group
-#pragma unroll
-            for (int j = 0; j < C::kColumns / 2; ++j) b[tile][j] = j / U::kPairs == step % U::kParts ? b[tile][j] : 0u;
-          }
-        }
+        x[tile] += 4 * (C::kColumns / 8);
         lookup.arrange(b[tile]);
       }
-      left -= ahead_by * C::kColumns;
-      warp_left -= ahead_by * C::kColumns;
+      left -= Steps<kBits>::kColumns;
+      warp_left -= Steps<kBits>::kColumns;
 #pragma unroll
       for (int j = 0; j < C::kColumns / 4; ++j) {
 #pragma unroll

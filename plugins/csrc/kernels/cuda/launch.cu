@@ -74,9 +74,12 @@ Status product(const MatmulKernel& k, void* stream) {
                                         : launch(gemm_mma<BFloat>, grid, MmaTile::kBytes, stream, k);
 }
 
-// Whether codes are decoded inside the product; above, or where rows are not made of pieces of 16 bytes, into scratch.
-bool decodes_directly(DataType type, int columns, int tokens) {
-  return tokens <= kMaxDecodeTokens && (type == DataType::kFloat32 || columns % 8 == 0);
+// Whether codes are decoded inside the product. Otherwise into scratch: many tokens, rows that are not made of pieces of
+// 16 bytes, groups that end inside a unit (of 32 inputs with 3 bits).
+bool decodes_directly(const Matmul& m) {
+  const PackedWeight& w = m.weight;
+  const bool whole_units = w.bits != 3 || w.groups == 1 || w.columns / w.groups % 32 == 0;
+  return m.tokens <= kMaxDecodeTokens && (m.type == DataType::kFloat32 || (w.columns % 8 == 0 && whole_units));
 }
 
 // Blocks that share a panel, so that a layer of few rows fills the GPU: three blocks of one warp step or more for every
@@ -91,13 +94,13 @@ int count_shares(const Matmul& m) {
 
 }  // namespace
 
-std::size_t matmul_workspace(int rows, int columns, int rank, DataType type, int tokens) {
-  const std::size_t u = aligned(sizeof(float) * static_cast<std::size_t>(rank) * tokens);
+std::size_t matmul_workspace(const Matmul& m) {
+  const std::size_t u = aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens);
   // A builder asks for the largest number of tokens only; fewer must find room as well.
-  const int few = tokens < kMaxDecodeTokens ? tokens : kMaxDecodeTokens, panels = ceil_div(rows, kPanel);
-  const std::size_t shares = most_shares(panels) > 1 ? share_bytes(panels, type, few) : 0;
-  if (decodes_directly(type, columns, tokens)) return u + shares;
-  const std::size_t dense = aligned(element_size(type) * static_cast<std::size_t>(rows) * columns);
+  const int few = m.tokens < kMaxDecodeTokens ? m.tokens : kMaxDecodeTokens, panels = ceil_div(m.weight.rows, kPanel);
+  const std::size_t shares = most_shares(panels) > 1 ? share_bytes(panels, m.type, few) : 0;
+  if (decodes_directly(m)) return u + shares;
+  const std::size_t dense = aligned(element_size(m.type) * static_cast<std::size_t>(m.weight.rows) * m.weight.columns);
   return u + (shares > dense ? shares : dense);
 }
 
@@ -106,7 +109,7 @@ Status launch_matmul(const Matmul& m, void* stream) {
   if (m.tokens < 0 || m.rank < 0) return {"the number of tokens and the rank must not be negative"};
   if (m.tokens == 0) return {};
   if (misaligned(m.x, 16) || misaligned(m.y, 16)) return {"x and y must be aligned to 16 bytes"};
-  if (m.workspace == nullptr && matmul_workspace(m.weight.rows, m.weight.columns, m.rank, m.type, m.tokens) > 0) {
+  if (m.workspace == nullptr && matmul_workspace(m) > 0) {
     return {"the product needs a workspace of matmul_workspace() bytes"};
   }
   MatmulKernel k{m, static_cast<float*>(m.workspace), nullptr};
@@ -114,7 +117,7 @@ Status launch_matmul(const Matmul& m, void* stream) {
     if (const Status status = any_down(k, stream); !status.ok()) return status;
   }
   char* rest = static_cast<char*>(m.workspace) + aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens);
-  if (decodes_directly(m.type, m.weight.columns, m.tokens)) {
+  if (decodes_directly(m)) {
     const int shares = count_shares(m), panels = ceil_div(m.weight.rows, kPanel);
     if (shares > 1) {
       k.arrivals = reinterpret_cast<unsigned*>(rest);

@@ -5,8 +5,8 @@
 
 namespace rankbook::cuda {
 
-// Bytes of device scratch that `launch_matmul` needs for up to `tokens` tokens.
-std::size_t matmul_workspace(int rows, int columns, int rank, DataType type, int tokens);
+// Bytes of device scratch that `launch_matmul` needs for these sizes, and for fewer tokens. Pointers are not looked at.
+std::size_t matmul_workspace(const Matmul& arguments);
 
 // Enqueues y = x W^T + ... on `stream` (a cudaStream_t).
 Status launch_matmul(const Matmul& arguments, void* stream);
