@@ -1,7 +1,7 @@
 """LCQ: low-rank codebook quantization (Cai, Li, Li 2024, arXiv 2405.20973).
 
 The codebooks of all groups of a layer form a matrix of low rank plus an offset per group. No code was published with
-the paper: the closed form, the training recipe and the storage are this project's (README, "Methods").
+the paper: the closed form, the training recipe and the storage are this project's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LRQ: low-rank weight-scaling matrices that steer rounding (Lee et al. 2024, arXiv 2407.11534).
 
 The result is a plain affine or symmetric record: the low-rank part costs nothing at inference. Groups, training with
-few steps and the relative loss are this project's (README, "Methods"); ``compat`` goes back to the released code.
+few steps and the relative loss are this project's; ``compat`` goes back to the released code.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def run(options: argparse.Namespace) -> Outcome:
         torch.set_num_threads(options.threads)
     chosen = _quantize_options(options)
     console = Console(quiet=options.quiet)
-    with console.progress(f"quantizing with {chosen.method} at {chosen.bits} bits") as show:
+    width = f"{chosen.bits} bits" if chosen.target_bits is None else f"{chosen.target_bits} stored bits"
+    with console.progress(f"quantizing with {chosen.method} at {width}") as show:
 
         def progress(step: Progress) -> None:
             where = f"block {step.block + 1}/{step.blocks}, " if step.block >= 0 else ""
