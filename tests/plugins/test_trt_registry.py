@@ -1,0 +1,78 @@
+"""The registry of TensorRT 11 itself, not only that of TensorRT-RTX, takes the plugin library and makes plugins of it.
+
+TensorRT's builder is not on the package index and needs a GPU; its Python bindings and lean runtime are and do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankbook.plugins import contract, library
+from tests.plugins import emulated
+
+LEAN = emulated.ROOT / "build" / "tensorrt-lean"
+EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
+STUBBED = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
+
+
+def _unavailable() -> str | None:
+    if not (LEAN / "tensorrt_bindings").is_dir():
+        return f"{LEAN} is missing: `make native-all` gets it"
+    return library.unavailable("trt") if shutil.which("cc") else "no C compiler"
+
+
+pytestmark = pytest.mark.skipif(_unavailable() is not None and not EXPECTED, reason=str(_unavailable()))
+
+CHILD = """
+import json, sys
+import numpy as np
+import tensorrt_bindings as trt
+
+registry = trt.get_plugin_registry()
+loaded = registry.load_library(sys.argv[1]) is not None
+found = {}
+for creator in registry.all_creators:
+    if creator.plugin_namespace != sys.argv[2]:
+        continue
+    fields = [("in_features", 64), ("out_features", 96), ("offset", 1)]
+    fields = [trt.PluginField(n, np.array([v], np.int32), trt.PluginFieldType.INT32) for n, v in fields]
+    whole = creator.create_plugin("layer.7", trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+    part = creator.create_plugin("layer.7", trt.PluginFieldCollection(fields[:1]), trt.TensorRTPhase.BUILD)
+    found[creator.name] = [creator.plugin_version, whole is not None, part is not None]
+print(json.dumps({"version": trt.__version__, "loaded": loaded, "creators": found}))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Load the library in a child process, since what is loaded there must not meet TensorRT-RTX."""
+    folder = tmp_path_factory.mktemp("stubs")
+    runtime = LEAN / "tensorrt_lean_libs" / "libnvinfer_lean.so.11"
+    source = Path(__file__).with_name("trt_stubs.c")
+    for name in STUBBED:
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
+        subprocess.run([*command, "-Wl,--no-as-needed", str(runtime)], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{runtime.parent}", "PYTHONPATH": str(LEAN)}
+    command = [sys.executable, "-c", CHILD, str(library.library("trt")), contract.PLUGIN_NAMESPACE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_every_creator_is_registered(report: dict[str, Any]) -> None:
+    assert report["version"].startswith("11.")
+    assert report["loaded"]
+    assert sorted(report["creators"]) == sorted(contract.OPERATORS)
+
+
+def test_plugins_are_made_and_bad_attributes_refused(report: dict[str, Any]) -> None:
+    assert set(map(tuple, report["creators"].values())) == {(contract.PLUGIN_VERSION, True, False)}
