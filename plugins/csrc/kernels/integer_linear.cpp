@@ -14,6 +14,7 @@ constexpr int64_t kTokenChunk = 192;       // tokens that share one decoded part
 constexpr int64_t kStageTokens = 8;        // tokens that one task rounds
 constexpr int64_t kTaskBytes = 1 << 15;    // codes that one task of a single token reads at least
 constexpr int64_t kSerialWork = 1 << 17;   // multiply-adds below which waking threads costs more than it gains
+constexpr int64_t kFirstBytes = 8192;      // codes to fetch while activations are rounded
 constexpr int64_t kAlign = 64;
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
@@ -157,6 +158,12 @@ void chunk_task(void* argument, int64_t index) {
   finish_panel(job, panel, first, tokens, total);
 }
 
+// The loops of one token prefetch as they go; without this the first bytes of a small layer would be waited for.
+void prefetch_start(const CodebookWeight& weight) {
+  const int64_t bytes = least(weight.panels() * weight.blocks() * weight.bits * kWordBytes, kFirstBytes);
+  for (int64_t at = 0; at < bytes; at += kAlign) __builtin_prefetch(weight.codes + at);
+}
+
 // Where everything lies in the workspace; returns its size. Without a workspace, the size alone.
 int64_t lay_out(const IntegerWeight& weight, const IntegerBranch& branch, int64_t tokens, uint8_t* at, Job* job) {
   const bool reordered = weight.weight.bits != 8;
@@ -190,6 +197,7 @@ Status integer_linear(const IntegerArgs& args, const IntegerKernels& kernels, co
   lay_out(args.weight, args.branch, args.tokens, args.workspace, &job);
   job.chunks = ceil_div(args.tokens, kTokenChunk);
   const int64_t inputs = args.tokens * weight.in_features;
+  if (args.tokens == 1) prefetch_start(weight);
   run(parallel, ceil_div(args.tokens, kStageTokens), inputs * 8, stage_task, job);
   if (args.branch.rank > 0) {
     run(parallel, ceil_div(args.branch.rank, kPanel) * job.chunks, inputs * args.branch.rank, branch_task, job);

@@ -198,8 +198,9 @@ void WeightStore::copy(const Constants& constants) {
     const Ort::ConstValue value = constants.tensor(input);
     return HugeCopy::of(value.GetTensorRawData(), value.GetTensorTypeAndShapeInfo().GetElementCount() * size);
   };
-  codes_ = of(codes_input_, 1);
+  // Codes last: what the inner loops prefetch beyond them is then the beginning of the next layer.
   params_ = of(params_input_, weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4);
+  codes_ = of(codes_input_, 1);
 }
 
 CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
