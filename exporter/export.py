@@ -17,21 +17,20 @@ from onnx_ir.passes import common
 from rankbook.calibration.activations import ActivationConfig
 from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, language_view, open_checkpoint
 from rankbook.calibration.files import check_replaceable, replaced_folder
-from rankbook.exporter import conform, external
+from rankbook.exporter import conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
-from rankbook.exporter.dialects import dialect as find_dialect
 from rankbook.exporter.dialects.base import check_layers
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.kv_cache import CACHES, QuantizeCache
-from rankbook.exporter.passes.metadata import DIALECT, AddMetadata
+from rankbook.exporter.passes.metadata import AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.weights import BindWeights, packed_layer
 from rankbook.exporter.skeleton import build
-from rankbook.exporter.trace import LOGITS, trace
+from rankbook.exporter.trace import INPUTS, LOGITS, trace
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 """Names of the graph and of its weights in the output folder."""
@@ -40,6 +39,41 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, steps done and steps in all."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the file is to be.
+
+    Attributes:
+        dtype: One of `DTYPES`.
+        logits: One of `rankbook.exporter.trace.LOGITS`.
+        dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
+        kv: Type of the cache, one of `rankbook.exporter.passes.kv_cache.CACHES`.
+        inputs: One of `rankbook.exporter.trace.INPUTS`: token numbers, or embedded tokens (batch, sequence, hidden), as
+            a model with a vision tower needs them.
+        weights_only: Leave out the checkpoint's settings of activations and cache.
+
+    Raises:
+        ValueError: At construction, for a value that does not exist; the message names those that do.
+    """
+
+    dtype: str = "fp32"
+    logits: str = "last"
+    dialect: str = NATIVE
+    kv: str = "float"
+    inputs: str = "ids"
+    weights_only: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = {"dtype": DTYPES, "logits": LOGITS, "dialect": dialects.names(), "kv": CACHES, "inputs": INPUTS}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
+
+    def metadata(self) -> dict[str, str]:
+        """Return what is written into the file about them."""
+        return {f"rankbook.{name}": getattr(self, name) for name in ("dtype", "logits", "dialect", "kv", "inputs")}
 
 
 @dataclass(frozen=True)
@@ -82,12 +116,8 @@ class ExportReport:
 def export(
     checkpoint_dir: str | Path,
     output_dir: str | Path,
+    options: ExportOptions | None = None,
     *,
-    dtype: str = "fp32",
-    logits: str = "last",
-    dialect: str = NATIVE,
-    kv: str = "float",
-    weights_only: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write ``model.onnx``, its weights, and the tokenizer and configuration files beside them.
@@ -100,15 +130,11 @@ def export(
     Args:
         checkpoint_dir: What ``rankbook quantize`` wrote.
         output_dir: Folder of the result; an earlier result there is replaced when the new one is complete.
-        dtype: One of `DTYPES`.
-        logits: One of `rankbook.exporter.trace.LOGITS`.
-        dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
-        kv: Type of the cache, one of `rankbook.exporter.passes.kv_cache.CACHES`.
-        weights_only: Leave out the checkpoint's settings of activations and cache.
+        options: What the file is to be; the defaults without.
         progress: Called while stages run.
 
     Raises:
-        ValueError: An unknown dtype, logits, dialect or kv, or settings of the checkpoint that exist in PyTorch only.
+        ValueError: Settings of the checkpoint that exist in PyTorch only.
         DialectError: The dialect cannot express a layer; the message says which, why and what to do.
         CheckpointError: The checkpoint is missing, damaged or of another version.
         FileExistsError: ``output_dir`` holds something else.
@@ -116,19 +142,13 @@ def export(
         OSError: Writing failed; what was in ``output_dir`` is unchanged.
     """
     started = time.monotonic()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {tuple(DTYPES)}")
-    if logits not in LOGITS:
-        raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
-    if kv not in CACHES:
-        raise ValueError(f"kv {kv!r} is unknown; choose one of {CACHES}")
-    find_dialect(dialect)
+    options = options or ExportOptions()
     output = Path(output_dir).absolute()
     check_replaceable(output, MODEL)
-    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir)), weights_only=weights_only)
+    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir)), weights_only=options.weights_only)
     report = progress or _silent
     report("trace", 0, 1)
-    model = build_model(checkpoint, dtype=dtype, logits=logits, dialect=dialect, kv=kv)
+    model = build_model(checkpoint, options)
     with replaced_folder(output, MODEL) as folder:
         digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))
         model.metadata_props["rankbook.data_sha256"] = digest
@@ -146,31 +166,29 @@ def export(
         packed_bytes=packed,
         other_bytes=other,
         layers=len(checkpoint.layers),
-        bits_per_weight=(_packed_bits(checkpoint) if dialect == NATIVE else _file_bits(model, checkpoint)) / weights,
+        bits_per_weight=(_packed_bits(checkpoint) if options.dialect == NATIVE else _file_bits(model, checkpoint))
+        / weights,
         nodes=dict(collections.Counter(node.op_type for node in model.graph)),
-        dtype=dtype,
-        logits=logits,
-        dialect=dialect,
+        dtype=options.dtype,
+        logits=options.logits,
+        dialect=options.dialect,
         opset=model.opset_imports[""],
         data_sha256=digest,
         seconds=time.monotonic() - started,
     )
 
 
-def build_model(
-    checkpoint: Checkpoint, *, dtype: str = "fp32", logits: str = "last", dialect: str = NATIVE, kv: str = "float"
-) -> ir.Model:
+def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     """Return the model of a checkpoint; its large tensors are lazy."""
-    language = find_dialect(dialect)
-    check_layers(language, (packed_layer(checkpoint, name, DTYPES[dtype]) for name in checkpoint.layers))
+    dialect, dtype = dialects.dialect(options.dialect), DTYPES[options.dtype]
+    check_layers(dialect, (packed_layer(checkpoint, name, dtype) for name in checkpoint.layers))
     kind = checkpoint.runtime.get("activations", {}).get("kind", "none")
-    acting = {"rankbook.kv": kv, "rankbook.activations": kind}
-    skeleton = build(checkpoint, DTYPES[dtype])
-    model = trace(skeleton, logits)
+    skeleton = build(checkpoint, dtype)
+    model = trace(skeleton, options.logits, options.inputs)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
-        BindWeights(checkpoint, skeleton, language),
-        *([QuantizeCache()] if kv == "int8" else []),
+        BindWeights(checkpoint, skeleton, dialect),
+        *([QuantizeCache()] if options.kv == "int8" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
         UnifyNormTypes(),
         StaticReshape(),
@@ -179,7 +197,7 @@ def build_model(
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         InferShapes(),
-        AddMetadata(checkpoint, {"rankbook.dtype": dtype, "rankbook.logits": logits, DIALECT: dialect, **acting}),
+        AddMetadata(checkpoint, {**options.metadata(), "rankbook.activations": kind}),
     ]
     for step in passes:
         step(model)

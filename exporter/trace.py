@@ -17,6 +17,8 @@ from rankbook.exporter.skeleton import Skeleton
 
 LOGITS = ("last", "all")
 """Whether the logits of the last position or of all positions are an output."""
+INPUTS = {"ids": "input_ids", "embeds": "inputs_embeds"}
+"""What tokens are given as, and the name of the input: numbers, or embedded ones (with image features among them)."""
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 """Sizes of the example; none is 0 or 1, which torch.export would take for constants."""
 
@@ -24,15 +26,18 @@ _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 class _CausalLM(nn.Module):
     """The model as a function of plain tensors."""
 
-    def __init__(self, model: Any, logits: str) -> None:
+    def __init__(self, model: Any, logits: str, inputs: str) -> None:
         super().__init__()
         self.model = model
         self.keep = 1 if logits == "last" else 0
+        self.inputs = INPUTS[inputs]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
+
+        ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden).
 
         Every layer keeps all positions, also one with a sliding window: its mask hides the older ones, and the cache of
         all layers has one length.
@@ -43,7 +48,7 @@ class _CausalLM(nn.Module):
         for index, (key, value) in enumerate(past):
             cache.update(key, value, index)
         output = self.model(
-            input_ids=input_ids,
+            **{self.inputs: tokens},
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
@@ -53,19 +58,23 @@ class _CausalLM(nn.Module):
         return output.logits.float(), [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
 
-def trace(skeleton: Skeleton, logits: str) -> ir.Model:
+def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
     """Return the graph of a skeleton; its large weights are still missing.
 
     Raises:
-        ValueError: ``logits`` is unknown.
+        ValueError: ``logits`` or ``inputs`` is unknown.
         RuntimeError: torch cannot trace the model; the message says where.
     """
     if logits not in LOGITS:
         raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs {inputs!r} is unknown; choose one of {tuple(INPUTS)}")
     heads, size, layers = _cache_sizes(skeleton.model.config)
     past = [(torch.zeros(_BATCH, heads, _PAST, size, dtype=skeleton.dtype),) * 2 for _ in range(layers)]
     past = [(key, value.clone()) for key, value in past]
-    ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+    tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+    if inputs == "embeds":
+        tokens = torch.zeros(_BATCH, _SEQUENCE, skeleton.model.config.hidden_size, dtype=skeleton.dtype)
     attention_mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64)
     positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous()
     rows = {0: "batch", 1: "sequence"}
@@ -73,12 +82,17 @@ def trace(skeleton: Skeleton, logits: str) -> ir.Model:
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                _CausalLM(skeleton.model, logits).eval(),
-                (ids, attention_mask, positions, past),
+                _CausalLM(skeleton.model, logits, inputs).eval(),
+                (tokens, attention_mask, positions, past),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=(rows, {0: "batch", 1: "total_sequence"}, rows, [(cache_dims, cache_dims)] * layers),
-                input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", layers)],
+                input_names=[
+                    INPUTS[inputs],
+                    "attention_mask",
+                    "position_ids",
+                    *_cache_names("past_key_values", layers),
+                ],
                 output_names=["logits", *_cache_names("present", layers)],
                 verbose=False,
             )

@@ -21,7 +21,7 @@ from rankbook.exporter.affine import AffineLayer, NotAffineError
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.dialects.base import DialectError, NodeWriter, PackedLayer, check_layers
 from rankbook.exporter.dialects.ort import block_size, pack_bits
-from rankbook.exporter.export import export
+from rankbook.exporter.export import ExportOptions, export
 from rankbook.tools.backends import ort
 from tests.calibration.records import random_record
 from tests.exporter.checkpoints import make_checkpoint
@@ -97,7 +97,10 @@ def checkpoint(tmp_path_factory):
 def exported(checkpoint, tmp_path_factory):
     """The checkpoint in every dialect: folder and report by name."""
     folder = tmp_path_factory.mktemp("dialects")
-    return {name: (folder / name, export(checkpoint, folder / name, dialect=name)) for name in dialects.names()}
+    return {
+        name: (folder / name, export(checkpoint, folder / name, ExportOptions(dialect=name)))
+        for name in dialects.names()
+    }
 
 
 def test_the_same_logits_in_every_dialect(checkpoint, exported):
@@ -135,7 +138,7 @@ def test_packed_tables_tied_or_not(tmp_path):
     """The embedding stays an operator of ours; the output layer that shares its codes is a product of the dialect."""
     tables = {"quantize_embeddings": 4}
     checkpoint = make_checkpoint(tmp_path, "opt", model={"num_hidden_layers": 1}, bits=4, **tables)
-    report = export(checkpoint, tmp_path / "out", dialect="ort")
+    report = export(checkpoint, tmp_path / "out", ExportOptions(dialect="ort"))
     assert report.nodes["CodebookGather4"] == 1
     assert report.nodes["MatMulNBits"] == report.layers - 1
     model, _ = load_model(checkpoint)
@@ -196,7 +199,7 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(name, options, said
 def test_a_refused_export_writes_nothing(tmp_path):
     checkpoint = make_checkpoint(tmp_path, "llama", model={"num_hidden_layers": 1}, bits=3)
     with pytest.raises(DialectError, match=r"self_attn.*\(and 6 more\).*3 bits"):
-        export(checkpoint, tmp_path / "out", dialect="ort")
+        export(checkpoint, tmp_path / "out", ExportOptions(dialect="ort"))
     assert not (tmp_path / "out").exists()
 
 
@@ -214,12 +217,12 @@ def test_whole_zero_points_are_stored_as_integers():
 def test_an_unknown_dialect_is_refused_with_those_there_are(tmp_path):
     assert dialects.names() == ("rankbook", "ort", "qdq")
     with pytest.raises(ValueError, match=r"'gguf' is unknown; choose one of rankbook, ort, qdq"):
-        export(tmp_path, tmp_path / "out", dialect="gguf")
+        export(tmp_path, tmp_path / "out", ExportOptions(dialect="gguf"))
 
 
 def test_half_precision_rounds_scales_and_products_only(checkpoint, tmp_path):
     model, _ = load_model(checkpoint)
-    export(checkpoint, tmp_path / "qdq", dialect="qdq", dtype="fp16")
+    export(checkpoint, tmp_path / "qdq", ExportOptions(dialect="qdq", dtype="fp16"))
     # 11 bits in every intermediate result, as in our own dialect.
     assert worst_error(tmp_path / "qdq", model, logits="last") < 1e-2
 

@@ -18,7 +18,7 @@ from rankbook.calibration.checkpoint import CheckpointError
 from rankbook.calibration.layer_meta import LayerMeta
 from rankbook.calibration.loading import load_model
 from rankbook.exporter import external
-from rankbook.exporter.export import DATA, MODEL, export
+from rankbook.exporter.export import DATA, MODEL, ExportOptions, export
 from rankbook.plugins import contract
 from tests.calibration.records import random_record
 from tests.exporter.checkpoints import make_checkpoint
@@ -116,7 +116,7 @@ def test_everything_that_generation_needs_lies_beside_the_model(exported):
 @pytest.mark.trt
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_graphs_are_valid_and_import_into_tensorrt(checkpoint, dtype, tmp_path):
-    report = export(checkpoint, tmp_path / "out", dtype=dtype)
+    report = export(checkpoint, tmp_path / "out", ExportOptions(dtype=dtype))
     assert report.nodes["Attention"] == 1, "head size 32 has a kernel in half precision"
     if dtype == "fp16":  # stock ONNX Runtime has no bfloat16 kernels on a CPU
         model, _ = load_model(checkpoint)
@@ -131,7 +131,7 @@ def test_half_precision_graphs_are_valid_and_import_into_tensorrt(checkpoint, dt
 def test_norms_in_another_type_and_inferred_heads_import_into_tensorrt(family, dtype, tmp_path):
     # Gemma 2 scales its norms in float32; the heads of Qwen 3 are inferred by a reshape and normalized.
     checkpoint = make_checkpoint(tmp_path, family, bits=4, model={"num_hidden_layers": 1})
-    export(checkpoint, tmp_path / "out", dtype=dtype)
+    export(checkpoint, tmp_path / "out", ExportOptions(dtype=dtype))
     if dtype == "fp16":
         model, _ = load_model(checkpoint)
         assert worst_error(tmp_path / "out", model, logits="last") < 1e-2
@@ -158,9 +158,9 @@ def assert_builds(folder: Path) -> None:
 
 def test_bad_options_and_folders_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"fp8.*fp32.*fp16.*bf16"):
-        export(checkpoint, tmp_path / "out", dtype="fp8")
+        export(checkpoint, tmp_path / "out", ExportOptions(dtype="fp8"))
     with pytest.raises(ValueError, match=r"some.*last.*all"):
-        export(checkpoint, tmp_path / "out", logits="some")
+        export(checkpoint, tmp_path / "out", ExportOptions(logits="some"))
     with pytest.raises(CheckpointError, match=r"rankbook\.json"):
         export(tmp_path, tmp_path / "out")
     (tmp_path / "mine").mkdir()

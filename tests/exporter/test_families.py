@@ -7,7 +7,7 @@ import pytest
 
 from rankbook.calibration.loading import load_model
 from rankbook.exporter.conform import check_model
-from rankbook.exporter.export import export
+from rankbook.exporter.export import ExportOptions, export
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
 from tests.exporter.compare import worst_error
 from tests.tiny import FAMILIES
@@ -32,7 +32,7 @@ def test_logits_equal_those_of_torch(family, tmp_path):
 def test_packed_embedding_and_head_are_operators_too(family, bits, tmp_path):
     tables = {"quantize_embeddings": bits, "quantize_lm_head": bits}
     checkpoint = make_checkpoint(tmp_path, family, bits=4, **tables)
-    report = export(checkpoint, tmp_path / "out", logits="all")
+    report = export(checkpoint, tmp_path / "out", ExportOptions(logits="all"))
     model, _ = load_model(checkpoint)
     assert worst_error(tmp_path / "out", model, logits="all", rows=3) < TOLERANCE
     assert report.nodes[f"CodebookGather{bits}"] == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rankbook.exporter.export import export
+from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import contract, library
 from rankbook.tools import engine
 from rankbook.tools.backends import trt
@@ -159,7 +159,7 @@ def test_every_operator_is_registered_and_builds(tmp_path):
 def test_every_family_becomes_an_engine_with_one_layer_per_node(family, tmp_path):
     """Whole tiny models, half precision, for every kind of GPU at once."""
     checkpoint = make_checkpoint(tmp_path, family, **FAMILY_OPTIONS[family])
-    exported = export(checkpoint, tmp_path / "onnx", dtype="fp16")
+    exported = export(checkpoint, tmp_path / "onnx", ExportOptions(dtype="fp16"))
     options = engine.BuildOptions(capabilities=("SM80", "SM86", "SM89", "SM120"), limits=Limits(2, 8, 16))
     report = engine.build(tmp_path / "onnx", tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rankbook.calibration.loading import load_model
+from rankbook.tools import errors
+from rankbook.tools.backends import ort
 from rankbook.tools.backends.ort import OrtModel
 from tests.tiny import tiny_tokenizer, write_text
 from tests.tools.files import run_cli, stdout_json
@@ -79,6 +81,31 @@ def test_the_exported_file_is_the_language_model(work, capsys):
     assert report["passed"]
     assert report["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
     assert len(report["layers"]) == 14
+
+
+def test_embedded_tokens_bring_an_image_to_the_exported_file(work, tmp_path, capsys):
+    flags = ["--inputs", "embeds", "--logits", "all", "--quiet"]
+    assert run_cli("export", work / "q", "-o", tmp_path / "onnx", *flags) == 0
+    model, _ = load_model(work / "q")
+    embedded: list[Any] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _m, _a, values: embedded.append(values["inputs_embeds"].numpy()), with_kwargs=True
+    )
+    ids = torch.tensor([[5, 258, 258, 258, 258, 7]])
+    with torch.no_grad():
+        want = model(input_ids=ids, pixel_values=torch.full((1, 3, 16, 16), 0.3)).logits.numpy()
+    session = ort.session(tmp_path / "onnx" / "model.onnx")
+    feeds = {
+        value.name: np.zeros((1, 2, 0, 12), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    feeds |= {"inputs_embeds": embedded[0], "attention_mask": np.ones((1, 6), np.int64)}
+    (got,) = session.run(["logits"], {**feeds, "position_ids": np.arange(6)[None]})
+    # As for text: a rounding that falls on the other side moves a value by a step.
+    assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
+    assert run_cli("generate", tmp_path / "onnx", "-p", "x") == errors.USAGE
+    assert "--inputs ids" in capsys.readouterr().err
 
 
 def test_it_generates_and_is_evaluated_on_text(work, capsys):

@@ -124,7 +124,10 @@ class OrtModel(LanguageModel):
         self.file: OnnxFile = onnx_file.read(path)
         self.name = f"onnxruntime {self.file.path}"
         if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
-            raise UsageError(f"{self.file.path} has no input_ids and logits; give a file written by `rankbook export`")
+            raise UsageError(
+                f"{self.file.path} has no input_ids and logits, so it cannot be given text; give a file written by"
+                " `rankbook export` (with --inputs ids)"
+            )
         if self.file.metadata.get("rankbook.dtype") == "bf16":
             raise UsageError(
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"

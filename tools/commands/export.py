@@ -33,6 +33,12 @@ def add_flags(flags: Flags) -> None:
         " fuses: symmetric 4 or 8 bits), ort (MatMulNBits of ONNX Runtime: affine 2 or 4 bits, symmetric 8)",
     )
     flags.add(
+        "--inputs",
+        choices=("ids", "embeds"),
+        default="ids",
+        text="token numbers, or embedded tokens (inputs_embeds) among which a vision tower may put its features",
+    )
+    flags.add(
         "--kv",
         choices=("float", "int8"),
         default="float",
@@ -54,10 +60,12 @@ def run(options: argparse.Namespace) -> Outcome:
         raise UsageError(f"{output} holds a model already; give another folder, or --overwrite to replace it")
     import torch
 
-    from rankbook.exporter.export import export
+    from rankbook.exporter.export import ExportOptions, export
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    names = ("dtype", "logits", "dialect", "kv", "inputs", "weights_only")
+    chosen = ExportOptions(**{name: getattr(options, name) for name in names})
     # The resolved configuration tells `parity` where the checkpoint is, from any folder.
     options.checkpoint = options.checkpoint.resolve()
     console = Console(quiet=options.quiet)
@@ -67,16 +75,7 @@ def run(options: argparse.Namespace) -> Outcome:
             low, high = _SHARE.get(stage, (0.0, 1.0))
             show(low + (high - low) * done / max(1, total), stage)
 
-        report = export(
-            options.checkpoint,
-            output,
-            dtype=options.dtype,
-            logits=options.logits,
-            dialect=options.dialect,
-            kv=options.kv,
-            weights_only=options.weights_only,
-            progress=progress,
-        )
+        report = export(options.checkpoint, output, chosen, progress=progress)
     rows = [
         ("graph", megabytes(report.model_bytes)),
         ("data", megabytes(report.data_bytes)),
