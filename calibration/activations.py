@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration import fake_quant
+from rankbook.calibration.linear import CodebookLinear
 from rankbook.calibration.settings import ACTIVATIONS, RANGES
 
 PERCENTILE = 99.99
@@ -124,15 +125,25 @@ def check_kind(kind: str) -> None:
 def install(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -> None:
     """Quantize what enters the named layers from now on; an earlier setting of theirs is replaced.
 
+    With MXINT the error branch is rounded as in LQER: what comes out of its first and of its second factor as well.
+
     Raises:
         ValueError: A static kind lacks the range of a layer.
     """
     for name in layers:
         module: Any = model.get_submodule(name)
-        if (earlier := module.__dict__.pop(_HOOK, None)) is not None:
+        for earlier in module.__dict__.pop(_HOOK, ()):
             earlier.remove()
-        if config.kind != "none":
-            module.__dict__[_HOOK] = module.register_forward_pre_hook(_InputHook(config.function(name)))
+        if config.kind == "none":
+            continue
+        function = config.function(name)
+        hooks = [module.register_forward_pre_hook(_InputHook(function))]
+        if config.kind.startswith("mxint") and isinstance(module, CodebookLinear) and module.meta.rank:
+            low_rank: Any = module.record().low_rank
+            hooks.append(
+                module.register_forward_hook(_BranchHook(function, low_rank.down.dense(), low_rank.up.dense()))
+            )
+        module.__dict__[_HOOK] = hooks
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,28 @@ class _InputHook:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.function(args[0]), *args[1:])
+
+
+@dataclass(frozen=True)
+class _BranchHook:
+    """A forward hook that exchanges the exact error branch within an output for a rounded one.
+
+    Attributes:
+        function: Rounds a tensor.
+        down: (R, K) float32.
+        up: (N, R) float32.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    down: Tensor
+    up: Tensor
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        down, up = self.down.to(args[0].device, args[0].dtype), self.up.to(args[0].device, args[0].dtype)
+        inner = args[0] @ down.T
+        rounded = self.function(self.function(inner) @ up.T)
+        result: Tensor = output + (rounded - inner @ up.T)
+        return result
 
 
 @torch.no_grad()

@@ -14,10 +14,11 @@ import torch
 from rankbook.calibration import activations, fake_quant, kv_cache, runtime
 from rankbook.calibration.activations import ActivationConfig, Histogram, StaticRange
 from rankbook.calibration.checkpoint import open_checkpoint
-from rankbook.calibration.linear import packed_modules
+from rankbook.calibration.linear import CodebookLinear, packed_modules
 from rankbook.calibration.loading import load_model
 from rankbook.calibration.model import quantize_model
 from rankbook.calibration.options import QuantizeOptions
+from tests.calibration.records import random_record
 from tests.tiny import tiny_model, write_text
 
 
@@ -78,6 +79,29 @@ def test_shared_inputs_have_one_range_and_the_output_layer_none(tmp_path):
     attention = "model.layers.0.self_attn"
     assert ranges[f"{attention}.q_proj"] == ranges[f"{attention}.k_proj"] == ranges[f"{attention}.v_proj"]
     assert ranges[f"{attention}.q_proj"] != ranges[f"{attention}.o_proj"]
+
+
+def test_mxint_rounds_the_results_of_both_factors_of_the_error_branch():
+    record = random_record(40, 48, bits=4, rank=5, bias=True)
+    layer = CodebookLinear.from_record(record)
+    holder = torch.nn.ModuleDict({"layer": layer})
+    x = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
+    activations.install(holder, ActivationConfig("mxint6"), ["layer"])
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return fake_quant.mxint(values, 6)
+
+    assert record.low_rank is not None
+    assert record.bias is not None
+    inner = rounded(rounded(x) @ record.low_rank.down.dense().T)
+    branch = rounded(inner @ record.low_rank.up.dense().T)
+    want = rounded(x) @ record.weight().T + branch + record.bias
+    got = layer(x)
+    # float32: the exact branch is added with the weight and taken away again.
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+    activations.install(holder, ActivationConfig("none"), ["layer"])
+    exact = x @ record.weight(with_low_rank=True).T + record.bias
+    assert torch.allclose(layer(x), exact, atol=1e-5 * float(want.abs().max()))
 
 
 def test_minmax_covers_exactly_what_was_seen():
