@@ -2,12 +2,16 @@
 
 Rounding errors E of a layer change the model's output distribution by about (nats per token, second order)
 
-    KL = 1/2 sum_nk h_n m_k E_nk^2        m_k = E[x_k^2],  h_n = E[(d loss / d y_n)^2]
+    KL = 1/2 sum_nk F_nk E_nk^2        F_nk = mean over tokens of x_k^2 (d loss / d y_n)^2
 
-with labels drawn from the model itself, so that h is the diagonal of the Fisher information of the layer's outputs (as
-in SqueezeLLM, Kim et al. 2024, section 4.1, which weights weights by it). Errors of different layers add. One backward
-pass through the whole model gives h and m of every layer; E is that of rounding to nearest on a searched grid. The
-choice is an integer program with one number of bits per layer, solved by HiGHS.
+with labels drawn from the model itself: F is the diagonal of the Fisher information of the weights, one token apart
+from the other (SqueezeLLM, Kim et al. 2024, section 4.1, weights its codebooks by it). Errors of different layers add.
+One backward pass through the whole model gives F of every layer; E is that of rounding to nearest on a searched grid.
+The choice is an integer program with one number of bits per layer, solved by HiGHS.
+
+Measured on SmolLM2-135M, rounding to nearest with searched ranges, group 64, 6144 tokens of WikiText-2, at 3.255 stored
+bits: perplexity 41.3 with 3 bits everywhere, 37.9 with this choice (22.0 unquantized). With the product of the mean
+squares of inputs and gradients in place of F, which attention sinks dominate, nothing was gained.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from rankbook.plugins import layout
 _SEQUENCES = 4
 """Calibration windows for the backward pass."""
 _ROWS = 128
-"""Rows of a layer whose rounding errors are computed."""
+"""Rows of a layer that are looked at, evenly spaced."""
 _GAP = 1e-4
 """Relative distance from the best choice at which the solver stops."""
 
@@ -73,7 +77,7 @@ def allocate(
     if options.target_bits is None:
         raise ValueError("allocation needs target_bits")
     layers = {name: model.get_submodule(name) for name in names}
-    energy, fisher = sensitivities(model, layers, tokens[:_SEQUENCES], options.seed)
+    fisher = sensitivities(model, layers, tokens[:_SEQUENCES], options.seed)
     found: dict[str, Candidates] = {}
     widths = possible_bits(options)
     stored: dict[tuple[int, int], dict[int, int]] = {}
@@ -82,7 +86,7 @@ def allocate(
         rows, columns = weight.shape
         if (rows, columns) not in stored:
             stored[rows, columns] = {bits: stored_bits(rows, columns, replace(options, bits=bits)) for bits in widths}
-        harm = harms(weight, energy[name], fisher[name], options.group(columns), widths)
+        harm = harms(weight[:: _stride(rows)], fisher[name], options.group(columns), widths)
         found[name] = Candidates(harm, stored[rows, columns])
         progress((position + 1) / len(layers))
     weights = sum(module.weight.numel() for module in layers.values())
@@ -101,24 +105,25 @@ def possible_bits(options: QuantizeOptions) -> list[int]:
     return widths
 
 
-def sensitivities(
-    model: Any, layers: Mapping[str, nn.Module], tokens: Tensor, seed: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the mean square of the inputs (K,) and of the loss gradients at the outputs (N,) of each layer.
+def sensitivities(model: Any, layers: Mapping[str, nn.Module], tokens: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Return the diagonal of the Fisher information of up to 128 evenly spaced rows of each layer, (rows, K).
 
-    The loss is the cross entropy, summed over tokens, of labels drawn from the model's own predictions.
+    Scaled so that half its sum with squared weight errors is nats per token for the whole layer. Large inputs that the
+    output does not depend on (attention sinks) count for nothing, unlike in a product of mean squares.
     """
-    energy: dict[str, Tensor] = {}
-    fisher: dict[str, Tensor] = {}
-
-    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        flat = values.detach().float().reshape(-1, values.shape[-1])
-        sums[name] = sums.get(name, torch.zeros(())) + flat.square().sum(0) / tokens.numel()
+    fisher = {name: torch.zeros(()) for name in layers}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
-            add(energy, name, args[0])
-            output.register_hook(lambda grad: add(fisher, name, grad))  # type: ignore[no-untyped-call]
+            inputs = args[0].detach()
+
+            def add(grad: Tensor) -> None:
+                stride = _stride(grad.shape[-1])
+                flow = grad[..., ::stride].reshape(-1, grad[..., ::stride].shape[-1]).float().square()
+                energy = inputs.reshape(-1, inputs.shape[-1]).float().square()
+                fisher[name] = fisher[name] + flow.T @ energy * (stride / tokens.numel())
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -136,20 +141,23 @@ def sensitivities(
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    return energy, fisher
+    return fisher
 
 
-def harms(weight: Tensor, energy: Tensor, fisher: Tensor, group: int, widths: Sequence[int]) -> dict[int, float]:
-    """Return the predicted divergence of a layer (N, K) rounded to nearest at each width, from up to 128 rows."""
-    stride = -(-len(weight) // _ROWS)
-    weight, fisher = weight[::stride], fisher[::stride]
+def _stride(rows: int) -> int:
+    """Return the distance between the rows of a layer that are looked at."""
+    return -(-rows // _ROWS)
+
+
+def harms(weight: Tensor, fisher: Tensor, group: int, widths: Sequence[int]) -> dict[int, float]:
+    """Return the predicted divergence of rows (N, K) with Fisher information (N, K), rounded at each width."""
     statistics = LayerStatistics.empty(weight.shape[1])
-    statistics.gram.diagonal().copy_(energy)
+    statistics.gram.diagonal().copy_(fisher.mean(0))
     problem = LayerProblem("sensitivity", weight, None, replace(statistics, tokens=1))
     found = {}
     for bits in widths:
         error = rtn.quantize(problem, rtn.RtnConfig(bits, group, clip_search=True)).weight() - weight
-        found[bits] = stride / 2 * float(fisher @ (error.square() @ energy))
+        found[bits] = 0.5 * float((fisher * error.square()).sum())
     return found
 
 

@@ -13,7 +13,7 @@ from rankbook.tools import errors
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli, stdout_json
 
-SHORT = ["--method-option", "steps=2", "compute=float32"]
+SHORT: list[object] = ["--method-option", "steps=2", "compute=float32"]
 RUNS: dict[str, list[object]] = {
     "lrq": ["--rank", 4, *SHORT],
     "lrq-symmetric-channel": ["--weight-format", "symmetric", "--group-size", "channel", *SHORT],
