@@ -33,7 +33,7 @@ from tests.exporter.test_export import assert_builds
 TOLERANCE = 1e-4
 SYMMETRIC = {"weight_format": "symmetric"}
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "symmetric 4": {"bits": 4, **SYMMETRIC},
     "per channel 8": {"bits": 8, "group_size": 48, **SYMMETRIC},
     "groups of 8": {"bits": 8, **SYMMETRIC},
@@ -48,6 +48,7 @@ CASES = {
 def test_one_layer_is_the_product_with_its_weight(case, branch_bits):
     record = quantized(branch_bits=branch_bits, **CASES[case])
     x = np.random.default_rng(0).standard_normal((2, 3, 48)).astype(np.float32)
+    assert record.bias is not None
     want = x @ record.weight(with_low_rank=True).numpy().T + record.bias.numpy()
     for name in ("ort",) if case.startswith("asymmetric") else ("qdq", "ort"):
         got = run_layer(name, record, x)
@@ -205,7 +206,8 @@ def test_a_refused_export_writes_nothing(tmp_path):
 
 def test_whole_zero_points_are_stored_as_integers():
     kinds = {}
-    for name, options in (("mxint", {"weight_format": "mxint"}), ("affine", {})):
+    formats: dict[str, dict[str, Any]] = {"mxint": {"weight_format": "mxint"}, "affine": {}}
+    for name, options in formats.items():
         record = quantized(bits=4, **options)
         graph = ir.Graph([ir.Value(name="x")], [], nodes=[])
         layer = PackedLayer("a", "a", LayerMeta.of(record), False, record.pack().__getitem__)

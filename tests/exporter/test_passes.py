@@ -175,7 +175,7 @@ def test_the_cache_holds_codes_and_a_scale_for_each_token_and_head():
     new = np.random.default_rng(0).standard_normal((2, KEYS, 5, 4)).astype(np.float32)
     new[0, 0, 2] = 0
     empty = np.zeros((2, KEYS, 0, 4), np.int8), np.zeros((2, KEYS, 0, 1), np.float32)
-    past = {"past_key_values.0.key": empty[0], "past_key_values.0.key_scale": empty[1]}
+    past: dict[str, Any] = {"past_key_values.0.key": empty[0], "past_key_values.0.key_scale": empty[1]}
     codes, scales, y = session.run(None, {"new": new, **past})
     peak = np.abs(new).max(-1, keepdims=True)
     assert np.allclose(scales, peak / 127, rtol=1e-6, atol=1e-29)

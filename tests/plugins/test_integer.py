@@ -35,7 +35,7 @@ def test_fused_rounds_once(a: float, b: float, c: float) -> None:
 
 def test_fused_where_two_roundings_differ() -> None:
     """The exact value lies 2**-60 below the middle of two floats; rounded to float64 first, it would be the middle."""
-    a, b, c = np.float32([2**-12 * (1 + 2**-18)]), np.float32([2**-12 * (1 - 2**-18)]), np.float32([1 + 2**-23])
+    a, b, c = np.array([[2**-12 * (1 + 2**-18)], [2**-12 * (1 - 2**-18)], [1 + 2**-23]], np.float32)
     assert np.float32(float(a[0]) * float(b[0]) + float(c[0])) == np.float32(1 + 2**-22)
     assert integer.fused(a, b, c)[0] == np.float32(1 + 2**-23)
 
@@ -76,7 +76,7 @@ def test_near_the_exact_product(bits: int, rank: int) -> None:
     exact = op.expected()
     got = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
     assert got.dtype == exact.dtype
-    error = np.abs(got.astype(np.float64) - exact).max() / np.abs(exact).max()
+    error = np.abs(got.astype(np.float64) - exact.astype(np.float64)).max() / np.abs(exact).max()
     assert 1e-6 < error < 0.02
 
 
@@ -87,7 +87,7 @@ def test_small_integers_are_exact() -> None:
     x[:, ::64] = 127
     op.inputs["x"] = x
     got = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
-    np.testing.assert_allclose(got, op.expected(), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(got.astype(np.float64), op.expected().astype(np.float64), rtol=2e-5, atol=1e-6)
 
 
 def test_a_gather_has_no_such_mode() -> None:
