@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def test_turns_are_interleaved() -> None:
 def test_ratio_of_the_same_turn() -> None:
     """A turn in which everything is slow does not move the ratio."""
     assert timing.median_ratio([2, 20, 2], [1, 10, 1]) == 2
+
+
+def test_a_single_thread_has_its_own_clock() -> None:
+    """Waiting, as for other programs, counts on the wall only."""
+    assert timing.seconds(lambda: time.sleep(0.05), 1)() < 0.04 < timing.seconds(lambda: time.sleep(0.05), 2)()
 
 
 def test_bandwidth_is_positive() -> None:

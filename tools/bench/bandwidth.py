@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from rankbook.tools.bench.timing import seconds
 
 
 def read_bandwidth(threads: int, *, size: int = 1 << 28, repeats: int = 5) -> float:
@@ -15,9 +16,12 @@ def read_bandwidth(threads: int, *, size: int = 1 << 28, repeats: int = 5) -> fl
     """
     parts = np.array_split(np.ones(size // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
-        best = float("inf")
-        for _ in range(repeats + 1):  # the first pass starts the threads
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = min(best, time.perf_counter() - start)
-    return size / best
+
+        def read() -> None:
+            if threads == 1:
+                parts[0].max()
+            else:
+                list(pool.map(np.max, parts))
+
+        one = seconds(read, threads)
+        return size / min(one() for _ in range(repeats + 1))  # the first pass starts the threads

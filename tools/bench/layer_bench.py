@@ -106,7 +106,7 @@ def _measure_cell(
     results = []
     for step, tokens in enumerate(options.tokens):
         x = np.random.default_rng(0).standard_normal((tokens, shape[1])).astype(np.float32)
-        runs = {name: seconds(_call(held, x)) for name, (_, held, _, _) in opened.items()}
+        runs = {name: seconds(_call(held, x), threads) for name, (_, held, _, _) in opened.items()}
 
         def part(fraction: float, step: int = step) -> None:
             show((step + fraction) / len(options.tokens))

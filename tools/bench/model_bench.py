@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from rankbook.tools.backends.base import LanguageModel
 from rankbook.tools.backends.ort import KERNELS, OrtModel
-from rankbook.tools.bench.timing import interleave, median_ratio
+from rankbook.tools.bench.timing import clock, interleave, median_ratio, seconds
 from rankbook.tools.errors import CheckFailedError, UsageError
 from rankbook.tools.onnx_file import OnnxFile
 
@@ -132,14 +132,14 @@ def measure_models(options: ModelOptions, progress: Callable[[float, str], None]
     }
     progress(0.0, "decoding")
     decode = interleave(
-        {name: decode_rate(model, options.prompt, options.steps) for name, model in models.items()},
+        {name: decode_rate(model, options) for name, model in models.items()},
         options.repeats,
         lambda fraction: progress(0.5 * fraction, "decoding"),
     )
     prefill: dict[str, list[float]] = {}
     if options.prefill:
         prefill = interleave(
-            {name: prefill_rate(model, options.prefill) for name, model in models.items()},
+            {name: prefill_rate(model, options) for name, model in models.items()},
             options.repeats,
             lambda fraction: progress(0.5 + 0.3 * fraction, "prefill"),
         )
@@ -181,29 +181,25 @@ def packed_size(file: OnnxFile) -> tuple[int, int]:
     return packed, weights
 
 
-def decode_rate(model: LanguageModel, prompt: int, steps: int) -> Callable[[], float]:
+def decode_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], float]:
     """Return a subject that decodes greedily behind a prompt and gives tokens per second, the prompt not counted."""
+    now = clock(options.threads)
 
     def run() -> float:
-        scores = model.start(_tokens(prompt))
-        start = time.perf_counter()
-        for _ in range(steps):
+        scores = model.start(_tokens(options.prompt))
+        start = now()
+        for _ in range(options.steps):
             scores = model.step(int(scores.argmax()))
-        return steps / (time.perf_counter() - start)
+        return options.steps / (now() - start)
 
     return run
 
 
-def prefill_rate(model: LanguageModel, length: int) -> Callable[[], float]:
-    """Return a subject that fills the cache from ``length`` tokens and gives tokens per second."""
-
-    def run() -> float:
-        tokens = _tokens(length)
-        start = time.perf_counter()
-        model.start(tokens)
-        return length / (time.perf_counter() - start)
-
-    return run
+def prefill_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], float]:
+    """Return a subject that fills the cache from the tokens of the prefill and gives tokens per second."""
+    tokens = _tokens(options.prefill)
+    one = seconds(lambda: model.start(tokens), options.threads)
+    return lambda: options.prefill / one()
 
 
 def _tokens(length: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -234,12 +230,13 @@ def _most_resident() -> int:
 
 def _main(arguments: Sequence[str]) -> None:
     """Print the `Memory` of this process as JSON: the other half of `measure_memory`."""
-    import onnxruntime as _  # noqa: F401  (part of the baseline)
-
+    importlib.import_module("onnxruntime")  # part of the baseline
     path, kernels, threads = arguments
     baseline = _most_resident()
     model = OrtModel(Path(path), threads=int(threads) or None, kernels=kernels)
-    decode_rate(model, 16, 4)()
+    scores = model.start(_tokens(16))
+    for _ in range(4):
+        scores = model.step(int(scores.argmax()))
     print(json.dumps(asdict(Memory(model.file.file_bytes, _most_resident(), baseline))))
 
 

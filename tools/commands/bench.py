@@ -89,6 +89,7 @@ def _machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
+        "clock": "one thread: its own time; more: wall",
         "onnxruntime": onnxruntime.__version__,
         "native": None if unavailable("ort") else native_info("ort"),
     }
