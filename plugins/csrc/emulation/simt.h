@@ -158,6 +158,7 @@ inline std::uint32_t permute(std::uint32_t a, std::uint32_t b, std::uint32_t sel
 }
 
 inline std::uint32_t spread_half(std::uint32_t v, int high) { return permute(v, v, high ? 0x3232u : 0x1010u); }
+inline std::uint32_t upper_half(std::uint32_t v) { return v >> 16; }
 inline unsigned multiply_high(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }

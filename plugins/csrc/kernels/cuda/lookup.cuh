@@ -217,7 +217,8 @@ struct RegisterTable {
         a[half] = permute(table[0], table[1], codes * 0x22u + 0x1010u);
         a[2 + half] = permute(table[0], table[1], multiply_high(codes, 0x220000u) + 0x1010u);
       } else {
-        const std::uint32_t codes = nibbles(rows.words[row], j >> 1) >> (16 * (j & 1));
+        std::uint32_t codes = nibbles(rows.words[row], j >> 1);
+        if (j & 1) codes = upper_half(codes);
         const std::uint32_t low = permute(table[0], table[1], codes), high = permute(table[2], table[3], codes);
         a[half] = permute(low, high, 0x5140u);
         a[2 + half] = permute(low, high, 0x7362u);

@@ -109,6 +109,12 @@ RB_DEVICE std::uint32_t fma_half(std::uint32_t a, std::uint32_t b, std::uint32_t
 RB_DEVICE std::uint32_t spread_half(std::uint32_t v, int high) {
   return as_bits(high ? __high2half2(as_half2(v)) : __low2half2(as_half2(v)));
 }
+// v >> 16 on the multiplier's pipe. As assembler, because the compiler would shift before it masks, and mask twice.
+RB_DEVICE std::uint32_t upper_half(std::uint32_t v) {
+  std::uint32_t out;
+  asm("mul.hi.u32 %0, %1, 65536;" : "=r"(out) : "r"(v));
+  return out;
+}
 RB_DEVICE unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
 
 // c (16 x 8, fp32) += a (16 x 16) b (16 x 8), fragments as in the PTX manual, section "mma.m16n8k16".
