@@ -5,6 +5,10 @@ section 3.2), or large activations move into the weights (SmoothQuant, Xiao et a
 scale per input, so ``1 / s`` goes into the norm whose output the layers share, or into the rows of the linear layer
 that carries channel for channel to their input (value to output projection, up to down projection). What can carry a
 scaling is found by trial: the block's output must stay what it was. Layers without a carrier are left as they are.
+
+Measured on one block of SmolLM2-135M, 3 bits, group 64, relative error of the block's output on other text, without and
+with AWQ's scales: rounding to nearest 0.0213 and 0.0147, with searched ranges 0.0133 and 0.0109, GPTQ with searched
+ranges 0.0084 and 0.0063, LRQ (60 steps) 0.0071 and 0.0067; LCQ gains nothing: 0.0048 and 0.0049 before training.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ def solve_layer(problem: LayerProblem, options: QuantizeOptions) -> QuantizedLin
 
     With ``branch_passes`` above 1 the layer is quantized again without what its branch adds, and the branch is fitted
     again (as in LoftQ, Li et al. 2023, algorithm 1, with the layer's output error in place of the weight's); the pass
-    with the least output error counts.
+    with the least output error counts. Measured on one block of SmolLM2-135M, LCQ at 3 bits, rank 32: block error
+    0.0039, 0.0035, 0.0031 with 1, 2, 4 passes; after 100 steps of training 0.0033 with one pass, 0.0031 with two.
     """
     method, config = METHODS[options.method], options.method_config(problem.weight.shape[1])
     record, kind = method.quantize(problem, config), options.driver_branch()
