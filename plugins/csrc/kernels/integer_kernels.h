@@ -255,28 +255,39 @@ void gemm(const IntegerTile& tile, int64_t tokens) {
 
 // ---------------------------------------------------------------------------------------------- error branch
 
-// total (M, 32) += ranks (M, R; rows stride apart) @ up (R, 32), rank after rank.
-template <int kTokens, class Load>
+// total (M, 32) += ranks (M, R; rows stride apart) @ up (R, 32), rank after rank, kVectors vectors of rows at a time.
+template <int kTokens, int kVectors, class Load>
 void add_ranks(const float* ranks, int64_t stride, int64_t count, float* total, Load&& load) {
-  for (int row = 0; row < kPanel; row += kLanes) {
-    F sum[kTokens];
+  for (int row = 0; row < kPanel; row += kVectors * kLanes) {
+    F sum[kTokens][kVectors];
     RANKBOOK_UNROLL
-    for (int t = 0; t < kTokens; ++t) sum[t] = Simd::load(total + t * kPanel + row);
-    for (int64_t rank = 0; rank < count; ++rank) {
-      const F up = load(rank * kPanel + row);
+    for (int t = 0; t < kTokens; ++t) {
       RANKBOOK_UNROLL
-      for (int t = 0; t < kTokens; ++t) sum[t] = fused(Simd::set(ranks[t * stride + rank]), up, sum[t]);
+      for (int v = 0; v < kVectors; ++v) sum[t][v] = Simd::load(total + t * kPanel + row + v * kLanes);
+    }
+    for (int64_t rank = 0; rank < count; ++rank) {
+      RANKBOOK_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const F up = load(rank * kPanel + row + v * kLanes);
+        RANKBOOK_UNROLL
+        for (int t = 0; t < kTokens; ++t) sum[t][v] = fused(Simd::set(ranks[t * stride + rank]), up, sum[t][v]);
+      }
     }
     RANKBOOK_UNROLL
-    for (int t = 0; t < kTokens; ++t) Simd::store(total + t * kPanel + row, sum[t]);
+    for (int t = 0; t < kTokens; ++t) {
+      RANKBOOK_UNROLL
+      for (int v = 0; v < kVectors; ++v) Simd::store(total + t * kPanel + row + v * kLanes, sum[t][v]);
+    }
   }
 }
 
 template <class Load>
 void add_ranks(const float* ranks, int64_t stride, int64_t tokens, int64_t count, float* total, Load&& load) {
   int64_t token = 0;
-  for (; token + 8 <= tokens; token += 8) add_ranks<8>(ranks + token * stride, stride, count, total + token * kPanel, load);
-  for (; token < tokens; ++token) add_ranks<1>(ranks + token * stride, stride, count, total + token * kPanel, load);
+  for (; token + 8 <= tokens; token += 8) add_ranks<8, 1>(ranks + token * stride, stride, count, total + token * kPanel, load);
+  for (; token < tokens; ++token) {
+    add_ranks<1, kPanelVectors>(ranks + token * stride, stride, count, total + token * kPanel, load);
+  }
 }
 
 void multiply_up(const PanelFactor& up, int64_t panel, int64_t rank, const float* ranks, int64_t stride, int64_t tokens,

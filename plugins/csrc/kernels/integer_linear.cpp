@@ -142,7 +142,11 @@ void token_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const int64_t end = least((index + 1) * job.panels, job.args.weight.weight.panels());
   alignas(kAlign) float total[kPanel];
+  const IntegerBranch& branch = job.args.branch;
   for (int64_t panel = index * job.panels; panel < end; ++panel) {
+    for (int64_t at = 0; branch.up.codes != nullptr && at < branch.rank * kPanel; at += kAlign) {
+      __builtin_prefetch(branch.up.codes + panel * branch.rank * kPanel + at);  // for the end of this panel
+    }
     multiply_token(job.kernels, job.args.weight, panel, job.staged, total);
     finish_panel(job, panel, 0, 1, total);
   }

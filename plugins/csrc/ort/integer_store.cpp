@@ -82,14 +82,22 @@ IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWei
   for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = scales[i] * factors.up.scales[i];
 }
 
+void IntegerBranchStore::copy() {
+  down_copy_ = HugeCopy::of(codes_.data(), codes_.size());
+  if (down_copy_.data() != nullptr) codes_ = {};
+  up_copy_ = HugeCopy::of(up_.codes.data(), up_.codes.size());
+  if (up_copy_.data() != nullptr) up_.codes = {};
+}
+
 IntegerBranch IntegerBranchStore::bind() const {
   IntegerBranch branch;
   branch.rank = static_cast<int64_t>(middle_.size());
   if (branch.rank == 0) return branch;
   branch.down = {down_, &table_, is_signed_, &kOne, &kZero, false};
-  branch.down.weight.codes = codes_.data();
+  branch.down.weight.codes = codes_.empty() ? static_cast<const uint8_t*>(down_copy_.data()) : codes_.data();
   branch.down.weight.params = ones_.data();
   branch.up = up_.view();
+  if (up_copy_.data() != nullptr) branch.up = {static_cast<const int8_t*>(up_copy_.data()), nullptr};
   branch.middle = middle_.data();
   return branch;
 }

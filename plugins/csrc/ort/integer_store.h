@@ -29,11 +29,15 @@ class IntegerBranchStore {
   IntegerBranchStore() = default;
   IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels);
 
+  // Moves int8 factors to huge pages, where there are any.
+  void copy();
+
   IntegerBranch bind() const;
 
  private:
   CodebookWeight down_;
-  std::vector<uint8_t> codes_;
+  std::vector<uint8_t> codes_;  // empty where there is a copy
+  HugeCopy down_copy_, up_copy_;
   std::vector<float> ones_;  // parameters of down, (RP, G, 1, 32)
   PlaneTable table_;
   bool is_signed_ = false;

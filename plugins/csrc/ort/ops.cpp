@@ -141,12 +141,16 @@ MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, 
       bias_.assign(static_cast<size_t>(out_features_), value);
     }
   }
-  if (kernels_.copy) weight_.copy(constants);
   if (kernels_.integers != nullptr) integer_weight_.emplace(constants, weight_, *kernels_.integers);
-  if (!low_rank) return;
+  if (low_rank) read_branch(constants);
+  if (kernels_.copy) weight_.copy(constants);  // last: what lies behind the codes is then the next layer
+}
+
+void MatMulKernel::read_branch(const Constants& constants) {
   const Factors factors(constants, LowRank::kDown, out_features_, in_features_);
   if (kernels_.integers != nullptr) {
     integer_branch_ = IntegerBranchStore(factors, weight_.sizes(), *kernels_.integers);
+    if (kernels_.copy) integer_branch_.copy();
   } else {
     branch_ = BranchStore(factors, out_features_, in_features_);
   }

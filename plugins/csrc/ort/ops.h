@@ -27,6 +27,7 @@ class MatMulKernel {
 
  private:
   void compute(const Ort::KernelContext& context) const;
+  void read_branch(const Constants& constants);
   Status multiply(const Ort::KernelContext& context, const float* x, int64_t tokens, float* y) const;
 
   std::string node_;
