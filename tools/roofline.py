@@ -187,7 +187,7 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
 
 def table(decodes: list[Decode], tokens: int) -> str:
     """Return a Markdown table: a row per form, a column per GPU, predicted share of the bandwidth and limiter."""
-    names = list(dict.fromkeys(item.gpu for item in decodes))
+    names = [gpu.name for gpu in GPUS if any(item.gpu == gpu.name for item in decodes)]
     lines = [f"| bits, planes, group (M = {tokens}) | B/weight | SASS/weight | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(names) + 3) + "|")
     forms = sorted({(d.bits, d.planes, d.group) for d in decodes})
@@ -202,7 +202,7 @@ def table(decodes: list[Decode], tokens: int) -> str:
 
 def prefill_table(prefills: list[Prefill]) -> str:
     """Return a Markdown table: a row per number of tokens and bits, predicted share of the tensor-core rate."""
-    names = list(dict.fromkeys(item.gpu for item in prefills))
+    names = [gpu.name for gpu in GPUS if any(item.gpu == gpu.name for item in prefills)]
     lines = ["| tokens, bits | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for tokens, bits in sorted({(item.tokens, item.bits) for item in prefills}):
         found = {p.gpu: p for p in prefills if (p.tokens, p.bits) == (tokens, bits)}
