@@ -82,8 +82,10 @@ def test_loads_are_vectors_and_every_product_is_a_tensor_core_one(bits, planes, 
 
 
 def test_decoding_is_bound_by_memory_on_paper():
-    """Up to 8 tokens, one and two planes: all of 4 bits, and 2 and 3 bits but for the GPUs with HBM, whose memory is fast
-    for their number of multiprocessors. A prediction that no GPU has confirmed."""
+    """Up to 8 tokens, one and two planes: all of 4 bits, and 2 and 3 bits but for the GPUs with HBM.
+
+    Their memory is fast for their number of multiprocessors. A prediction that no GPU has confirmed.
+    """
     decodes, _ = roofline.predict(library.library("trt"))
     assert decodes
     with_hbm = ("A100-80GB", "H100-SXM")
