@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import pytest
 
+from rankbook.exporter.export import ExportOptions, export
 from rankbook.tools import errors
 from rankbook.tools.backends import trt
 from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.backends.torch import TorchModel
+from tests.exporter.checkpoints import make_checkpoint
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli, stdout_json
 
@@ -120,3 +122,16 @@ def test_eval_takes_dynamic_settings_for_any_pytorch_model(work, capsys):
     assert results[1:] == pytest.approx([results[0]] * 2, rel=0.1)
     assert run_cli("eval", work / "onnx", *text, "--kv-bits", 8) == errors.USAGE
     assert "PyTorch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma2", "phi3"])
+def test_the_cache_of_8_bits_serves_other_families(family, tmp_path):
+    """Learned positions, sliding windows with a softcap, and a fused projection."""
+    checkpoint = make_checkpoint(tmp_path, family, model={"num_hidden_layers": 1}, bits=8)
+    export(checkpoint, tmp_path / "onnx", ExportOptions(kv="int8", logits="all"))
+    file = OrtModel(tmp_path / "onnx")
+    whole = file.logits(TOKENS)[0]
+    rows = [file.start(TOKENS[:, :8]), *(file.step(int(token)) for token in TOKENS[0, 8:])]
+    assert relative(np.stack(rows), whole[7:]) < 1e-4
+    # Half a step of 127 in keys and values.
+    assert 0 < relative(whole, TorchModel(checkpoint).logits(TOKENS)[0]) < 2e-2
