@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rankbook.tools import onnx_file
 from rankbook.tools.backends.base import LanguageModel
-from rankbook.tools.backends.ort import KERNELS, OrtModel
+from rankbook.tools.backends.ort import KERNELS, OrtModel, find_tokenizer
 from rankbook.tools.bench.timing import clock, interleave, median_ratio, seconds
 from rankbook.tools.errors import CheckFailedError, UsageError
 from rankbook.tools.onnx_file import OnnxFile
@@ -80,7 +81,7 @@ class Memory:
     Attributes:
         file_bytes: The model and its external data.
         peak_rss: Largest resident memory, bytes; mapped files count.
-        baseline_rss: The same before the model was opened: Python and its libraries.
+        baseline_rss: The same before the model was opened: Python, its libraries and the tokenizer.
     """
 
     file_bytes: int
@@ -230,8 +231,9 @@ def _most_resident() -> int:
 
 def _main(arguments: Sequence[str]) -> None:
     """Print the `Memory` of this process as JSON: the other half of `measure_memory`."""
-    importlib.import_module("onnxruntime")  # part of the baseline
     path, kernels, threads = arguments
+    importlib.import_module("onnxruntime")
+    find_tokenizer(onnx_file.find_model(Path(path)).parent)  # brings transformers and torch with it
     baseline = _most_resident()
     model = OrtModel(Path(path), threads=int(threads) or None, kernels=kernels)
     scores = model.start(_tokens(16))
