@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class ActivationConfig:
     Attributes:
         kind: One of `ACTIVATIONS`.
         ranges: For static kinds, the range of each layer's input by the layer's name.
+        skip: Names of layers whose input is left alone; * and ? are wildcards.
 
     Raises:
         ValueError: At construction, for an unknown kind or static ranges that are missing.
@@ -53,6 +55,7 @@ class ActivationConfig:
 
     kind: str = "none"
     ranges: Mapping[str, StaticRange] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -74,7 +77,8 @@ class ActivationConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the entry of config.json."""
         ranges = {name: [item.step, item.zero] for name, item in self.ranges.items()}
-        return {"kind": self.kind, **({"ranges": ranges} if ranges else {})}
+        entry: dict[str, Any] = {"kind": self.kind}
+        return entry | ({"ranges": ranges} if ranges else {}) | ({"skip": list(self.skip)} if self.skip else {})
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any] | None) -> ActivationConfig:
@@ -87,9 +91,13 @@ class ActivationConfig:
             return cls()
         try:
             ranges = {name: StaticRange(float(s), int(z)) for name, (s, z) in entry.get("ranges", {}).items()}
-            return cls(str(entry["kind"]), ranges)
+            return cls(str(entry["kind"]), ranges, tuple(map(str, entry.get("skip", ()))))
         except (KeyError, TypeError) as error:
             raise ValueError(f"the entry 'activations' of config.json is damaged: {error}") from error
+
+    def applies(self, layer: str) -> bool:
+        """Return whether the input of a layer is quantized."""
+        return self.kind != "none" and not skipped(layer, self.skip)
 
     def function(self, layer: str) -> Callable[[Tensor], Tensor]:
         """Return what is done to the input (..., K) of a layer.
@@ -105,6 +113,11 @@ class ActivationConfig:
         if self.kind.startswith("mxint"):
             return functools.partial(fake_quant.mxint, width=int(self.kind.removeprefix("mxint")))
         return functools.partial(fake_quant.per_token, bits=8, symmetric=self.symmetric)
+
+
+def skipped(layer: str, patterns: Iterable[str]) -> bool:
+    """Return whether a layer's name matches one of the patterns."""
+    return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def is_static(kind: str) -> bool:
@@ -134,7 +147,7 @@ def install(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -
         module: Any = model.get_submodule(name)
         for earlier in module.__dict__.pop(_HOOK, ()):
             earlier.remove()
-        if config.kind == "none":
+        if not config.applies(name):
             continue
         function = config.function(name)
         hooks = [module.register_forward_pre_hook(_InputHook(function))]

@@ -57,6 +57,7 @@ class QuantizeOptions:
     scale_strength: float = _option(0.5, "SmoothQuant's alpha: share of the range that moves into the weights, 0 to 1.")
     activations: str = _option("none", f"Inputs of packed layers: {', '.join(ACTIVATIONS)}.")
     activation_range: str = _option("mse", f"Choice of static ranges: {', '.join(RANGES)}.")
+    activation_skip: tuple[str, ...] = _option((), "Layers whose inputs are left alone; * and ? are wildcards.")
     kv_bits: int = _option(0, "Bits of keys and values in evaluation: 8 or 4; 0 leaves them alone.")
     calib: str | None = _option(
         None, "Calibration text (.txt, .jsonl or a datasets name); default: sampled from the model."
@@ -143,7 +144,8 @@ class QuantizeOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values."""
         values = dataclasses.asdict(self)
-        return {**values, "skip": list(self.skip), "method_options": dict(self.method_options)}
+        lists = {"skip": list(self.skip), "activation_skip": list(self.activation_skip)}
+        return {**values, **lists, "method_options": dict(self.method_options)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> QuantizeOptions:
@@ -155,7 +157,7 @@ class QuantizeOptions:
         names = {item.name for item in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ValueError(f"unknown options {unknown}; there are {', '.join(sorted(names))}")
-        return cls(**{**values, "skip": tuple(values.get("skip", ()))})
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("skip", "activation_skip")}})
 
     def _config_fields(self) -> set[str]:
         return {item.name for item in dataclasses.fields(METHODS[self.method].config_type)}

@@ -7,6 +7,7 @@ transformers loads the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,16 +34,20 @@ def settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) ->
         ValueError: The model has keys and values in a place that is not known, or a layer saw no input.
     """
     entries: dict[str, Any] = {}
-    kind = options.activations
+    kind, skip = options.activations, tuple(options.activation_skip)
+    used = [name for name in layers if not activations.skipped(name, skip)]
+    if kind != "none" and not used:
+        raise ValueError(f"activation_skip {skip} leaves no layer whose input could be quantized; name fewer")
     if activations.is_static(kind):
 
         def run() -> None:
             for batch in torch.split(tokens, capture.batch_size(tokens)):
                 model(input_ids=batch, use_cache=False, logits_to_keep=1)
 
-        entries["activations"] = activations.calibrate(run, model, layers, kind, options.activation_range).to_json()
+        found = activations.calibrate(run, model, used, kind, options.activation_range)
+        entries["activations"] = replace(found, skip=skip).to_json()
     elif kind != "none":
-        entries["activations"] = ActivationConfig(kind).to_json()
+        entries["activations"] = ActivationConfig(kind, skip=skip).to_json()
     if options.kv_bits:
         kv_cache.install(model, options.kv_bits)  # to see whether it can be
         kv_cache.install(model, 0)

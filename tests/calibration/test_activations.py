@@ -104,6 +104,20 @@ def test_mxint_rounds_the_results_of_both_factors_of_the_error_branch():
     assert torch.allclose(layer(x), exact, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["static8", "token8"])
+def test_inputs_of_skipped_layers_are_left_alone(kind, tmp_path):
+    folder = quantized(tmp_path, activations=kind, activation_skip=("*.down_proj",))
+    ranges = open_checkpoint(folder).runtime["activations"].get("ranges", {})
+    assert not any(name.endswith("down_proj") for name in ranges)
+    model, _ = load_model(folder)
+    ids = torch.randint(0, 256, (1, 6), generator=torch.Generator().manual_seed(0))
+    before, after = entering(copy.deepcopy(model), ids, after=False), entering(model, ids, after=True)
+    left = {name for name, x in before.items() if torch.equal(after[name], x)}
+    assert left == {f"model.layers.{index}.mlp.down_proj" for index in range(2)}
+    with pytest.raises(ValueError, match="leaves no layer"):
+        quantized(tmp_path / "none", activations=kind, activation_skip=("*",))
+
+
 def test_minmax_covers_exactly_what_was_seen():
     histogram = Histogram()
     for values in ([0.5, -0.25], [3.0, -1.0], [0.0]):

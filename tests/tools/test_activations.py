@@ -102,6 +102,16 @@ def test_engines_are_built(name, work, tmp_path, capsys):
     assert all(check["passed"] for check in stdout_json(capsys)["checks"])
 
 
+def test_a_skipped_input_has_no_nodes(work, tmp_path):
+    how = ["--method", "rtn", "--bits", 8, "--weight-format", "symmetric", "--activations", "static8"]
+    how += ["--activation-skip", "*.down_proj", "*.o_proj"]
+    calib = ["--calib", work / "text.txt", "--calib-sequences", 2, "--calib-length", 16]
+    assert run_cli("quantize", work / "model", *how, *calib, "-o", tmp_path / "q", "--quiet") == 0
+    assert run_cli("export", tmp_path / "q", "-o", tmp_path / "onnx", "--dialect", "qdq", "--quiet") == 0
+    nodes = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("QuantizeLinear") == 2, "q, k, v; gate, up"
+
+
 def test_settings_of_an_evaluation_are_not_exported_silently(work, tmp_path, capsys):
     how = ["--method", "rtn", "--bits", 8, "--activations", "token8", "--kv-bits", 8]
     calib = ["--calib", work / "text.txt", "--calib-sequences", 1, "--calib-length", 8]

@@ -64,6 +64,13 @@ def add_flags(flags: Flags) -> None:
         text="how static ranges are chosen from the calibration text",
     )
     flags.add(
+        "--activation-skip",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        text="layers whose inputs are left alone, e.g. *.down_proj, whose outliers one step does not fit",
+    )
+    flags.add(
         "--kv-bits",
         type=int,
         choices=KV_BITS,
@@ -151,7 +158,8 @@ def _quantize_options(options: argparse.Namespace) -> QuantizeOptions:
 
     values: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS}
     extra = dict(_parse_option(item) for item in options.method_option)
-    return QuantizeOptions(**values, skip=tuple(options.skip), method_options=extra)
+    values |= {name: tuple(getattr(options, name)) for name in ("skip", "activation_skip")}
+    return QuantizeOptions(**values, method_options=extra)
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
