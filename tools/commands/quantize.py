@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _OPTIONS = (
     "method bits target_bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits"
     " level_dtype effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
-    " quantize_lm_head quantize_embeddings activations activation_range kv_bits"
+    " quantize_lm_head quantize_embeddings activations activation_range activation_skip kv_bits"
 ).split()
 """Flags that go to `QuantizeOptions` under their own names."""
 
