@@ -190,7 +190,7 @@ def choose(layers: Mapping[str, Candidates], budget: float, weights: int) -> dic
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--target-bits needs scipy; install it: pip install scipy") from error
+        raise ModuleNotFoundError("--target-bits needs scipy: pip install 'rankbook[allocation]'") from error
     least = sum(min(layer.stored.values()) for layer in layers.values())
     if least > budget:
         raise ValueError(

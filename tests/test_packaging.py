@@ -75,7 +75,7 @@ def test_every_imported_library_is_declared() -> None:
     """Whatever a module imports, at the top or inside a function, stands in the dependencies or an extra."""
     table = project()
     declared = requirement_names(table["dependencies"])
-    for extra in ("cpu", "gpu", "demo", "race"):
+    for extra in ("cpu", "gpu", "demo", "race", "bench", "allocation"):
         declared |= requirement_names(table["optional-dependencies"][extra])
     undeclared = {}
     for path in (path for part in PARTS for path in (ROOT / part).rglob("*.py")):
