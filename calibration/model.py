@@ -23,7 +23,6 @@ from rankbook.calibration.loading import load_model, model_hash
 from rankbook.calibration.methods import METHODS, BlockProblem, LayerProblem
 from rankbook.calibration.options import QuantizeOptions
 from rankbook.calibration.partial import BlockResult, PartialState
-from rankbook.calibration.reconstruct import arithmetic, compute_dtype
 from rankbook.calibration.record import QuantizedLinear
 from rankbook.calibration.report import (
     LayerReport,
@@ -52,10 +51,9 @@ def quantize_model(
 ) -> QuantizeReport:
     """Quantize a causal language model and write the checkpoint.
 
-    Memory: the weights once (memory-mapped, in their own dtype), one block in float32 (its products with the
-    calibration activations in bfloat16 where the processor has them), and two streams of calibration activations
-    (sequences, length, hidden) in the model's dtype: the original model's, which gives the targets, and the quantized
-    prefix's, which gives the inputs and statistics. Methods without a training stage need only the second.
+    Memory: the weights once (memory-mapped, in their own dtype), one block in float32, and two streams of calibration
+    activations (sequences, length, hidden) in the model's dtype: the original model's, which gives the targets, and the
+    quantized prefix's, which gives the inputs and statistics. Methods without a training stage need only the second.
 
     Args:
         source: Hugging Face folder or id, folder with one GGUF, or .gguf file.
@@ -267,16 +265,6 @@ class _Run:
         return {"name": name, "weights": weight.numel(), "stored_bits": bits, "bits_per_weight": bits / weight.numel()}
 
 
-def _advance(block: nn.Module, call: capture.BlockCall, stream: Tensor) -> None:
-    """Move a stream past a block, with products in bfloat16 where the processor has them: as fast as training is.
-
-    On a processor with AVX512-BF16 a pass in float32 takes several times as long and the rounding is far below the
-    error of the quantized weights; the manifest says which arithmetic was used.
-    """
-    with arithmetic(compute_dtype("auto")):
-        capture.advance(block, call, stream)
-
-
 def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:
     module = block.get_submodule(name)
     if not isinstance(module, nn.Linear):
@@ -352,7 +340,6 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
             "resumed_at": report.resumed_at,
             "peak_rss_bytes": report.peak_rss_bytes,
             "threads": torch.get_num_threads(),
-            "block_products": str(compute_dtype("auto")).removeprefix("torch."),
         },
     }
 
