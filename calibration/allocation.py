@@ -190,7 +190,8 @@ def choose(layers: Mapping[str, Candidates], budget: float, weights: int) -> dic
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--target-bits needs scipy: pip install 'rankbook[allocation]'") from error
+        message = "--target-bits needs scipy: pip install 'rankbook[allocation]'"
+        raise ModuleNotFoundError(message, name="scipy") from error
     least = sum(min(layer.stored.values()) for layer in layers.values())
     if least > budget:
         raise ValueError(

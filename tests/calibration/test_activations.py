@@ -18,6 +18,7 @@ from rankbook.calibration.linear import CodebookLinear, packed_modules
 from rankbook.calibration.loading import load_model
 from rankbook.calibration.model import quantize_model
 from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.settings import ACTIVATIONS, RANGES
 from tests.calibration.records import random_record
 from tests.tiny import tiny_model, write_text
 
@@ -50,7 +51,7 @@ def entering(model: Any, ids: torch.Tensor, *, after: bool) -> dict[str, torch.T
     return seen
 
 
-@pytest.mark.parametrize("kind", activations.ACTIVATIONS[1:])
+@pytest.mark.parametrize("kind", ACTIVATIONS[1:])
 def test_a_checkpoint_is_loaded_with_its_activations(kind, tmp_path):
     folder = quantized(tmp_path, activations=kind, activation_range="minmax")
     model, _ = load_model(folder)
@@ -132,7 +133,7 @@ def test_outliers_move_minmax_but_hardly_the_other_ranges(symmetric):
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     outlier = torch.tensor([50.0])
     steps = {}
-    for how in activations.RANGES:
+    for how in RANGES:
         histogram = Histogram()
         histogram.add(values)
         histogram.add(outlier)
@@ -178,12 +179,8 @@ def test_8_bit_activations_change_little_and_4_bit_keys_more(tmp_path):
     with torch.no_grad():
         plain = model(ids).logits
         differences = {}
-        for name, setting in {
-            "token8": {"kind": "token8", "kv_bits": 0},
-            "kv8": {"kind": "none", "kv_bits": 8},
-            "kv4": {"kind": "none", "kv_bits": 4},
-        }.items():
-            runtime.override(model, **setting)
+        for name, kind, kv_bits in (("token8", "token8", 0), ("kv8", "none", 8), ("kv4", "none", 4)):
+            runtime.override(model, kind=kind, kv_bits=kv_bits)
             differences[name] = float((model(ids).logits - plain).abs().max() / plain.abs().max())
         runtime.override(model, kind="none", kv_bits=0)
         assert torch.equal(model(ids).logits, plain)
