@@ -163,7 +163,7 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
     """
     decodes, prefills = [], []
     for architecture in sorted({gpu.code for gpu in GPUS}):
-        code = sass.functions(path, architecture)
+        code = sass.functions(path, architecture, r"decode_mma.*4HalfE|gemm_mmaINS0_4HalfE")
         costs: dict[tuple[int, int, int], sass.LoopCost] = {}
         for name, instructions in code.items():
             if match := _DECODE.search(name):

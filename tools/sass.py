@@ -107,23 +107,29 @@ def tool(name: str) -> Path:
     raise MissingError(f"{name} is not installed: run `make native-cuda` in the checkout, or install the CUDA toolkit")
 
 
-def functions(library: Path, architecture: int) -> dict[str, list[Instruction]]:
-    """Return the code of every kernel of one architecture in a library or cubin, by mangled name.
+def functions(library: Path, architecture: int, names: str = "") -> dict[str, list[Instruction]]:
+    """Return the code of the kernels of one architecture in a library or cubin, by mangled name.
+
+    Args:
+        library: The file.
+        architecture: E.g. 80.
+        names: Regular expression; kernels whose names it does not match are left out.
 
     Raises:
         MissingError: cuobjdump is not installed.
     """
-    command = [str(tool("cuobjdump")), "-sass", str(library)]
+    command = [str(tool("cuobjdump")), "-sass", "-arch", f"sm_{architecture}", str(library)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
+    current: list[Instruction] | None = None
     wanted = False
     for line in text.splitlines():
-        if arch := _ARCHITECTURE.match(line):
-            wanted = int(arch[1]) == architecture
-        elif name := _FUNCTION.match(line):
-            current = found.setdefault(name[1], []) if wanted else []
-        elif match := _INSTRUCTION.match(line):
+        if "/*" not in line:
+            if arch := _ARCHITECTURE.match(line):
+                wanted = int(arch[1]) == architecture
+            elif name := _FUNCTION.match(line):
+                current = found.setdefault(name[1], []) if wanted and re.search(names, name[1]) else None
+        elif current is not None and (match := _INSTRUCTION.match(line)):
             address, predicate, opcode, operands = match.groups()
             current.append(Instruction(int(address, 16), predicate or "", opcode, operands))
     return found
