@@ -38,7 +38,7 @@ ONE_BLOCK = re.compile(r"decode_mmaILi(\dELi4|3ELi2)ELi2E")
 """More than 8 tokens with 3 or 4 planes, or 2 at 3 bits: one block per multiprocessor, up to 255 registers."""
 
 SPILLS = {"decode_floatILi3ELi4ELi16E": 16}
-"""Bytes of stack that a kernel may use: the parity form (fp32) of 3 bits, 3 or 4 planes and more than 4 tokens alone."""
+"""Bytes of stack that a kernel may use: the parity form (fp32) of 3 bits, 3 or 4 planes, more than 4 tokens."""
 
 
 def tool(name: str) -> str:
