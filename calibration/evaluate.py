@@ -31,6 +31,7 @@ class EvalResult:
         top1_agreement: Share of the positions where both find the same token likeliest, None without a reference.
         tokens: Tokens predicted.
         seconds: Wall time of the model under test, the reference's not included.
+        reference_perplexity: The reference's own, None without a reference.
     """
 
     perplexity: float
@@ -38,6 +39,7 @@ class EvalResult:
     top1_agreement: float | None
     tokens: int
     seconds: float
+    reference_perplexity: float | None = None
 
 
 def evaluate(
@@ -65,7 +67,7 @@ def evaluate(
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows have shape {tuple(windows.shape)}; give at least one window of at least two tokens")
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     seconds = 0.0
     for done, tokens in enumerate(torch.split(windows, batch)):
         start = time.monotonic()
@@ -75,11 +77,14 @@ def evaluate(
         if progress is not None:
             progress(min(1.0, (done + 1) * batch / len(windows)))
     count = windows.shape[0] * (windows.shape[1] - 1)
-    loss, kl, agreement = (float(value) / count for value in sums)
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows a double beyond 709
+    loss, kl, agreement, reference_loss = (float(value) / count for value in sums)
     if reference_logits_fn is None:
-        return EvalResult(perplexity, None, None, count, seconds)
-    return EvalResult(perplexity, kl, agreement, count, seconds)
+        return EvalResult(_perplexity(loss), None, None, count, seconds)
+    return EvalResult(_perplexity(loss), kl, agreement, count, seconds, _perplexity(reference_loss))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # exp overflows a double beyond 709
 
 
 def model_logits(model: Any) -> LogitsFunction:
@@ -103,7 +108,7 @@ def _logits(function: LogitsFunction, tokens: Tensor) -> Tensor:
 
 
 def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
-    """Return the sums over positions of negative log-likelihood, divergence and agreement, float64 (3,)."""
+    """Return the sums over positions of loss, divergence, agreement and the reference's loss, float64 (4,)."""
     if reference is not None and reference.shape != logits.shape:
         raise ValueError(
             f"the model gives logits {tuple(logits.shape)}, the reference {tuple(reference.shape)}:"
@@ -113,7 +118,7 @@ def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
     flat = logits[:, :-1].reshape(-1, vocabulary)
     wanted = tokens[:, 1:].reshape(-1)
     other = None if reference is None else reference[:, :-1].reshape(-1, vocabulary)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for begin in range(0, len(flat), POSITIONS_AT_ONCE):
         part = slice(begin, begin + POSITIONS_AT_ONCE)
         log_q = flat[part].float().log_softmax(-1)
@@ -124,4 +129,5 @@ def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
             terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
             sums[1] += terms.sum(-1).double().sum()
             sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+            sums[3] -= log_p.gather(1, wanted[part, None]).double().sum()
     return sums

@@ -35,6 +35,7 @@ def test_numbers_are_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     # The code works in float32: relative rounding 6e-8 per term.
     assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert result.kl == pytest.approx(np.mean(divergences), rel=1e-5)
+    assert result.reference_perplexity == ev.evaluate(reference, WINDOWS).perplexity
     assert result.top1_agreement == np.mean(agreements)
     assert result.tokens == 18
 
@@ -55,6 +56,7 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
     result = ev.evaluate(lambda tokens: np.zeros((*tokens.shape, 11), np.float16), WINDOWS)
     assert result.perplexity == pytest.approx(11, rel=1e-5)
     assert result.kl is None
+    assert result.reference_perplexity is None
     assert result.top1_agreement is None
 
 

@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> Outcome:
         )
     rows = [
         ("perplexity", result.perplexity),
+        ("perplexity of the reference", result.reference_perplexity),
         ("KL divergence from the reference, nats", result.kl),
         ("same most likely token as the reference", result.top1_agreement),
         ("tokens", result.tokens),
