@@ -50,6 +50,8 @@ _PACKAGES = (
     ("yaml", "--config files in YAML", True),
     ("gguf", "reading GGUF files", False),
     ("datasets", "--calib with a data set of the Hugging Face hub", False),
+    ("scipy", "quantize --target-bits", False),
+    ("matplotlib", "the picture of bench", False),
 )
 _DISTRIBUTIONS = {"yaml": "PyYAML"}
 
