@@ -57,7 +57,7 @@ def test_eval_judges_checkpoint_and_file_alike(work, capsys):
         assert run_cli("eval", work / name, *common, "--reference", work / "model") == 0
         results.append(stdout_json(capsys))
     for result in results:
-        assert {"perplexity", "kl", "top1_agreement", "tokens", "seconds"} <= set(result)
+        assert {"perplexity", "kl", "top1_agreement", "tokens", "seconds", "reference_perplexity"} <= set(result)
         assert result["tokens"] == 8 * 63
         assert result["kl"] > 0
     # The same weights in both: they differ by the rounding of float32 sums only.

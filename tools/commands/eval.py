@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.settings import ACTIVATIONS, KV_BITS
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> Outcome:
         ("seconds", result.seconds),
     ]
     table = Table(options.model, ("measure", "value"), [row for row in rows if row[1] is not None])
-    return Outcome({"model": options.model, **_fields(result)}, [table])
+    return Outcome({"model": options.model, **asdict(result)}, [table])
 
 
 def _override(options: argparse.Namespace, model: LanguageModel) -> None:
@@ -104,10 +105,6 @@ def _override(options: argparse.Namespace, model: LanguageModel) -> None:
             " own: evaluate the checkpoint that it was made from"
         )
     override(model.model, kind=options.activations, kv_bits=options.kv_bits)
-
-
-def _fields(result: Any) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in ("perplexity", "kl", "top1_agreement", "tokens", "seconds")}
 
 
 def _windows(options: argparse.Namespace, model: LanguageModel, text: str) -> Tensor:
