@@ -53,7 +53,7 @@ class DemoOptions:
     text: Path | None = None
     bits: int = 3
     effort: str = "default"
-    steps: int = 60
+    steps: int = 40
     error_branch: str = "qera"
     error_rank: int = 16
     calib_sequences: int = 32
