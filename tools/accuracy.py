@@ -29,6 +29,9 @@ ROWS: Mapping[str, Sequence[str]] = {
     "RTN": ("--method", "rtn"),
     "RTN, clip search": ("--method", "rtn", "--clip-search"),
     "L2QER on RTN, rank 32": ("--method", "rtn", "--error-branch", "l2qer", "--error-rank", "32"),
+    "GPTQ, activation order": ("--method", "gptq", "--clip-search"),
+    "AWQ": ("--method", "awq"),
+    "LRQ": ("--method", "lrq"),
     "LCQ rank 1, closed form": ("--method", "lcq", "--rank", "1", "--effort", "fast"),
     "LCQ rank 2, closed form": ("--method", "lcq", "--rank", "2", "--effort", "fast"),
     "LCQ rank 1": ("--method", "lcq", "--rank", "1"),
@@ -104,6 +107,7 @@ def _measure(bits: int, name: str, args: argparse.Namespace) -> dict[str, Any]:
             words = [args.peer_python, "-m", "rankbook.tools.peers", peer, str(args.model), *common, *flags]
         else:
             words = [sys.executable, "-m", "rankbook.tools", "quantize", str(args.model), *common, *ROWS[name]]
+            words += ["--json"]
         started = time.perf_counter()
         report, peak = _child(words)
         seconds = time.perf_counter() - started
@@ -122,17 +126,17 @@ def _evaluate(model: Path, args: argparse.Namespace, reference: Path | None = No
     command += ["--max-tokens", str(args.max_tokens)]
     if reference is not None:
         command += ["--reference", str(reference)]
-    return _child([sys.executable, "-m", "rankbook.tools", *command])[0]
+    return _child([sys.executable, "-m", "rankbook.tools", *command, "--json"])[0]
 
 
 def _child(words: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Run a command with ``--json``; return its report and its own peak resident memory in bytes."""
+    """Run a command that prints a JSON report last; return it and its own peak resident memory in bytes."""
     import rankbook
 
     # A peer's interpreter has its own packages; ours is found where it is imported from here.
     root = str(Path(next(iter(rankbook.__path__))).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    process = subprocess.Popen([*words, "--json"], stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment)
     with process:
         output = process.stdout.read() if process.stdout else b""
         _, status, usage = os.wait4(process.pid, 0)

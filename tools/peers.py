@@ -159,7 +159,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calib-sequences", type=int, default=32, help="windows of 512 tokens (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--json", action="store_true", help="taken for symmetry: the report is always JSON")
     return parser
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from rankbook.plugins import integer, library
 from tests.plugins.op_models import Array, Op, OpCase, draw
-from tests.plugins.test_native_ort import cases, relative_error
+from tests.plugins.test_native_ort import cases, relative_error, run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
@@ -58,14 +55,7 @@ def test_equals_the_definition(case: OpCase) -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avxvnni", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
     """So do the kernels of each instruction set that this processor has (others fall back to what it has)."""
-    code = (
-        "import sys; sys.path.insert(0, '.'); from tests.plugins import test_native_integer as t; t.check_all_widths()"
-    )
-    environment = {**os.environ, "RANKBOOK_NATIVE_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_process(f"{__name__}:check_all_widths", isa)
 
 
 def check_all_widths() -> None:

@@ -140,7 +140,13 @@ def test_half_activations() -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
     """The kernels of each instruction set that this processor has agree with the reference (others fall back)."""
-    code = "import sys; sys.path.insert(0, '.'); from tests.plugins import test_native_ort as t; t.check_all_widths()"
+    run_in_process(f"{__name__}:check_all_widths", isa)
+
+
+def run_in_process(function: str, isa: str) -> None:
+    """Call ``module:function`` in a process of its own, where the library takes the kernels of ``isa``."""
+    module, name = function.split(":")
+    code = f"import sys; sys.path.insert(0, '.'); from {module} import {name}; {name}()"
     environment = {**os.environ, "RANKBOOK_NATIVE_ISA": isa}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
