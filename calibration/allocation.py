@@ -53,13 +53,7 @@ class Candidates:
     stored: Mapping[int, int]
 
 
-def allocate(
-    model: Any,
-    names: Sequence[str],
-    tokens: Tensor,
-    options: QuantizeOptions,
-    progress: Callable[[float], None] = lambda _: None,
-) -> dict[str, int]:
+def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: QuantizeOptions) -> dict[str, int]:
     """Return the bits of each layer so that all of them together keep to ``options.target_bits``.
 
     Memory: the activations of one window through the whole model, besides its weights.
@@ -69,7 +63,6 @@ def allocate(
         names: Full names of the linear layers to quantize.
         tokens: Calibration windows (sequences, length).
         options: Method, group size, branch and target.
-        progress: Called with the fraction done.
 
     Raises:
         ValueError: The target is below what the fewest bits need.
@@ -82,14 +75,13 @@ def allocate(
     found: dict[str, Candidates] = {}
     widths = possible_bits(options)
     stored: dict[tuple[int, int], dict[int, int]] = {}
-    for position, (name, module) in enumerate(layers.items()):
+    for name, module in layers.items():
         weight = module.weight.detach().float()
         rows, columns = weight.shape
         if (rows, columns) not in stored:
             stored[rows, columns] = {bits: stored_bits(rows, columns, replace(options, bits=bits)) for bits in widths}
         harm = harms(weight[:: _stride(rows)], fisher[name], options.group(columns), widths)
         found[name] = Candidates(harm, stored[rows, columns])
-        progress((position + 1) / len(layers))
     weights = sum(module.weight.numel() for module in layers.values())
     return choose(found, options.target_bits * weights, weights)
 

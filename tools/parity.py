@@ -22,8 +22,8 @@ from rankbook.tools.backends.torch import TorchModel
 from rankbook.tools.greedy import GreedyCheck, compare_greedy
 from rankbook.tools.node_model import session_with_outputs, single_node
 from rankbook.tools.onnx_file import CustomNode, OnnxFile
-from rankbook.tools.rounding import default_tolerance, match_settings
 from rankbook.tools.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
+from rankbook.tools.tolerance import default_tolerance, match_settings
 
 if TYPE_CHECKING:
     from rankbook.tools.backends.base import Tokens
