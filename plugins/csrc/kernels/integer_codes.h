@@ -14,12 +14,6 @@
 namespace rankbook {
 namespace {
 
-#if defined(__clang__)
-#define RANKBOOK_UNROLL _Pragma("unroll")
-#else
-#define RANKBOOK_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 using F = Simd::F;
 using I = Bytes::I;
 

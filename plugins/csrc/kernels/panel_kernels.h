@@ -13,13 +13,6 @@
 namespace rankbook {
 namespace {
 
-// Loops over registers must be unrolled completely, whatever the compiler thinks of the code size.
-#if defined(__clang__)
-#define RANKBOOK_UNROLL _Pragma("unroll")
-#else
-#define RANKBOOK_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 using F = Simd::F;
 using I = Simd::I;
 

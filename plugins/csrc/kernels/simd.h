@@ -20,6 +20,13 @@
 #define RANKBOOK_PLANES 4
 #endif
 
+// Loops over registers must be unrolled completely, whatever the compiler thinks of the code size.
+#if defined(__clang__)
+#define RANKBOOK_UNROLL _Pragma("unroll")
+#else
+#define RANKBOOK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace rankbook {
 namespace {
 
