@@ -32,6 +32,7 @@ ROWS: Mapping[str, Sequence[str]] = {
     "GPTQ, activation order": ("--method", "gptq", "--clip-search"),
     "AWQ": ("--method", "awq"),
     "LRQ": ("--method", "lrq"),
+    "NF4": ("--method", "rtn", "--method-option", "format=nf4"),
     "LCQ rank 1, closed form": ("--method", "lcq", "--rank", "1", "--effort", "fast"),
     "LCQ rank 2, closed form": ("--method", "lcq", "--rank", "2", "--effort", "fast"),
     "LCQ rank 1": ("--method", "lcq", "--rank", "1"),
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(results: Mapping[str, Any]) -> Table:
     """Build the table; rows whose baseline is missing have no gap closed."""
     full = math.log(results["unquantized"]["perplexity"])
-    rows: list[tuple[object, ...]] = [("unquantized", "", results["unquantized"]["perplexity"], None, "", "", "", "")]
+    rows: list[tuple[object, ...]] = [("unquantized", "", results["unquantized"]["perplexity"], None, *[""] * 5)]
     for key, row in results.items():
         if key == "unquantized":
             continue
@@ -90,10 +91,21 @@ def table(results: Mapping[str, Any]) -> Table:
                 f"{row['kl']:.4f}",
                 f"{100 * row['top1_agreement']:.1f} %",
                 f"{row['quantize_seconds']:.0f}",
+                f"{row['quantize_cpu_seconds']:.0f}" if "quantize_cpu_seconds" in row else "",
                 f"{row['peak_rss_gib']:.2f}",
             )
         )
-    columns = ("method", "stored bits", "perplexity", "gap closed", "KL", "top-1", "seconds", "peak RSS GiB")
+    columns = (
+        "method",
+        "stored bits",
+        "perplexity",
+        "gap closed",
+        "KL",
+        "top-1",
+        "seconds",
+        "CPU seconds",
+        "peak RSS GiB",
+    )
     return Table("", columns, rows)
 
 
@@ -109,13 +121,14 @@ def _measure(bits: int, name: str, args: argparse.Namespace) -> dict[str, Any]:
             words = [sys.executable, "-m", "rankbook.tools", "quantize", str(args.model), *common, *ROWS[name]]
             words += ["--json"]
         started = time.perf_counter()
-        report, peak = _child(words)
+        report, usage = _child(words)
         seconds = time.perf_counter() - started
         result = _evaluate(checkpoint, args, reference=args.model)
     result |= {
         "bits_per_weight": report["bits_per_weight"],
         "quantize_seconds": seconds,
-        "peak_rss_gib": peak / 2**30,
+        "quantize_cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_rss_gib": _bytes(usage) / 2**30,
         "command": " ".join(words[1:]),
     }
     return result
@@ -129,8 +142,8 @@ def _evaluate(model: Path, args: argparse.Namespace, reference: Path | None = No
     return _child([sys.executable, "-m", "rankbook.tools", *command, "--json"])[0]
 
 
-def _child(words: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Run a command that prints a JSON report last; return it and its own peak resident memory in bytes."""
+def _child(words: Sequence[str]) -> tuple[dict[str, Any], resource.struct_rusage]:
+    """Run a command that prints a JSON report last; return it and what the process itself used."""
     import rankbook
 
     # A peer's interpreter has its own packages; ours is found where it is imported from here.
@@ -146,7 +159,7 @@ def _child(words: Sequence[str]) -> tuple[dict[str, Any], int]:
     # The report begins the last line that begins with a brace: peers print more than their report.
     text = output.decode()
     report: dict[str, Any] = json.loads(text[text.rindex("\n{") if "\n{" in text else 0 :])
-    return report, _bytes(usage)
+    return report, usage
 
 
 def _bytes(usage: resource.struct_rusage) -> int:

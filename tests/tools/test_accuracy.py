@@ -29,14 +29,16 @@ def test_a_report_is_found_behind_what_a_peer_prints():
     assert accuracy._child(words)[0] == {"a": 1}
 
 
-def test_the_peak_memory_of_a_child_is_in_bytes():
+def test_the_peak_memory_and_the_time_are_those_of_the_child():
     """Seen from a small process: Linux counts what a child had before it became another program."""
     size = 300 * 2**20
     words = [sys.executable, "-c", f"x = b'x' * {size}; print('{{}}')"]
-    code = f"from rankbook.tools import accuracy; print(accuracy._child({words!r})[1])"
+    code = f"from rankbook.tools import accuracy; print(accuracy._bytes(accuracy._child({words!r})[1]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     # The interpreter itself takes some tens of megabytes.
     assert size < int(done.stdout) < 1.5 * size
+    busy = "import time\nwhile time.process_time() < 0.2: pass\nprint('{}')"
+    assert 0.2 <= accuracy._child([sys.executable, "-c", busy])[1].ru_utime < 2
 
 
 def test_a_child_that_fails_is_named():
