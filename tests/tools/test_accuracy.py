@@ -38,7 +38,8 @@ def test_the_peak_memory_and_the_time_are_those_of_the_child():
     # The interpreter itself takes some tens of megabytes.
     assert size < int(done.stdout) < 1.5 * size
     busy = "import time\nwhile time.process_time() < 0.2: pass\nprint('{}')"
-    assert 0.2 <= accuracy._child([sys.executable, "-c", busy])[1].ru_utime < 2
+    usage = accuracy._child([sys.executable, "-c", busy])[1]
+    assert 0.19 <= usage.ru_utime + usage.ru_stime < 2  # the kernel counts in steps of 4 ms
 
 
 def test_a_child_that_fails_is_named():
