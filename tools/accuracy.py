@@ -45,6 +45,8 @@ PEER_ROWS: Mapping[str, Sequence[str]] = {
     "AutoRound, 50 iterations": ("auto-round", "--iterations", "50"),
     "AutoRound, 200 iterations": ("auto-round", "--iterations", "200"),
     "HQQ": ("hqq",),
+    "GPTQ of LLM Compressor": ("llm-compressor-gptq",),
+    "AWQ of LLM Compressor": ("llm-compressor-awq",),
 }
 """Arguments of ``python -m rankbook.tools.peers`` by row."""
 BASELINE = "RTN"

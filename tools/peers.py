@@ -19,6 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from rankbook.tools.errors import MISSING, USAGE
 
@@ -107,11 +108,59 @@ def hqq(model: Any, _: Any, options: PeerOptions) -> Any:
     return model
 
 
+def llm_compressor_gptq(model: Any, _: Any, options: PeerOptions) -> Any:
+    """GPTQ (Frantar et al. 2022) of LLM Compressor: static groups, columns in the order of their inputs' energy."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    return _oneshot(model, options, [GPTQModifier(config_groups=_groups(options), ignore=["lm_head"])])
+
+
+def llm_compressor_awq(model: Any, _: Any, options: PeerOptions) -> Any:
+    """AWQ (Lin et al. 2023) of LLM Compressor: input scales by search, then rounding to nearest."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    rounding = QuantizationModifier(config_groups=_groups(options), ignore=["lm_head"])
+    # Version 0.14.0.1 pins its cache even where there is nothing to pin it for; that changes no number.
+    with patch.object(IntermediatesCache, "pin_memory"):
+        return _oneshot(model, options, [AWQModifier(), rounding])
+
+
+def _groups(options: PeerOptions) -> dict[str, Any]:
+    weights = {"num_bits": options.bits, "type": "int", "symmetric": False, "strategy": "group"}
+    return {"group_0": {"targets": ["Linear"], "weights": weights | {"group_size": options.group_size}}}
+
+
+def _oneshot(model: Any, options: PeerOptions, recipe: list[Any]) -> Any:
+    """Run LLM Compressor's recipe and return a plain model of decoded weights (its own saves packed ones)."""
+    import torch
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+
+    windows = [{"input_ids": row, "attention_mask": row.new_ones(row.shape)} for row in options.tokens]
+    plain = type(model)(model.config)
+    data: DataLoader[Any] = DataLoader(windows, batch_size=1)  # type: ignore[arg-type]
+    quantized = oneshot(model=model, dataset=data, recipe=recipe, pipeline="sequential")
+    with torch.no_grad():
+        for layer in quantized.modules():
+            scheme = getattr(layer, "quantization_scheme", None)
+            if scheme is not None:
+                zero = layer.weight_zero_point
+                layer.weight.copy_(fake_quantize(layer.weight, layer.weight_scale, zero, scheme.weights))
+    side = (".weight_scale", ".weight_zero_point", ".weight_g_idx")
+    plain.load_state_dict({name: value for name, value in quantized.state_dict().items() if not name.endswith(side)})
+    return plain
+
+
 PEERS: Mapping[str, Peer] = {
     "auto-round": Peer("auto-round", "auto_round", auto_round, 16, 1),
     "hqq": Peer("hqq", "hqq", hqq, 32, 0),
+    "llm-compressor-gptq": Peer("llmcompressor", "llmcompressor", llm_compressor_gptq, 16, 1),
+    "llm-compressor-awq": Peer("llmcompressor", "llmcompressor", llm_compressor_awq, 16, 1),
 }
-"""By name. A scale is fp16 in both; the zero is an integer of the code's width in AutoRound, fp16 in HQQ."""
+"""By name. A scale is fp16 in all; the zero is an integer of the code's width, in HQQ fp16."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
