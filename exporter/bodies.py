@@ -11,6 +11,12 @@ costs 4 ns a byte and transposing codes 4 ns a code, while Mul, Floor and Sub ru
 * x, which is small, is permuted to match: (units, fields) to (fields, units).
 
 The padding of rows and columns to whole panels and blocks is decoded too; x is padded with zeros, y is cut.
+
+Operators that round x to 8 bits (`rankbook.plugins.integer`) have the same body behind a rounding of x, of levels that
+are not whole numbers and of first factors that are not stored as int8, in the float32 operations of the definition, so
+that every rounded number is the same. The integers are multiplied by their scales before the product and not after it:
+the same sum in another order, in float32 throughout, whose results differ by the roundings of a float32 sum alone.
+Products of integers, group by group, would have to keep N numbers for each token and group.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from functools import cache
 import onnx
 from onnx import TensorProto
 
+from rankbook.exporter import integer_body
 from rankbook.exporter.functions import FunctionWriter, dequantize_function
 from rankbook.plugins import contract, layout
 
@@ -50,7 +57,7 @@ def body(op_type: str) -> onnx.FunctionProto:
     if operator.kind == contract.GATHER:
         _gather(writer, operator.bits)
     else:
-        _matmul(writer, operator.bits, operator.kind == contract.MATMUL_LOW_RANK)
+        _matmul(writer, operator)
     return writer.function(
         contract.DOMAIN,
         operator.name,
@@ -60,24 +67,29 @@ def body(op_type: str) -> onnx.FunctionProto:
     )
 
 
-def _matmul(writer: FunctionWriter, bits: int, low_rank: bool) -> None:
-    node, ints = writer.node, writer.ints
+def _matmul(writer: FunctionWriter, operator: contract.OpContract) -> None:
+    node, ints, bits = writer.node, writer.ints, operator.bits
     in_features, out_features = writer.attribute("in_features"), writer.attribute("out_features")
-    x = _padded(writer, in_features)  # before the first dequantize, see functions.py
+    x = integer_body.rounded_input(writer, in_features) if operator.integer else "x"
+    padded = _padded(writer, x, in_features)  # before the first dequantize, see functions.py
     words = writer.dequantize("codes")  # (NP, KB, b, 32, 4)
     words = node("Transpose", words, perm=[0, 3, 2, 1, 4] if bits == 3 else [0, 3, 1, 2, 4])
     words = node("Reshape", words, ints([0, 0, 3 if bits == 3 else 1, -1]))  # (NP, 32, 1 or 3, units)
     params = node("Transpose", _params(writer), perm=[0, 3, 1, 2])  # (NP, 32, G, Q)
-    table = node("MatMul", params, node("Cast", "levels", to=TensorProto.FLOAT))
+    levels = node("Cast", "levels", to=TensorProto.FLOAT)
+    if operator.integer:
+        levels = integer_body.rounded_levels(writer, levels)
+    table = node("MatMul", params, levels)
     fields = _fields(writer, words, bits)  # (NP, 32, fields, units)
     index = node("Add", fields, _group_starts(writer, in_features, writer.size(fields, 3), writer.size(table, 2), bits))
-    weight = writer.node("CastLike", _look_up(writer, table, index), "x")
-    product = node("Gemm", _permuted(writer, x, writer.size(fields, 3), bits), weight, transB=1)
+    weight = node("CastLike", _look_up(writer, table, index), x)
+    product = node("Gemm", _permuted(writer, padded, writer.size(fields, 3), bits), weight, transB=1)
     product = node("Slice", product, ints([0]), out_features, ints([1]))
     product = node("Reshape", product, node("Concat", node("Shape", "x", start=0, end=-1), out_features, axis=0))
-    if low_rank:
-        product = node("Add", product, _branch(writer))
-    node("Add", product, node("CastLike", "bias", "x"), output="y")
+    if operator.low_rank:
+        product = node("Add", product, _branch(writer, x, rounded=operator.integer))
+    total = node("Add", product, node("CastLike", "bias", x))
+    node("CastLike", total, "x", output="y")
 
 
 def _gather(writer: FunctionWriter, bits: int) -> None:
@@ -180,11 +192,11 @@ def _look_up(writer: FunctionWriter, table: str, index: str) -> str:
     return node("GatherElements", node("Flatten", table, axis=2), node("Flatten", index, axis=2), axis=1)
 
 
-def _padded(writer: FunctionWriter, in_features: str) -> str:
+def _padded(writer: FunctionWriter, x: str, in_features: str) -> str:
     """Return x padded with zeros to whole blocks."""
     node, ints = writer.node, writer.ints
     missing = node("Sub", node("Mul", writer.size("codes", 1), ints([layout.BLOCK])), in_features)
-    return node("Pad", "x", node("Concat", ints([0]), missing, axis=0), "", ints([-1]))
+    return node("Pad", x, node("Concat", ints([0]), missing, axis=0), "", ints([-1]))
 
 
 def _permuted(writer: FunctionWriter, x: str, units: str, bits: int) -> str:
@@ -197,13 +209,15 @@ def _permuted(writer: FunctionWriter, x: str, units: str, bits: int) -> str:
     return node("Flatten", x, axis=1)
 
 
-def _branch(writer: FunctionWriter) -> str:
+def _branch(writer: FunctionWriter, x: str, *, rounded: bool) -> str:
     """Return ``(x @ down.T) @ up.T``."""
-    value = "x"
+    value = x
     for name in ("down", "up"):
         factor = writer.dequantize(name)
         factor = writer.node("Mul", factor, writer.node("Cast", f"{name}_scale", to=TensorProto.FLOAT))
-        factor = writer.node("Transpose", writer.node("CastLike", factor, "x"), perm=[1, 0])
+        if rounded and name == "down":
+            factor = integer_body.rounded_factor(writer, factor)
+        factor = writer.node("Transpose", writer.node("CastLike", factor, x), perm=[1, 0])
         value = writer.node("MatMul", value, factor)
     return value
 

@@ -1,7 +1,8 @@
 """The operators as data: names, ports, attributes. No other file spells these strings.
 
 An operator has one name per code width and arity, because the ONNX parser of TensorRT finds model-local functions by
-name only and knows no optional inputs: ``CodebookMatMul3`` multiplies by a matrix of 3-bit codes.
+name only and knows no optional inputs: ``CodebookMatMul3`` multiplies by a matrix of 3-bit codes, exactly, and
+``CodebookMatMul3A8`` rounds x to 8 bits first, with one scale per token and group (`rankbook.plugins.integer`).
 
 Letters in the shapes: N out features, K in features, NP = ceil(N / 32) panels, KB = ceil(K / 32) blocks, b bits,
 L = 2**b levels, G groups (G divides K), Q parameter planes (the last one is the offset where the attribute ``offset``
@@ -23,9 +24,14 @@ PLUGIN_NAMESPACE = "rankbook"
 PLUGIN_VERSION = "1"
 """Version string of the TensorRT plugins."""
 
+INTEGER_SUFFIX = "A8"
+"""Ends the names of operators that round x to 8 bits."""
 MATMUL, MATMUL_LOW_RANK, GATHER = "CodebookMatMul", "CodebookMatMulLowRank", "CodebookGather"
-KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER)
-"""Operator kinds; the name of an operator is its kind followed by its bits."""
+MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER = MATMUL + INTEGER_SUFFIX, MATMUL_LOW_RANK + INTEGER_SUFFIX
+KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER, MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER)
+"""Operator kinds; the name of an operator is its kind with its bits at the end, or before `INTEGER_SUFFIX`."""
+PLUGIN_KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER)
+"""Kinds that the TensorRT plugin library has creators for; of others the parser takes the function body."""
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -95,6 +101,16 @@ class OpContract:
         """The op_type."""
         return op_name(self.kind, self.bits)
 
+    @property
+    def integer(self) -> bool:
+        """Whether x is rounded to 8 bits, as `rankbook.plugins.integer` defines."""
+        return self.kind in (MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether there is an error branch."""
+        return self.kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INTEGER)
+
     def input_names(self) -> tuple[str, ...]:
         """Formal names of the inputs, in order."""
         return tuple(port.name for port in self.inputs)
@@ -112,7 +128,12 @@ def op_name(kind: str, bits: int) -> str:
     """
     if kind not in KINDS or bits not in layout.BITS:
         raise ValueError(f"there is no operator {kind!r} for {bits} bits; kinds are {KINDS}, bits are {layout.BITS}")
-    return f"{kind}{bits}"
+    return f"{kind.removesuffix(INTEGER_SUFFIX)}{bits}{INTEGER_SUFFIX * kind.endswith(INTEGER_SUFFIX)}"
+
+
+def matmul_kind(*, low_rank: bool, integer: bool) -> str:
+    """Return the kind of a product with or without an error branch, with or without rounding x to 8 bits."""
+    return (MATMUL_LOW_RANK if low_rank else MATMUL) + INTEGER_SUFFIX * integer
 
 
 _WEIGHT = (
@@ -154,7 +175,7 @@ _ATTRIBUTES = (
 def _contract(kind: str, bits: int) -> OpContract:
     if kind == GATHER:
         return OpContract(kind, bits, (_INDICES, *_WEIGHT), (_ROWS,), _ATTRIBUTES)
-    branch = _BRANCH if kind == MATMUL_LOW_RANK else ()
+    branch = _BRANCH if kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INTEGER) else ()
     return OpContract(kind, bits, (_X, *_WEIGHT, _BIAS, *branch), (_Y,), _ATTRIBUTES)
 
 
@@ -162,6 +183,11 @@ OPERATORS: dict[str, OpContract] = {
     op_name(kind, bits): _contract(kind, bits) for kind in KINDS for bits in layout.BITS
 }
 """Every operator by its op_type."""
+
+
+def plugin_names() -> tuple[str, ...]:
+    """Return the op_types that the TensorRT plugin library has creators for."""
+    return tuple(name for name, operator in OPERATORS.items() if operator.kind in PLUGIN_KINDS)
 
 
 def known_sizes(bits: int, out_features: int, in_features: int) -> dict[str, int]:

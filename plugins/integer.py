@@ -1,6 +1,7 @@
-"""Numpy ground truth of the int8 mode of the native library: integer products, then fp32 in an order that is fixed.
+"""Numpy ground truth of products with activations of 8 bits: integer products, then fp32 in an order that is fixed.
 
-A setting of the run time, not of the file: the same operators, with activations rounded to 8 bits inside. Results of
+The definition of the operators ``CodebookMatMul<bits>A8`` and ``CodebookMatMulLowRank<bits>A8``, and of the native
+library's session entry ``rankbook.activations`` = ``int8``, which computes the other products the same way. Results of
 the library equal these functions bit for bit on every instruction set; the order of the fp32 operations below is part
 of the definition. ``fused(a, b, c)`` is a * b + c rounded once, everything else is rounded after each operation.
 
@@ -44,7 +45,8 @@ LARGEST_LEVEL = 255
 """Largest magnitude, and largest range, of whole-numbered levels that are used as they are."""
 LARGEST_GROUP = 65536
 """Inputs of a group beyond which an int32 sum could overflow: 255 * 127 * 65536 < 2**31."""
-_SMALLEST = np.float32(2.0**-100)
+SMALLEST = 2.0**-100
+"""Rows of which no number reaches this are rounded to zeros."""
 
 
 def fused(a: Array, b: Array, c: Array) -> FloatArray:
@@ -75,10 +77,10 @@ def quantize(rows: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
     """
     largest = np.abs(rows).max(axis=-1, keepdims=True).astype(np.float32)
     with np.errstate(all="ignore"):
-        usable = (largest >= _SMALLEST) & np.isfinite(largest)
+        usable = (largest >= np.float32(SMALLEST)) & np.isfinite(largest)
         inverse = np.where(usable, np.float32(TOP) / largest, np.float32(0))
         scaled = np.where(usable, rows * inverse, np.float32(0))
-        scale = np.where(usable, largest / np.float32(TOP), np.where(largest < _SMALLEST, 0, np.nan))
+        scale = np.where(usable, largest / np.float32(TOP), np.where(largest < np.float32(SMALLEST), 0, np.nan))
     return np.rint(scaled).astype(np.int8), scale[..., 0].astype(np.float32)
 
 

@@ -1,4 +1,7 @@
-"""Numpy ground truth of each operator: weights are decoded in float32, as by every runtime; products are in float64."""
+"""Numpy ground truth of each operator: weights are decoded in float32, as by every runtime; products are in float64.
+
+Operators that round x to 8 bits are defined in `rankbook.plugins.integer`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rankbook.plugins import contract, layout
+from rankbook.plugins import contract, integer, layout
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -52,6 +55,8 @@ FUNCTIONS: dict[str, Callable[[Mapping[str, Array], Mapping[str, int | str]], Ar
     contract.MATMUL: codebook_matmul,
     contract.MATMUL_LOW_RANK: codebook_matmul,
     contract.GATHER: codebook_gather,
+    contract.MATMUL_INTEGER: integer.codebook_matmul,
+    contract.MATMUL_LOW_RANK_INTEGER: integer.codebook_matmul,
 }
 """Ground truth by operator kind."""
 

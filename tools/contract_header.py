@@ -26,7 +26,12 @@ def header_text() -> str:
     lines += [f'inline constexpr const char* k{_camel(name)} = "{name}";' for name in names]
     for kind in contract.KINDS:
         operator = contract.OPERATORS[contract.op_name(kind, layout.BITS[0])]
-        lines += ["", f"struct {kind} {{", f'  static constexpr const char* kName = "{kind}";']
+        name, suffix = operator.name.split(str(operator.bits), 1)
+        lines += ["", f"struct {kind} {{  // {name}<bits>{suffix}"]
+        lines += [
+            f'  static constexpr const char* kName = "{name}";',
+            f'  static constexpr const char* kSuffix = "{suffix}";',
+        ]
         lines.append(
             f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in operator.input_names())}, kInputCount }};"
         )

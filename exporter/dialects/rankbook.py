@@ -7,14 +7,15 @@ import onnx_ir as ir
 from rankbook.exporter import emit
 from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
 from rankbook.plugins import contract
+from rankbook.plugins.integer import LARGEST_GROUP
 
 
 def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
     """Return the node of the operator; layers that share tensors share the initializers."""
     layer = writer.layer
     kind = contract.GATHER
-    if not layer.embedding:
-        kind = contract.MATMUL_LOW_RANK if layer.meta.rank else contract.MATMUL  # also where tied to an embedding
+    if not layer.embedding:  # also where tied to one
+        kind = contract.matmul_kind(low_rank=bool(layer.meta.rank), integer=layer.integer_input)
     op = emit.operator(layer.meta, kind)
     tensors = emit.initializers(layer.meta, op, layer.read, layer.owner)
     constants = [writer.constant(tensors[name]) for name in op.constants()]
@@ -23,8 +24,12 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
 
 
 def refuse(layer: PackedLayer) -> str:
-    """Every checkpoint can be written so."""
-    del layer
+    """Return why a layer cannot be written so: every checkpoint can be, unless x is to be rounded."""
+    if layer.integer_input and layer.meta.group > LARGEST_GROUP:
+        return (
+            f"its groups of {layer.meta.group} inputs are too long for int8 activations, of which {LARGEST_GROUP} can"
+            " be summed up; export with --activations float, or quantize with a smaller --group-size"
+        )
     return ""
 
 

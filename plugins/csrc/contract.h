@@ -12,22 +12,39 @@ inline constexpr const char* kInFeatures = "in_features";
 inline constexpr const char* kOutFeatures = "out_features";
 inline constexpr const char* kOffset = "offset";
 
-struct CodebookMatMul {
+struct CodebookMatMul {  // CodebookMatMul<bits>
   static constexpr const char* kName = "CodebookMatMul";
+  static constexpr const char* kSuffix = "";
   enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kInputCount };
   static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias"};
 };
 
-struct CodebookMatMulLowRank {
+struct CodebookMatMulLowRank {  // CodebookMatMulLowRank<bits>
   static constexpr const char* kName = "CodebookMatMulLowRank";
+  static constexpr const char* kSuffix = "";
   enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kDown, kDownScale, kUp, kUpScale, kInputCount };
   static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
 };
 
-struct CodebookGather {
+struct CodebookGather {  // CodebookGather<bits>
   static constexpr const char* kName = "CodebookGather";
+  static constexpr const char* kSuffix = "";
   enum Input { kIndices, kCodes, kLevels, kParams, kStep, kBase, kInputCount };
   static constexpr const char* kInputs[] = {"indices", "codes", "levels", "params", "step", "base"};
+};
+
+struct CodebookMatMulA8 {  // CodebookMatMul<bits>A8
+  static constexpr const char* kName = "CodebookMatMul";
+  static constexpr const char* kSuffix = "A8";
+  enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kInputCount };
+  static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias"};
+};
+
+struct CodebookMatMulLowRankA8 {  // CodebookMatMulLowRank<bits>A8
+  static constexpr const char* kName = "CodebookMatMulLowRank";
+  static constexpr const char* kSuffix = "A8";
+  enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kDown, kDownScale, kUp, kUpScale, kInputCount };
+  static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
 };
 
 }  // namespace rankbook::contract

@@ -13,6 +13,7 @@ from tests.exporter.rtx import build, needs_rtx
 from tests.op_cases import CASES, activations, case_record, expected, feeds, op_model, relative_error
 
 KINDS = [(case, kind) for case in CASES for kind in ("", contract.GATHER) if not (kind and "rank" in CASES[case])]
+KINDS += [(case, contract.matmul_kind(low_rank="rank" in CASES[case], integer=True)) for case in CASES]
 
 
 @pytest.mark.parametrize(("case", "kind"), KINDS)
@@ -23,7 +24,8 @@ def test_stock_onnxruntime_equals_the_reference(case, kind):
     session = onnxruntime.InferenceSession(model.SerializeToString())
     x = activations(record, kind)
     (got,) = session.run(None, feeds(record, x, kind))
-    # float32 sums of at most 128 products against float64 ones: a few units of 2^-24 each.
+    # float32 sums of at most 128 products against float64 ones: a few units of 2^-24 each. Where x is rounded to 8
+    # bits both round to the same integers; a single one that differed would show at 1/127 of a product, 1e-4 or more.
     assert relative_error(got, expected(record, x, kind)) < 2e-6
     assert got.shape == expected(record, x, kind).shape
 
@@ -46,13 +48,39 @@ def test_half_precision_activations_round_only_the_weight_and_the_product():
     assert relative_error(got, expected(record, x.astype(np.float32))) < 3e-3
 
 
+@pytest.mark.parametrize("kind", [contract.MATMUL_INTEGER, contract.MATMUL_LOW_RANK_INTEGER])
+def test_a_body_that_rounds_has_the_extremes_of_the_definition(kind):
+    """Halves go to even, zeros and tiny groups vanish, a NaN or an infinity spoils its row and no other."""
+    record = random_record(rank=5 if "LowRank" in kind else 0)  # groups of 16
+    x = np.repeat(activations(record)[:1], 2, axis=1).reshape(6, -1)
+    x[0, :32] = [127, *(np.arange(-15, 16) / 2)]  # one step is 1: every second number is a tie
+    x[1, 16:32], x[1, :16] = 0, 1e-38
+    x[3, 5], x[5, 40] = np.inf, np.nan
+    want = expected(record, x[None], kind)
+    (got,) = onnxruntime.InferenceSession(op_model(record, kind).SerializeToString()).run(None, {"x": x[None]})
+    np.testing.assert_array_equal(np.isnan(want[0]).all(axis=1), [False, False, False, True, False, True])
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert relative_error(got[~np.isnan(got)], want[~np.isnan(want)]) < 2e-6
+
+
+def test_half_precision_with_rounding_is_float32_inside():
+    record = random_record(bits=4, in_features=64, group=32, rank=3)
+    model = op_model(record, contract.MATMUL_LOW_RANK_INTEGER, "float16")
+    x = activations(record).astype(np.float16)
+    (got,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    assert got.dtype == np.float16
+    # Both round a float32 result to 11 bits, at worst to either side of a tie.
+    assert relative_error(got, expected(record, x, contract.MATMUL_LOW_RANK_INTEGER)) <= 2**-10
+
+
+@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INTEGER])
 @pytest.mark.parametrize("bits", layout.BITS)
-def test_weights_stay_packed_in_the_optimized_graph(bits, tmp_path):
+def test_weights_stay_packed_in_the_optimized_graph(bits, kind, tmp_path):
     record = random_record(256, 512, bits=bits, group=256, planes=1)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    model = op_model(record)
+    model = op_model(record, kind)
     onnxruntime.InferenceSession(model.SerializeToString(), options)
     weights = sum(tensor.ByteSize() for tensor in onnx.load(tmp_path / "optimized.onnx").graph.initializer)
     # Codes, tables of levels and indices of groups; one float32 copy of the weight alone would be 512 kB.
@@ -63,10 +91,11 @@ def test_weights_stay_packed_in_the_optimized_graph(bits, tmp_path):
 @pytest.mark.trt
 @pytest.mark.parametrize("kind", contract.KINDS)
 def test_tensorrt_rtx_builds_the_body_and_keeps_weights_packed(kind, tmp_path):
-    rank = 4 if kind == contract.MATMUL_LOW_RANK else 0
+    rank = 4 if contract.OPERATORS[contract.op_name(kind, 4)].low_rank else 0
     for bits in layout.BITS:
         record = random_record(512, 512, bits=bits, group=128, planes=1, rank=rank)
-        for dtype in ("float32",) if kind == contract.GATHER else contract.FLOATS:
+        exact = kind in (contract.MATMUL, contract.MATMUL_LOW_RANK)
+        for dtype in contract.FLOATS if exact else ("float32",) if kind == contract.GATHER else ("float16",):
             path = tmp_path / f"{kind}{bits}{dtype}.onnx"
             onnx.save(op_model(record, kind, dtype), path)
             sizes = [] if kind == contract.GATHER else [512]
@@ -81,9 +110,9 @@ def test_tensorrt_rtx_builds_the_body_and_keeps_weights_packed(kind, tmp_path):
 @pytest.mark.trt
 def test_tensorrt_rtx_expands_a_body_more_than_once(tmp_path):
     # Its parser gives DequantizeLinear layers the bare names of their nodes, see rankbook.exporter.functions.
-    for kind in (contract.MATMUL, contract.MATMUL_LOW_RANK):
-        record = random_record(64, 64, rank=2 if kind == contract.MATMUL_LOW_RANK else 0)
-        model = op_model(record)
+    for kind in sorted(set(contract.KINDS) - {contract.GATHER}):
+        record = random_record(64, 64, rank=2 if "LowRank" in kind else 0)
+        model = op_model(record, kind)
         second = onnx.NodeProto()
         second.CopyFrom(model.graph.node[0])
         model.graph.node[0].output[0] = second.input[0] = "between"

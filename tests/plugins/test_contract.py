@@ -8,7 +8,7 @@ from rankbook.plugins import contract, layout, reference
 
 
 def test_every_kind_has_every_width_and_a_reference():
-    assert set(contract.OPERATORS) == {f"{kind}{bits}" for kind in contract.KINDS for bits in layout.BITS}
+    assert len(contract.OPERATORS) == len(contract.KINDS) * len(layout.BITS)
     assert set(reference.FUNCTIONS) == set(contract.KINDS)
 
 
@@ -17,6 +17,17 @@ def test_names_of_operators_are_unique_and_ports_are_too():
         names = [port.name for port in (*op.inputs, *op.outputs)]
         assert len(names) == len(set(names))
         assert op.name == contract.op_name(op.kind, op.bits)
+        assert op.low_rank == ("down" in names)
+
+
+def test_products_that_round_x_have_the_ports_of_those_that_do_not():
+    """Names end in A8 behind the bits, so that one file reads as 4-bit codes and 8-bit activations."""
+    assert contract.op_name(contract.MATMUL_LOW_RANK_INTEGER, 8) == "CodebookMatMulLowRank8A8"
+    for low_rank in (False, True):
+        kinds = [contract.matmul_kind(low_rank=low_rank, integer=integer) for integer in (False, True)]
+        exact, rounded = (contract.OPERATORS[contract.op_name(kind, 4)] for kind in kinds)
+        assert (exact.inputs, exact.attributes) == (rounded.inputs, rounded.attributes)
+        assert (exact.integer, rounded.integer) == (False, True)
 
 
 def test_an_unknown_operator_is_refused_with_the_known_ones():
