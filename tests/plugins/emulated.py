@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -176,6 +176,14 @@ def _digest(*files: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
+class Memory(Protocol):
+    """What holds the buffers of a launch."""
+
+    def add(self, values: Array, *, writable: bool = False) -> int:
+        """Copy an array and return its address."""
+        ...
+
+
 class Arena:
     """Buffers that kernels may touch, everything around them forbidden (on a GPU: up to the driver's granularity)."""
 
@@ -223,7 +231,7 @@ class Arena:
         (lib or library()).rb_buffers(begins, sizes, writable, count)
 
 
-def packed_weight(arena: Arena, tensors: Mapping[str, Array], attributes: Mapping[str, Any]) -> PackedWeight:
+def packed_weight(arena: Memory, tensors: Mapping[str, Array], attributes: Mapping[str, Any]) -> PackedWeight:
     """Fill the argument structure from the constants of an operator."""
     params, step = tensors["params"], tensors["step"]
     full = params if params.size > 1 or step.shape[-1] != 32 else step
@@ -264,8 +272,8 @@ def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array
     if bytes_needed := library().rb_workspace(c.byref(arguments)):
         arguments.workspace = arena.add(np.full(bytes_needed, 0xFF, np.uint8), writable=True)
     if rank:
-        arguments.down = _factor(arena, tensors, "down", 1)
-        arguments.up = _factor(arena, tensors, "up", 0)
+        arguments.down = factor(arena, tensors, "down", 1)
+        arguments.up = factor(arena, tensors, "up", 0)
     _call("rb_matmul", arena, c.byref(arguments))
     return arena.array(y).copy()
 
@@ -296,7 +304,7 @@ def broken(what: int) -> None:
     _call("rb_broken", arena, what, c.c_void_p(y))
 
 
-def _factor(arena: Arena, tensors: Mapping[str, Array], name: str, axis: int) -> Factor:
+def factor(arena: Memory, tensors: Mapping[str, Array], name: str, axis: int) -> Factor:
     codes, scale = tensors[name], tensors[f"{name}_scale"]
     return Factor(
         codes=arena.add(codes),

@@ -1,0 +1,21 @@
+// The kernels that test_ptx.py compiles to PTX for the architectures whose PTX the library does not carry.
+#include "kernels/cuda/dispatch.cuh"
+
+namespace rankbook::cuda {
+
+#define RB_KERNELS(bits, T)                                                \
+  template __global__ void decode_mma<bits, 1, 1, T>(MatmulKernel);        \
+  template __global__ void decode_mma<bits, 2, 1, T>(MatmulKernel);
+
+RB_KERNELS(2, Half)
+RB_KERNELS(3, BFloat)
+RB_KERNELS(4, Half)
+template __global__ void decode_mma<8, 1, 2, Half>(MatmulKernel);
+template __global__ void decode_float<3, 2, 4>(MatmulKernel);
+template __global__ void branch_down<Half>(MatmulKernel);
+template __global__ void branch_down<BFloat>(MatmulKernel);
+template __global__ void decode_dense<4, 2, Half>(DenseKernel);
+template __global__ void gemm_mma<Half>(MatmulKernel);
+template __global__ void gather_rows<4, 2>(Gather);
+
+}  // namespace rankbook::cuda

@@ -1,0 +1,143 @@
+"""Launches kernels of a PTX module as launch.cu does: arguments, grids and shared memory are stated here once more."""
+
+from __future__ import annotations
+
+import ctypes as c
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tests.plugins import emulated
+from tests.plugins.ptx import machine, parser, semantics
+from tests.plugins.ptx.memory import Array, Device
+
+KINDS = {"float32": "5Float", "float16": "4Half", "bfloat16": "6BFloat"}
+"""The mangled names of the types of activations."""
+WARPS, PANEL = 8, 32
+
+
+class MatmulKernel(c.Structure):
+    _fields_ = [
+        ("m", emulated.Matmul),
+        ("u", c.c_void_p),
+        ("dense", c.c_void_p),
+        ("shares", c.c_void_p),
+        ("arrivals", c.c_void_p),
+    ]
+
+
+class DenseKernel(c.Structure):
+    _fields_ = [("w", emulated.PackedWeight), ("y", c.c_void_p)]
+
+
+class Module:
+    """A PTX module; kernels are parsed when they are first launched.
+
+    Args:
+        text: The PTX.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._kernels: dict[str, tuple[parser.Kernel, list[machine.Step | None]]] = {}
+
+    def launch(self, pattern: str, device: Device, arguments: bytes, grid: tuple[int, int], shared: int = 0) -> None:
+        """Run the kernel whose mangled name contains a pattern."""
+        if pattern not in self._kernels:
+            kernel = parser.parse(self.text, pattern)
+            self._kernels[pattern] = kernel, semantics.compile_kernel(kernel)
+        machine.run(*self._kernels[pattern], device, arguments, grid=grid, shared=shared)
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _stored_planes(weight: emulated.PackedWeight) -> int:
+    planes = weight.params_planes - weight.has_offset
+    return 4 if planes == 3 else planes
+
+
+def _table_bytes(weight: emulated.PackedWeight) -> int:
+    return 4 * _stored_planes(weight) << weight.bits
+
+
+def matmul(
+    module: Module, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, blocks: int = 1
+) -> Array:
+    """Run the product on x (M, K), as `emulated.matmul`.
+
+    Args:
+        module: Where the kernels are.
+        tensors: Constants of the operator.
+        attributes: Its attributes.
+        x: (M, K) float32, or 16-bit floats as uint16 bits.
+        dtype: Type of x.
+        blocks: Blocks that share a panel (M up to 16).
+    """
+    device, tokens = Device(), len(x)
+    weight = emulated.packed_weight(device, tensors, attributes)
+    rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
+    y = device.add(np.full((tokens, weight.rows), -1).astype(x.dtype), writable=True)
+    m = emulated.Matmul(weight, device.add(tensors["bias"]), tensors["bias"].size > 1, rank)
+    m.x, m.y, m.type, m.tokens = device.add(x), y, emulated.TYPES[dtype], tokens
+    kernel = MatmulKernel(m)
+    if rank:
+        kernel.m.down = emulated.factor(device, tensors, "down", 1)
+        kernel.m.up = emulated.factor(device, tensors, "up", 0)
+        kernel.u = device.add(np.full((tokens, rank), np.nan, np.float32), writable=True)
+        grid = (ceil_div(rank, WARPS), ceil_div(tokens, 8))
+        module.launch(f"branch_down.*{KINDS[dtype]}E", device, bytes(kernel), grid)
+    if tokens <= 16:
+        _decode(module, device, kernel, dtype, blocks)
+    else:
+        _product(module, device, kernel, dtype, x.dtype)
+    return device.array(y)
+
+
+def _decode(module: Module, device: Device, kernel: MatmulKernel, dtype: str, blocks: int) -> None:
+    weight, tokens = kernel.m.weight, kernel.m.tokens
+    panels, planes = ceil_div(weight.rows, PANEL), _stored_planes(weight)
+    if dtype == "float32":
+        tile = next(t for t in (1, 4, 16) if t >= tokens)
+        pattern, table = rf"decode_floatILi{weight.bits}ELi{planes}ELi{tile}E", _table_bytes(weight)
+    else:
+        tile = 8 * ceil_div(tokens, 8)
+        pattern = rf"decode_mmaILi{weight.bits}ELi{planes}ELi{tile // 8}E.*{KINDS[dtype]}E"
+        table = 256 * 128 if weight.bits in (4, 8) else 0
+    if blocks > 1:
+        kernel.shares = device.add(np.full((blocks, panels, tile, PANEL), np.nan, np.float32), writable=True)
+        kernel.arrivals = device.add(np.zeros(panels, np.uint32), writable=True)
+    module.launch(pattern, device, bytes(kernel), (panels, blocks), max(table, 4 * WARPS * tile * PANEL))
+
+
+def _product(module: Module, device: Device, kernel: MatmulKernel, dtype: str, stored: Any) -> None:
+    weight, tokens = kernel.m.weight, kernel.m.tokens
+    filler = np.full((weight.rows, weight.columns), -1).astype(stored)
+    kernel.dense = device.add(filler, writable=True)
+    launch_dense(module, device, weight, kernel.dense, dtype)
+    if dtype == "float32":
+        grid, shared = (ceil_div(weight.rows, 64), ceil_div(tokens, 64)), 2 * 16 * 68 * 4
+        module.launch(f"gemm_float.*{KINDS[dtype]}E", device, bytes(kernel), grid, shared)
+    else:
+        grid, shared = (ceil_div(weight.rows, 64), ceil_div(tokens, 128)), 2 * (128 + 64) * 40 * 2
+        module.launch(f"gemm_mma.*{KINDS[dtype]}E", device, bytes(kernel), grid, shared)
+
+
+def launch_dense(module: Module, device: Device, weight: emulated.PackedWeight, y: int, dtype: str) -> None:
+    steps = ceil_div(weight.columns, 4 * (32 if weight.bits == 3 else 32 // weight.bits))
+    grid = (ceil_div(weight.rows, PANEL), min(64, ceil_div(steps, 4 * WARPS)))
+    pattern = rf"decode_denseILi{weight.bits}ELi{_stored_planes(weight)}E.*{KINDS[dtype]}E"
+    module.launch(pattern, device, bytes(DenseKernel(weight, y)), grid, _table_bytes(weight))
+
+
+def gather(module: Module, tensors: Mapping[str, Array], attributes: Mapping[str, Any], indices: Array) -> Array:
+    """Look up rows (..., K) float32, as `emulated.gather`."""
+    device = Device()
+    weight = emulated.packed_weight(device, tensors, attributes)
+    y = device.add(np.zeros((*indices.shape, weight.columns), np.float32), writable=True)
+    arguments = emulated.Gather(weight, device.add(indices.astype(np.int64)), y, indices.size)
+    pattern = rf"gather_rowsILi{weight.bits}ELi{_stored_planes(weight)}E"
+    module.launch(pattern, device, bytes(arguments), (indices.size, 1), _table_bytes(weight))
+    return device.array(y)
