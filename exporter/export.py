@@ -37,6 +37,9 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Dtypes of activations and of weights that are not quantized."""
 
+ACTIVATIONS = ("float", "int8")
+"""What products of packed layers compute with; ``float`` is what the checkpoint says: exact, or its static ranges."""
+
 Progress = Callable[[str, int, int], None]
 """Called with a stage, steps done and steps in all."""
 
@@ -49,6 +52,8 @@ class ExportOptions:
         dtype: One of `DTYPES`.
         logits: One of `rankbook.exporter.trace.LOGITS`.
         dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
+        activations: One of `ACTIVATIONS`: what products of packed layers compute with. ``int8`` rounds their input
+            inside the operator, with one scale per token and group.
         kv: Type of the cache, one of `rankbook.exporter.passes.kv_cache.CACHES`.
         inputs: One of `rankbook.exporter.trace.INPUTS`: token numbers, or embedded tokens (batch, sequence, hidden), as
             a model with a vision tower needs them.
@@ -61,12 +66,14 @@ class ExportOptions:
     dtype: str = "fp32"
     logits: str = "last"
     dialect: str = NATIVE
+    activations: str = "float"
     kv: str = "float"
     inputs: str = "ids"
     weights_only: bool = False
 
     def __post_init__(self) -> None:
-        allowed = {"dtype": DTYPES, "logits": LOGITS, "dialect": dialects.names(), "kv": CACHES, "inputs": INPUTS}
+        allowed = {"dtype": DTYPES, "logits": LOGITS, "dialect": dialects.names(), "activations": ACTIVATIONS}
+        allowed |= {"kv": CACHES, "inputs": INPUTS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
@@ -145,7 +152,7 @@ def export(
     options = options or ExportOptions()
     output = Path(output_dir).absolute()
     check_replaceable(output, MODEL)
-    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir)), weights_only=options.weights_only)
+    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir)), options)
     report = progress or _silent
     report("trace", 0, 1)
     model = build_model(checkpoint, options)
@@ -181,13 +188,14 @@ def export(
 def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     """Return the model of a checkpoint; its large tensors are lazy."""
     dialect, dtype = dialects.dialect(options.dialect), DTYPES[options.dtype]
-    check_layers(dialect, (packed_layer(checkpoint, name, dtype) for name in checkpoint.layers))
-    kind = checkpoint.runtime.get("activations", {}).get("kind", "none")
+    rounds = options.activations == "int8"
+    check_layers(dialect, (packed_layer(checkpoint, name, dtype, rounds=rounds) for name in checkpoint.layers))
+    kind = "int8" if rounds else checkpoint.runtime.get("activations", {}).get("kind", "none")
     skeleton = build(checkpoint, dtype)
     model = trace(skeleton, options.logits, options.inputs)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
-        BindWeights(checkpoint, skeleton, dialect),
+        BindWeights(checkpoint, skeleton, dialect, rounds=rounds),
         *([QuantizeCache()] if options.kv == "int8" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
         UnifyNormTypes(),
@@ -204,7 +212,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     return model
 
 
-def _with_settings(checkpoint: Checkpoint, *, weights_only: bool) -> Checkpoint:
+def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:
     """Return the checkpoint with those of its settings that a file can have.
 
     Raises:
@@ -212,13 +220,19 @@ def _with_settings(checkpoint: Checkpoint, *, weights_only: bool) -> Checkpoint:
     """
     config = ActivationConfig.from_json(checkpoint.runtime.get("activations"))
     quantization = dict(checkpoint.config.get("quantization_config", {}))
-    if weights_only:
+    if options.weights_only:
         quantization.pop("activations", None)
         return replace(checkpoint, config={**checkpoint.config, "quantization_config": quantization})
     if config.kind != "none" and not config.static:
         raise ValueError(
             f"the checkpoint's activations {config.kind!r} are rounded with the range of each token, which exists in"
-            " PyTorch only; give --weights-only to export the weights alone, or quantize with --activations static8"
+            " PyTorch only; give --weights-only to export the weights alone (with --activations int8 the operators"
+            " round), or quantize with --activations static8"
+        )
+    if config.static and options.activations == "int8":
+        raise ValueError(
+            f"the checkpoint's activations {config.kind!r} round the inputs of packed layers already; give"
+            " --weights-only to leave that out, or --activations float to keep it"
         )
     if checkpoint.runtime.get("kv_bits"):
         raise ValueError(

@@ -33,6 +33,7 @@ class Layer:
         error_rank: Rank of the error branch, 0 without one.
         stored_bits: Stored bits per weight, side data included.
         error: Relative output error on the calibration data, or None where it is not known.
+        operator: Operator of ours that computes it in an exported file; one that ends in A8 rounds its input.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Layer:
     error_rank: int = 0
     stored_bits: float | None = None
     error: float | None = None
+    operator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Lay
         error_rank=rank,
         stored_bits=8 * stored / (rows * columns),
         error=_error(noted),
+        operator=node.op_type,
     )
 
 

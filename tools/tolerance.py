@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankbook.tools.backends.torch import TorchModel
@@ -25,5 +25,22 @@ def match_settings(file: OnnxFile, torch_model: TorchModel) -> None:
     """Take from the torch model the settings of activations and cache that the file was exported without."""
     from rankbook.calibration.runtime import override
 
-    if file.metadata.get("rankbook.activations", "none") == "none":
+    kind = file.metadata.get("rankbook.activations", "none")
+    if kind in ("none", "int8"):
         override(torch_model.model, kind="none", kv_bits=0)
+    if kind == "int8":
+        _round_groups(torch_model.model)
+
+
+def _round_groups(model: Any) -> None:
+    """Round the inputs of packed layers as the operators of a file with ``--activations int8`` do."""
+    from rankbook.calibration.fake_quant import per_token
+    from rankbook.calibration.linear import CodebookLinear
+
+    def hook(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        groups = inputs[0].unflatten(-1, (-1, module.meta.group))
+        return (per_token(groups, 8, symmetric=True).flatten(-2), *inputs[1:])
+
+    for module in model.modules():
+        if isinstance(module, CodebookLinear):
+            module.register_forward_pre_hook(hook)

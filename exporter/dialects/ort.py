@@ -91,7 +91,8 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
         "N": rows,
         "bits": meta.bits,
         "block_size": size,
-        "accuracy_level": 1,  # x stays what it is: a lower level may quantize it
+        # 1: x stays what it is. 4: ONNX Runtime rounds it to 8 bits, with one scale per token and block.
+        "accuracy_level": 4 if layer.integer_input else 1,
     }
     product = writer.op("MatMulNBits", inputs, attributes, domain=DOMAIN)
     product.type = x.type  # ONNX itself does not know the operator, so nothing infers these

@@ -25,8 +25,9 @@ class BindWeights(ir.passes.InPlacePass):
     All large tensors are lazy: they are read when the file is written.
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, dialect: Dialect) -> None:
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, dialect: Dialect, *, rounds: bool = False) -> None:
         super().__init__()
+        self._rounds = rounds
         self._checkpoint = checkpoint
         self._skeleton = skeleton
         self._dialect = dialect
@@ -53,7 +54,7 @@ class BindWeights(ir.passes.InPlacePass):
         layer, x = node.attributes[LAYER].as_string(), node.inputs[0]
         if x is None:
             raise ValueError(f"the placeholder of {layer} has no input")
-        writer = NodeWriter(graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype))
+        writer = NodeWriter(graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype, rounds=self._rounds))
         self._replace(graph, node, self._dialect.lower(writer, writer.quantized_input(x)))
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -97,8 +98,8 @@ class BindWeights(ir.passes.InPlacePass):
         return ir.LazyTensor(load, from_torch_dtype(dtype), ir.Shape(self._checkpoint.tensor(owner).shape), name=owner)
 
 
-def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> PackedLayer:
-    """Return a packed layer of a checkpoint as dialects see it."""
+def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, rounds: bool = False) -> PackedLayer:
+    """Return a packed layer of a checkpoint as dialects see it; ``rounds`` is for products, not for embeddings."""
     owner = checkpoint.layers[name].shared_with or name
     embedding = checkpoint.layers[name].kind == "embedding"
     meta = checkpoint.layers[owner]
@@ -112,6 +113,7 @@ def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Packe
         dtype,
         config.ranges.get(name),
         config.symmetric,
+        rounds and not embedding,
     )
 
 

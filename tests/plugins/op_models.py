@@ -39,9 +39,10 @@ class OpCase:
     @property
     def op_type(self) -> str:
         """Name of the operator."""
-        if self.kind == contract.MATMUL and self.rank:
-            return contract.op_name(contract.MATMUL_LOW_RANK, self.bits)
-        return contract.op_name(self.kind, self.bits)
+        kind = self.kind
+        if kind != contract.GATHER:
+            kind = contract.matmul_kind(low_rank=bool(self.rank), integer=kind == contract.MATMUL_INTEGER)
+        return contract.op_name(kind, self.bits)
 
 
 @dataclass

@@ -151,7 +151,10 @@ def _library() -> Finding:
     from rankbook.plugins import library
 
     reason = library.unavailable("ort")
-    detail = reason or f"{library.library('ort')} ({library.native_info('ort')['isa']})"
+    detail = reason or ""
+    if not reason:
+        info = library.native_info("ort")
+        detail = f"{library.library('ort')} (fp32: {info['isa']}, int8 activations: {info['isa_int8']})"
     return Finding("native ONNX Runtime operators", "library", reason is None, detail, "faster generate and eval")
 
 

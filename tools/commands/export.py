@@ -33,6 +33,12 @@ def add_flags(flags: Flags) -> None:
         " fuses: symmetric 4 or 8 bits), ort (MatMulNBits of ONNX Runtime: affine 2 or 4 bits, symmetric 8)",
     )
     flags.add(
+        "--activations",
+        choices=("float", "int8"),
+        default="float",
+        text="int8: operators of packed layers round their input to 8 bits, with one scale per token and group",
+    )
+    flags.add(
         "--inputs",
         choices=("ids", "embeds"),
         default="ids",
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ("dtype", "logits", "dialect", "kv", "inputs", "weights_only")
+    names = ("dtype", "logits", "dialect", "activations", "kv", "inputs", "weights_only")
     chosen = ExportOptions(**{name: getattr(options, name) for name in names})
     # The resolved configuration tells `parity` where the checkpoint is, from any folder.
     options.checkpoint = options.checkpoint.resolve()

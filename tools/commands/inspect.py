@@ -27,7 +27,18 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def _table(found: Inspection) -> Table:
-    columns = ("layer", "method", "bits", "N x K", "group", "rank", "error rank", "stored bits/weight", "error")
+    columns = (
+        "layer",
+        "method",
+        "bits",
+        "N x K",
+        "group",
+        "rank",
+        "error rank",
+        "stored bits/weight",
+        "error",
+        "operator",
+    )
     rows = [
         (
             layer.name,
@@ -39,6 +50,7 @@ def _table(found: Inspection) -> Table:
             layer.error_rank or None,
             layer.stored_bits,
             layer.error,
+            layer.operator,
         )
         for layer in found.layers
     ]

@@ -27,7 +27,7 @@ IntegerWeightStore::IntegerWeightStore(const Constants& constants, const WeightS
   const int64_t group = weight.in_features / weight.groups;
   if (group > kLargestGroup) {
     constants.fail("groups of " + std::to_string(group) + " inputs are too long for int8 activations; the longest is " +
-                   std::to_string(kLargestGroup) + ": use rankbook.activations = fp32");
+                   std::to_string(kLargestGroup) + ": export with --activations float, use rankbook.activations = fp32");
   }
   const int width = 1 << weight.bits;
   std::vector<int32_t> levels(static_cast<size_t>(weight.planes * width));

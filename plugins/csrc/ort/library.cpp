@@ -55,10 +55,10 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   if (OrtStatus* status = read_entry(options, api, kMemory, "huge", "mapped", mapped)) return status;
   try {
     // Never destroyed: sessions may outlive static destruction.
-    const auto make = [&](bool with_integers, bool copy) {
+    const auto make = [&](bool rounds, bool copy) {
       auto* made = new Ort::CustomOpDomain(rankbook::contract::kDomain);
-      const auto* integers = with_integers ? &rankbook::select_integer_kernels(limit) : nullptr;
-      rankbook::ort::add_operators(*made, {rankbook::select_kernels(limit), integers, copy});
+      rankbook::ort::add_operators(
+          *made, {rankbook::select_kernels(limit), rankbook::select_integer_kernels(limit), rounds, copy});
       return made;
     };
     static Ort::CustomOpDomain* const domains[] = {make(false, false), make(true, false), make(false, true), make(true, true)};

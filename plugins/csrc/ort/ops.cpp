@@ -12,6 +12,8 @@ namespace {
 using MatMul = contract::CodebookMatMul;
 using LowRank = contract::CodebookMatMulLowRank;
 using Gather = contract::CodebookGather;
+using RoundedMatMul = contract::CodebookMatMulA8;
+using RoundedLowRank = contract::CodebookMatMulLowRankA8;
 
 // Runs tasks on the thread pool of the session.
 struct Tasks {
@@ -73,10 +75,10 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
   std::string name;
   const Kernels kernels;
 
-  Op(Kind kind_, int bits_, ONNXTensorElementDataType type_, const Kernels& kernels_)
+  Op(Kind kind_, int bits_, const char* suffix, ONNXTensorElementDataType type_, const Kernels& kernels_)
       : kind(kind_), bits(bits_), type(type_), kernels(kernels_) {
     name = (kind == Kind::kGather ? Gather::kName : kind == Kind::kLowRank ? LowRank::kName : MatMul::kName);
-    name += std::to_string(bits);
+    name += std::to_string(bits) + suffix;
     if (kind != Kind::kGather) return;
     KernelDestroy = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -121,6 +123,8 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
 };
 
 static_assert(MatMul::kCodes == static_cast<int>(Gather::kCodes) && MatMul::kBase == static_cast<int>(Gather::kBase));
+static_assert(MatMul::kInputCount == static_cast<int>(RoundedMatMul::kInputCount));
+static_assert(LowRank::kInputCount == static_cast<int>(RoundedLowRank::kInputCount));
 static_assert(MatMul::kCodes == static_cast<int>(LowRank::kCodes) && MatMul::kBias == static_cast<int>(LowRank::kBias));
 
 }  // namespace
@@ -141,15 +145,15 @@ MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, 
       bias_.assign(static_cast<size_t>(out_features_), value);
     }
   }
-  if (kernels_.integers != nullptr) integer_weight_.emplace(constants, weight_, *kernels_.integers);
+  if (kernels_.rounds) integer_weight_.emplace(constants, weight_, kernels_.integers);
   if (low_rank) read_branch(constants);
   if (kernels_.copy) weight_.copy(constants);  // last: what lies behind the codes is then the next layer
 }
 
 void MatMulKernel::read_branch(const Constants& constants) {
   const Factors factors(constants, LowRank::kDown, out_features_, in_features_);
-  if (kernels_.integers != nullptr) {
-    integer_branch_ = IntegerBranchStore(factors, weight_.sizes(), *kernels_.integers);
+  if (kernels_.rounds) {
+    integer_branch_ = IntegerBranchStore(factors, weight_.sizes(), kernels_.integers);
     if (kernels_.copy) integer_branch_.copy();
   } else {
     branch_ = BranchStore(factors, out_features_, in_features_);
@@ -193,7 +197,7 @@ void MatMulKernel::compute(const Ort::KernelContext& context) const {
 Status MatMulKernel::multiply(const Ort::KernelContext& context, const float* x, int64_t tokens, float* y) const {
   const float* bias = bias_.empty() ? nullptr : bias_.data();
   const CodebookWeight weight = weight_.bind(context);
-  if (kernels_.integers == nullptr) {
+  if (!kernels_.rounds) {
     const LowRankBranch branch = branch_.bind();
     const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(weight, branch, tokens))]);
     return codebook_linear({weight, branch, bias, x, tokens, y, workspace.get()}, kernels_.floats, pool_of(context));
@@ -201,7 +205,7 @@ Status MatMulKernel::multiply(const Ort::KernelContext& context, const float* x,
   const IntegerWeight integer = integer_weight_->bind(weight);
   const IntegerBranch branch = integer_branch_.bind();
   const Workspace workspace(integer_workspace(integer, branch, tokens));
-  return integer_linear({integer, branch, bias, x, tokens, y, workspace.get()}, *kernels_.integers, pool_of(context));
+  return integer_linear({integer, branch, bias, x, tokens, y, workspace.get()}, kernels_.integers, pool_of(context));
 }
 
 GatherKernel::GatherKernel(const Constants& constants, int bits)
@@ -229,16 +233,17 @@ void GatherKernel::compute(const Ort::KernelContext& context) const {
 
 void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels) {
   auto& operators = *new std::list<Op>;
+  const auto add = [&](auto... arguments) { domain.Add(&operators.emplace_back(arguments...)); };
+  const Kernels rounding{kernels.floats, kernels.integers, true, kernels.copy};
   for (const int bits : contract::kBits) {
-    for (const auto kind : {Op::Kind::kMatMul, Op::Kind::kLowRank}) {
-      for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                              ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
-        operators.emplace_back(kind, bits, type, kernels);
-        domain.Add(&operators.back());
-      }
+    for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                            ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
+      add(Op::Kind::kMatMul, bits, MatMul::kSuffix, type, kernels);
+      add(Op::Kind::kLowRank, bits, LowRank::kSuffix, type, kernels);
+      add(Op::Kind::kMatMul, bits, RoundedMatMul::kSuffix, type, rounding);
+      add(Op::Kind::kLowRank, bits, RoundedLowRank::kSuffix, type, rounding);
     }
-    operators.emplace_back(Op::Kind::kGather, bits, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
-    domain.Add(&operators.back());
+    add(Op::Kind::kGather, bits, Gather::kSuffix, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
   }
 }
 

@@ -12,14 +12,15 @@
 
 namespace rankbook::ort {
 
-// What the operators of one domain compute with.
+// What an operator computes with.
 struct Kernels {
   const PanelKernels& floats;
-  const IntegerKernels* integers;  // null: fp32 activations
-  bool copy;                       // constants to huge pages
+  const IntegerKernels& integers;
+  bool rounds;  // activations to 8 bits
+  bool copy;    // constants to huge pages
 };
 
-// CodebookMatMul and CodebookMatMulLowRank.
+// CodebookMatMul and CodebookMatMulLowRank, and those that end in A8.
 class MatMulKernel {
  public:
   MatMulKernel(const Constants& constants, int bits, bool low_rank, const Kernels& kernels);
@@ -53,7 +54,7 @@ class GatherKernel {
   WeightStore weight_;
 };
 
-// Adds every operator to `domain`. They are never destroyed: a session may use them as long as the library is loaded.
+// Adds every operator to `domain`; products round activations where `kernels` says so, and always if named so. They are never destroyed: a session may use them as long as the library is loaded.
 void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels);
 
 }  // namespace rankbook::ort
