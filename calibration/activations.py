@@ -8,7 +8,9 @@ The hooks round in floating point: they show the accuracy, not the speed, of int
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -167,6 +169,50 @@ class _InputHook:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.function(args[0]), *args[1:])
+
+
+@contextmanager
+def applied(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -> Iterator[None]:
+    """Quantize what enters the named layers while the context lasts; gradients pass as if nothing were rounded.
+
+    Where a static range cuts a value off, no gradient passes.
+
+    Raises:
+        ValueError: A static kind lacks the range of a layer.
+    """
+    hooks = []
+    try:
+        for name in layers:
+            reach = config.ranges[name].step if config.static and name in config.ranges else math.inf
+            through = _StraightThroughHook(config.function(name), reach)
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(through))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _StraightThroughHook:
+    """A forward pre-hook whose gradient is that of the unrounded input.
+
+    Attributes:
+        function: Rounds a tensor.
+        reach: Largest change that is rounding; above, the value was cut off.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    reach: float
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return (self.function(x), *args[1:])
+        change = self.function(x.detach()) - x.detach()
+        if self.reach < math.inf:
+            kept = change.abs() <= self.reach
+            return (torch.where(kept, x + change, x.detach() + change), *args[1:])
+        return (x + change, *args[1:])
 
 
 @dataclass(frozen=True)

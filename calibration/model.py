@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration import capture, runtime, scaling, tables
+from rankbook.calibration.allocation import Choice, allocate
 from rankbook.calibration.checkpoint import MANIFEST, CheckpointParts, versions, write_checkpoint
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.files import check_replaceable, sha256_file
@@ -117,7 +119,7 @@ class _Run:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     table_layers: dict[str, LayerReport] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
-    bits: dict[str, int] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, model: Any, options: QuantizeOptions, progress: Callable[[Progress], None] | None) -> _Run:
@@ -133,7 +135,7 @@ class _Run:
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the tables and every block, or take finished blocks from ``state``."""
         finished = state.finished()
-        self.bits = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
+        self.choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
         self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens)
         trained = METHODS[self.options.method].refine is not None
@@ -148,13 +150,11 @@ class _Run:
         packed |= tables.quantize_head(self.model, self.tables, self.options)
         self._note_tables(packed)
 
-    def _allocate(self, tokens: Tensor) -> dict[str, int]:
-        """Return the bits of layers where a budget was given; elsewhere those of the options hold."""
+    def _allocate(self, tokens: Tensor) -> dict[str, Choice]:
+        """Return the choice for layers where a budget was given; elsewhere the options hold."""
         if self.options.target_bits is None:
             return {}
-        from rankbook.calibration.allocation import allocate
-
-        self.reporter.tell("choosing bits", -1)
+        self.reporter.tell("spending the budget", -1)
         prefix = self.blocks.name
         names = [f"{prefix}.{i}.{name}" for i, layers in enumerate(self.selection.layers) for name in layers]
         return allocate(self.model, names, tokens, self.options)
@@ -183,7 +183,8 @@ class _Run:
             for name, tensor in result.tensors.items():
                 self.model.get_parameter(name).data = tensor.float()
             if index + 1 < streams.end:
-                capture.advance(block, call, streams.inputs)
+                with self._rounded_inputs(index, call, streams):
+                    capture.advance(block, call, streams.inputs)
             for module in modules.values():
                 module.dematerialize()
         self.scaled += result.scaled
@@ -204,13 +205,14 @@ class _Run:
             for position, (name, problem) in enumerate(problems.items()):
                 self.reporter.tell(f"quantizing {prefix}{name}", index, share * position / len(problems))
                 full = f"{prefix}{name}"
-                chosen = replace(options, bits=self.bits.get(full, options.bits))
+                chosen = self.choices[full].applied(options) if full in self.choices else options
                 records[name] = solve_layer(replace(problem, name=full), chosen)
             if method.refine is not None and streams.targets is not None and problems:
                 progress = _refine_progress(self.reporter, index)
                 seed = options.seed + index
                 whole = BlockProblem(block, problems, streams.inputs, streams.targets, call, seed, progress)
-                records = method.refine(whole, records, options.method_config())
+                with self._rounded_inputs(index, call, streams):
+                    records = method.refine(whole, records, options.method_config())
         errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
         return BlockResult(
             {f"{prefix}{name}": record for name, record in records.items()},
@@ -218,6 +220,18 @@ class _Run:
             {f"{prefix}{name}": tensor.to(self.model.dtype) for name, tensor in scaled.tensors.items()},
             [f"{prefix}{name}" for name in scaled.layers],
         )
+
+    def _rounded_inputs(self, index: int, call: capture.BlockCall, streams: _Streams) -> AbstractContextManager[None]:
+        """Quantize what enters a block's layers, in training and in the stream that follows it."""
+        block, names = self.blocks.modules[index], self.selection.layers[index]
+        if streams.targets is None:  # nothing is trained
+            return nullcontext()
+
+        def run() -> None:
+            for batch in torch.split(streams.inputs, capture.batch_size(streams.inputs)):
+                call(block, batch.float())
+
+        return runtime.in_block(block, f"{self.blocks.name}.{index}.", names, run, self.options)
 
     def _scale_inputs(
         self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.record import allowed_groups, check_group
-from rankbook.calibration.settings import ACTIVATIONS, KV_BITS, RANGES
+from rankbook.calibration.settings import ACTIVATIONS, ALLOCATED, KV_BITS, RANGES
 from rankbook.plugins import layout
 
 AUTO_GROUP = 64
@@ -38,6 +38,7 @@ class QuantizeOptions:
     target_bits: float | None = _option(
         None, "Stored bits per weight of all layers together: bits are then chosen for each layer (needs scipy)."
     )
+    allocate: tuple[str, ...] = _option(("bits",), f"What target_bits chooses: {', '.join(ALLOCATED)}.")
     group_size: int | str = _option("auto", "Weights of one row that share a codebook: a number, 'auto' or 'channel'.")
     rank: int | None = _option(
         None, "Planes of the codebook matrix (lcq) or rank of the scaling (lrq); others ignore it."
@@ -58,6 +59,7 @@ class QuantizeOptions:
     activations: str = _option("none", f"Inputs of packed layers: {', '.join(ACTIVATIONS)}.")
     activation_range: str = _option("mse", f"Choice of static ranges: {', '.join(RANGES)}.")
     activation_skip: tuple[str, ...] = _option((), "Layers whose inputs are left alone; * and ? are wildcards.")
+    activation_training: bool = _option(True, "Train blocks with quantized inputs, where activations are quantized.")
     kv_bits: int = _option(0, "Bits of keys and values in evaluation: 8 or 4; 0 leaves them alone.")
     calib: str | None = _option(
         None, "Calibration text (.txt, .jsonl or a datasets name); default: sampled from the model."
@@ -83,6 +85,7 @@ class QuantizeOptions:
             _choose("error_branch", self.error_branch, error_branches())
         if self.target_bits is not None and not 1 <= self.target_bits <= 16:
             raise ValueError(f"target_bits is {self.target_bits}; give stored bits per weight, such as 3.2")
+        self._check_allocate()
         if self.scale_inputs is not None:
             _choose("scale_inputs", self.scale_inputs, scalings())
         if not 0 <= self.scale_strength <= 1:
@@ -99,6 +102,20 @@ class QuantizeOptions:
         if unknown := sorted(set(self.method_options) - fields):
             raise ValueError(f"method {self.method!r} has no options {unknown}; it has {', '.join(sorted(fields))}")
         self.method_config()  # the method checks its own options
+
+    def _check_allocate(self) -> None:
+        for item in self.allocate:
+            _choose("allocate", item, ALLOCATED)
+        if self.target_bits is None and set(self.allocate) != {"bits"}:
+            raise ValueError(f"allocate {', '.join(self.allocate)} needs a budget; give target_bits, such as 3.2")
+        if not self.allocate:
+            raise ValueError(f"allocate names nothing; choose some of {', '.join(ALLOCATED)}")
+        if "rank" in self.allocate and not METHODS[self.method].rank_is_stored:
+            able = [name for name, method in METHODS.items() if method.rank_is_stored]
+            raise ValueError(f"method {self.method!r} stores no rank that could be chosen; {', '.join(able)} does")
+        own = "error_branch" in self._config_fields() and self.error_branch is None
+        if "branch" in self.allocate and self.error_branch in (None, "none") and not own:
+            raise ValueError("allocate branch needs an error branch; give error_branch, and error_rank as the largest")
 
     def method_config(self, in_features: int | None = None) -> Any:
         """Return the method's config for a layer with K = ``in_features`` (None: for no layer in particular).
@@ -144,7 +161,7 @@ class QuantizeOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values."""
         values = dataclasses.asdict(self)
-        lists = {"skip": list(self.skip), "activation_skip": list(self.activation_skip)}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
         return {**values, **lists, "method_options": dict(self.method_options)}
 
     @classmethod
@@ -157,7 +174,8 @@ class QuantizeOptions:
         names = {item.name for item in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ValueError(f"unknown options {unknown}; there are {', '.join(sorted(names))}")
-        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("skip", "activation_skip")}})
+        given: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in values.items()}
+        return cls(**given)
 
     def _config_fields(self) -> set[str]:
         return {item.name for item in dataclasses.fields(METHODS[self.method].config_type)}
@@ -170,6 +188,7 @@ class QuantizeOptions:
         return MX_BLOCK if chosen == "mxint" else AUTO_GROUP
 
 
+_LISTS = ("allocate", "skip", "activation_skip")
 _FIELD = {"weight_format": "format"}
 """Options whose name differs from the field of the methods' configs."""
 

@@ -6,7 +6,8 @@ transformers loads the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,31 @@ def settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) ->
         kv_cache.install(model, 0)
         entries["kv_bits"] = options.kv_bits
     return entries
+
+
+@contextmanager
+def in_block(
+    block: nn.Module, prefix: str, layers: Iterable[str], run: Callable[[], None], options: Any
+) -> Iterator[None]:
+    """Quantize the inputs of a block's layers as the checkpoint will, where the options want that in training.
+
+    Args:
+        block: The block.
+        prefix: Its name in the model, with a dot at the end.
+        layers: Names of its quantized layers, within the block.
+        run: Feeds the calibration stream through the block; static ranges are chosen from it.
+        options: See `rankbook.calibration.options.QuantizeOptions`.
+    """
+    kind = options.activations
+    used = [name for name in layers if not activations.skipped(f"{prefix}{name}", options.activation_skip)]
+    if kind == "none" or not options.activation_training or not used:
+        yield
+        return
+    config = ActivationConfig(kind) if not activations.is_static(kind) else None
+    with activations.applied(
+        block, config or activations.calibrate(run, block, used, kind, options.activation_range), used
+    ):
+        yield
 
 
 def install(model: Any, entries: Mapping[str, Any]) -> None:

@@ -8,3 +8,5 @@ RANGES = ("minmax", "percentile", "mse")
 """How a static range is chosen, what ``--activation-range`` takes."""
 KV_BITS = (0, 8, 4)
 """What ``--kv-bits`` takes; 0 leaves keys and values alone."""
+ALLOCATED = ("bits", "rank", "branch")
+"""What ``--allocate`` takes: bits per code, planes of the codebooks, rank of the error branch."""

@@ -63,6 +63,7 @@ class Method:
         refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
             where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
         scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.scaling`).
+        rank_is_stored: Whether its option ``rank`` is the number of planes in the record, which costs stored bits.
     """
 
     name: str
@@ -70,3 +71,4 @@ class Method:
     quantize: Callable[[LayerProblem, Any], QuantizedLinear]
     refine: Callable[[BlockProblem, Mapping[str, QuantizedLinear], Any], dict[str, QuantizedLinear]] | None = None
     scale_inputs: str = "none"
+    rank_is_stored: bool = False

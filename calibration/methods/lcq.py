@@ -158,4 +158,4 @@ def refine(
     return train_block(problem, records, layers, train).records
 
 
-METHOD = Method("lcq", LcqConfig, quantize, refine)
+METHOD = Method("lcq", LcqConfig, quantize, refine, rank_is_stored=True)

@@ -13,13 +13,17 @@ import torch
 
 from rankbook.calibration import activations, fake_quant, kv_cache, runtime
 from rankbook.calibration.activations import ActivationConfig, Histogram, StaticRange
-from rankbook.calibration.checkpoint import open_checkpoint
+from rankbook.calibration.checkpoint import load_records, open_checkpoint
 from rankbook.calibration.linear import CodebookLinear, packed_modules
 from rankbook.calibration.loading import load_model
+from rankbook.calibration.methods import lrq
+from rankbook.calibration.methods.lrq import LrqConfig
 from rankbook.calibration.model import quantize_model
 from rankbook.calibration.options import QuantizeOptions
 from rankbook.calibration.settings import ACTIVATIONS, RANGES
+from tests.calibration import problems
 from tests.calibration.records import random_record
+from tests.calibration.test_lcq import block_loss
 from tests.tiny import tiny_model, write_text
 
 
@@ -216,6 +220,47 @@ def test_kv_bits_are_stored_and_loaded(tmp_path):
     codes = output.view(2, 12)[0]
     step = float((codes.max() - codes.min()) / 15) if float(codes.min()) < 0 < float(codes.max()) else math.nan
     assert torch.allclose((codes / step).round() * step, codes, atol=1e-5)
+
+
+def test_gradients_pass_rounding_but_not_the_ends_of_a_range():
+    layer = torch.nn.Linear(6, 3, bias=False)
+    x = torch.tensor([[0.31, -0.52, 0.0, 40.0, 0.77, -90.0]], requires_grad=True)
+    flow = torch.randn(1, 3)
+    plain = flow @ layer.weight
+    for kind, ranges in (("static8", {"": StaticRange(0.1)}), ("token8", {})):
+        config = ActivationConfig(kind, ranges)
+        with activations.applied(layer, config, [""]):
+            output = layer(x)
+        torch.testing.assert_close(output, layer(config.function("")(x)))
+        (found,) = torch.autograd.grad((output * flow).sum(), x)
+        # 0.1 times 127 is the end of the static range; the range of a token has none.
+        inside = x.abs() < 12.8 if kind == "static8" else torch.ones_like(x, dtype=torch.bool)
+        torch.testing.assert_close(found, torch.where(inside, plain, 0))
+    assert not layer._forward_pre_hooks
+
+
+def test_training_makes_up_for_rounded_inputs():
+    problem = problems.block()
+    config = LrqConfig(steps=60, compute="float32", bits=8)
+    start = {name: lrq.quantize(part, config) for name, part in problem.layers.items()}
+    # Steps a good part of the inputs' spread: coarse enough to matter beside 8-bit weights.
+    ranges = ActivationConfig("static8", {"first": StaticRange(0.8), "second": StaticRange(0.4)})
+    blind = lrq.refine(problem, start, config)
+    with activations.applied(problem.block, ranges, list(start)):
+        seeing = lrq.refine(problem, start, config)
+        found = {name: block_loss(problem, now) for name, now in (("blind", blind), ("seeing", seeing))}
+    assert found["seeing"] < 0.98 * found["blind"]
+
+
+def test_blocks_are_trained_with_the_inputs_they_will_have(tmp_path):
+    chosen: dict[str, Any] = {"method": "lrq", "method_options": {"steps": 20, "compute": "float32"}, "bits": 3}
+    found = {}
+    for kind, training in (("none", True), ("static8", True), ("static8", False)):
+        folder = quantized(tmp_path, activations=kind, activation_training=training, **chosen)
+        found[kind, training] = {name: record.codes for name, record in load_records(folder).items()}
+    plain, seeing, blind = found.values()
+    assert all(torch.equal(blind[name], codes) for name, codes in plain.items())
+    assert any(not torch.equal(seeing[name], codes) for name, codes in plain.items())
 
 
 @pytest.mark.parametrize(

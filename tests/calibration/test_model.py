@@ -118,6 +118,15 @@ def interrupted(folder: Path, chosen: QuantizeOptions) -> None:
         quantize_model(folder / "model", folder / "out", chosen, progress=stop)
 
 
+def test_rounded_inputs_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path, activations="static8", scale_inputs="smoothquant")
+    quantize_model(tmp_path / "model", tmp_path / "whole", chosen)
+    interrupted(tmp_path, chosen)
+    quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_resume_refuses_other_options_and_another_model(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path / "model")
     chosen = options(tmp_path)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.calibration.settings import ACTIVATIONS, KV_BITS, RANGES
+from rankbook.calibration.settings import ACTIVATIONS, ALLOCATED, KV_BITS, RANGES
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from rankbook.calibration.report import Progress, QuantizeReport
 
 _OPTIONS = (
-    "method bits target_bits rank group_size weight_format clip_search error_branch error_rank factor_bits param_bits"
-    " level_dtype effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
-    " quantize_lm_head quantize_embeddings activations activation_range activation_skip kv_bits"
+    "method bits target_bits allocate rank group_size weight_format clip_search error_branch error_rank factor_bits"
+    " param_bits level_dtype effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
+    " quantize_lm_head quantize_embeddings activations activation_range activation_skip"
+    " activation_training kv_bits"
 ).split()
 """Flags that go to `QuantizeOptions` under their own names."""
 
@@ -71,6 +72,12 @@ def add_flags(flags: Flags) -> None:
         text="layers whose inputs are left alone, e.g. *.down_proj, whose outliers one step does not fit",
     )
     flags.add(
+        "--activation-training",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        text="train blocks with their inputs quantized too (straight-through gradients)",
+    )
+    flags.add(
         "--kv-bits",
         type=int,
         choices=KV_BITS,
@@ -91,7 +98,14 @@ def _add_method_flags(flags: Flags) -> None:
     )
     flags.add("--bits", type=int, choices=(2, 3, 4, 8), default=3, text="bits of a code")
     flags.add(
-        "--target-bits", type=float, metavar="B", text="stored bits per weight: choose the bits of each layer (scipy)"
+        "--target-bits", type=float, metavar="B", text="stored bits per weight: choose what each layer gets (scipy)"
+    )
+    flags.add(
+        "--allocate",
+        nargs="+",
+        choices=ALLOCATED,
+        default=("bits",),
+        text="what --target-bits chooses: bits, rank (planes of lcq up to --rank), branch (up to --error-rank)",
     )
     flags.add(
         "--rank",
@@ -158,7 +172,7 @@ def _quantize_options(options: argparse.Namespace) -> QuantizeOptions:
 
     values: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS}
     extra = dict(_parse_option(item) for item in options.method_option)
-    values |= {name: tuple(getattr(options, name)) for name in ("skip", "activation_skip")}
+    values |= {name: tuple(getattr(options, name)) for name in ("skip", "activation_skip", "allocate")}
     return QuantizeOptions(**values, method_options=extra)
 
 
@@ -190,7 +204,7 @@ def _tables(report: QuantizeReport) -> list[Table]:
         ("calibration", report.calibration),
         ("layers left alone", len(report.left_alone)),
         ("layers with scaled inputs", len(report.scaled)),
-        ("layers by bits", ", ".join(f"{n} of {bits}" for bits, n in _by_bits(report).items())),
+        *[(f"layers by {text}", counts) for text, name in _COUNTED if (counts := _count(report, name))],
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
     ]
@@ -199,10 +213,14 @@ def _tables(report: QuantizeReport) -> list[Table]:
     return [Table("checkpoint", ("property", "value"), rows)]
 
 
-def _by_bits(report: QuantizeReport) -> dict[int, int]:
-    """Count the layers of each width."""
-    widths = sorted(layer.meta.bits for layer in report.layers.values())
-    return {bits: widths.count(bits) for bits in widths}
+_COUNTED = (("bits", "bits"), ("planes", "planes"), ("rank of the error branch", "rank"))
+"""Properties of a layer that `LayerMeta` holds, by what they are called in the table."""
+
+
+def _count(report: QuantizeReport, name: str) -> str:
+    """Say how many layers have each value of a property; empty where none has any."""
+    values = sorted(getattr(layer.meta, name) for layer in report.layers.values())
+    return ", ".join(f"{values.count(value)} of {value}" for value in sorted(set(values))) if any(values) else ""
 
 
 COMMAND = Command(
