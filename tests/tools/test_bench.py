@@ -11,9 +11,12 @@ import pytest
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
 from rankbook.tools.backends.ort import session
-from rankbook.tools.bench import bandwidth, layer_bench, model_bench, plot, timing
+from rankbook.tools.bench import bandwidth, layer_bench, plot, timing
+from rankbook.tools.bench.exported import packed_size
 from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
-from rankbook.tools.bench.model_bench import Memory, ModelResult, ModelSubject
+from rankbook.tools.bench.memory import Memory
+from rankbook.tools.bench.model_bench import ModelResult
+from rankbook.tools.bench.subject import ModelSubject
 from tests.tools.files import run_cli, stdout_json
 
 built = pytest.mark.skipif(library_unavailable("ort") is not None, reason=str(library_unavailable("ort")))
@@ -132,7 +135,7 @@ def test_subjects_name_their_kernels(tmp_path) -> None:
 
 def test_plot(tmp_path) -> None:
     """A picture where matplotlib is, a sentence where it is not."""
-    result = ModelResult("m", "native", 3.4, 1, 10.0, 11.0, 1.0, None, None, Memory(1, 2, 3))
+    result = ModelResult("m", "native", 3.4, 1, 10.0, 11.0, {}, None, {}, Memory(1, 2, 3))
     if plot.unavailable():
         assert "rankbook[bench]" in str(plot.unavailable())
     else:
@@ -148,4 +151,4 @@ def test_sizes_add_up(tmp_path) -> None:
 
     model, copies, size = ours(4, 1).model((64, 128), 20_000)
     onnx.save(model, tmp_path / "model.onnx")
-    assert model_bench.packed_size(onnx_file.read(tmp_path)) == (copies * size, copies * 64 * 128)
+    assert packed_size(onnx_file.read(tmp_path)) == (copies * size, copies * 64 * 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,11 @@ class OrtModel(LanguageModel):
         threads: int | None = None,
         kernels: str = "bodies",
         entries: Mapping[str, str] | None = None,
+        graph: bytes | None = None,
     ) -> None:
         """Open a file or an exported folder, with one of `KERNELS` and further session configuration entries.
+
+        ``graph`` is a serialized model to run in place of the file's, with the data files beside it.
 
         Raises:
             UsageError: Not a file with ``input_ids`` and ``logits``.
@@ -137,13 +141,22 @@ class OrtModel(LanguageModel):
         self.kernels = "bodies" if not self.native else "native-int8" if integer else "native"
         activations = "int8" if integer else "fp32"
         self.session = session(
-            self.file.path, threads=threads, native=self.native, activations=activations, entries=entries
+            graph or self.file.path,
+            threads=threads,
+            data_folder=self.file.path.parent if graph else None,
+            native=self.native,
+            activations=activations,
+            entries=entries,
         )
-        self.tokenizer = find_tokenizer(self.file.path.parent)
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
         self._outputs = [item.name for item in self.session.get_outputs()]
         self._cache: dict[str, Any] = {}
         self._length = 0
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the file, or None; read when it is asked for, since transformers loads for seconds."""
+        return find_tokenizer(self.file.path.parent)
 
     @property
     def last_only(self) -> bool:

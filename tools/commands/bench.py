@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rankbook.tools.bench.layers import LayerSubject
     from rankbook.tools.bench.model_bench import ModelResult
 
-PEERS = ("matmulnbits", "fp32", "none")
+LAYER_PEERS = ("matmulnbits", "fp32", "none")
 
 
 def add_flags(flags: Flags) -> None:
@@ -43,7 +43,13 @@ def add_flags(flags: Flags) -> None:
     flags.add("--branch", type=int, default=0, metavar="R", text="layers: also with an error branch of this rank")
     flags.add("--group-size", type=int, default=64, metavar="G", text="layers: inputs per group")
     flags.add("--rows", nargs="+", type=int, default=[1], metavar="M", text="layers: rows of x; 1 is decoding")
-    flags.add("--peers", nargs="+", choices=PEERS, default=["matmulnbits"], text="layers: what to compare with")
+    flags.add(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="PEER",
+        text="layers: matmulnbits (the default), fp32 or none; models: genai=DIR, llamacpp=FILE.gguf, matmulnbits=DIR",
+    )
     flags.add("--exact", action="store_true", default=False, text="layers: also with fp32 activations")
     flags.add("--stream", type=int, default=160, metavar="MB", text="layers: read at least this much per run")
     flags.add("-o", "--output", type=Path, metavar="DIR", text="write bench.json, bench.md and, for models, bench.png")
@@ -146,6 +152,9 @@ def _subjects(options: argparse.Namespace) -> list[LayerSubject]:
     if chosen_kernels(options) == "bodies":
         raise UsageError("single layers measure the native library; give an exported model to measure the bodies")
     use_native("native")
+    peers = options.peers or LAYER_PEERS[:1]
+    if not set(peers) <= set(LAYER_PEERS):
+        raise UsageError(f"--peers {' '.join(peers)}: beside single layers choose from {', '.join(LAYER_PEERS)}")
     kinds = ["int8", "fp32"] if options.exact else ["fp32"] if options.kernels == "native" else ["int8"]
     subjects = [
         ours(bits, rank, branch=branch, group=options.group_size, activations=kind)
@@ -154,9 +163,9 @@ def _subjects(options: argparse.Namespace) -> list[LayerSubject]:
         for branch in sorted({0, options.branch})
         for kind in kinds
     ]
-    if "matmulnbits" in options.peers:
+    if "matmulnbits" in peers:
         subjects += [matmul_nbits(bits) for bits in sorted({4} | ({2, 8} & set(options.bits)))]
-    if "fp32" in options.peers:
+    if "fp32" in peers:
         subjects.append(plain_float())
     return subjects
 
@@ -169,11 +178,14 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _models(options: argparse.Namespace) -> tuple[Table, list[ModelResult]]:
-    from rankbook.tools.bench.model_bench import ModelOptions, ModelSubject, measure_models
+    from rankbook.tools.bench.model_bench import ModelOptions, measure_models
+    from rankbook.tools.bench.subject import ModelSubject
 
     kernels = chosen_kernels(options)
+    subjects = [ModelSubject.parse(text, kernels) for text in options.models]
+    subjects += [ModelSubject.peer(text) for text in options.peers]
     settings = ModelOptions(
-        subjects=tuple(ModelSubject.parse(text, kernels) for text in options.models),
+        subjects=tuple(dict.fromkeys(subjects)),
         threads=options.threads,
         repeats=options.repeats,
         prompt=options.prompt,
@@ -182,34 +194,33 @@ def _models(options: argparse.Namespace) -> tuple[Table, list[ModelResult]]:
     )
     with Console(quiet=options.quiet).progress("models") as progress:
         results = measure_models(settings, progress)
+    return _model_table(results, settings.references), results
+
+
+def _model_table(results: list[ModelResult], references: tuple[str, ...]) -> Table:
+    """One row for each model; ratios to each reference, which a number names: its place among them."""
     rows = [
         (
             item.name,
             item.kernels,
             item.bits,
             item.decode,
-            item.decode_ratio,
+            *(item.decode_ratios.get(name) for name in references),
             item.prefill,
-            item.prefill_ratio,
-            item.packed_bytes / 1e6,
+            *(item.prefill_ratios.get(name) for name in references),
             item.memory.file_bytes / 1e6,
             (item.memory.peak_rss - item.memory.baseline_rss) / 1e6,
+            item.memory.ratio,
         )
         for item in results
     ]
-    columns = (
-        "model",
-        "kernels",
-        "stored bits",
-        "decode, tokens/s",
-        "to the last",
-        "prefill, tokens/s",
-        "to the last",
-        "packed, MB",
-        "file, MB",
-        "RSS beyond Python, MB",
-    )
-    return Table("models, medians", columns, rows), results
+    short = [f"to {name.partition('=')[0] if '=' in name else 'the last'}" for name in references]
+    short = [
+        f"{text} {short[:index].count(text) + 1}" if short.count(text) > 1 else text for index, text in enumerate(short)
+    ]
+    ratios = tuple(short)
+    columns = ("model", "kernels", "stored bits", "decode, tokens/s", *ratios, "prefill, tokens/s", *ratios)
+    return Table("models, medians", (*columns, "file, MB", "RSS beyond Python, MB", "to the file"), rows)
 
 
 def _store(options: argparse.Namespace, report: dict[str, Any], table: Table, lines: list[str]) -> list[str]:
@@ -231,7 +242,7 @@ def _store(options: argparse.Namespace, report: dict[str, Any], table: Table, li
 COMMAND = Command(
     name="bench",
     summary="measure the speed of single layers or of exported models beside their peers",
-    example="rankbook bench model-onnx@native-int8 model-onnx@native other-onnx -o bench",
+    example="rankbook bench model-onnx@native-int8 --peers genai=genai-int4 llamacpp=model.gguf -o bench",
     add_flags=add_flags,
     run=run,
 )
