@@ -20,8 +20,8 @@ ACTIVATIONS = ("fp32", "int8")
 """Values of the session configuration entry `ACTIVATIONS_ENTRY`; int8 is defined in `rankbook.plugins.integer`."""
 ACTIVATIONS_ENTRY = "rankbook.activations"
 
-_FILES = {"ort": "librankbook_ort.so", "trt": "librankbook_trt.so"}
-_TARGETS = {"ort": "make native", "trt": "make native-cuda"}
+_FILES = {"ort": "librankbook_ort.so", "ort-cuda": "librankbook_ort_cuda.so", "trt": "librankbook_trt.so"}
+_TARGETS = {"ort": "make native", "ort-cuda": "make native-cuda", "trt": "make native-cuda"}
 _FOLDER = Path(__file__).parent / "lib"
 
 
@@ -41,8 +41,8 @@ def library(runtime: str) -> Path:
     """Return the native library for ``runtime``.
 
     Args:
-        runtime: ``"ort"``: give the path to ``register_custom_ops_library``; ``"trt"``: to ``load_library`` of
-            TensorRT's plugin registry.
+        runtime: ``"ort"``: give the path to ``register_custom_ops_library``; ``"ort-cuda"``: the same with operators
+            for the CUDA execution provider as well; ``"trt"``: to ``load_library`` of TensorRT's plugin registry.
 
     Raises:
         ValueError: No library is made for this runtime.
@@ -58,7 +58,8 @@ def native_info(runtime: str) -> dict[str, str | int]:
     """Return what the library says about itself.
 
     These are ``isa`` and ``isa_int8`` (instruction sets chosen here), ``ort_api``,
-    ``copied_bytes`` (constants that open sessions hold as copies on huge pages).
+    ``copied_bytes`` (constants that open sessions hold as copies on huge pages), ``cuda`` (``not built``, the number of
+    devices, or why there is none). Libraries for ONNX Runtime only.
 
     Raises:
         ValueError: No library is made for this runtime.

@@ -11,7 +11,7 @@ from rankbook.tools.errors import UsageError
 
 def add_kernel_flags(flags: Flags, *, default: str = "auto", exact: bool = False) -> None:
     """Declare ``--kernels`` and ``--no-native``; with ``exact``, without the kernels that round activations."""
-    text = "bodies in the ONNX file, our native library, or auto"
+    text = "bodies in the ONNX file, our native library, or auto; native-cuda is our library on an NVIDIA GPU"
     if not exact:
         text += "; native-int8 rounds activations to 8 bits inside, the fastest"
     flags.add("--kernels", choices=EXACT_KERNELS if exact else KERNELS, default=default, text=text)

@@ -48,13 +48,14 @@ def single_node(model: OnnxFile, node: CustomNode, constants: dict[str, Array], 
     return serialized
 
 
-def session_with_outputs(model: OnnxFile, names: list[str], *, threads: int | None = None, native: bool = False) -> Any:
+def session_with_outputs(
+    model: OnnxFile, names: list[str], *, threads: int | None = None, native: bool = False, cuda: bool = False
+) -> Any:
     """Return a session of a file in which the values ``names`` are outputs too; weights stay in its data file."""
     import onnx
 
     graph = onnx_file.load_graph(model.path)
     present = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    return ort.session(
-        graph.SerializeToString(), threads=threads, data_folder=Path(model.path).parent.resolve(), native=native
-    )
+    folder = Path(model.path).parent.resolve()
+    return ort.session(graph.SerializeToString(), threads=threads, data_folder=folder, native=native, cuda=cuda)

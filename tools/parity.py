@@ -298,7 +298,9 @@ def compare_node(model: OrtModel, node: CustomNode, inputs: dict[str, Array], to
         return {"y": reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})}
 
     serialized = single_node(file, node, constants, inputs)
-    runner = ort_runner(f"onnxruntime {node.name}", lambda: ort.session(serialized, native=model.native))
+    runner = ort_runner(
+        f"onnxruntime {node.name}", lambda: ort.session(serialized, native=model.native, cuda=model.cuda)
+    )
     (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
     return agreement
 
@@ -346,7 +348,9 @@ def compare_layers(
     outputs = {name: output for name, output in model.file.outputs_of.items() if name in captured.outputs}
     if not outputs:
         return ()
-    session = session_with_outputs(model.file, list(outputs.values()), threads=options.threads, native=model.native)
+    session = session_with_outputs(
+        model.file, list(outputs.values()), threads=options.threads, native=model.native, cuda=model.cuda
+    )
     selected = SelectedOutputs(session, outputs)
     # With `--logits last` the output layer sees the last position only.
     expected = {
@@ -369,7 +373,7 @@ def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float)
     inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
     serialized = single_node(file, node, reference.constants(file, node), inputs)
     expected = {"y": captured.outputs[name]}
-    runner = ort_runner(f"onnxruntime {name}", lambda: ort.session(serialized, native=model.native))
+    runner = ort_runner(f"onnxruntime {name}", lambda: ort.session(serialized, native=model.native, cuda=model.cuda))
     (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
     return agreement.error
 

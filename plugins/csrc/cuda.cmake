@@ -1,30 +1,22 @@
-# The TensorRT plugin library: CUDA kernels and their shim.
+# The libraries with CUDA kernels: ONNX Runtime's and the TensorRT plugin library.
 
-set(RANKBOOK_CUDA "AUTO" CACHE STRING "Build the TensorRT plugin library: AUTO (if nvcc and headers are found), ON, OFF")
+set(RANKBOOK_CUDA "AUTO" CACHE STRING "Build the libraries with CUDA kernels: AUTO (if nvcc and headers are found), ON, OFF")
 # Cubins of one major architecture run on its later members: 80 serves 86, 87 and 89, and 120 serves 121. Everything
 # else (B200) is translated from the PTX when the library is loaded.
 set(RANKBOOK_CUDA_ARCHITECTURES "80;90-real;120-real" CACHE STRING "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES")
 set(TENSORRT_INCLUDE_DIR "" CACHE PATH "Folder with NvInferRuntime.h")
 
-# Says why the library is not built; fatal where it was asked for.
-function(rankbook_leave_out reason)
+# Says why libraries are not built; fatal where they were asked for.
+function(rankbook_leave_out what reason)
   if(RANKBOOK_CUDA STREQUAL "ON")
     message(FATAL_ERROR "RANKBOOK_CUDA is ON, but ${reason}")
   endif()
-  message(WARNING "LEFT OUT: the TensorRT plugin library, because ${reason} (`make native-cuda` gets headers and compiler). "
-                  "rankbook works without it; engines hold the function bodies, which run more slowly.")
+  message(WARNING "LEFT OUT: ${what}, because ${reason} (`make native-cuda` gets headers and compiler). "
+                  "rankbook works without it; on a GPU the function bodies run, more slowly.")
 endfunction()
 
 if(RANKBOOK_CUDA STREQUAL "OFF")
-  message(STATUS "RANKBOOK_CUDA is OFF: the TensorRT plugin library is not built")
-  return()
-endif()
-find_path(RANKBOOK_TRT_INCLUDE NvInferRuntime.h
-  HINTS "${TENSORRT_INCLUDE_DIR}" "$ENV{TENSORRT_INCLUDE_DIR}" "${PROJECT_SOURCE_DIR}/build/tensorrt-headers/kernel_lens/include/tensorrt"
-  PATHS /usr/local/tensorrt/include
-  PATH_SUFFIXES x86_64-linux-gnu aarch64-linux-gnu)
-if(NOT RANKBOOK_TRT_INCLUDE)
-  rankbook_leave_out("NvInferRuntime.h was not found: set TENSORRT_INCLUDE_DIR")
+  message(STATUS "RANKBOOK_CUDA is OFF: the libraries with CUDA kernels are not built")
   return()
 endif()
 # nvcc of the environment, of PATH, of the usual folder, or of the wheels that the Makefile puts into build/.
@@ -39,14 +31,14 @@ if(NOT CMAKE_CUDA_COMPILER)
   check_language(CUDA)
 endif()
 if(NOT CMAKE_CUDA_COMPILER)
-  rankbook_leave_out("no working CUDA compiler was found: install the CUDA toolkit")
+  rankbook_leave_out("CUDA kernels for TensorRT and ONNX Runtime" "no working CUDA compiler was found: install the CUDA toolkit")
   return()
 endif()
 set(CMAKE_CUDA_ARCHITECTURES "${RANKBOOK_CUDA_ARCHITECTURES}")
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
-message(STATUS "TensorRT headers: ${RANKBOOK_TRT_INCLUDE}; CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 
 add_library(rankbook_cuda_kernels OBJECT
   kernels/cuda/launch.cu
@@ -54,6 +46,26 @@ add_library(rankbook_cuda_kernels OBJECT
 target_include_directories(rankbook_cuda_kernels PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 # --expt-relaxed-constexpr: constexpr members of the argument structures serve both sides.
 target_compile_options(rankbook_cuda_kernels PRIVATE --expt-relaxed-constexpr -Werror=all-warnings)
+
+# ------------------------------------------------------------------------------------------------ ONNX Runtime
+# A second file, for it holds machine code for every GPU and is ten times as large.
+if(RANKBOOK_ORT_INCLUDE)
+  rankbook_add_ort_library(rankbook_ort_cuda ort/cuda_ops.cpp)
+  target_link_libraries(rankbook_ort_cuda PRIVATE rankbook_cuda_kernels)
+  target_include_directories(rankbook_ort_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  set_target_properties(rankbook_ort_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+endif()
+
+# ------------------------------------------------------------------------------------------------ TensorRT
+find_path(RANKBOOK_TRT_INCLUDE NvInferRuntime.h
+  HINTS "${TENSORRT_INCLUDE_DIR}" "$ENV{TENSORRT_INCLUDE_DIR}" "${PROJECT_SOURCE_DIR}/build/tensorrt-headers/kernel_lens/include/tensorrt"
+  PATHS /usr/local/tensorrt/include
+  PATH_SUFFIXES x86_64-linux-gnu aarch64-linux-gnu)
+if(NOT RANKBOOK_TRT_INCLUDE)
+  rankbook_leave_out("the TensorRT plugin library" "NvInferRuntime.h was not found: set TENSORRT_INCLUDE_DIR")
+  return()
+endif()
+message(STATUS "TensorRT headers: ${RANKBOOK_TRT_INCLUDE}")
 
 add_library(rankbook_trt MODULE trt/creator.cpp trt/operator.cpp trt/plugin.cpp)
 target_link_libraries(rankbook_trt PRIVATE rankbook_flags rankbook_cuda_kernels)

@@ -112,7 +112,7 @@ def build_for_gpu(architecture: str = "native") -> Path:
 
 
 def _files() -> list[Path]:
-    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", ".")
+    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", "ort", ".")
     return sorted(
         p for folder in folders for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")
     )

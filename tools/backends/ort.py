@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from rankbook.tools.backends.base import Logits, Tokens
 
-EXACT_KERNELS = ("auto", "bodies", "native")
-"""``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is built."""
+EXACT_KERNELS = ("auto", "bodies", "native", "native-cuda")
+"""On the CPU ``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is
+built; ``native-cuda`` is our library on an NVIDIA GPU."""
 KERNELS = (*EXACT_KERNELS, "native-int8")
 """``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.integer`)."""
 
@@ -40,15 +41,29 @@ def unavailable() -> str | None:
     return None
 
 
+def cuda_unavailable() -> str | None:
+    """Return why ONNX Runtime cannot run our kernels on a GPU here, or None."""
+    from rankbook.plugins.library import unavailable as library_unavailable
+    from rankbook.tools.backends.trt import has_gpu
+
+    if reason := unavailable() or library_unavailable("ort-cuda"):
+        return reason
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this onnxruntime has no CUDA: pip uninstall onnxruntime, then pip install 'rankbook[gpu]'"
+    return None if has_gpu() else "no NVIDIA driver with a GPU answers; run `rankbook doctor`, or leave native-cuda out"
+
+
 def use_native(kernels: str) -> bool:
     """Say whether to register the native kernels, for one of `KERNELS`.
 
     Raises:
-        MissingError: A native kind is asked for and the library is not built.
+        MissingError: A native kind is asked for and the library is not built, or cannot run here.
     """
     from rankbook.plugins.library import unavailable as library_unavailable
 
-    reason = library_unavailable("ort")
+    reason = cuda_unavailable() if kernels == "native-cuda" else library_unavailable("ort")
     if kernels.startswith("native") and reason:
         raise MissingError(reason)
     return kernels != "bodies" and reason is None
@@ -60,16 +75,18 @@ def session(
     threads: int | None = None,
     data_folder: Path | None = None,
     native: bool = False,
+    cuda: bool = False,
     activations: str = "fp32",
     entries: Mapping[str, str] | None = None,
 ) -> Any:
-    """Return an ``onnxruntime.InferenceSession`` on the CPU.
+    """Return an ``onnxruntime.InferenceSession`` on the CPU, or on a GPU.
 
     Args:
         path: The ``.onnx`` file, or a serialized model.
         threads: Threads within an operator; ONNX Runtime's choice when None.
         data_folder: Where the external data of a serialized model lies.
         native: Register our kernels in place of the bodies.
+        cuda: Run on the GPU what can run there.
         activations: What these compute with, see `rankbook.plugins.library.ACTIVATIONS`.
         entries: Further session configuration entries.
 
@@ -95,15 +112,21 @@ def session(
         from rankbook.plugins.library import ACTIVATIONS_ENTRY, library
 
         options.add_session_config_entry(ACTIVATIONS_ENTRY, activations)
-        options.register_custom_ops_library(str(library("ort")))
+        options.register_custom_ops_library(str(library("ort-cuda" if cuda else "ort")))
+    providers = ["CUDAExecutionProvider"] if cuda else []
     source = path if isinstance(path, bytes) else str(path)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        made = ort.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # the library's own classes derive from Exception directly
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         name = "the graph" if isinstance(path, bytes) else path
         raise UsageError(f"ONNX Runtime refuses {name}: {error}; export it again") from None
+    if cuda and "CUDAExecutionProvider" not in made.get_providers():  # it falls back to the CPU with a warning only
+        raise MissingError(
+            "ONNX Runtime could not start its CUDA provider: check the CUDA and cuDNN libraries it needs"
+        )
+    return made
 
 
 class OrtModel(LanguageModel):
@@ -137,15 +160,15 @@ class OrtModel(LanguageModel):
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
             )
         self.native = use_native(kernels)
-        integer = kernels == "native-int8"
-        self.kernels = "bodies" if not self.native else "native-int8" if integer else "native"
-        activations = "int8" if integer else "fp32"
+        self.cuda = kernels == "native-cuda"
+        self.kernels = "bodies" if not self.native else "native" if kernels == "auto" else kernels
         self.session = session(
             graph or self.file.path,
             threads=threads,
             data_folder=self.file.path.parent if graph else None,
             native=self.native,
-            activations=activations,
+            cuda=self.cuda,
+            activations="int8" if kernels == "native-int8" else "fp32",
             entries=entries,
         )
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}

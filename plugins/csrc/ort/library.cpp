@@ -5,6 +5,7 @@
 #include <string>
 
 #include "contract.h"
+#include "ort/cuda_ops.h"
 #include "ort/ops.h"
 
 namespace {
@@ -59,6 +60,7 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
       auto* made = new Ort::CustomOpDomain(rankbook::contract::kDomain);
       rankbook::ort::add_operators(
           *made, {rankbook::select_kernels(limit), rankbook::select_integer_kernels(limit), rounds, copy});
+      rankbook::ort::add_cuda_operators(*made);
       return made;
     };
     static Ort::CustomOpDomain* const domains[] = {make(false, false), make(true, false), make(false, true), make(true, true)};
@@ -83,15 +85,16 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   return register_operators(options, *api);
 }
 
-// Which kernels this processor gets, the ONNX Runtime API version asked for, and the bytes that sessions hold as copies at
-// the moment, as JSON; valid until the same thread asks again.
+// Which kernels this processor gets, the ONNX Runtime API version asked for, the bytes that sessions hold as copies at the
+// moment, and what CUDA says, as JSON; valid until the same thread asks again.
 __attribute__((visibility("default"))) const char* rankbook_native_info() {
   thread_local std::string text;
   Isa limit = Isa::kPortable;
   read_limit(limit);
   text = std::string("{\"isa\": \"") + rankbook::select_kernels(limit).name + "\", \"isa_int8\": \"" +
          rankbook::select_integer_kernels(limit).name + "\", \"ort_api\": " + std::to_string(ORT_API_VERSION) +
-         ", \"copied_bytes\": " + std::to_string(rankbook::ort::huge_bytes()) + "}";
+         ", \"copied_bytes\": " + std::to_string(rankbook::ort::huge_bytes()) + ", \"cuda\": \"" +
+         rankbook::ort::cuda_state() + "\"}";
   return text.c_str();
 }
 

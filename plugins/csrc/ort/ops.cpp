@@ -5,6 +5,7 @@
 
 #include "contract.h"
 #include "kernels/half.h"
+#include "ort/guarded.h"
 
 namespace rankbook::ort {
 namespace {
@@ -51,19 +52,6 @@ class Workspace {
  private:
   std::unique_ptr<uint8_t[]> held_;
 };
-
-// Runs `work`, turning what it throws into a status: an exception must not cross the C API.
-template <class Work>
-OrtStatusPtr guarded(Work&& work) noexcept {
-  try {
-    work();
-    return nullptr;
-  } catch (const Ort::Exception& error) {
-    return Ort::Status(error).release();
-  } catch (const std::exception& error) {
-    return Ort::Status(error.what(), ORT_RUNTIME_EXCEPTION).release();
-  }
-}
 
 // One operator at one width and one type of activations.
 struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {

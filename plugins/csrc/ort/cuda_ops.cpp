@@ -1,0 +1,293 @@
+#include "ort/cuda_ops.h"
+
+#ifndef RANKBOOK_EMULATION
+#include <cuda_runtime_api.h>
+#endif
+
+#include <limits>
+#include <list>
+#include <vector>
+
+#include "contract.h"
+#include "kernels/cuda/launch.h"
+#include "ort/constants.h"
+#include "ort/guarded.h"
+
+namespace rankbook::ort {
+namespace {
+
+using Branch = contract::CodebookMatMulLowRank;  // its inputs are those of the others, and more
+using Shape = std::vector<int64_t>;
+
+enum class Kind { kMatMul, kLowRank, kGather };
+
+constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+constexpr auto kBFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+
+// The tests run these operators over emulated kernels, in a session of the CPU.
+#ifdef RANKBOOK_EMULATION
+constexpr const char* kProvider = nullptr;
+#else
+constexpr const char* kProvider = "CUDAExecutionProvider";
+#endif
+
+cuda::DataType kernel_type(ONNXTensorElementDataType type) {
+  if (type == kHalf) return cuda::DataType::kFloat16;
+  return type == kBFloat ? cuda::DataType::kBFloat16 : cuda::DataType::kFloat32;
+}
+
+// Reads shapes and types of the constants, never what is in them: that lies on the GPU.
+class Reader {
+ public:
+  Reader(const Constants& constants, int bits) : c_(constants) {
+    cuda::PackedWeight& w = m.weight;
+    w.bits = bits;
+    w.rows = static_cast<int>(c_.attribute(contract::kOutFeatures, 1));
+    w.columns = static_cast<int>(c_.attribute(contract::kInFeatures, 1));
+    const int64_t offset = c_.attribute(contract::kOffset, 0);
+    if (offset > 1) c_.fail("attribute offset is " + std::to_string(offset) + "; it must be 0 or 1");
+    w.has_offset = offset == 1;
+    panels_ = cuda::ceil_div(w.rows, cuda::kPanel);
+    c_.expect(Branch::kCodes, {{panels_, cuda::ceil_div(w.columns, cuda::kBlock), bits, cuda::kPanel, 4}});
+    for (const auto input : {Branch::kCodes, Branch::kParams}) c_.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
+    c_.expect_type(Branch::kLevels, {kHalf});
+    c_.expect_type(Branch::kStep, {kFloat, kHalf});
+    c_.expect_type(Branch::kBase, {kFloat});
+    read_params();
+  }
+
+  void read_bias() {
+    c_.expect(Branch::kBias, {{m.weight.rows}, {1}});
+    c_.expect_type(Branch::kBias, {kFloat});
+    m.bias_full = c_.shape(Branch::kBias) == Shape{m.weight.rows};
+  }
+
+  void read_branch() {
+    const Shape scale = c_.shape(Branch::kUpScale);
+    if (scale.size() != 2 || scale[1] < 1) {
+      c_.fail("input up_scale has shape " + describe(scale) + "; it must be (1, R) or (N, R)");
+    }
+    m.rank = static_cast<int>(scale[1]);
+    read_factor(Branch::kDown, m.rank, m.weight.columns, {m.rank, 1}, &m.down);
+    read_factor(Branch::kUp, m.weight.rows, m.rank, {1, m.rank}, &m.up);
+  }
+
+  cuda::Matmul m;  // without pointers
+
+ private:
+  void read_params() {
+    cuda::PackedWeight& w = m.weight;
+    w.params_full = full(Branch::kParams);
+    w.step_full = full(Branch::kStep);
+    const Shape shape = c_.shape(w.params_full ? Branch::kParams : Branch::kStep);
+    if (!w.params_full && !w.step_full) c_.fail("neither params nor step has a shape (N / 32, groups, Q, 32)");
+    w.groups = static_cast<int>(shape[1]);
+    w.params_planes = static_cast<int>(shape[2]);
+    const Shape narrow = {panels_, 1, shape[2], 1}, wide = {panels_, shape[1], shape[2], cuda::kPanel}, one = {1, 1, 1, 1};
+    c_.expect(Branch::kParams, {wide, one});
+    c_.expect(Branch::kStep, {narrow, wide});
+    c_.expect(Branch::kBase, {narrow, one});
+    c_.expect(Branch::kLevels, {{shape[2], int64_t{1} << w.bits}});
+    w.base_full = c_.shape(Branch::kBase) == narrow;
+  }
+
+  bool full(size_t input) const {
+    const Shape shape = c_.shape(input);
+    return shape.size() == 4 && shape[3] == cuda::kPanel;
+  }
+
+  void read_factor(size_t input, int64_t rows, int64_t columns, const Shape& narrow, cuda::Factor* factor) const {
+    const Shape wide = {rows, columns};
+    c_.expect(input, {wide, {1, 1}});
+    c_.expect(input + 1, {narrow, wide});
+    c_.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
+    c_.expect_type(input + 1, {kFloat, kHalf});
+    factor->codes_full = c_.shape(input) == wide;
+    factor->scale_full = c_.shape(input + 1) != narrow;
+  }
+
+  const Constants& c_;
+  int64_t panels_ = 0;
+};
+
+// Memory of the provider for one call. ONNX Runtime keeps it from other streams until the work of this one is done.
+class Scratch {
+ public:
+  Scratch(const Ort::KernelContext& context, const Ort::ConstMemoryInfo& where, void* stream, size_t bytes) {
+    if (bytes == 0) return;
+    OrtKernelContext* const raw = context.GetOrtKernelContext();
+    Ort::ThrowOnError(api_.KernelContext_GetAllocator(raw, where, &allocator_));
+    OrtStatus* const status = stream == nullptr  // a provider without streams
+                                  ? api_.AllocatorAlloc(allocator_, bytes, &data_)
+                                  : api_.KernelContext_GetScratchBuffer(raw, where, bytes, &data_);
+    if (status == nullptr) return;
+    release();
+    Ort::ThrowOnError(status);
+  }
+  ~Scratch() { release(); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* get() const { return data_; }
+
+ private:
+  void release() {
+    if (data_ != nullptr) Ort::Status(api_.AllocatorFree(allocator_, data_));  // a status that nobody can act on
+    if (allocator_ != nullptr) api_.ReleaseAllocator(allocator_);
+  }
+
+  const OrtApi& api_ = Ort::GetApi();
+  OrtAllocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
+class CudaKernel {
+ public:
+  CudaKernel(const Constants& constants, Kind kind, int bits) : node_(constants.node()), kind_(kind) {
+    Reader reader(constants, bits);
+    if (kind != Kind::kGather) reader.read_bias();
+    if (kind == Kind::kLowRank) reader.read_branch();
+    shapes_ = reader.m;
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
+    return guarded([&] { compute(Ort::KernelContext(context)); });
+  }
+
+ private:
+  void compute(const Ort::KernelContext& context) const {
+    const Ort::ConstValue x = context.GetInput(Branch::kX);
+    const auto info = x.GetTensorTypeAndShapeInfo();
+    Shape shape = info.GetShape();
+    cuda::Matmul m = shapes_;
+    set_pointers(context, &m);
+    void* const stream = context.GetGPUComputeStream();
+    if (kind_ == Kind::kGather) {
+      const auto count = static_cast<int64_t>(info.GetElementCount());
+      shape.push_back(m.weight.columns);
+      auto* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
+      return report(cuda::launch_gather({m.weight, x.GetTensorData<int64_t>(), y, count}, stream));
+    }
+    if (shape.empty() || shape.back() != m.weight.columns) {
+      fail("x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(m.weight.columns));
+    }
+    const size_t tokens = info.GetElementCount() / static_cast<size_t>(m.weight.columns);
+    if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) fail("x has more than 2^31 - 1 rows");
+    shape.back() = m.weight.rows;
+    m.x = x.GetTensorRawData();
+    m.y = context.GetOutput(0, shape).GetTensorMutableRawData();
+    m.type = kernel_type(info.GetElementType());
+    m.tokens = static_cast<int>(tokens);
+    if (tokens == 0) return;
+    const Scratch scratch(context, x.GetTensorMemoryInfo(), stream, cuda::matmul_workspace(m));
+    m.workspace = scratch.get();
+    report(cuda::launch_matmul(m, stream));
+  }
+
+  void set_pointers(const Ort::KernelContext& context, cuda::Matmul* m) const {
+    const auto raw = [&](size_t input) { return context.GetInput(input).GetTensorRawData(); };
+    const auto floats = [&](size_t input) {
+      const Ort::ConstValue value = context.GetInput(input);
+      return cuda::Floats{value.GetTensorRawData(), kernel_type(value.GetTensorTypeAndShapeInfo().GetElementType())};
+    };
+    cuda::PackedWeight& w = m->weight;
+    w.codes = static_cast<const uint32_t*>(raw(Branch::kCodes));
+    w.levels = static_cast<const uint16_t*>(raw(Branch::kLevels));
+    w.params = static_cast<const int8_t*>(raw(Branch::kParams));
+    w.step = floats(Branch::kStep);
+    w.base = static_cast<const float*>(raw(Branch::kBase));
+    if (kind_ != Kind::kGather) m->bias = static_cast<const float*>(raw(Branch::kBias));
+    if (kind_ != Kind::kLowRank) return;
+    m->down.codes = static_cast<const int8_t*>(raw(Branch::kDown));
+    m->down.scale = floats(Branch::kDownScale);
+    m->up.codes = static_cast<const int8_t*>(raw(Branch::kUp));
+    m->up.scale = floats(Branch::kUpScale);
+  }
+
+  void report(const cuda::Status& status) const {
+    if (!status.ok()) fail(status.message);
+  }
+
+  [[noreturn]] void fail(const std::string& sentence) const {
+    throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
+  }
+
+  std::string node_;
+  Kind kind_;
+  cuda::Matmul shapes_;
+};
+
+// One operator at one width and one type of activations. Inputs without a fixed type are checked when a node is created.
+struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
+  Kind kind;
+  int bits;
+  ONNXTensorElementDataType type;
+  std::string name;
+
+  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_) : kind(kind_), bits(bits_), type(type_) {
+    name = kind == Kind::kGather    ? contract::CodebookGather::kName
+           : kind == Kind::kLowRank ? Branch::kName
+                                    : contract::CodebookMatMul::kName;
+    name += std::to_string(bits);
+  }
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    const char* const* names = kind == Kind::kGather ? contract::CodebookGather::kInputs : Branch::kInputs;
+    return guarded([&] { *kernel = new CudaKernel(Constants(info, names, name), kind, bits); });
+  }
+
+  const char* GetName() const { return name.c_str(); }
+  const char* GetExecutionProviderType() const { return kProvider; }
+  size_t GetInputTypeCount() const {
+    if (kind == Kind::kGather) return contract::CodebookGather::kInputCount;
+    return kind == Kind::kLowRank ? size_t{Branch::kInputCount} : size_t{contract::CodebookMatMul::kInputCount};
+  }
+  ONNXTensorElementDataType GetInputType(size_t input) const {
+    switch (input) {
+      case Branch::kX:
+        return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
+      case Branch::kCodes:
+      case Branch::kParams:
+      case Branch::kDown:
+      case Branch::kUp:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+      case Branch::kLevels:
+        return kHalf;
+      default:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    }
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
+};
+
+}  // namespace
+
+void add_cuda_operators(Ort::CustomOpDomain& domain) {
+  auto& operators = *new std::list<CudaOp>;
+  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type) {
+    operators.emplace_back(kind, bits, type);
+    domain.Add(&operators.back());
+  };
+  for (const int bits : contract::kBits) {
+    for (const auto type : {kFloat, kHalf, kBFloat}) {
+      add(Kind::kMatMul, bits, type);
+      add(Kind::kLowRank, bits, type);
+    }
+    add(Kind::kGather, bits, kFloat);
+  }
+}
+
+std::string cuda_state() {
+#ifdef RANKBOOK_EMULATION
+  return "emulated";
+#else
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return std::to_string(count) + (count == 1 ? " device" : " devices");
+#endif
+}
+
+}  // namespace rankbook::ort

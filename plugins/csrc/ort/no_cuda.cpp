@@ -1,0 +1,10 @@
+// The ONNX Runtime library without CUDA kernels.
+#include "ort/cuda_ops.h"
+
+namespace rankbook::ort {
+
+void add_cuda_operators(Ort::CustomOpDomain&) {}
+
+std::string cuda_state() { return "not built"; }
+
+}  // namespace rankbook::ort

@@ -1,0 +1,189 @@
+"""ONNX Runtime's operators on a GPU, as far as a machine without one can show it.
+
+ONNX Runtime itself runs them over emulated kernels (`emulation/`), in a session of the CPU. The built library loads
+without a driver, serves the CPU as the other one does, and registers an operator for the CUDA provider beside each.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import re
+import shutil
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from rankbook.plugins import contract, library
+from rankbook.tools.backends import ort as backend
+from rankbook.tools.backends import trt
+from rankbook.tools.errors import MissingError
+from tests.op_cases import CASES, activations, case_record, expected, op_model, relative_error
+from tests.plugins import emulated
+from tests.plugins.test_trt_library import output, tool
+
+EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
+FLOATS = ("1", "10", "16")
+"""float32, float16 and bfloat16 in ONNX."""
+built = pytest.mark.skipif(
+    library.unavailable("ort-cuda") is not None and not EXPECTED, reason=str(library.unavailable("ort-cuda"))
+)
+
+
+def ort_headers() -> Path | None:
+    """Return the folder of ONNX Runtime's headers, or None."""
+    folders = [Path(os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "/nowhere")), Path("/usr/include/onnxruntime")]
+    folders += (emulated.ROOT / "build" / "native" / "onnxruntime-headers").glob("**/include/onnxruntime")
+    return next((folder for folder in folders if (folder / "onnxruntime_cxx_api.h").is_file()), None)
+
+
+emulates = pytest.mark.skipif(
+    emulated.compiler() is None or ort_headers() is None,
+    reason="building the emulated operators needs a C++ compiler and ONNX Runtime's headers (`make native` gets them)",
+)
+
+
+@cache
+def driver() -> Path:
+    """Build the operators over the emulation."""
+    headers = ort_headers()
+    assert headers is not None
+    ours = ["ort/cuda_ops.cpp", "ort/constants.cpp", "ort/huge_pages.cpp", "kernels/codebook_linear.cpp"]
+    sources = [*emulated.SOURCES, *ours, str(Path(__file__).with_name("ort_cuda_driver.cpp"))]
+    return emulated.build("rankbook_ort_cuda_emulated", sources, [headers])
+
+
+def run(path: Path, model: Any, x: Any, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:
+    """Run a model of one operator with a library."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(path))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
+    (y,) = session.run(None, {session.get_inputs()[0].name: x})
+    return y
+
+
+@emulates
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_products(case: str, dtype: str) -> None:
+    record = case_record(case)
+    x = activations(record).astype(dtype)
+    y = run(driver(), op_model(record, dtype=dtype), x)
+    # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
+    assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+
+
+@emulates
+def test_scratch_for_many_tokens_comes_from_the_runtime() -> None:
+    record = case_record("branch")
+    x = np.tile(activations(record), (4, 1, 1))
+    assert relative_error(run(driver(), op_model(record), x), expected(record, x)) < 1e-5
+
+
+@emulates
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_look_ups(bits: int) -> None:
+    record = case_record("plain", bits=bits)
+    indices = activations(record, contract.GATHER)
+    y = run(driver(), op_model(record, contract.GATHER), indices)
+    assert relative_error(y, expected(record, indices, contract.GATHER)) < 1e-5
+
+
+@emulates
+@pytest.mark.parametrize(
+    ("constant", "shape", "message"),
+    [
+        ("codes", (1, 2, 3, 32, 4), r"codes has shape \(1, 2, 3, 32, 4\); it must be \(2, 2, 3, 32, 4\)"),
+        ("levels", (2, 8), r"levels has shape \(2, 8\); it must be \(3, 8\)"),
+        ("bias", (39,), r"bias has shape \(39\); it must be \(40\) or \(1\)"),
+    ],
+)
+def test_a_wrong_shape_is_refused_with_the_name_of_the_node(
+    constant: str, shape: tuple[int, ...], message: str
+) -> None:
+    record = case_record("bias")
+    model = op_model(record)
+    tensor = next(t for t in model.graph.initializer if t.name == constant)
+    values = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, constant))
+    with pytest.raises(Exception, match=message):
+        run(driver(), model, activations(record))
+
+
+@emulates
+def test_a_wrong_input_is_refused() -> None:
+    record = case_record("bias")
+    model = op_model(record)
+    model.graph.input[0].type.tensor_type.shape.dim[2].Clear()
+    with pytest.raises(Exception, match=r"x has shape \(2, 3, 47\); its last size must be in_features = 48"):
+        run(driver(), model, activations(record)[..., :47])
+
+
+# ------------------------------------------------------------------------------------------------ the built library
+
+
+@built
+@emulates
+def test_an_operator_for_the_gpu_is_registered_beside_each_of_the_cpu(tmp_path: Path) -> None:
+    # A copy: the library keeps what it has registered, and this runtime is none that a session could use.
+    copy = str(shutil.copy(library.library("ort-cuda"), tmp_path))
+    list_operators = c.CDLL(str(driver())).rb_operators
+    list_operators.restype = c.c_char_p
+    lines = Counter(list_operators(copy.encode()).decode().splitlines())
+    on_gpu = {tuple(line.split()[::2]): n for line, n in lines.items() if line.split()[1] == "CUDAExecutionProvider"}
+    wanted = [
+        (name, type_)
+        for name in contract.plugin_names()
+        for type_ in (FLOATS[:1] if name.startswith("CodebookGather") else FLOATS)
+    ]
+    assert sorted(on_gpu) == sorted(wanted)
+    assert set(on_gpu.values()) == {4}  # one domain per configuration of the session
+    assert all(f"{name} CPU {type_}" in lines for name, type_ in wanted)
+
+
+@built
+def test_it_links_no_cuda_and_exports_what_the_other_one_does() -> None:
+    path = library.library("ort-cuda")
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output(tool("readelf"), "-d", path))
+    assert not [name for name in needed if name.startswith(("libnv", "libcuda", "libstdc++"))]
+    symbols = [line.split()[-1] for line in output(tool("nm"), "-D", "--defined-only", path).splitlines()]
+    assert sorted(symbols) == ["RegisterCustomOps", "rankbook_native_info"]
+
+
+@built
+@pytest.mark.parametrize("case", ["plain", "4 bits, branch, bias"])
+def test_on_the_cpu_it_does_what_the_other_library_does(case: str) -> None:
+    record = case_record(case)
+    x, model = activations(record), op_model(record)
+    np.testing.assert_array_equal(run(library.library("ort-cuda"), model, x), run(library.library("ort"), model, x))
+
+
+@built
+@pytest.mark.skipif(trt.has_gpu(), reason="there is a GPU")
+def test_it_says_why_there_is_no_gpu() -> None:
+    assert library.native_info("ort")["cuda"] == "not built"
+    assert "driver" in str(library.native_info("ort-cuda")["cuda"])
+    assert backend.cuda_unavailable()
+    with pytest.raises(MissingError, match=r"CUDA|driver"):
+        backend.use_native("native-cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(backend.cuda_unavailable() is not None, reason=str(backend.cuda_unavailable()))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_products_on_the_gpu(case: str, dtype: str) -> None:
+    record = case_record(case)
+    x = activations(record).astype(dtype)
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    y = run(library.library("ort-cuda"), op_model(record, dtype=dtype), x, providers)
+    assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
