@@ -30,7 +30,7 @@ MATMUL, MATMUL_LOW_RANK, GATHER = "CodebookMatMul", "CodebookMatMulLowRank", "Co
 MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER = MATMUL + INTEGER_SUFFIX, MATMUL_LOW_RANK + INTEGER_SUFFIX
 KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER, MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER)
 """Operator kinds; the name of an operator is its kind with its bits at the end, or before `INTEGER_SUFFIX`."""
-PLUGIN_KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER)
+PLUGIN_KINDS = KINDS
 """Kinds that the TensorRT plugin library has creators for; of others the parser takes the function body."""
 
 FLOATS = ("float32", "float16", "bfloat16")

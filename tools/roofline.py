@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 from rankbook.plugins import library
@@ -22,6 +23,7 @@ from rankbook.tools.errors import CommandError
 TOKENS = (1, 2, 4, 8, 16)
 NOTE = "a prediction from compiled code and data sheets; these kernels have never run on a GPU"
 _DECODE = re.compile(r"decode_mmaILi(\d)ELi(\d)ELi(\d)ENS0_4HalfE")
+_DECODE_INT8 = re.compile(r"decode_int8ILi(\d)ELi(\d)ELi(\d+)ELi(\d)E")
 _ISSUE = 128  # lanes that start an instruction per clock and multiprocessor: four schedulers, 32 lanes each
 
 
@@ -36,6 +38,7 @@ class Gpu:
         multiprocessors: Their number.
         clock: Boost clock in GHz.
         mma: Clocks of a multiprocessor per mma.m16n8k16 (fp16, sums in fp32).
+        imma: Clocks of a multiprocessor per mma.m16n8k32 (int8).
         half: Lanes that do an fp16x2 operation per clock and multiprocessor.
     """
 
@@ -45,16 +48,17 @@ class Gpu:
     multiprocessors: int
     clock: float
     mma: float
+    imma: float
     half: int
 
 
 GPUS = (
-    Gpu("A100-80GB", 80, 2039, 108, 1.41, 2.0, 128),
-    Gpu("H100-SXM", 90, 3352, 132, 1.755, 1.6, 128),
-    Gpu("L4", 80, 300, 58, 2.04, 4.0, 64),
-    Gpu("RTX 4090", 80, 1008, 128, 2.52, 8.0, 64),
-    Gpu("RTX 5090", 120, 1792, 170, 2.41, 8.0, 64),
-    Gpu("Orin-64GB", 80, 204.8, 16, 1.3, 2.0, 64),
+    Gpu("A100-80GB", 80, 2039, 108, 1.41, 2.0, 2.0, 128),
+    Gpu("H100-SXM", 90, 3352, 132, 1.755, 1.6, 1.6, 128),
+    Gpu("L4", 80, 300, 58, 2.04, 4.0, 4.0, 64),
+    Gpu("RTX 4090", 80, 1008, 128, 2.52, 8.0, 4.0, 64),
+    Gpu("RTX 5090", 120, 1792, 170, 2.41, 8.0, 4.0, 64),
+    Gpu("Orin-64GB", 80, 204.8, 16, 1.3, 2.0, 2.0, 64),
 )
 
 
@@ -64,6 +68,7 @@ class Decode:
 
     Attributes:
         gpu: Name of the GPU.
+        activations: ``fp16``, or ``int8`` for rounded ones.
         bits: Bits per code.
         planes: Planes of coefficients; there is an offset in addition.
         group: Weights per group.
@@ -76,6 +81,7 @@ class Decode:
     """
 
     gpu: str
+    activations: str
     bits: int
     planes: int
     group: int
@@ -122,24 +128,34 @@ def pipe_rates(gpu: Gpu) -> dict[str, float]:
     return {"alu": 64, "fma": 64, "half": gpu.half, "xu": 16, "global": 32, "other": 64}
 
 
-def decode(gpu: Gpu, cost: sass.LoopCost, bits: int, planes: int, group: int, tokens: int) -> Decode:
+def step_columns(bits: int) -> int:
+    """Return the columns of a step of a warp, which is where parameters are read at the latest."""
+    return 128 if bits == 3 else 64
+
+
+def decode(
+    gpu: Gpu, cost: sass.LoopCost, bits: int, planes: int, group: int, tokens: int, activations: str = "fp16"
+) -> Decode:
     """Predict one kernel on one GPU."""
-    columns = 128 if bits == 3 else 64  # of a step of a warp, which is where parameters are read at the latest
-    steps = max(1, group // columns)
+    steps = max(1, group // step_columns(bits))
     instructions = cost.per_weight(steps)
     size = bits / 8 + (planes + 1) / group  # a byte per parameter
     # Weights per clock and multiprocessor at full memory speed.
     rate = gpu.bandwidth / (size * gpu.multiprocessors * gpu.clock)
     loads = {pipe: rate * instructions[pipe] / lanes for pipe, lanes in pipe_rates(gpu).items()}
-    rows = wavefronts(cost.step) + wavefronts(cost.group) / steps
+    rows = sum(wavefronts(code) * share for code, share in cost.shares(steps))
     loads["shared"] = rate * rows / cost.weights / 32
-    loads["tensor"] = rate * instructions["tensor"] / 32 * gpu.mma
+    loads["tensor"] = rate * instructions["tensor"] / 32 * (gpu.imma if activations == "int8" else gpu.mma)
     loads["issue"] = rate * instructions["total"] / _ISSUE
     busiest = max(loads, key=lambda pipe: loads[pipe])
     limiter = busiest if loads[busiest] > 1 else "memory"
-    return Decode(
-        gpu.name, bits, planes, group, tokens, size, instructions, loads, limiter, min(1.0, 1 / loads[busiest])
-    )
+    fraction = min(1.0, 1 / loads[busiest])
+    return Decode(gpu.name, activations, bits, planes, group, tokens, size, instructions, loads, limiter, fraction)
+
+
+def int8_kernel(bits: int, group: int, tokens: int) -> tuple[int, int]:
+    """Return the number of tokens and of groups per step for which the kernel of rounded activations is made."""
+    return 1 if tokens == 1 else 8 * ((tokens + 7) // 8), 1 if group % step_columns(bits) == 0 else 2
 
 
 def prefill(gpu: Gpu, cost: sass.LoopCost, bits: int, tokens: int) -> Prefill:
@@ -155,6 +171,19 @@ def prefill(gpu: Gpu, cost: sass.LoopCost, bits: int, tokens: int) -> Prefill:
     return Prefill(gpu.name, bits, tokens, product, slowest, ideal / (ideal / product + extra))
 
 
+def _costs(code: dict[str, list[sass.Instruction]]) -> dict[tuple[str, int, int, int, int], sass.LoopCost]:
+    """Cost of every decode kernel by activations, bits, planes, tokens and groups per step."""
+    costs: dict[tuple[str, int, int, int, int], sass.LoopCost] = {}
+    for name, instructions in code.items():
+        if match := _DECODE.search(name):
+            bits, planes, tiles = map(int, match.groups())
+            costs["fp16", bits, planes, 8 * tiles, 0] = sass.main_loop(instructions, 8 * tiles)
+        elif match := _DECODE_INT8.search(name):
+            bits, planes, tokens, parts = map(int, match.groups())
+            costs["int8", bits, planes, tokens, parts] = sass.turn_loop(instructions, step_columns(bits))
+    return costs
+
+
 def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decode], list[Prefill]]:
     """Predict every kernel of the library on every GPU that it holds code for.
 
@@ -163,22 +192,18 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
     """
     decodes, prefills = [], []
     for architecture in sorted({gpu.code for gpu in GPUS}):
-        code = sass.functions(path, architecture, r"decode_mma.*4HalfE|gemm_mmaINS0_4HalfE")
-        costs: dict[tuple[int, int, int], sass.LoopCost] = {}
-        for name, instructions in code.items():
-            if match := _DECODE.search(name):
-                bits, planes, tiles = map(int, match.groups())
-                costs[bits, planes, tiles] = sass.main_loop(instructions, 8 * tiles)
+        code = sass.functions(path, architecture, r"decode_mma.*4HalfE|decode_int8|gemm_mmaINS0_4HalfE")
+        costs = _costs(code)
         gemm = next((i for n, i in code.items() if re.search(r"gemm_mmaINS0_4HalfE", n)), None)
         for gpu in (gpu for gpu in GPUS if gpu.code == architecture):
+            for bits, planes, group, tokens in product((2, 3, 4), (1, 2), groups, TOKENS):
+                keys = {"fp16": (8 * ((tokens + 7) // 8), 0), "int8": int8_kernel(bits, group, tokens)}
+                decodes += [
+                    decode(gpu, cost, bits, planes, group, tokens, activations)
+                    for activations, key in keys.items()
+                    if (cost := costs.get((activations, bits, planes, *key))) is not None
+                ]
             for bits in (2, 3, 4):
-                for planes in (1, 2):
-                    for group in groups:
-                        decodes += [
-                            decode(gpu, costs[bits, planes, (tokens + 7) // 8], bits, planes, group, tokens)
-                            for tokens in TOKENS
-                            if (bits, planes, (tokens + 7) // 8) in costs
-                        ]
                 if gemm is not None:
                     cost = sass.main_loop(gemm, 8)
                     prefills += [prefill(gpu, cost, bits, tokens) for tokens in (512, 2048)]
@@ -188,14 +213,14 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
 def table(decodes: list[Decode], tokens: int) -> str:
     """Return a Markdown table: a row per form, a column per GPU, predicted share of the bandwidth and limiter."""
     names = [gpu.name for gpu in GPUS if any(item.gpu == gpu.name for item in decodes)]
-    lines = [f"| bits, planes, group (M = {tokens}) | B/weight | SASS/weight | " + " | ".join(names) + " |"]
+    lines = [f"| x, bits, planes, group (M = {tokens}) | B/weight | SASS/weight | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(names) + 3) + "|")
-    forms = sorted({(d.bits, d.planes, d.group) for d in decodes})
+    forms = sorted({(d.activations, d.bits, d.planes, d.group) for d in decodes if d.tokens == tokens})
     for form in forms:
-        row = {d.gpu: d for d in decodes if (d.bits, d.planes, d.group) == form and d.tokens == tokens}
-        counts = [d.instructions["total"] for d in row.values()]
-        some = next(iter(row.values()))
-        cells = [f"{form[0]}, {form[1]}, {form[2]}", f"{some.bytes_per_weight:.3f}", _range(counts)]
+        found = [d for d in decodes if (d.activations, d.bits, d.planes, d.group) == form and d.tokens == tokens]
+        row = {d.gpu: d for d in found}
+        counts = [d.instructions["total"] for d in found]
+        cells = [", ".join(map(str, form)), f"{found[0].bytes_per_weight:.3f}", _range(counts)]
         lines.append("| " + " | ".join([*cells, *(_cell(row[name]) for name in names)]) + " |")
     return "\n".join(lines)
 
@@ -244,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"Predicted, not measured: {NOTE}.")
     print("Share of the memory bandwidth; in parentheses the busiest pipe and its load at full memory speed.\n")
-    print("\n\n".join([table(decodes, 8), table(decodes, 16)]))
+    print("\n\n".join(table(decodes, tokens) for tokens in (1, 8, 16)))
     print(
         "\nMany tokens: share of the tensor-core rate, with the time of decoding to scratch; what bounds the product.\n"
     )

@@ -69,27 +69,47 @@ class LoopCost:
     """What the main loop of a decode kernel executes.
 
     Attributes:
-        weights: Weights that one lane decodes in one pass of the inner loop.
-        step: Instructions of one pass of the inner loop.
-        group: Instructions outside of it, once per group of weights (or per step where a step has several groups).
+        weights: Weights that one lane decodes in one step.
+        step: Instructions of every step.
+        group: Instructions once per group of weights (or per step where a step has several groups).
     """
 
     weights: int
     step: tuple[Instruction, ...]
     group: tuple[Instruction, ...]
 
+    def shares(self, steps_per_group: int) -> tuple[tuple[tuple[Instruction, ...], float], ...]:
+        """Return instructions with how often a step executes them."""
+        return (self.step, 1.0), (self.group, 1.0 / steps_per_group)
+
     def per_weight(self, steps_per_group: int) -> dict[str, float]:
         """Return instructions per weight by pipe, with ``total``."""
         counts: Counter[str] = Counter()
-        for instructions, share in ((self.step, 1.0), (self.group, 1.0 / steps_per_group)):
+        for instructions, share in self.shares(steps_per_group):
             for instruction in instructions:
                 counts[instruction.pipe] += share  # type: ignore[assignment]
         result = {pipe: counts[pipe] / self.weights for pipe in (*PIPES, "other")}
         return {**result, "total": sum(result.values())}
 
     def count(self, prefix: str) -> int:
-        """Return how many instructions of the inner loop start with a prefix."""
+        """Return how many instructions of a step start with a prefix."""
         return sum(instruction.opcode.startswith(prefix) for instruction in self.step)
+
+
+@dataclass(frozen=True)
+class TurnCost(LoopCost):
+    """The same for kernels that convert sums once in a turn of one step or two.
+
+    Attributes:
+        step: Instructions of a turn of one step.
+        group: What a second step adds.
+    """
+
+    def shares(self, steps_per_group: int) -> tuple[tuple[tuple[Instruction, ...], float], ...]:
+        """Return instructions with how often a step executes them."""
+        if steps_per_group == 1 or not self.group:
+            return ((self.step, 1.0),)
+        return (self.step, 0.5), (self.group, 0.5)
 
 
 def tool(name: str) -> Path:
@@ -152,11 +172,31 @@ def main_loop(code: list[Instruction], tokens: int) -> LoopCost:
     if not with_mma:
         raise ValueError("the function has no loop with tensor-core instructions")
     inner = with_mma[0]
-    step = _longest(code, inner, None)
+    step = _longest(code, inner, None, _slow_blocks(code, inner))
     outer = next((s for s in with_mma[1:] if s[0] <= inner[0] and s[1] >= inner[1] and s != inner), None)
-    group = _longest(code, outer, inner) if outer else ()
+    group = _longest(code, outer, inner, _slow_blocks(code, outer)) if outer else ()
     weights = 8 * sum(i.pipe == "tensor" for i in step) // (tokens // 8)
     return LoopCost(weights, step, group)
+
+
+def turn_loop(code: list[Instruction], weights: int) -> TurnCost:
+    """Return the loop of a kernel for rounded activations, the second step of a turn apart.
+
+    Args:
+        code: The function.
+        weights: Weights that one lane decodes in one step.
+
+    Raises:
+        ValueError: There is no loop with tensor-core instructions.
+    """
+    tensor = [i for i, instruction in enumerate(code) if instruction.pipe == "tensor"]
+    spans = [s for s in _loops(code) if tensor and s[0] <= tensor[0] and tensor[-1] <= s[1]]
+    if not spans:
+        raise ValueError("the function has no loop with tensor-core instructions")
+    span = min(spans, key=lambda s: s[1] - s[0])
+    both, one = _longest(code, span, None, set()), _longest(code, span, None, set(), fewest_products=True)
+    known = {instruction.address for instruction in one}
+    return TurnCost(weights, one, tuple(i for i in both if i.address not in known))
 
 
 def _loops(code: list[Instruction]) -> list[tuple[int, int]]:
@@ -170,17 +210,28 @@ def _loops(code: list[Instruction]) -> list[tuple[int, int]]:
     return list(heads.items())
 
 
-def _longest(code: list[Instruction], span: tuple[int, int], hole: tuple[int, int] | None) -> tuple[Instruction, ...]:
-    """Longest way from the first to the last instruction of a loop; a hole (the inner loop) is passed for nothing."""
+def _longest(
+    code: list[Instruction],
+    span: tuple[int, int],
+    hole: tuple[int, int] | None,
+    slow: set[int],
+    *,
+    fewest_products: bool = False,
+) -> tuple[Instruction, ...]:
+    """Longest way from the first to the last instruction of a loop that avoids the slow forms.
+
+    A hole (the inner loop) is passed for nothing. With ``fewest_products``, the longest among those with the fewest
+    tensor-core instructions.
+    """
     first, last = span
     index = {instruction.address: i for i, instruction in enumerate(code)}
-    best: dict[int, tuple[int, int]] = {first: (0, -1)}  # instruction: cost up to it, the one before it
-    slow = _slow_blocks(code, span)
+    best: dict[int, tuple[tuple[int, int], int]] = {first: ((0, 0), -1)}  # instruction: cost up to it, the one before
     for i in range(first, last + 1):
         if i not in best or i in slow:
             continue
         inside = hole is not None and hole[0] <= i <= hole[1]
-        cost = best[i][0] + (0 if inside else 1)
+        products, length = best[i][0]
+        cost = (products - int(fewest_products and code[i].pipe == "tensor"), length + int(not inside))
         for successor in _successors(code, i, index):
             if i < successor <= last and (successor not in best or best[successor][0] < cost):
                 best[successor] = (cost, i)

@@ -21,7 +21,8 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "plugins" / "csrc"
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-UNITS = (*(f"kernels/cuda/width_{bits}.cu" for bits in (2, 3, 4, 8)), "kernels/cuda/launch.cu")
+WIDTHS = (f"kernels/cuda/{name}_{bits}.cu" for name in ("width", "int8") for bits in (2, 3, 4, 8))
+UNITS = (*WIDTHS, "kernels/cuda/launch.cu")
 SOURCES = (*UNITS, "emulation/simt.cpp", "emulation/library.cpp")
 ALIGNMENT = 256
 ON_GPU = os.environ.get("RANKBOOK_KERNELS_ON") == "gpu"
@@ -71,6 +72,7 @@ class Matmul(c.Structure):
         ("y", c.c_void_p),
         ("type", c.c_int32),
         ("tokens", c.c_int),
+        ("int8_activations", c.c_bool),
         ("workspace", c.c_void_p),
     ]
 
@@ -253,8 +255,13 @@ def packed_weight(arena: Memory, tensors: Mapping[str, Array], attributes: Mappi
     )
 
 
-def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str) -> Array:
-    """Run the product on x (M, K): float32, or 16-bit floats as uint16 bits. Returns y (M, N) in the same form."""
+def matmul(
+    tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, *, int8: bool = False
+) -> Array:
+    """Run the product on x (M, K): float32, or 16-bit floats as uint16 bits. Returns y (M, N) in the same form.
+
+    With ``int8``, x is rounded to 8 bits inside.
+    """
     arena = Arena()
     weight = packed_weight(arena, tensors, attributes)
     rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
@@ -268,6 +275,7 @@ def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array
         y=y,
         type=TYPES[dtype],
         tokens=len(x),
+        int8_activations=int8,
     )
     if bytes_needed := library().rb_workspace(c.byref(arguments)):
         arguments.workspace = arena.add(np.full(bytes_needed, 0xFF, np.uint8), writable=True)

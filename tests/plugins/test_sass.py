@@ -37,12 +37,24 @@ BUDGET = {
     (4, 1): {64: 4.2, 128: 3.7},
     (4, 2): {64: 5.0, 128: 4.4},
 }
+# The same for rounded activations, by (bits, planes, tokens).
+BUDGET_INT8 = {
+    (2, 1, 1): {64: 1.7, 128: 1.4},
+    (2, 2, 1): {64: 2.3, 128: 1.8},
+    (2, 2, 8): {64: 3.3, 128: 2.3},
+    (3, 1, 1): {64: 1.8, 128: 2.1},
+    (3, 2, 1): {64: 2.4, 128: 3.0},
+    (3, 2, 8): {64: 4.4, 128: 2.8},
+    (4, 1, 1): {64: 2.8, 128: 2.3},
+    (4, 2, 1): {64: 3.3, 128: 2.7},
+    (4, 2, 8): {64: 4.7, 128: 3.7},
+}
 ARCHITECTURES = (80, 90, 120)
 
 
 @cache
 def code(architecture: int) -> dict[str, list[sass.Instruction]]:
-    found = sass.functions(library.library("trt"), architecture, "decode_mma.*4HalfE")
+    found = sass.functions(library.library("trt"), architecture, "decode_mma.*4HalfE|decode_int8")
     if not found and not EXPECTED:
         pytest.skip(f"the library was built without sm_{architecture}")
     return found
@@ -81,14 +93,45 @@ def test_loads_are_vectors_and_every_product_is_a_tensor_core_one(bits, planes, 
         assert {i.opcode for i in lookups} == ({"LDS"} if planes == 1 else {"LDS.64"})
 
 
-def test_decoding_is_bound_by_memory_on_paper():
-    """Up to 8 tokens, one and two planes: all of 4 bits, and 2 and 3 bits but for the GPUs with HBM.
+def int8_cost(architecture: int, bits: int, planes: int, tokens: int, group: int) -> sass.TurnCost:
+    _, parts = roofline.int8_kernel(bits, group, tokens)
+    pattern = rf"decode_int8ILi{bits}ELi{planes}ELi{tokens}ELi{parts}E"
+    found = next(c for n, c in code(architecture).items() if re.search(pattern, n))
+    return sass.turn_loop(found, roofline.step_columns(bits))
 
-    Their memory is fast for their number of multiprocessors. A prediction that no GPU has confirmed.
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("form", list(BUDGET_INT8))
+def test_rounded_activations_stay_in_the_budget(form, architecture):
+    for group, budget in BUDGET_INT8[form].items():
+        cost = int8_cost(architecture, *form, group)
+        assert cost.per_weight(max(1, group // roofline.step_columns(form[0])))["total"] <= budget
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("bits", "planes", "tokens"), [(2, 2, 1), (3, 1, 8), (4, 1, 1), (4, 2, 1), (4, 2, 8)])
+def test_rounded_activations_go_to_integer_tensor_cores(bits, planes, tokens, architecture):
+    cost = int8_cost(architecture, bits, planes, tokens, 128)
+    assert cost.count("IMMA.16832") * 16 == cost.weights * planes
+    codes = [i for i in cost.step if i.opcode.startswith("LDG") and ".128" in i.opcode and "LTC128B" in i.opcode]
+    assert len(codes) * 16 == cost.weights * bits // 8  # each code is read once, 16 bytes at a time
+    # Levels are in registers, or with 4 bits and two planes in a table: a look-up for two codes. The other reads of
+    # shared memory bring parameters from lane to lane, 16 bytes at a time.
+    assert cost.count("LDS") - cost.count("LDS.128") == (cost.weights // 2 if (bits, planes) == (4, 2) else 0)
+
+
+def test_decoding_is_bound_by_memory_on_paper():
+    """Up to 8 tokens, one and two planes, in at least one form. A prediction that no GPU has confirmed.
+
+    The memory of an H100 is fast for its number of multiprocessors: with groups of 64 and more than one token, two
+    planes of 2 or 3 bits keep it waiting a little.
     """
     decodes, _ = roofline.predict(library.library("trt"))
-    assert decodes
-    with_hbm = ("A100-80GB", "H100-SXM")
+    assert {item.activations for item in decodes} == {"fp16", "int8"}
+    best: dict[tuple[object, ...], float] = {}
     for item in (item for item in decodes if item.tokens <= 8):
-        least = 0.65 if item.gpu in with_hbm and item.bits < 4 else 1.0
-        assert item.bandwidth_fraction >= least, (item.gpu, item.bits, item.planes, item.group, item.limiter)
+        key = item.gpu, item.bits, item.planes, item.group, item.tokens
+        best[key] = max(best.get(key, 0.0), item.bandwidth_fraction)
+    for (gpu, bits, planes, group, tokens), fraction in best.items():
+        tight = gpu == "H100-SXM" and bits < 4 and planes == 2 and group == 64 and tokens > 1
+        assert fraction >= (0.85 if tight else 1.0), (gpu, bits, planes, group, tokens)

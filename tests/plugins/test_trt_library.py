@@ -32,8 +32,13 @@ pytestmark = pytest.mark.skipif(
 )
 needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
 
-MOST_REGISTERS = {"decode_mma": 128, "gemm_mma": 128, "branch_down": 96}
-"""Two blocks of 256 threads per multiprocessor need at most 128 registers a thread (of 65536)."""
+MOST_REGISTERS = {
+    "decode_mma": 128,
+    "gemm_mma": 128,
+    "branch_down": 96,
+    **{f"decode_int8ILi{bits}ELi{planes}ELi1ELi1E": 80 for bits in (2, 3, 4) for planes in (1, 2)},
+}
+"""Two blocks of 256 threads per multiprocessor need at most 128 registers a thread (of 65536), three at most 80."""
 ONE_BLOCK = re.compile(r"decode_mmaILi(\dELi4|3ELi2)ELi2E")
 """More than 8 tokens with 3 or 4 planes, or 2 at 3 bits: one block per multiprocessor, up to 255 registers."""
 
@@ -83,7 +88,7 @@ def test_kernels_do_not_spill_and_leave_room_for_two_blocks():
 def test_there_are_kernels_for_every_width():
     text = output(tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
     for bits in (2, 3, 4, 8):
-        for kernel in ("decode_mma", "decode_float", "decode_dense", "gather_rows"):
+        for kernel in ("decode_mma", "decode_int8", "decode_float", "decode_dense", "gather_rows"):
             assert re.search(rf"{kernel}ILi{bits}E", text), f"{kernel} for {bits} bits"
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from rankbook.calibration.layer_meta import LayerMeta
 from rankbook.exporter import emit
-from rankbook.plugins import contract
+from rankbook.plugins import contract, reference
 from tests.op_cases import CASES, activations, case_record, expected, numpy_inputs, relative_error
 from tests.plugins import emulated
 
@@ -100,6 +100,22 @@ def test_products(case, dtype):
     assert run(emit.operator(meta).name, tensors, emit.attributes(meta), y) == y.shape
     # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
     assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("bits", "rank"), [(2, 0), (3, 2), (4, 0), (8, 3)])
+def test_products_of_rounded_activations(bits, rank, dtype):
+    record = case_record("plain", bits=bits, in_features=256, group=128, rank=rank)
+    meta = LayerMeta.of(record)
+    name = contract.op_name(contract.matmul_kind(low_rank=rank > 0, integer=True), bits)
+    for tokens in (1, 6, 40):
+        x = np.random.default_rng(tokens).standard_normal((tokens, 256)).astype(dtype)
+        y = np.zeros((tokens, record.out_features), dtype)
+        inputs = numpy_inputs(record)
+        assert run(name, {"x": x, **inputs}, emit.attributes(meta), y) == y.shape
+        want = reference.run(name, [x, *inputs.values()], emit.attributes(meta))
+        # Above 16 tokens the product is one of floats; test_cuda_int8.py holds the kernels to tighter bounds.
+        assert relative_error(y, want) < (1e-5 if dtype == "float32" else 4e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -54,6 +54,25 @@ def test_loops_are_counted_without_the_slow_forms(listing):
     assert roofline.wavefronts(cost.step) == 2
 
 
+def instructions(*lines: str) -> list[sass.Instruction]:
+    """Instructions four bytes apart, as ``[@predicate] opcode [operands]``."""
+    found = []
+    for i, line in enumerate(lines):
+        predicate, rest = line.split(" ", 1) if line.startswith("@") else ("", line)
+        opcode, _, operands = rest.partition(" ")
+        found.append(sass.Instruction(4 * i, predicate.lstrip("@"), opcode, operands))
+    return found
+
+
+def test_the_second_step_of_a_turn_is_told_apart():
+    code = instructions("LDG", "IMMA", "@P0 BRA 0x14", "PRMT", "IMMA", "FADD", "@P1 BRA 0x0", "EXIT")
+    cost = sass.turn_loop(code, weights=64)
+    assert [i.opcode for i in cost.step] == ["LDG", "IMMA", "BRA", "FADD", "BRA"]
+    assert [i.opcode for i in cost.group] == ["PRMT", "IMMA"]
+    assert cost.per_weight(1)["total"] == pytest.approx(5 / 64)
+    assert cost.per_weight(2)["total"] == cost.per_weight(8)["total"] == pytest.approx(7 / 128)
+
+
 def test_other_architectures_are_told_apart(listing):
     assert len(sass.functions(listing / "library.so", 90)["decode"]) == 1
     assert sass.functions(listing / "library.so", 75) == {}
@@ -68,7 +87,7 @@ def test_the_prediction_follows_from_the_counts(listing):
     """By hand: 4 bits and 2 parameters per 64 weights are 0.53125 bytes; 100 GB/s at 1 SM and 1 GHz are 188.2 weights a
     clock, and 188.2 * 7 / 8 instructions are 1.287 of the 128 that can start."""
     cost = sass.main_loop(sass.functions(listing / "library.so", 80)["decode"], tokens=8)
-    gpu = roofline.Gpu("paper", 80, 100.0, 1, 1.0, 2.0, 64)
+    gpu = roofline.Gpu("paper", 80, 100.0, 1, 1.0, 2.0, 2.0, 64)
     found = roofline.decode(gpu, cost, bits=4, planes=1, group=128, tokens=1)
     assert found.bytes_per_weight == pytest.approx(0.5 + 2 / 128)
     rate = 100 / found.bytes_per_weight
@@ -77,14 +96,14 @@ def test_the_prediction_follows_from_the_counts(listing):
     assert found.loads["tensor"] == pytest.approx(rate / 8 / 32 * 2)
     assert found.limiter == max(found.loads, key=lambda pipe: found.loads[pipe])
     assert found.bandwidth_fraction == pytest.approx(1 / found.loads[found.limiter])
-    slow = roofline.Gpu("slow memory", 80, 1.0, 1, 1.0, 2.0, 64)
+    slow = roofline.Gpu("slow memory", 80, 1.0, 1, 1.0, 2.0, 2.0, 64)
     assert roofline.decode(slow, cost, 4, 1, 128, 1).limiter == "memory"
     assert roofline.decode(slow, cost, 4, 1, 128, 1).bandwidth_fraction == 1.0
 
 
 def test_prefill_adds_the_time_of_decoding(listing):
     cost = sass.main_loop(sass.functions(listing / "library.so", 80)["decode"], tokens=8)
-    gpu = roofline.Gpu("paper", 80, 100.0, 1, 1.0, 2.0, 64)
+    gpu = roofline.Gpu("paper", 80, 100.0, 1, 1.0, 2.0, 2.0, 64)
     few, many = (roofline.prefill(gpu, cost, 4, tokens) for tokens in (512, 4096))
     assert few.product_fraction == many.product_fraction == pytest.approx(1.0)  # 2 clocks of mma, 2 of shared memory
     assert few.fraction == pytest.approx(0.5 / (0.5 + 4.5 / 100))  # 512 / 2048 * 2 clocks; 4.5 bytes at 100 a clock

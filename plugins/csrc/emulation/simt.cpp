@@ -56,7 +56,7 @@ const Meeting& Machine::meet_warp(const char* place, const void* data, std::size
   const std::uint64_t generation = fiber.warp_generation++;
   Meeting& meeting = warps_[2 * (thread / kWarp) + generation % 2];
   arrive(meeting, generation, place);
-  std::memcpy(meeting.slots[thread % kWarp], data, bytes);
+  if (bytes > 0) std::memcpy(meeting.slots[thread % kWarp], data, bytes);
   fiber.waits_for = &meeting;
   fiber.members = kWarp;
   if (meeting.arrived < kWarp) swapcontext(&fiber.context, &scheduler_);

@@ -138,10 +138,12 @@ inline unsigned char* shared_memory() { return emulation::Machine::get().shared;
 #define barrier() emulation_barrier(RB_HERE)
 inline void emulation_barrier(const char* place) { emulation::Machine::get().meet_block(place); }
 
-inline float shuffle_xor(float value, int mask) {
+inline void warp_barrier() { emulation::Machine::get().meet_warp("warp barrier", nullptr, 0); }
+template <typename T>
+T shuffle_xor(T value, int mask) {
   auto& machine = emulation::Machine::get();
   const emulation::Meeting& met = machine.meet_warp("shuffle", &value, sizeof value);
-  float other;
+  T other;
   std::memcpy(&other, met.slots[(machine.thread % emulation::kWarp) ^ mask], sizeof other);
   return other;
 }
@@ -191,6 +193,10 @@ void read_shared(unsigned at, Words&... words) {
   ((std::memcpy(&words, from, 4), from += 4), ...);
 }
 
+inline unsigned kept(unsigned value) { return value; }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline std::uint32_t and_xor(std::uint32_t a, std::uint32_t b, std::uint32_t c) { return (a & b) ^ c; }
+inline int round_to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
 inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -252,6 +258,25 @@ inline void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b
 }
 inline void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   emulated_mma("mma bf16", c, a, b0, b1, emulation::bfloat_to_float);
+}
+
+// And of mma.m16n8k32 for bytes: four columns of A (rows of B) to a word instead of two.
+inline void mma_int8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, const int (&c)[4]) {
+  auto& machine = emulation::Machine::get();
+  const std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emulation::Meeting& met = machine.meet_warp("mma s8", mine, sizeof mine);
+  const int g = machine.thread % emulation::kWarp / 4, t = machine.thread % 4;
+  const auto element = [&](int lane, int word, int byte) {
+    return static_cast<int>(static_cast<std::int8_t>(met.slots[lane][4 * word + byte]));
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    d[i] = c[i];
+    for (int k = 0; k < 32; ++k) {
+      const int source = k % 16 / 4;
+      d[i] += element(4 * (row % 8) + source, row / 8 + 2 * (k / 16), k % 4) * element(4 * column + source, 4 + k / 16, k % 4);
+    }
+  }
 }
 
 template <typename Arguments>

@@ -59,8 +59,9 @@ void report(ILogger::Severity severity, const std::string& layer, const std::str
   if (logger != nullptr) logger->log(severity, ("rankbook: " + layer + ": " + message).c_str());
 }
 
-Creator::Creator(Kind kind, std::int32_t bits) {
+Creator::Creator(Kind kind, bool int8, std::int32_t bits) {
   op_.kind = kind;
+  op_.int8 = int8;
   op_.bits = bits;
   name_ = op_.name();
   for (const char* field : {contract::kInFeatures, contract::kOutFeatures, contract::kOffset}) {
@@ -97,9 +98,12 @@ RB_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& co
   using rankbook::trt::Kind;
   static std::vector<Creator> creators = [] {
     std::vector<Creator> made;
-    made.reserve(3 * std::size(rankbook::contract::kBits));  // creators hold pointers into themselves: never moved
-    for (const Kind kind : {Kind::kMatmul, Kind::kMatmulLowRank, Kind::kGather}) {
-      for (const int bits : rankbook::contract::kBits) made.emplace_back(kind, bits);
+    made.reserve(5 * std::size(rankbook::contract::kBits));  // creators hold pointers into themselves: never moved
+    for (const int bits : rankbook::contract::kBits) {
+      for (const Kind kind : {Kind::kMatmul, Kind::kMatmulLowRank}) {
+        for (const bool int8 : {false, true}) made.emplace_back(kind, int8, bits);
+      }
+      made.emplace_back(Kind::kGather, false, bits);
     }
     return made;
   }();

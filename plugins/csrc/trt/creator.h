@@ -12,7 +12,7 @@ namespace rankbook::trt {
 
 class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  Creator(Kind kind, std::int32_t bits);
+  Creator(Kind kind, bool int8, std::int32_t bits);
 
   nvinfer1::IPluginV3* createPlugin(const char* layer, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;

@@ -89,7 +89,7 @@ std::string Operator::name() const {
   const char* name = kind == Kind::kMatmul   ? contract::CodebookMatMul::kName
                      : kind == Kind::kGather ? contract::CodebookGather::kName
                                              : contract::CodebookMatMulLowRank::kName;
-  return name + std::to_string(bits);
+  return name + std::to_string(bits) + (int8 ? contract::CodebookMatMulA8::kSuffix : "");
 }
 
 std::int32_t Operator::inputs() const {
@@ -127,6 +127,7 @@ bool Operator::allows(std::int32_t position, DataType type, DataType x_type) con
 
 std::string read_shapes(const Operator& op, const Dims* dims, cuda::Matmul* out) {
   *out = cuda::Matmul{};
+  out->int8_activations = op.int8;
   cuda::PackedWeight& w = out->weight;
   w.rows = op.out_features;
   w.columns = op.in_features;

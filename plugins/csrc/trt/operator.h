@@ -23,6 +23,7 @@ inline constexpr std::int32_t kMaxInputs = Branch::kInputCount;
 // What an operator is and what its attributes say.
 struct Operator {
   Kind kind = Kind::kMatmul;
+  bool int8 = false;  // of a product: activations are rounded to 8 bits
   std::int32_t bits = 0;
   std::int32_t in_features = 0;
   std::int32_t out_features = 0;

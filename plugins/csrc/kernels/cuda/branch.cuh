@@ -1,6 +1,8 @@
 // The error branch and the bias: u = x down^T before the product, u up^T + bias at its end.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/codes.cuh"
 
 namespace rankbook::cuda {
@@ -84,6 +86,20 @@ RB_DEVICE float epilogue(const MatmulKernel& arguments, int token, int row) {
   return sum;
 }
 
+// Output type chosen at run time, where the rest of a kernel does not depend on it.
+struct AnyType {};
+
+template <typename T>
+RB_DEVICE void store_output(const Matmul& m, std::size_t at, float value) {
+  if constexpr (!std::is_same_v<T, AnyType>) {
+    store(static_cast<typename T::Stored*>(m.y) + at, T::encode(value));
+  } else if (m.type == DataType::kFloat32) {
+    store(static_cast<float*>(m.y) + at, value);
+  } else {
+    store(static_cast<std::uint16_t*>(m.y) + at, m.type == DataType::kFloat16 ? Half::encode(value) : BFloat::encode(value));
+  }
+}
+
 // Adds up what the warps of a block left in `partial` (kWarps, tokens, 32 rows) and writes the outputs of one panel. Where
 // several blocks share a panel, each leaves its sums in the workspace and the last one to arrive adds them up, always in
 // the same order.
@@ -113,7 +129,7 @@ RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, i
     } else {
       for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * size + i];
     }
-    store(static_cast<typename T::Stored*>(m.y) + static_cast<std::size_t>(token) * m.weight.rows + row, T::encode(sum));
+    store_output<T>(m, static_cast<std::size_t>(token) * m.weight.rows + row, sum);
   }
 }
 

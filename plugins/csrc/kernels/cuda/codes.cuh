@@ -37,9 +37,9 @@ struct Chunk {
 
   FourRows<kBits> units[Unit<kBits>::kChunk];
 
-  RB_DEVICE void load_from(const uint4* first) {
+  RB_DEVICE void load_from(const uint4* first, int from = 0, int to = kLoads) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = from; i < to; ++i) {
       const uint4 v = load_codes(first + i * (kPanel / 4));
       auto& words = units[i / Unit<kBits>::kWords].words;
       const int word = i % Unit<kBits>::kWords;
@@ -80,6 +80,16 @@ RB_DEVICE std::uint32_t code_pair(const std::uint32_t (&words)[Unit<kBits>::kWor
     constexpr std::uint32_t kMask = (1u << Unit<kBits>::kPairBits) - 1u;
     return (words[0] >> (j * Unit<kBits>::kPairBits)) & kMask;
   }
+}
+
+// The codes of a 3-bit unit as nibbles: of byte m, codes 8 m + 2 j in the low and 8 m + 2 j + 1 in the high one. The last
+// pair is spread over the three words; only there does a stored byte's minus 128 (its highest bit) matter.
+RB_DEVICE std::uint32_t nibbles_of_three(const std::uint32_t (&words)[3], int j) {
+  if (j < 3) return (words[j % 3] & 0x07070707u) | ((words[j % 3] << 1) & 0x70707070u);
+  std::uint32_t last = ((words[2] >> 1) & 0x40404040u) ^ 0x62626262u;
+  last ^= (words[1] >> 2) & 0x30303030u;
+  last ^= (words[2] >> 4) & 0x04040404u;
+  return last ^ ((words[0] >> 6) & 0x03030303u);
 }
 
 // Where a lane is in its row of groups. Groups are multiples of 16 inputs or the whole row, parts of a unit at most 16.

@@ -2,6 +2,7 @@
 #include "kernels/cuda/launch.h"
 
 #include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/integer_launch.cuh"
 
 namespace rankbook::cuda {
 namespace {
@@ -82,26 +83,115 @@ bool decodes_directly(const Matmul& m) {
   return m.tokens <= kMaxDecodeTokens && (m.type == DataType::kFloat32 || (w.columns % 8 == 0 && whole_units));
 }
 
-// Blocks that share a panel, so that a layer of few rows fills the GPU: three blocks of one warp step or more for every
-// multiprocessor. At most `most_shares`.
-int count_shares(const Matmul& m) {
-  const int panels = ceil_div(m.weight.rows, kPanel), step = m.weight.bits == 3 ? 128 : 64;
-  const int wanted = 3 * multiprocessors() / panels, useful = ceil_div(m.weight.columns, step) / kWarps;
+// Blocks that share a panel, so that a layer of few rows fills the GPU: three blocks of `work` pieces for the warps of
+// every multiprocessor. At most `most_shares`.
+int count_shares(const Matmul& m, int work) {
+  const int panels = ceil_div(m.weight.rows, kPanel);
+  const int wanted = 3 * multiprocessors() / panels, useful = work / kWarps;
   const int most = most_shares(panels);
   const int shares = wanted < useful ? wanted : useful;
   return shares < 1 ? 1 : (shares < most ? shares : most);
 }
 
+// Places in the workspace of an integer product; returns the bytes that they take. `at` may be null.
+std::size_t lay_out(const Matmul& m, const IntegerPlan& plan, char* at, IntegerKernel* k) {
+  std::size_t used = 0;
+  const auto take = [&](std::size_t bytes) {
+    char* place = at == nullptr ? nullptr : at + used;
+    used += aligned(bytes);
+    return place;
+  };
+  const std::size_t tokens = static_cast<std::size_t>(m.tokens);
+  k->ordered = reinterpret_cast<std::int8_t*>(take(tokens * plan.padded + kZeroBytes));
+  k->natural = reinterpret_cast<std::int8_t*>(take(m.rank > 0 ? tokens * m.weight.columns : 0));
+  k->rounded = reinterpret_cast<Rounded*>(take(sizeof(Rounded) * plan.pieces() * plan.slots));
+  k->levels = reinterpret_cast<LevelBytes*>(take(sizeof(LevelBytes)));
+  return used;
+}
+
+template <typename T>
+Status round_tokens(const IntegerKernel& k, bool in_place, void* stream) {
+  const int blocks = ceil_div(k.k.m.weight.groups, kWarps);
+  if (in_place) return launch(round_in_place<T>, dim3(blocks, k.k.m.tokens), 0, stream, k);
+  return launch(round_activations<T>, dim3(blocks + 1, k.k.m.tokens), 0, stream, k);
+}
+
+Status round_any(const IntegerKernel& k, bool in_place, void* stream) {
+  if (k.k.m.type == DataType::kFloat32) return round_tokens<Float>(k, in_place, stream);
+  return k.k.m.type == DataType::kFloat16 ? round_tokens<Half>(k, in_place, stream)
+                                          : round_tokens<BFloat>(k, in_place, stream);
+}
+
+// Takes what blocks that share a panel need from the workspace, and clears it.
+Status prepare_shares(MatmulKernel& k, int shares, char* at, void* stream) {
+  if (shares < 2) return {};
+  const int panels = ceil_div(k.m.weight.rows, kPanel);
+  k.arrivals = reinterpret_cast<unsigned*>(at);
+  k.shares = reinterpret_cast<float*>(at + aligned(sizeof(unsigned) * panels));
+  return clear(k.arrivals, sizeof(unsigned) * panels, stream);
+}
+
+std::size_t u_bytes(const Matmul& m) { return aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens); }
+
+// The product of rounded activations by integer tensor cores.
+Status integer_product(const Matmul& m, const IntegerPlan& plan, void* stream) {
+  IntegerKernel k{{m, static_cast<float*>(m.workspace), nullptr}, plan};
+  char* at = static_cast<char*>(m.workspace) + u_bytes(m);
+  at += lay_out(m, plan, at, &k);
+  if (const Status status = round_any(k, false, stream); !status.ok()) return status;
+  if (m.rank > 0) {
+    const dim3 grid(ceil_div(m.rank, kWarps), m.tokens);
+    if (const Status status = launch(branch_down_int8<>, grid, 0, stream, k); !status.ok()) return status;
+  }
+  const int shares = count_shares(m, plan.turns);
+  if (const Status status = prepare_shares(k.k, shares, at, stream); !status.ok()) return status;
+  switch (m.weight.bits) {
+    case 2: return Int8Entry<2>::decode(k, shares, stream);
+    case 3: return Int8Entry<3>::decode(k, shares, stream);
+    case 4: return Int8Entry<4>::decode(k, shares, stream);
+    default: return Int8Entry<8>::decode(k, shares, stream);
+  }
+}
+
+std::size_t rounded_bytes(const Matmul& m) {
+  return aligned(element_size(m.type) * static_cast<std::size_t>(m.tokens) * m.weight.columns);
+}
+
+// Rounded activations as floats, and then the product of those: for what has no integer form, and many tokens.
+Status rounded_product(Matmul m, void* stream) {
+  IntegerKernel k{{m, nullptr, nullptr}, {}};
+  k.ordered = static_cast<std::int8_t*>(m.workspace);
+  if (const Status status = round_any(k, true, stream); !status.ok()) return status;
+  m.x = m.workspace;
+  m.workspace = static_cast<char*>(m.workspace) + rounded_bytes(m);
+  m.int8_activations = false;
+  return launch_matmul(m, stream);
+}
+
 }  // namespace
 
 std::size_t matmul_workspace(const Matmul& m) {
-  const std::size_t u = aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens);
-  // A builder asks for the largest number of tokens only; fewer must find room as well.
   const int few = m.tokens < kMaxDecodeTokens ? m.tokens : kMaxDecodeTokens, panels = ceil_div(m.weight.rows, kPanel);
+  if (m.int8_activations) {
+    Matmul other = m;
+    other.int8_activations = false;
+    std::size_t most = rounded_bytes(m) + matmul_workspace(other);
+    for (const int tokens : {1, 8, kIntegerTokens}) {  // each may have an integer product where the others have none
+      other.tokens = tokens < few ? tokens : few;
+      const IntegerPlan plan = integer_plan(m.weight, other.tokens);
+      if (plan.parts == 0) continue;
+      IntegerKernel unused;
+      const std::size_t bytes =
+          u_bytes(other) + lay_out(other, plan, nullptr, &unused) + share_bytes(panels, DataType::kFloat16, other.tokens);
+      most = bytes > most ? bytes : most;
+    }
+    return most;
+  }
+  // A builder asks for the largest number of tokens only; fewer must find room as well.
   const std::size_t shares = most_shares(panels) > 1 ? share_bytes(panels, m.type, few) : 0;
-  if (decodes_directly(m)) return u + shares;
+  if (decodes_directly(m)) return u_bytes(m) + shares;
   const std::size_t dense = aligned(element_size(m.type) * static_cast<std::size_t>(m.weight.rows) * m.weight.columns);
-  return u + (shares > dense ? shares : dense);
+  return u_bytes(m) + (shares > dense ? shares : dense);
 }
 
 Status launch_matmul(const Matmul& m, void* stream) {
@@ -112,18 +202,18 @@ Status launch_matmul(const Matmul& m, void* stream) {
   if (m.workspace == nullptr && matmul_workspace(m) > 0) {
     return {"the product needs a workspace of matmul_workspace() bytes"};
   }
+  if (m.int8_activations) {
+    const IntegerPlan plan = integer_plan(m.weight, m.tokens);
+    return plan.parts > 0 ? integer_product(m, plan, stream) : rounded_product(m, stream);
+  }
   MatmulKernel k{m, static_cast<float*>(m.workspace), nullptr};
   if (m.rank > 0) {
     if (const Status status = any_down(k, stream); !status.ok()) return status;
   }
-  char* rest = static_cast<char*>(m.workspace) + aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens);
+  char* rest = static_cast<char*>(m.workspace) + u_bytes(m);
   if (decodes_directly(m)) {
-    const int shares = count_shares(m), panels = ceil_div(m.weight.rows, kPanel);
-    if (shares > 1) {
-      k.arrivals = reinterpret_cast<unsigned*>(rest);
-      k.shares = reinterpret_cast<float*>(rest + aligned(sizeof(unsigned) * panels));
-      if (const Status status = clear(k.arrivals, sizeof(unsigned) * panels, stream); !status.ok()) return status;
-    }
+    const int shares = count_shares(m, ceil_div(m.weight.columns, m.weight.bits == 3 ? 128 : 64));
+    if (const Status status = prepare_shares(k, shares, rest, stream); !status.ok()) return status;
     return by_width(m.weight.bits, [](auto width, const auto&... all) { return width.decode(all...); }, k, shares, stream);
   }
   k.dense = rest;

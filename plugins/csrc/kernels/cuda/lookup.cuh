@@ -192,16 +192,6 @@ struct RegisterTable {
     }
   }
 
-  // Codes as nibbles, low and high nibble of byte m being codes 8 m + 2 j and 8 m + 2 j + 1 of a 3-bit unit. The last
-  // pair is spread over the three words; only there does a stored byte's minus 128 (its highest bit) matter.
-  static RB_DEVICE std::uint32_t nibbles(const std::uint32_t (&words)[Unit<kBits>::kWords], int j) {
-    if (j < 3) return (words[j % 3] & 0x07070707u) | ((words[j % 3] << 1) & 0x70707070u);
-    std::uint32_t last = ((words[2] >> 1) & 0x40404040u) ^ 0x62626262u;
-    last ^= (words[1] >> 2) & 0x30303030u;
-    last ^= (words[2] >> 4) & 0x04040404u;
-    return last ^ ((words[0] >> 6) & 0x03030303u);
-  }
-
   // Product j multiplies, of a 2-bit unit, inputs (j, j + 4) and (j + 8, j + 12); of a 3-bit unit the pair j / 2 of
   // bytes 2 (j % 2) and 2 (j % 2) + 1.
   RB_DEVICE void fragment(const Chunk<kBits>& chunk, int i, int j, std::uint32_t (&a)[4]) const {
@@ -217,7 +207,7 @@ struct RegisterTable {
         a[half] = permute(table[0], table[1], codes * 0x22u + 0x1010u);
         a[2 + half] = permute(table[0], table[1], multiply_high(codes, 0x220000u) + 0x1010u);
       } else {
-        std::uint32_t codes = nibbles(rows.words[row], j >> 1);
+        std::uint32_t codes = nibbles_of_three(rows.words[row], j >> 1);
         if (j & 1) codes = upper_half(codes);
         const std::uint32_t low = permute(table[0], table[1], codes), high = permute(table[2], table[3], codes);
         a[half] = permute(low, high, 0x5140u);

@@ -50,7 +50,11 @@ RB_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 RB_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 RB_DEVICE int grid_y() { return static_cast<int>(gridDim.y); }
 RB_DEVICE void barrier() { __syncthreads(); }
-RB_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+RB_DEVICE void warp_barrier() { __syncwarp(); }
+template <typename T>
+RB_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 
 RB_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];
@@ -86,6 +90,13 @@ RB_DEVICE void read_shared(unsigned at, std::uint32_t& a, std::uint32_t& b, std:
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at));
 }
 
+// Keeps a number in its register: the compiler would compute it anew in every loop.
+RB_DEVICE unsigned kept(unsigned value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+RB_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+RB_DEVICE int round_to_int(float value) { return __float2int_rn(value); }  // ties to even
 RB_DEVICE std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 RB_DEVICE float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 RB_DEVICE float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -116,6 +127,12 @@ RB_DEVICE std::uint32_t upper_half(std::uint32_t v) {
   return out;
 }
 RB_DEVICE unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
+// a & b ^ c in one instruction; the compiler takes two where b and c are both constants.
+RB_DEVICE std::uint32_t and_xor(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
 
 // c (16 x 8, fp32) += a (16 x 16) b (16 x 8), fragments as in the PTX manual, section "mma.m16n8k16".
 RB_DEVICE void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -139,6 +156,24 @@ RB_DEVICE void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else  // Turing has no bfloat16, and no runtime offers it there
   __trap();
+#endif
+}
+
+// The same for whole numbers: d (16 x 8, int32) = a (16 x 32, int8) b (32 x 8, int8) + c, "mma.m16n8k32". d may be c.
+RB_DEVICE void mma_int8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, const int (&c)[4]) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#else  // Turing: four m8n8k16, whose fragments are the quarters of those of m16n8k32
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = 2 * (i % 2);
+    const int(&from)[4] = i < 2 ? c : d;
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
+        : "=r"(d[at]), "=r"(d[at + 1])
+        : "r"(a[i]), "r"(i < 2 ? b0 : b1), "r"(from[at]), "r"(from[at + 1]));
+  }
 #endif
 }
 

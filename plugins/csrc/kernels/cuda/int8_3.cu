@@ -1,0 +1,6 @@
+// Kernels for rounded activations and codes of 3 bits.
+#include "kernels/cuda/integer_launch.cuh"
+
+namespace rankbook::cuda {
+RB_DEFINE_INT8(3)
+}  // namespace rankbook::cuda

@@ -1,0 +1,6 @@
+// Kernels for rounded activations and codes of 8 bits.
+#include "kernels/cuda/integer_launch.cuh"
+
+namespace rankbook::cuda {
+RB_DEFINE_INT8(8)
+}  // namespace rankbook::cuda

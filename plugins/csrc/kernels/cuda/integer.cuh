@@ -1,0 +1,242 @@
+// Activations rounded to 8 bits, as plugins/integer.py defines: what the integer products need besides the weight.
+//
+// A kernel of its own rounds x per token and group and leaves in the workspace: the int8 numbers in the order in which
+// the products take them, a scale and a sum for every token and *piece* (a group, or a part of one whose integer sums fit
+// the 22 bits that become floats for nothing), and the levels as bytes. Dot products of one piece are exact.
+#pragma once
+
+#include "kernels/cuda/branch.cuh"
+
+namespace rankbook::cuda {
+
+constexpr int kIntegerTokens = 16;  // tokens up to which there are integer products
+constexpr int kZeroBytes = 32;      // activations of no column
+
+// Scale and sum of the rounded activations of one token in one piece.
+struct alignas(8) Rounded {
+  float scale;
+  float sum;  // a whole number
+};
+
+// Levels as bytes: level = (entry + centre) * unit.
+struct LevelBytes {
+  std::uint32_t entries[kMaxPlanes][64];  // 2^bits bytes a plane, four to a word; zeros for planes that do not exist
+  int centre[kMaxPlanes];
+  float unit[kMaxPlanes];
+};
+
+// How the columns are cut. A *step* is what a warp multiplies at once: four lanes take a chunk of 16 columns (of 32 with 3
+// bits) each. `parts` is 1 where a group is made of whole steps, and 2 where it is made of half ones.
+struct IntegerPlan {
+  int step = 0;    // columns
+  int parts = 0;   // groups that a step may touch; 0: neither, there is no integer product
+  int span = 0;    // steps between two conversions to fp32: a *turn*
+  int piece = 0;   // columns of a piece
+  int turns = 0;
+  int padded = 0;  // columns with those that fill the last turn
+  int slots = 0;   // tokens that have a place: 1, 8 or 16
+
+  constexpr int pieces() const { return padded / piece; }
+};
+
+inline IntegerPlan integer_plan(const PackedWeight& w, int tokens) {
+  IntegerPlan plan;
+  const int size = w.columns / w.groups;
+  plan.step = w.bits == 3 ? 128 : 64;
+  // The usual form of parameters only: a byte each, a step and a base for the plane.
+  if (tokens > kIntegerTokens || !w.params_full || w.step_full) return plan;
+  if (w.groups == 1 || size % plan.step == 0) plan.parts = 1;
+  else if (size % (plan.step / 2) == 0) plan.parts = 2;
+  // Parameters of the whole weight are counted in 32 bits.
+  const double stored = 1.0 * ceil_div(w.rows, kPanel) * kPanel * w.groups * w.params_planes;
+  if (plan.parts == 0 || stored > 4.0e9) return IntegerPlan{};
+  // 255 * 127 * 128 < 2^22: the largest sum of a piece of 128 columns.
+  plan.span = plan.parts == 1 && w.groups > 1 && plan.step == 64 && size % 128 == 0 ? 2 : 1;
+  plan.piece = plan.parts == 2 ? plan.step / 2 : plan.span * plan.step;
+  plan.turns = ceil_div(w.columns, plan.span * plan.step);
+  plan.padded = plan.turns * plan.span * plan.step;
+  plan.slots = tokens <= 1 ? 1 : (tokens <= 8 ? 8 : 16);
+  if (w.planes() > 2 && (plan.slots == 16 || (plan.slots == 8 && plan.parts == 2))) plan.parts = 0;  // out of registers
+  return plan;
+}
+
+// Arguments of the kernels of an integer product. Pointers lead into the workspace.
+struct IntegerKernel {
+  MatmulKernel k;
+  IntegerPlan plan;
+  std::int8_t* ordered = nullptr;  // (M, padded), chunks in the order of the products; then kZeroBytes zeros
+  std::int8_t* natural = nullptr;  // (M, K), for the error branch
+  Rounded* rounded = nullptr;      // (pieces, slots)
+  LevelBytes* levels = nullptr;
+};
+
+// Where column k of a chunk stands in it, so that four neighbouring bytes meet the four codes of one byte permutation.
+RB_DEVICE int ordered_column(int bits, int k) {
+  if (bits == 2) return 8 * (k & 1) + 4 * (k >> 3) + ((k & 7) >> 1);
+  if (bits == 3) return 8 * ((k & 7) >> 1) + 4 * (k >> 4) + ((k >> 3) & 1) * 2 + (k & 1);
+  return k;
+}
+
+RB_DEVICE float largest_of_warp(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) {
+    const float other = shuffle_xor(value, mask);
+    value = other > value || other != other ? other : value;  // a NaN stays
+  }
+  return value;
+}
+
+RB_DEVICE float larger_magnitude(float a, float largest) {
+  const float b = a < 0.0f ? -a : a;
+  return b > largest || b != b ? b : largest;
+}
+
+// `quantize` of plugins/integer.py, once the largest magnitude is known.
+struct Rounding {
+  static constexpr float kTop = 127.0f, kSmallest = 7.8886090522101181e-31f;  // 2^-100
+  static constexpr float kLargest = 3.402823466e+38f;
+  bool usable;
+  float inverse, scale;
+
+  RB_DEVICE explicit Rounding(float largest) {
+    usable = largest >= kSmallest && largest <= kLargest;
+    inverse = usable ? kTop / largest : 0.0f;
+    scale = usable ? largest / kTop : (largest < kSmallest ? 0.0f : float_of(0x7fc00000u));
+  }
+  RB_DEVICE int code(float value) const { return usable ? round_to_int(value * inverse) : 0; }
+};
+
+// Level bytes of plane `plane`, by one warp: step 2 of the definition. Whole numbers stay as they are.
+template <typename Unused = void>
+RB_DEVICE void write_levels(const PackedWeight& w, int plane, LevelBytes* out) {
+  const int lane = thread_index() & 31, count = 1 << w.bits;
+  const std::uint16_t* from = w.levels + (plane << w.bits);
+  const bool exists = plane < w.planes();
+  float largest = 0.0f, high = -65536.0f, low = -65536.0f;  // low: of the negated levels
+  float broken = 0.0f;
+  for (int i = lane; i < count && exists; i += 32) {
+    const float level = half_to_float(load(from + i));
+    largest = larger_magnitude(level, largest);
+    high = level > high ? level : high;
+    low = -level > low ? -level : low;
+    if (!(largest <= 255.0f) || level != static_cast<float>(round_to_int(level))) broken = 1.0f;
+  }
+  largest = largest_of_warp(largest), high = largest_of_warp(high), low = largest_of_warp(low);
+  const bool whole = largest_of_warp(broken) == 0.0f && high + low <= 255.0f;
+  const Rounding rounding(exists ? largest : 0.0f);
+  // Entries are the levels themselves where they fit a signed byte.
+  const int centre = exists && whole && (high > 127.0f || low > 128.0f) ? 128 - static_cast<int>(low) : 0;
+  for (int i = lane; i < count; i += 32) {
+    const float level = exists ? half_to_float(load(from + i)) : 0.0f;
+    const int entry = whole ? static_cast<int>(level) - centre : rounding.code(level);
+    store(reinterpret_cast<std::int8_t*>(out->entries[plane]) + i, static_cast<std::int8_t>(entry));
+  }
+  if (lane == 0) {
+    store(&out->centre[plane], centre);
+    store(&out->unit[plane], whole ? 1.0f : rounding.scale);
+  }
+}
+
+// Blocks (x: eight groups, and after them one for the levels; y: token).
+template <typename T>
+RB_KERNEL(1) round_activations(IntegerKernel a) {
+  const Matmul& m = a.k.m;
+  const PackedWeight& w = m.weight;
+  const int lane = thread_index() & 31, warp = thread_index() >> 5, token = block_y();
+  const int chunk = a.plan.step / 4, size = w.columns / w.groups;
+  const int group = block_x() * kWarps + warp;
+  if (block_x() == grid_x() - 1) {
+    if (token != 0) return;
+    if (warp < kMaxPlanes) write_levels<>(w, warp, a.levels);
+    if (warp == kMaxPlanes) {
+      store(a.ordered + static_cast<std::size_t>(m.tokens) * a.plan.padded + lane, static_cast<std::int8_t>(0));
+    }
+    return;
+  }
+  if (group >= w.groups) return;  // whole warps leave; no barrier follows
+  const auto* x = static_cast<const typename T::Stored*>(m.x) + static_cast<std::size_t>(token) * w.columns;
+  std::int8_t* ordered = a.ordered + static_cast<std::size_t>(token) * a.plan.padded;
+  const int first = group * size, last = first + size;
+  float largest = 0.0f;
+  for (int k = first + lane; k < last; k += 32) largest = larger_magnitude(T::decode(load(x + k)), largest);
+  const Rounding rounding(largest_of_warp(largest));
+  const int end = group == w.groups - 1 ? a.plan.padded : last;  // the last one fills the rest with zeros
+  for (int piece = first; piece < end; piece += a.plan.piece) {
+    int sum = 0;
+    for (int k = piece + lane; k < piece + a.plan.piece; k += 32) {
+      const int code = k < last ? rounding.code(T::decode(load(x + k))) : 0;
+      store(ordered + k / chunk * chunk + ordered_column(w.bits, k % chunk), static_cast<std::int8_t>(code));
+      if (m.rank > 0 && k < last) {
+        store(a.natural + static_cast<std::size_t>(token) * w.columns + k, static_cast<std::int8_t>(code));
+      }
+      sum += code;
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
+    if (lane == 0) {
+      store(a.rounded + static_cast<std::size_t>(piece / a.plan.piece) * a.plan.slots + token,
+            Rounded{piece < last ? rounding.scale : 0.0f, static_cast<float>(sum)});
+    }
+  }
+}
+
+// u[m][r] of rounded activations: exact products of four columns at a time, scaled and added up in fp32. A warp per rank
+// and token. Factors that are not stored as int8 are rounded here.
+template <typename Unused = void>
+RB_KERNEL(1) branch_down_int8(IntegerKernel a) {
+  const Matmul& m = a.k.m;
+  const int lane = thread_index() & 31, token = block_y(), rank = block_x() * kWarps + (thread_index() >> 5);
+  const int columns = m.weight.columns;
+  if (rank >= m.rank) return;  // whole warps leave; no barrier follows
+  const std::int8_t* x = a.natural + static_cast<std::size_t>(token) * columns;
+  float largest = 0.0f;
+  for (int k = 4 * lane; m.down.scale_full && k < columns; k += 4 * 32) {
+    float down[4];
+    read_factor(m.down, rank, k, columns, down);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = larger_magnitude(down[i], largest);
+  }
+  const Rounding rounding(largest_of_warp(largest));
+  const bool whole = (columns & 3) == 0;
+  float sum = 0.0f;
+  for (int k = 4 * lane; k < columns; k += 4 * 32) {  // pieces are multiples of 4 columns
+    float down[4];
+    read_factor(m.down, rank, k, columns, down);
+    int dot = 0;
+    std::uint32_t word = 0;
+    if (whole) word = load_fresh(reinterpret_cast<const std::uint32_t*>(x + k));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (k + i >= columns) continue;
+      const int code = m.down.scale_full ? rounding.code(down[i]) : static_cast<int>(down[i]);
+      dot += code * (whole ? static_cast<std::int8_t>(word >> (8 * i)) : load_fresh(x + k + i));
+    }
+    const Rounded* rounded = a.rounded + static_cast<std::size_t>(k / a.plan.piece) * a.plan.slots + token;
+    sum += static_cast<float>(dot) * load_fresh(&rounded->scale);
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) sum += shuffle_xor(sum, mask);
+  const float scale = (m.down.scale_full ? rounding.scale : read_float(m.down.scale, rank)) *
+                      (m.up.scale_full ? 1.0f : read_float(m.up.scale, rank));
+  if (lane == 0) store(a.k.u + static_cast<std::size_t>(token) * m.rank + rank, sum * scale);
+}
+
+// x rounded and back in its own type, for products that have no integer form. A warp per token and group.
+template <typename T>
+RB_KERNEL(1) round_in_place(IntegerKernel a) {
+  const Matmul& m = a.k.m;
+  const int lane = thread_index() & 31, token = block_y(), group = block_x() * kWarps + (thread_index() >> 5);
+  const int size = m.weight.columns / m.weight.groups;
+  if (group >= m.weight.groups) return;  // whole warps leave; no barrier follows
+  const std::size_t first = static_cast<std::size_t>(token) * m.weight.columns + static_cast<std::size_t>(group) * size;
+  const auto* x = static_cast<const typename T::Stored*>(m.x) + first;
+  auto* y = reinterpret_cast<typename T::Stored*>(a.ordered) + first;
+  float largest = 0.0f;
+  for (int k = lane; k < size; k += 32) largest = larger_magnitude(T::decode(load(x + k)), largest);
+  const Rounding rounding(largest_of_warp(largest));
+  for (int k = lane; k < size; k += 32) {
+    store(y + k, T::encode(static_cast<float>(rounding.code(T::decode(load(x + k)))) * rounding.scale));
+  }
+}
+
+}  // namespace rankbook::cuda
