@@ -1,7 +1,8 @@
 """Running a model block by block: finding its decoder blocks, their inputs, and the statistics of their layers.
 
 Nothing here knows a family: the blocks are the longest list of equal modules, and how each one is called is recorded
-while the model itself runs with its blocks short-circuited. Blocks run in float32, one at a time.
+while the model itself runs with its blocks short-circuited. Blocks run one at a time, in float32; within a context of
+autocast their matrix products take its dtype.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def batch_size(stream: Tensor) -> int:
 
 @torch.no_grad()
 def advance(block: nn.Module, call: BlockCall, stream: Tensor) -> None:
-    """Replace stream (sequences, length, hidden) by the block's output, in place; the block computes in float32."""
+    """Replace stream (sequences, length, hidden) by the block's output, in place."""
     for batch in torch.split(stream, batch_size(stream)):
         batch.copy_(call(block, batch.float()))
 

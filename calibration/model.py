@@ -25,6 +25,7 @@ from rankbook.calibration.loading import load_model, model_hash
 from rankbook.calibration.methods import METHODS, BlockProblem, LayerProblem
 from rankbook.calibration.options import QuantizeOptions
 from rankbook.calibration.partial import BlockResult, PartialState
+from rankbook.calibration.reconstruct import arithmetic, compute_dtype
 from rankbook.calibration.record import QuantizedLinear
 from rankbook.calibration.report import (
     LayerReport,
@@ -138,8 +139,7 @@ class _Run:
         self.choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
         self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens)
-        trained = METHODS[self.options.method].refine is not None
-        targets = self._first_inputs(tokens) if trained else None  # before the embedding may change
+        targets = self._first_inputs(tokens) if self._trains() else None  # before the embedding may change
         packed = tables.quantize_embedding(self.model, self.tables, self.options)
         inputs = targets.clone() if targets is not None and not packed else self._first_inputs(tokens)
         # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
@@ -159,6 +159,20 @@ class _Run:
         names = [f"{prefix}.{i}.{name}" for i, layers in enumerate(self.selection.layers) for name in layers]
         return allocate(self.model, names, tokens, self.options)
 
+    def _trains(self) -> bool:
+        """Return whether blocks are trained."""
+        method = METHODS[self.options.method]
+        return method.refine is not None and method.trains(self.options.method_config())
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        """Return the context of the calibration passes: they compute in what the blocks are trained in.
+
+        SmolLM2-135M, LCQ at 3 bits (16 x 512 tokens, 40 steps), error after four blocks on other text: 0.01365 and
+        0.01394 (two seeds) with passes in float32, 0.01407 and 0.01377 in bfloat16, in half their CPU time.
+        """
+        compute = getattr(self.options.method_config(), "compute", "float32") if self._trains() else "float32"
+        return arithmetic(compute_dtype(compute))
+
     def _first_inputs(self, tokens: Tensor) -> Tensor:
         dtype = next(self.blocks.modules[0].parameters()).dtype
         return capture.first_inputs(self.model, self.blocks, tokens, dtype)
@@ -172,7 +186,8 @@ class _Run:
         self.reporter.tell("calibrating" if solve else "replaying", index)
         with capture.in_float32(block):
             if streams.targets is not None and index < streams.end:
-                capture.advance(block, call, streams.targets)
+                with self._arithmetic():
+                    capture.advance(block, call, streams.targets)
             if solve:
                 state.save(index, self._solve(index, call, streams))
             result = state.load(index)  # also when just solved: what is on disk is what the next block sees
@@ -183,7 +198,7 @@ class _Run:
             for name, tensor in result.tensors.items():
                 self.model.get_parameter(name).data = tensor.float()
             if index + 1 < streams.end:
-                with self._rounded_inputs(index, call, streams):
+                with self._rounded_inputs(index, call, streams), self._arithmetic():
                     capture.advance(block, call, streams.inputs)
             for module in modules.values():
                 module.dematerialize()
@@ -195,10 +210,11 @@ class _Run:
         """Return the records of one block in float32."""
         block, prefix, names = self.blocks.modules[index], f"{self.blocks.name}.{index}.", self.selection.layers[index]
         method, options = METHODS[self.options.method], self.options
-        statistics = capture.collect(block, call, streams.inputs, names)
+        with self._arithmetic():
+            statistics = capture.collect(block, call, streams.inputs, names)
         scaled = self._scale_inputs(block, lambda: call(block, streams.inputs[:1].float()), statistics)
         problems = {name: _problem(block, name, statistics[name]) for name in names}
-        share = _QUANTIZE_SHARE if method.refine else 1.0
+        share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + index)
             records: dict[str, QuantizedLinear] = {}

@@ -62,6 +62,7 @@ class Method:
         quantize: ``quantize(problem, config)`` solves one layer in closed form.
         refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
             where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
+        trains: Whether ``refine`` does anything with this config; without, no stream of targets is computed.
         scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.scaling`).
         rank_is_stored: Whether its option ``rank`` is the number of planes in the record, which costs stored bits.
     """
@@ -70,5 +71,6 @@ class Method:
     config_type: type
     quantize: Callable[[LayerProblem, Any], QuantizedLinear]
     refine: Callable[[BlockProblem, Mapping[str, QuantizedLinear], Any], dict[str, QuantizedLinear]] | None = None
+    trains: Callable[[Any], bool] = lambda _: True
     scale_inputs: str = "none"
     rank_is_stored: bool = False

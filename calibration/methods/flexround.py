@@ -15,4 +15,4 @@ class FlexRoundConfig(lrq.LrqConfig):
     full_rank: bool = field(default=True, metadata={"help": "A full scaling matrix; without it this is LRQ."})
 
 
-METHOD = Method("flexround", FlexRoundConfig, lrq.quantize, lrq.refine)
+METHOD = Method("flexround", FlexRoundConfig, lrq.quantize, lrq.refine, FlexRoundConfig.trains)

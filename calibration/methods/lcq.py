@@ -136,6 +136,11 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     return feedback.damped_gram(gram / mean, damping)
 
 
+def trains(config: LcqConfig) -> bool:
+    """Return whether blocks are trained."""
+    return config.effort != "fast"
+
+
 def refine(
     problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: LcqConfig
 ) -> dict[str, QuantizedLinear]:
@@ -143,7 +148,7 @@ def refine(
 
     Error branches stay as they are; the codebooks are trained around them.
     """
-    if config.effort == "fast" or not records:
+    if not trains(config) or not records:
         return dict(records)
     steps = config.steps or STEPS[config.effort]
     sizes = StepSizes(config.rounding_step, config.coeff_step, config.offset_step, config.level_step)
@@ -158,4 +163,4 @@ def refine(
     return train_block(problem, records, layers, train).records
 
 
-METHOD = Method("lcq", LcqConfig, quantize, refine, rank_is_stored=True)
+METHOD = Method("lcq", LcqConfig, quantize, refine, trains, rank_is_stored=True)

@@ -86,6 +86,10 @@ class LrqConfig:
             return self.steps or _COMPAT_STEPS
         return self.steps or STEPS[self.effort]
 
+    def trains(self) -> bool:
+        """Return whether blocks are trained."""
+        return self.training_steps() > 0
+
 
 _REACH = 0.5
 """Default step size times the number of steps: twice what Adam can move a logarithm.
@@ -162,4 +166,4 @@ def refine(
     return train_block(problem, records, layers, train).records
 
 
-METHOD = Method("lrq", LrqConfig, quantize, refine)
+METHOD = Method("lrq", LrqConfig, quantize, refine, LrqConfig.trains)

@@ -40,6 +40,14 @@ class OmniQuantConfig(rtn.RtnConfig):
         if self.effort not in STEPS:
             raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(STEPS)}")
 
+    def training_steps(self) -> int:
+        """Return the training steps per block."""
+        return self.steps or STEPS[self.effort]
+
+    def trains(self) -> bool:
+        """Return whether blocks are trained."""
+        return self.training_steps() > 0
+
 
 def quantize(problem: LayerProblem, config: OmniQuantConfig) -> QuantizedLinear:
     """Round one layer to nearest: where training starts."""
@@ -50,7 +58,7 @@ def refine(
     problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: OmniQuantConfig
 ) -> dict[str, QuantizedLinear]:
     """Train the ranges of a block by its output; with effort ``fast`` the records are returned as they are."""
-    steps = config.steps or STEPS[config.effort]
+    steps = config.training_steps()
     if not steps or not records:
         return dict(records)
     rate = config.rate or max(_RATE, _REACH / steps)
@@ -62,4 +70,4 @@ def refine(
     return train_block(problem, records, layers, train).records
 
 
-METHOD = Method("omniquant", OmniQuantConfig, quantize, refine)
+METHOD = Method("omniquant", OmniQuantConfig, quantize, refine, OmniQuantConfig.trains)

@@ -137,16 +137,18 @@ def test_training_gains_and_stores_plain_codes(changes: dict[str, Any]) -> None:
         assert all(len(row.unique()) <= 1 << record.bits for row in record.weight().view(-1, record.group))
 
 
-def test_full_rank_factors_do_as_well_as_a_full_matrix() -> None:
+def test_loss_falls_with_the_rank_to_that_of_flexround() -> None:
     problem = problems.block()
-    losses = {}
-    for name, config in (
-        ("flexround", dataclasses.replace(CONFIG, full_rank=True)),
-        ("lrq", dataclasses.replace(CONFIG, rank=64)),
-    ):
-        losses[name] = block_loss(problem, lrq.refine(problem, _records(problem, config), config))
-    # Different parameters of the same matrices: equal up to what 40 steps of Adam make of them.
-    assert losses["lrq"] == pytest.approx(losses["flexround"], rel=0.25)
+    losses = []
+    for changes in ({"full_rank": True}, {"rank": 64}, {}, {"rank": 4}):  # 64 is all there is, 16 the default here
+        config = dataclasses.replace(CONFIG, **changes)
+        losses.append(block_loss(problem, lrq.refine(problem, _records(problem, config), config)))
+    flexround, whole, quarter, low = losses
+    # Seeds of the batch order are 1 to 2 % apart. FlexRound and all ranks, other parameters of the same matrices, were
+    # 3 % apart in the mean of three seeds, a quarter of the ranks 24 % above, four ranks 53 %.
+    assert whole == pytest.approx(flexround, rel=0.08)
+    assert quarter > 1.1 * flexround
+    assert low > 1.1 * quarter
 
 
 def test_flexround_is_found_by_name_and_is_lrq_with_a_full_matrix() -> None:

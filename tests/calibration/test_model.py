@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankbook.calibration import capture
 from rankbook.calibration.checkpoint import MANIFEST, load_records
 from rankbook.calibration.loading import load_model
 from rankbook.calibration.methods import METHODS, LayerProblem, Method
@@ -116,6 +117,32 @@ def interrupted(folder: Path, chosen: QuantizeOptions) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         quantize_model(folder / "model", folder / "out", chosen, progress=stop)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        # Two blocks: both streams pass the first, that of the targets the second too.
+        ({"effort": "fast"}, [False]),
+        ({"method_options": {"steps": 1, "compute": "float32"}}, [False] * 3),
+        ({"method_options": {"steps": 1, "compute": "bfloat16"}}, [True] * 3),
+    ],
+    ids=str,
+)
+def test_streams_are_those_that_training_needs_in_its_arithmetic(
+    changes: dict[str, Any], wanted: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama", tmp_path / "model")
+    found = []
+    advance = capture.advance
+
+    def watched(*args: Any) -> None:
+        found.append(torch.is_autocast_enabled("cpu"))
+        advance(*args)
+
+    monkeypatch.setattr(capture, "advance", watched)
+    quantize_model(tmp_path / "model", tmp_path / "q", options(tmp_path, method="lcq", rank=1, **changes))
+    assert found == wanted
 
 
 def test_rounded_inputs_are_the_same_after_a_resume(tmp_path: Path) -> None:
