@@ -1,11 +1,12 @@
 // Runs the kernels alone, without a runtime, on buffers of exactly the size that the contract gives them, so that the
-// sanitizers see a read or write one byte beyond. Compares with plain loops. Prints nothing and returns 0, or says what
-// differs and returns 1. Built and run by tests/plugins/test_native_sanitizers.py.
+// sanitizers see a read or write one byte beyond. Compares with plain loops. Prints the kernels that it ran and returns 0, or
+// says what differs and returns 1. Built and run by tests/plugins/test_native_sanitizers.py and test_native_arm.py.
 
 #include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <thread>
@@ -43,6 +44,12 @@ void run_threads(void*, int64_t count, void (*task)(void*, int64_t), void* argum
   std::thread other(work);
   work();
   other.join();
+}
+
+std::vector<Isa> all_isas() {
+  std::vector<Isa> out;
+  for (size_t i = 0; i < std::size(kIsaNames); ++i) out.push_back(static_cast<Isa>(i));
+  return out;
 }
 
 struct Case {
@@ -205,7 +212,7 @@ bool integers_agree(const Case& c, const Layer& layer) {
   const std::vector<float> want = run_integers(c, layer, select_integer_kernels(Isa::kPortable), x, bias);
   bool same = true;
   for (const float value : want) same = same && std::isfinite(value);
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512}) {
+  for (const Isa isa : all_isas()) {
     same = same && run_integers(c, layer, select_integer_kernels(isa), x, bias) == want;
   }
   return same;
@@ -219,6 +226,8 @@ int main() {
       {3, 1, true, 31, 45, 1, 0, 1},    {3, 5, false, 40, 80, 5, 1, 13},   {4, 2, true, 96, 128, 2, 8, 1},
       {4, 3, true, 32, 48, 3, 0, 200},  {4, 6, true, 1, 1, 1, 2, 3},       {8, 1, true, 65, 112, 7, 4, 1},
       {8, 2, false, 40, 33, 1, 0, 7},   {4, 1, true, 300, 512, 8, 16, 2},  {3, 2, true, 300, 512, 8, 16, 1},
+      {4, 2, true, 70, 144, 3, 9, 8},   {2, 1, true, 64, 128, 2, 0, 4},    {3, 2, false, 33, 96, 2, 5, 16},
+      {8, 1, true, 32, 48, 1, 0, 9},
   };
   int failures = 0;
   for (const Case& c : cases) {
@@ -227,8 +236,9 @@ int main() {
                  static_cast<long>(c.n), static_cast<long>(c.k), static_cast<long>(c.tokens));
     ++failures;
   }
-  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : all_isas()) {
     const PanelKernels& kernels = select_kernels(isa);
+    std::printf("%s %s\n", kernels.name, select_integer_kernels(isa).name);
     for (const Case& c : cases) {
       const Layer layer(c);
       const double error = largest_error(c, layer, kernels);

@@ -18,25 +18,29 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
+def build_check(folder: Path, *options: str) -> Path:
+    """Build tests/native/check_kernels.cpp with the kernels in ``folder``; skips where CMake or Ninja is missing."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if not (cmake and ninja):
+        pytest.skip("cmake and ninja are needed: make native installs them")
+    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += ["-DCMAKE_BUILD_TYPE=None", "-DRANKBOOK_KERNEL_CHECK=ON", *options]
+    for command in (configure, [cmake, "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder / "plugins" / "csrc" / "check_kernels"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_kernels_are_clean(sanitizers: str, tmp_path: Path) -> None:
     """Every width and instruction set, on buffers of exact size and two threads, under the sanitizers."""
-    cmake, ninja, compiler = tool("cmake"), tool("ninja"), tool("c++") or tool("g++") or tool("clang++")
-    if not (cmake and ninja and compiler):
-        pytest.skip("cmake, ninja and a C++ compiler are needed")
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=None"]
-    options = [
-        f"-DRANKBOOK_SANITIZE={sanitizers}",
-        "-DRANKBOOK_KERNEL_CHECK=ON",
-        "-DCMAKE_CXX_FLAGS=-O0",
-    ]  # -O1 compiles ten times as long
-    for command in ([*configure, f"-DCMAKE_MAKE_PROGRAM={ninja}", *options], [cmake, "--build", str(tmp_path)]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    if not (tool("c++") or tool("g++") or tool("clang++")):
+        pytest.skip("a C++ compiler is needed")
+    check = build_check(tmp_path, f"-DRANKBOOK_SANITIZE={sanitizers}", "-DCMAKE_CXX_FLAGS=-O0")  # -O1: ten times longer
     environment = {**os.environ, "UBSAN_OPTIONS": "halt_on_error=1", "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run(
-        [str(tmp_path / "plugins" / "csrc" / "check_kernels")],
+        [str(check)],
         capture_output=True,
         text=True,
         check=False,

@@ -2,6 +2,8 @@
 
 #if defined(RANKBOOK_X86)
 #include <cpuid.h>
+#elif defined(RANKBOOK_ARM)
+#include <sys/auxv.h>
 #endif
 
 namespace rankbook {
@@ -33,6 +35,11 @@ bool has_avx_vnni() {
 
 #endif
 
+#elif defined(RANKBOOK_ARM)
+
+// Headers of old systems do not know the name HWCAP_ASIMDDP.
+bool has_dot_product() { return (getauxval(AT_HWCAP) >> 20 & 1U) != 0; }
+
 #endif
 
 }  // namespace
@@ -41,6 +48,8 @@ const PanelKernels& select_kernels(Isa limit) {
 #if defined(RANKBOOK_X86)
   if (limit >= Isa::kAvx512 && has_avx512()) return avx512_kernels();
   if (limit >= Isa::kAvx2 && has_avx2()) return avx2_kernels();
+#elif defined(RANKBOOK_ARM)
+  if (limit >= Isa::kNeon) return neon_kernels();
 #else
   static_cast<void>(limit);
 #endif
@@ -54,6 +63,9 @@ const IntegerKernels& select_integer_kernels(Isa limit) {
   if (limit >= Isa::kAvxVnni && has_avx_vnni()) return avxvnni_integer_kernels();
 #endif
   if (limit >= Isa::kAvx2 && has_avx2()) return avx2_integer_kernels();
+#elif defined(RANKBOOK_ARM)
+  if (limit >= Isa::kDotProd && has_dot_product()) return dotprod_integer_kernels();
+  if (limit >= Isa::kNeon) return neon_integer_kernels();
 #else
   static_cast<void>(limit);
 #endif

@@ -24,57 +24,40 @@ struct PanelKernels {
   void (*expand)(const int8_t* codes, int64_t count, float* out);
 };
 
-// One plane of one group, or a part of it, for the tokens of a chunk.
-struct IntegerTile {
-  const int8_t* x;         // staged activations of the first token at the first block
-  int64_t stride;          // bytes between tokens
-  const uint8_t* entries;  // (blocks, 8, 32, 4) from decode
-  int64_t blocks;
-  bool is_signed;
-  int32_t centre;
-  int64_t groups;          // between tokens in sums and scales
-  const int32_t* sums;     // of this group, first token
-  const float* scales;
-  const float* value;      // (32)
-  const float* offset;     // (32) added with this tile, or null
-  int32_t* partial;        // (tokens, 32) integer sums between the parts of a long group
-  bool first, last;        // part of the group
-  float* total;            // (tokens, 32)
-};
-
 // The inner loops of the int8 mode, built once per instruction set from integer_kernels.h.
 struct IntegerKernels {
   const char* name;
   int unsigned_range;  // levels of a larger range need signed tables
 
-  // One token to int8 in the natural order, (G, group_blocks, 32) with zeros around each group.
-  void (*quantize)(const IntegerWeight& weight, const float* x, int8_t* out, int32_t* sums, float* scales);
+  // Rounds one token of x (M, K) to int8, zeros around each group: into `natural` in the order of 8 bits, and into `staged`
+  // in that of the weight unless that is the same.
+  void (*quantize)(const IntegerWeight& weight, const float* x, int64_t token, const StagedRows& natural,
+                   const StagedRows& staged);
 
-  // Blocks of 32 activations from the natural order to that of 2, 3 or 4 bits (8 bits have the natural one).
-  void (*stage)(int bits, const int8_t* natural, int64_t blocks, int8_t* out);
+  // A few tokens: y (tokens, 32) = w[panel] @ x[first ... first + tokens). False if gemm is better or there is no such loop.
+  bool (*gemv)(const IntegerWeight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens, float* y);
 
-  // One token: y (32) = w[panel] @ x. False if there is no such loop: gemm does it.
-  bool (*gemv)(const IntegerWeight& weight, int64_t panel, const StagedRows& x, float* y);
-
-  // Table entries of blocks [block, block + blocks) of one plane, out (blocks, 8, 32, 4).
-  void (*decode)(const IntegerWeight& weight, int64_t panel, int plane, int64_t block, int64_t blocks, uint8_t* out);
-
-  // Parameters of the 32 rows for one group and plane.
-  void (*values)(const IntegerWeight& weight, int64_t panel, int64_t group, int64_t plane, float* out);
-
-  void (*gemm)(const IntegerTile& tile, int64_t tokens);
+  // total (tokens, 32) = w[panel] @ x[first ... first + tokens). `partial` has room for as many int32.
+  void (*gemm)(const IntegerWeight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens,
+               int32_t* partial, float* total);
 
   // total (M, 32) += ranks (M, R; rows stride apart) @ up[panel] (R, 32).
   void (*multiply_up)(const PanelFactor& up, int64_t panel, int64_t rank, const float* ranks, int64_t stride, int64_t tokens,
                       float* total);
 };
 
-// In this order; each includes those before it.
-enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512 };
+// In this order; each includes those before it. kBest stands for the last.
+#if defined(RANKBOOK_ARM)
+enum class Isa { kPortable, kNeon, kDotProd, kBest = kDotProd };
+inline constexpr const char* kIsaNames[] = {"portable", "neon", "dotprod"};
+#else
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512, kBest = kAvx512 };
+inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avxvnni", "avx512"};
+#endif
 
 // The best kernels that this processor can run, none better than `limit`.
-const PanelKernels& select_kernels(Isa limit = Isa::kAvx512);
-const IntegerKernels& select_integer_kernels(Isa limit = Isa::kAvx512);
+const PanelKernels& select_kernels(Isa limit = Isa::kBest);
+const IntegerKernels& select_integer_kernels(Isa limit = Isa::kBest);
 
 const PanelKernels& portable_kernels();
 const IntegerKernels& portable_integer_kernels();
@@ -84,6 +67,11 @@ const PanelKernels& avx512_kernels();
 const IntegerKernels& avx2_integer_kernels();
 const IntegerKernels& avxvnni_integer_kernels();
 const IntegerKernels& avx512_integer_kernels();
+#endif
+#if defined(RANKBOOK_ARM)
+const PanelKernels& neon_kernels();
+const IntegerKernels& neon_integer_kernels();
+const IntegerKernels& dotprod_integer_kernels();
 #endif
 
 }  // namespace rankbook

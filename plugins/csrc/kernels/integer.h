@@ -42,11 +42,13 @@ struct IntegerBranch {
   const float* middle = nullptr;  // (R)
 };
 
-// Activations as the inner loops read them.
+// Activations as the inner loops read them: the tokens of a group side by side.
 struct StagedRows {
-  int8_t* codes = nullptr;   // (M, G, group_blocks, 32), in the order of the width, see stage() in integer_kernels.h
-  int32_t* sums = nullptr;   // (M, G)
-  float* scales = nullptr;   // (M, G)
+  int64_t tokens = 0;        // M
+  int8_t* codes = nullptr;   // (G, M, group_blocks, 32), in the order of the width, see stage() in integer_codes.h
+  int32_t* sums = nullptr;   // (G, M)
+  float* scales = nullptr;   // (G, M)
+  float* shifts = nullptr;   // (G, M): float(sums) * scales
 };
 
 struct IntegerArgs {

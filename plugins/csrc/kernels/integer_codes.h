@@ -44,14 +44,25 @@ constexpr int staged_input(int bits, int at) {
   }
 }
 
+// How half a block is shuffled: 2 and 4 bits stay within 16 bytes; 3 bits bring the two bytes of a lane together, which
+// are then interleaved with those of the other half.
+template <int kBits>
+struct HalfOrder {
+  alignas(16) uint8_t from[16] = {};
+  constexpr HalfOrder() {
+    for (int at = 0; at < 16; ++at) from[at] = static_cast<uint8_t>(kBits == 3 ? at % 2 * 8 + at / 2 : staged_input(kBits, at));
+  }
+};
+
 template <int kBits>
 void stage_blocks(const int8_t* natural, int64_t blocks, int8_t* out) {
+  static constexpr HalfOrder<kBits> kOrder;
   for (int64_t block = 0; block < blocks; ++block, natural += kBlock, out += kBlock) {
-    RANKBOOK_UNROLL
-    for (int at = 0; at < static_cast<int>(kBlock); ++at) out[at] = natural[staged_input(kBits, at)];
+    Bytes::reorder<kBits == 3>(natural, kOrder.from, out);
   }
 }
 
+// Blocks of 32 activations from the natural order to that of 2, 3 or 4 bits (8 bits have the natural one), also in place.
 void stage(int bits, const int8_t* natural, int64_t blocks, int8_t* out) {
   switch (bits) {
     case 2:
@@ -87,22 +98,31 @@ float quantize_group(const float* x, int64_t count, int8_t* out, int32_t& sum) {
   return largest / 127.0F;
 }
 
-// Rounds one token group by group into whole blocks in the natural order, zeros around each group.
-void quantize(const IntegerWeight& weight, const float* x, int8_t* out, int32_t* sums, float* scales) {
+// Rounds one group into whole blocks in the natural order, zeros around it.
+void quantize_blocks(const float* x, int64_t group, int64_t lead, int64_t bytes, int8_t* out, int32_t& sum, float& scale) {
+  if (bytes != group) std::memset(out, 0, static_cast<size_t>(bytes));
+  if (group % kHalfBlock == 0) {
+    scale = quantize_group(x, group, out + lead, sum);
+    return;
+  }
+  // A group of another length is the whole row; rare, so plain code.
+  scale = round_row(x, group, out);
+  sum = 0;
+  for (int64_t k = 0; k < group; ++k) sum += out[k];
+}
+
+void quantize(const IntegerWeight& weight, const float* x, int64_t token, const StagedRows& natural, const StagedRows& staged) {
   const int64_t group = weight.weight.in_features / weight.weight.groups;
-  const int64_t whole = group / kHalfBlock * kHalfBlock;
   const int64_t bytes = weight.group_blocks() * kBlock;
-  for (int64_t g = 0; g < weight.weight.groups; ++g, x += group, out += bytes) {
+  x += token * weight.weight.in_features;
+  for (int64_t g = 0; g < weight.weight.groups; ++g, x += group) {
+    const int64_t at = g * natural.tokens + token;
     const int64_t lead = g * weight.group_halves() % 2 * kHalfBlock;
-    std::memset(out, 0, static_cast<size_t>(bytes));
-    if (whole == group) {
-      scales[g] = quantize_group(x, group, out + lead, sums[g]);
-      continue;
+    quantize_blocks(x, group, lead, bytes, natural.codes + at * bytes, natural.sums[at], natural.scales[at]);
+    natural.shifts[at] = static_cast<float>(natural.sums[at]) * natural.scales[at];
+    if (weight.weight.bits != 8) {
+      stage(weight.weight.bits, natural.codes + at * bytes, weight.group_blocks(), staged.codes + at * bytes);
     }
-    // A group of another length is the whole row; rare, so plain code.
-    scales[g] = round_row(x, group, out);
-    sums[g] = 0;
-    for (int64_t k = 0; k < group; ++k) sums[g] += out[k];
   }
 }
 

@@ -1,5 +1,5 @@
-// Drives the inner loops of the int8 mode. One token reads each code once and multiplies as it goes (memory bound). More
-// tokens decode a part of a panel to bytes in the L1 cache, plane by plane, and multiply that.
+// Drives the inner loops of the int8 mode. A few tokens read each code once and multiply as they go (memory bound). More
+// tokens decode a slice of a panel to bytes in the L1 cache, plane by plane, and multiply that.
 
 #include <cstring>
 
@@ -9,7 +9,6 @@
 namespace rankbook {
 namespace {
 
-constexpr int64_t kDepthBlocks = 16;       // blocks decoded at a time: 16 KB
 constexpr int64_t kTokenChunk = 192;       // tokens that share one decoded part; 24 KB of totals
 constexpr int64_t kStageTokens = 8;        // tokens that one task rounds
 constexpr int64_t kTaskBytes = 1 << 15;    // codes that one task of a single token reads at least
@@ -45,60 +44,18 @@ int64_t rank_width(const IntegerBranch& branch) { return ceil_div(branch.rank, k
 void stage_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const IntegerWeight& weight = job.args.weight;
-  const int64_t bytes = weight.staged_bytes();
-  const int64_t groups = weight.weight.groups;
   const int64_t end = least((index + 1) * kStageTokens, job.args.tokens);
   for (int64_t token = index * kStageTokens; token < end; ++token) {
-    int8_t* natural = job.natural.codes + token * bytes;
-    job.kernels.quantize(weight, job.args.x + token * weight.weight.in_features, natural, job.natural.sums + token * groups,
-                         job.natural.scales + token * groups);
-    if (weight.weight.bits != 8) {
-      job.kernels.stage(weight.weight.bits, natural, bytes / kBlock, job.staged.codes + token * bytes);
-    }
+    job.kernels.quantize(weight, job.args.x, token, job.natural, job.staged);
   }
 }
 
 // total (tokens, 32) = w[panel] @ the staged tokens [first, first + tokens).
 void multiply_panel(const IntegerKernels& kernels, const IntegerWeight& weight, int64_t panel, const StagedRows& x, int64_t first,
                     int64_t tokens, float* total) {
-  const CodebookWeight& w = weight.weight;
-  const int64_t blocks = weight.group_blocks();
-  alignas(kAlign) uint8_t entries[kDepthBlocks * 8 * kWordBytes];
+  if (kernels.gemv(weight, panel, x, first, tokens, total)) return;
   alignas(kAlign) int32_t partial[kTokenChunk * kPanel];
-  alignas(kAlign) float value[kPanel];
-  alignas(kAlign) float offset[kPanel];
-  std::memset(total, 0, static_cast<size_t>(tokens * kPanel) * sizeof *total);
-  for (int64_t group = 0; group < w.groups; ++group) {
-    for (int plane = 0; plane < w.planes; ++plane) {
-      const bool shifts = w.has_offset && plane == w.planes - 1;
-      kernels.values(weight, panel, group, plane, value);
-      if (shifts) kernels.values(weight, panel, group, w.planes, offset);
-      for (int64_t block = 0; block < blocks; block += kDepthBlocks) {
-        const int64_t count = least(blocks - block, kDepthBlocks);
-        kernels.decode(weight, panel, plane, group * weight.group_halves() / 2 + block, count, entries);
-        const IntegerTile tile{x.codes + first * weight.staged_bytes() + (group * blocks + block) * kBlock,
-                               weight.staged_bytes(),
-                               entries,
-                               count,
-                               weight.is_signed,
-                               weight.tables[plane].centre,
-                               w.groups,
-                               x.sums + first * w.groups + group,
-                               x.scales + first * w.groups + group,
-                               value,
-                               shifts ? offset : nullptr,
-                               partial,
-                               block == 0,
-                               block + count == blocks,
-                               total};
-        kernels.gemm(tile, tokens);
-      }
-    }
-  }
-}
-
-void multiply_token(const IntegerKernels& kernels, const IntegerWeight& weight, int64_t panel, const StagedRows& x, float* total) {
-  if (!kernels.gemv(weight, panel, x, total)) multiply_panel(kernels, weight, panel, x, 0, 1, total);
+  kernels.gemm(weight, panel, x, first, tokens, partial, total);
 }
 
 // The first half of the error branch for one panel of ranks and one chunk of tokens.
@@ -109,11 +66,7 @@ void branch_task(void* argument, int64_t index) {
   const int64_t first = index % job.chunks * kTokenChunk;
   const int64_t tokens = least(job.args.tokens - first, kTokenChunk);
   alignas(kAlign) float total[kTokenChunk * kPanel];
-  if (job.args.tokens == 1) {
-    multiply_token(job.kernels, branch.down, panel, job.natural, total);
-  } else {
-    multiply_panel(job.kernels, branch.down, panel, job.natural, first, tokens, total);
-  }
+  multiply_panel(job.kernels, branch.down, panel, job.natural, first, tokens, total);
   const int64_t ranks = least(branch.rank - panel * kPanel, kPanel);
   for (int64_t token = 0; token < tokens; ++token) {
     float* to = job.ranks + (first + token) * rank_width(branch) + panel * kPanel;
@@ -134,7 +87,11 @@ void finish_panel(const Job& job, int64_t panel, int64_t first, int64_t tokens, 
   for (int64_t token = 0; token < tokens; ++token) {
     float* y = args.y + (first + token) * n + row;
     const float* from = total + token * kPanel;
-    for (int64_t i = 0; i < rows; ++i) y[i] = args.bias == nullptr ? from[i] : from[i] + args.bias[row + i];
+    if (args.bias == nullptr) {
+      std::memcpy(y, from, static_cast<size_t>(rows) * sizeof *y);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) y[i] = from[i] + args.bias[row + i];
+    }
   }
 }
 
@@ -147,15 +104,16 @@ void token_task(void* argument, int64_t index) {
     for (int64_t at = 0; branch.up.codes != nullptr && at < branch.rank * kPanel; at += kAlign) {
       __builtin_prefetch(branch.up.codes + panel * branch.rank * kPanel + at);  // for the end of this panel
     }
-    multiply_token(job.kernels, job.args.weight, panel, job.staged, total);
+    multiply_panel(job.kernels, job.args.weight, panel, job.staged, 0, 1, total);
     finish_panel(job, panel, 0, 1, total);
   }
 }
 
 void chunk_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
-  const int64_t panel = index / job.chunks;
-  const int64_t first = index % job.chunks * kTokenChunk;
+  const int64_t panels = job.args.weight.weight.panels();
+  const int64_t panel = index % panels;  // neighbours share their tokens, which are more bytes than codes
+  const int64_t first = index / panels * kTokenChunk;
   const int64_t tokens = least(job.args.tokens - first, kTokenChunk);
   alignas(kAlign) float total[kTokenChunk * kPanel];
   multiply_panel(job.kernels, job.args.weight, panel, job.staged, first, tokens, total);
@@ -170,19 +128,21 @@ void prefetch_start(const CodebookWeight& weight) {
 
 // Where everything lies in the workspace; returns its size. Without a workspace, the size alone.
 int64_t lay_out(const IntegerWeight& weight, const IntegerBranch& branch, int64_t tokens, uint8_t* at, Job* job) {
-  const bool reordered = weight.weight.bits != 8;
+  const bool both = weight.weight.bits != 8 && branch.rank > 0;  // else activations are brought into order in place
   const int64_t codes = aligned(tokens * weight.staged_bytes());
   const int64_t small = aligned(tokens * weight.weight.groups * 4);
   const int64_t ranks = aligned(tokens * rank_width(branch) * 4);
   if (job != nullptr) {
+    job->natural.tokens = tokens;
     job->natural.codes = reinterpret_cast<int8_t*>(at);
     job->natural.sums = reinterpret_cast<int32_t*>(at + codes);
     job->natural.scales = reinterpret_cast<float*>(at + codes + small);
-    job->ranks = reinterpret_cast<float*>(at + codes + 2 * small);
+    job->natural.shifts = reinterpret_cast<float*>(at + codes + 2 * small);
+    job->ranks = reinterpret_cast<float*>(at + codes + 3 * small);
     job->staged = job->natural;
-    if (reordered) job->staged.codes = reinterpret_cast<int8_t*>(at + codes + 2 * small + ranks);
+    if (both) job->staged.codes = reinterpret_cast<int8_t*>(at + codes + 3 * small + ranks);
   }
-  return codes + 2 * small + ranks + (reordered ? codes : 0);
+  return codes + 3 * small + ranks + (both ? codes : 0);
 }
 
 }  // namespace

@@ -36,6 +36,16 @@ inline constexpr int kBits8Linear = 88;                // 8-bit codes whose leve
 template <int kBits>
 inline constexpr int kLevels = kBits >= 8 ? 256 : 1 << kBits;
 
+}  // namespace
+}  // namespace rankbook
+
+#if defined(RANKBOOK_NEON)  // set by the translation units that want it: aarch64 has no other way to ask for less
+#include "kernels/simd_neon.h"
+#else
+
+namespace rankbook {
+namespace {
+
 #if defined(__AVX512F__)
 
 struct Simd {
@@ -240,3 +250,5 @@ struct Simd {
 
 }  // namespace
 }  // namespace rankbook
+
+#endif  // RANKBOOK_NEON

@@ -7,6 +7,10 @@
 
 #include "kernels/simd.h"
 
+#if defined(RANKBOOK_NEON)
+#include "kernels/simd_int8_neon.h"
+#else
+
 namespace rankbook {
 namespace {
 
@@ -16,7 +20,8 @@ struct Bytes {
   static constexpr const char* kName = "avx512-vnni";
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
-  static constexpr int kTokens = 12;
+  static constexpr int kTokens = 6;     // of a tile of gemm
+  static constexpr int kFewTokens = 8;  // of one pass of gemv
   static constexpr int chains(int planes) { return planes == 1 ? 4 : 2; }
   static constexpr int vectors(int) { return 2; }
   using I = __m512i;
@@ -49,6 +54,16 @@ struct Bytes {
   static void narrow(int8_t* to, I value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(value));
   }
+  // One block of 32 bytes: each half by `from`, then, if asked, 16 bits of the one and of the other in turn.
+  template <bool kInterleave>
+  static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
+    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), order);
+    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16)), order);
+    auto* to = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(to, kInterleave ? _mm_unpacklo_epi16(low, high) : low);
+    _mm_storeu_si128(to + 1, kInterleave ? _mm_unpackhi_epi16(low, high) : high);
+  }
 };
 
 #elif defined(__AVX2__)
@@ -66,6 +81,7 @@ struct Bytes {
   static constexpr int chains(int) { return 1; }
 #endif
   static constexpr int kTokens = 4;
+  static constexpr int kFewTokens = 4;
   static constexpr int vectors(int planes) { return planes == 1 && chains(1) == 1 ? 4 : 2; }
   using I = __m256i;
 
@@ -116,6 +132,16 @@ struct Bytes {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
   }
+  // One block of 32 bytes: each half by `from`, then, if asked, 16 bits of the one and of the other in turn.
+  template <bool kInterleave>
+  static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
+    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), order);
+    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16)), order);
+    auto* to = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(to, kInterleave ? _mm_unpacklo_epi16(low, high) : low);
+    _mm_storeu_si128(to + 1, kInterleave ? _mm_unpackhi_epi16(low, high) : high);
+  }
 };
 
 #else
@@ -125,6 +151,7 @@ struct Bytes {
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
   static constexpr int kTokens = 4;
+  static constexpr int kFewTokens = 1;
   static constexpr int chains(int) { return 1; }
   static constexpr int vectors(int) { return 2; }
   struct I {
@@ -209,13 +236,27 @@ struct Bytes {
   static void narrow(int8_t* to, I value) {
     for (int i = 0; i < 4; ++i) to[i] = static_cast<int8_t>(value.lane(i));
   }
+  template <bool kInterleave>
+  static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
+    int8_t shuffled[32];
+    for (int i = 0; i < 32; ++i) shuffled[i] = block[i / 16 * 16 + from[i % 16]];
+    for (int i = 0; i < 32; ++i) out[i] = shuffled[kInterleave ? i / 2 % 2 * 16 + i / 4 * 2 + i % 2 : i];
+  }
 };
 
 #endif
 
+}  // namespace
+}  // namespace rankbook
+
+#endif  // RANKBOOK_NEON
+
+namespace rankbook {
+namespace {
+
 // a * b + c rounded once, and a * b rounded: the fp32 part of the int8 mode is defined to the last bit.
 inline Simd::F fused(Simd::F a, Simd::F b, Simd::F c) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(RANKBOOK_NEON)
   return Simd::fma(a, b, c);
 #else
   for (int i = 0; i < Simd::kLanes; ++i) c.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);
@@ -228,6 +269,8 @@ inline Simd::F multiply(Simd::F a, Simd::F b) {
   return _mm512_mul_ps(a, b);
 #elif defined(__AVX2__)
   return _mm256_mul_ps(a, b);
+#elif defined(RANKBOOK_NEON)
+  return vmulq_f32(a, b);
 #else
   for (int i = 0; i < Simd::kLanes; ++i) a.lane[i] *= b.lane[i];
   return a;

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <string>
 
 #include "contract.h"
@@ -15,15 +16,14 @@ using rankbook::Isa;
 constexpr const char* kActivations = "rankbook.activations";
 constexpr const char* kMemory = "rankbook.memory";
 
-// RANKBOOK_NATIVE_ISA=portable|avx2|avxvnni|avx512 forbids better instruction sets, so that tests reach every kernel.
+// RANKBOOK_NATIVE_ISA, one of kIsaNames, forbids better instruction sets, so that tests reach every kernel.
 bool read_limit(Isa& limit) {
   const char* wanted = std::getenv("RANKBOOK_NATIVE_ISA");
-  limit = Isa::kAvx512;
+  limit = Isa::kBest;
   if (wanted == nullptr) return true;
-  const char* const names[] = {"portable", "avx2", "avxvnni", "avx512"};
-  for (int i = 0; i < 4; ++i) {
+  for (size_t i = 0; i < std::size(rankbook::kIsaNames); ++i) {
     limit = static_cast<Isa>(i);
-    if (std::strcmp(wanted, names[i]) == 0) return true;
+    if (std::strcmp(wanted, rankbook::kIsaNames[i]) == 0) return true;
   }
   return false;
 }
@@ -48,7 +48,9 @@ OrtStatus* read_entry(const OrtSessionOptions* options, const OrtApi& api, const
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   Isa limit = Isa::kPortable;
   if (!read_limit(limit)) {
-    return api.CreateStatus(ORT_INVALID_ARGUMENT, "RANKBOOK_NATIVE_ISA must be portable, avx2, avxvnni or avx512");
+    std::string message = "RANKBOOK_NATIVE_ISA must be one of";
+    for (const char* name : rankbook::kIsaNames) message += std::string(" ") + name;
+    return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
   }
   bool integer = false;
   bool mapped = false;
