@@ -16,12 +16,15 @@ import ctypes
 import json
 from pathlib import Path
 
+from rankbook.plugins.layout import BITS
+
 ACTIVATIONS = ("fp32", "int8")
 """Values of the session configuration entry `ACTIVATIONS_ENTRY`; int8 is defined in `rankbook.plugins.integer`."""
 ACTIVATIONS_ENTRY = "rankbook.activations"
 
 _FILES = {"ort": "librankbook_ort.so", "ort-cuda": "librankbook_ort_cuda.so", "trt": "librankbook_trt.so"}
-_TARGETS = {"ort": "make native", "ort-cuda": "make native-cuda", "trt": "make native-cuda"}
+_FILES |= {f"aot-{bits}": f"aot_{bits}.ptx" for bits in BITS}
+_TARGETS = dict.fromkeys(_FILES, "make native-cuda") | {"ort": "make native"}
 _FOLDER = Path(__file__).parent / "lib"
 
 
@@ -42,7 +45,8 @@ def library(runtime: str) -> Path:
 
     Args:
         runtime: ``"ort"``: give the path to ``register_custom_ops_library``; ``"ort-cuda"``: the same with operators
-            for the CUDA execution provider as well; ``"trt"``: to ``load_library`` of TensorRT's plugin registry.
+            for the CUDA execution provider as well; ``"trt"``: to ``load_library`` of TensorRT's plugin registry;
+            ``"aot-4"``, ``"aot-2"``, ...: PTX for one width (`rankbook.plugins.aot`).
 
     Raises:
         ValueError: No library is made for this runtime.

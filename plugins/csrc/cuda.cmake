@@ -48,6 +48,14 @@ target_include_directories(rankbook_cuda_kernels PRIVATE ${CMAKE_CURRENT_SOURCE_
 # --expt-relaxed-constexpr: constexpr members of the argument structures serve both sides.
 target_compile_options(rankbook_cuda_kernels PRIVATE --expt-relaxed-constexpr -Werror=all-warnings)
 
+# Kernels as PTX of the oldest architecture that is served, for engines that hold them (plugins/aot.py).
+add_library(rankbook_aot OBJECT
+  kernels/cuda/aot_2.cu kernels/cuda/aot_3.cu kernels/cuda/aot_4.cu kernels/cuda/aot_8.cu)
+target_include_directories(rankbook_aot PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+target_compile_options(rankbook_aot PRIVATE --expt-relaxed-constexpr -Werror=all-warnings)
+set_target_properties(rankbook_aot PROPERTIES CUDA_PTX_COMPILATION ON CUDA_ARCHITECTURES 80-virtual)
+install(FILES $<TARGET_OBJECTS:rankbook_aot> DESTINATION rankbook/plugins/lib COMPONENT native)
+
 # ------------------------------------------------------------------------------------------------ ONNX Runtime
 # A second file, for it holds machine code for every GPU and is ten times as large.
 if(RANKBOOK_ORT_INCLUDE)

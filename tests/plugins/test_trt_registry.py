@@ -23,13 +23,26 @@ EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
 STUBBED = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
 
 
-def _unavailable() -> str | None:
+def lean_unavailable() -> str | None:
+    """Return why TensorRT's registry cannot be used here, or None."""
     if not (LEAN / "tensorrt_bindings").is_dir():
         return f"{LEAN} is missing: `make native-all` gets it"
-    return library.unavailable("trt") if shutil.which("cc") else "no C compiler"
+    return None if shutil.which("cc") else "no C compiler"
 
 
-pytestmark = pytest.mark.skipif(_unavailable() is not None and not EXPECTED, reason=str(_unavailable()))
+def lean_environment_in(folder: Path) -> dict[str, str]:
+    """Compile the stand-ins into a folder; return the variables of a process that may import `tensorrt_bindings`."""
+    runtime = LEAN / "tensorrt_lean_libs" / "libnvinfer_lean.so.11"
+    source = Path(__file__).with_name("trt_stubs.c")
+    for name in STUBBED:
+        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
+        subprocess.run([*command, "-Wl,--no-as-needed", str(runtime)], check=True)
+    modules = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{runtime.parent}", "PYTHONPATH": modules}
+
+
+_reason = lean_unavailable() or library.unavailable("trt")
+pytestmark = pytest.mark.skipif(_reason is not None and not EXPECTED, reason=str(_reason))
 
 CHILD = """
 import json, sys
@@ -54,13 +67,7 @@ print(json.dumps({"version": trt.__version__, "loaded": loaded, "creators": foun
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Load the library in a child process, since what is loaded there must not meet TensorRT-RTX."""
-    folder = tmp_path_factory.mktemp("stubs")
-    runtime = LEAN / "tensorrt_lean_libs" / "libnvinfer_lean.so.11"
-    source = Path(__file__).with_name("trt_stubs.c")
-    for name in STUBBED:
-        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
-        subprocess.run([*command, "-Wl,--no-as-needed", str(runtime)], check=True)
-    environment = {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{runtime.parent}", "PYTHONPATH": str(LEAN)}
+    environment = lean_environment_in(tmp_path_factory.mktemp("stubs"))
     command = [sys.executable, "-c", CHILD, str(library.library("trt")), contract.PLUGIN_NAMESPACE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

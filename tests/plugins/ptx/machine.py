@@ -51,10 +51,11 @@ class State:
     """
 
     def __init__(
-        self, kernel: Kernel, device: Device, grid: tuple[int, int], threads: int, shared: int, arguments: bytes
+        self, kernel: Kernel, device: Device, grid: tuple[int, int, int], threads: int, shared: int, arguments: bytes
     ) -> None:
         self.kernel = kernel
-        self.lanes = grid[0] * grid[1] * threads
+        blocks = grid[0] * grid[1] * grid[2]
+        self.lanes = blocks * threads
         self.threads = threads
         self.registers = Registers(kernel, self.lanes)
         lane = np.arange(self.lanes)
@@ -67,17 +68,13 @@ class State:
         self.spaces = {
             "global": device,
             "param": param,
-            "shared": Space("shared", sum(kernel.shared.values()) + shared, grid[0] * grid[1], SHARED_BASE),
+            "shared": Space("shared", sum(kernel.shared.values()) + shared, blocks, SHARED_BASE),
             "local": Space("local", sum(kernel.local.values()), self.lanes, LOCAL_BASE),
         }
         self.rows: dict[str, Array | int] = {"global": 0, "param": 0, "shared": block, "local": lane}
-        numbers = {
-            "tid.x": lane % threads,
-            "ctaid.x": block % grid[0],
-            "ctaid.y": block // grid[0],
-            "laneid": lane % WARP,
-        }
-        constants = {"ntid.x": threads, "nctaid.x": grid[0], "nctaid.y": grid[1], "tid.y": 0, "tid.z": 0, "ctaid.z": 0}
+        numbers = {"tid.x": lane % threads, "laneid": lane % WARP, "ctaid.x": block % grid[0]}
+        numbers |= {"ctaid.y": block // grid[0] % grid[1], "ctaid.z": block // (grid[0] * grid[1])}
+        constants = {"ntid.x": threads, "nctaid.x": grid[0], "nctaid.y": grid[1], "nctaid.z": grid[2]}
         self.special = {f"%{name}": values.astype(np.uint32) for name, values in numbers.items()}
         self.special |= {f"%{name}": np.full(self.lanes, value, np.uint32) for name, value in constants.items()}
 
@@ -148,7 +145,7 @@ def run(
     device: Device,
     arguments: bytes,
     *,
-    grid: tuple[int, int],
+    grid: tuple[int, int] | tuple[int, int, int],
     shared: int,
     threads: int = 0,
 ) -> None:
@@ -159,14 +156,14 @@ def run(
         steps: What `semantics.compile_kernel` made of it.
         device: Global memory.
         arguments: The bytes of its parameters.
-        grid: Blocks in x and y.
+        grid: Blocks in x, y and z.
         shared: Bytes of dynamic shared memory.
         threads: Threads of a block; 0: what the kernel declares.
 
     Raises:
         PtxError: The kernel does what it must not.
     """
-    state = State(kernel, device, grid, threads or kernel.threads, shared, arguments)
+    state = State(kernel, device, (*grid, 1)[:3], threads or kernel.threads, shared, arguments)
     if state.threads % WARP or (kernel.threads and state.threads > kernel.threads):
         raise PtxError(f"{state.threads} threads are not whole warps or more than the {kernel.threads} of the kernel")
     schedule = Schedule(state)

@@ -69,6 +69,9 @@ class _Compiler:
     def read(self, operand: Operand, type_: str) -> Reader:
         """Return the reader of an operand as a type; a register may be wider than the type, not narrower."""
         if type_ == "pred":
+            if operand.kind == "number":
+                truth = np.array([operand.value != 0])
+                return lambda state: truth
             return lambda state: state.registers[operand.name]
         dtype = np.dtype(DTYPES[type_])
         if operand.kind == "number":

@@ -34,15 +34,11 @@ RB_DEVICE void read_factor(const Factor& factor, int row, int column, int column
   }
 }
 
-// u[m][r] = sum_k x[m][k] down[r][k], times the scales per rank of both factors. A warp per rank and `kBranchTokens`.
+// u[m][r] = sum_k x[m][k] down[r][k], times the scales per rank of both factors, for one rank and the `kBranchTokens` tokens
+// from `first` on. The work of one warp.
 template <typename T>
-RB_KERNEL(1) branch_down(MatmulKernel arguments) {
-  const Matmul& m = arguments.m;
-  const int lane = thread_index() & 31;
-  const int rank = block_x() * kWarps + (thread_index() >> 5);
-  const int first = block_y() * kBranchTokens;
-  const int columns = m.weight.columns;
-  if (rank >= m.rank) return;  // whole warps leave; no barrier follows
+RB_DEVICE void down_row(const Matmul& m, int rank, int first, float* u) {
+  const int lane = thread_index() & 31, columns = m.weight.columns;
   const auto* x = static_cast<const typename T::Stored*>(m.x);
   float sums[kBranchTokens] = {};
   for (int k = 4 * lane; k < columns; k += 4 * 32) {
@@ -65,9 +61,17 @@ RB_KERNEL(1) branch_down(MatmulKernel arguments) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask >>= 1) sums[t] += shuffle_xor(sums[t], mask);
     if (lane == 0 && first + t < m.tokens) {
-      store(arguments.u + static_cast<std::size_t>(first + t) * m.rank + rank, sums[t] * scale);
+      store(u + static_cast<std::size_t>(first + t) * m.rank + rank, sums[t] * scale);
     }
   }
+}
+
+// A warp per rank and `kBranchTokens`.
+template <typename T>
+RB_KERNEL(1) branch_down(MatmulKernel arguments) {
+  const int rank = block_x() * kWarps + (thread_index() >> 5);
+  if (rank >= arguments.m.rank) return;  // whole warps leave; no barrier follows
+  down_row<T>(arguments.m, rank, block_y() * kBranchTokens, arguments.u);
 }
 
 // Bias and error branch of one output.
@@ -106,7 +110,7 @@ RB_DEVICE void store_output(const Matmul& m, std::size_t at, float value) {
 template <typename T>
 RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, int panel, int tile) {
   const Matmul& m = arguments.m;
-  const int blocks = grid_y(), size = tile * kPanel;
+  const int blocks = arguments.shares == nullptr ? 1 : grid_y(), size = tile * kPanel;
   if (blocks > 1) {
     for (int i = thread_index(); i < size; i += kWarps * 32) {
       float sum = 0.0f;

@@ -72,7 +72,7 @@ RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
 
 // y for up to kTokens tokens and fp32 activations. Blocks as for `decode_mma`.
 template <int kBits, int kPlanes, int kTokens>
-RB_KERNEL(1) decode_float(MatmulKernel arguments) {
+RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
   using U = Unit<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
@@ -125,6 +125,11 @@ RB_KERNEL(1) decode_float(MatmulKernel arguments) {
   reduce_and_store<Float>(arguments, partial, panel, kTokens);
 }
 
+template <int kBits, int kPlanes, int kTokens>
+RB_KERNEL(1) decode_float(MatmulKernel arguments) {
+  multiply_panel_float<kBits, kPlanes, kTokens>(arguments);
+}
+
 struct DenseKernel {
   PackedWeight w;
   void* y = nullptr;  // (N, K)
@@ -175,7 +180,7 @@ RB_KERNEL(1) decode_dense(DenseKernel arguments) {
 // Rows of W by index; a block per index. Threads take one unit each and, like `decode_dense`, four rows of it: the
 // other three are free, since their words share the 16 bytes.
 template <int kBits, int kPlanes>
-RB_KERNEL(1) gather_rows(Gather arguments) {
+RB_DEVICE void look_up_rows(const Gather& arguments) {
   using U = Unit<kBits>;
   const PackedWeight& w = arguments.weight;
   const int units = U::count(w.columns), size = w.columns / w.groups;
@@ -210,6 +215,11 @@ RB_KERNEL(1) gather_rows(Gather arguments) {
       }
     }
   }
+}
+
+template <int kBits, int kPlanes>
+RB_KERNEL(1) gather_rows(Gather arguments) {
+  look_up_rows<kBits, kPlanes>(arguments);
 }
 
 }  // namespace rankbook::cuda

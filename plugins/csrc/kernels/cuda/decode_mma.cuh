@@ -163,10 +163,9 @@ struct DecodeShared {
   }
 };
 
-// y for up to 8 kTiles tokens. Blocks (x: panel, y: share of the columns); the warps of a block share its columns. Four
-// planes and sixteen tokens need more registers than two blocks a multiprocessor leave; so do 3 bits with two planes.
+// y for up to 8 kTiles tokens. Blocks (x: panel, y: share of the columns); the warps of a block share its columns.
 template <int kBits, int kPlanes, int kTiles, typename T>
-RB_KERNEL((kTiles < 2 || kPlanes + kBits % 2 < 3) ? 2 : 1) decode_mma(MatmulKernel arguments) {
+RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
   using U = Unit<kBits>;
   using C = Chunk<kBits>;
   const Matmul& m = arguments.m;
@@ -260,6 +259,12 @@ RB_KERNEL((kTiles < 2 || kPlanes + kBits % 2 < 3) ? 2 : 1) decode_mma(MatmulKern
   }
   barrier();
   reduce_and_store<T>(arguments, reinterpret_cast<float*>(shared_memory()), panel, 8 * kTiles);
+}
+
+// Four planes and sixteen tokens need more registers than two blocks a multiprocessor leave; so do 3 bits with two planes.
+template <int kBits, int kPlanes, int kTiles, typename T>
+RB_KERNEL((kTiles < 2 || kPlanes + kBits % 2 < 3) ? 2 : 1) decode_mma(MatmulKernel arguments) {
+  multiply_panel_mma<kBits, kPlanes, kTiles, T>(arguments);
 }
 
 }  // namespace rankbook::cuda
