@@ -2,7 +2,7 @@
 
 TensorRT calls this form quickly deployable plugins with an ahead-of-time implementation (``tensorrt.plugin``, 10.7 and
 later): one kernel per layer that takes the inputs' addresses, 32-bit integers and the outputs' addresses, and no
-scratch. `register` tells TensorRT about every operator; they have the names, the namespace and the attributes of the
+scratch. `register` tells TensorRT about the operators; they have the names, the namespace and the attributes of the
 library's plugins, so that the same ONNX file is built with one or the other.
 
 The kernels (``csrc/kernels/cuda/aot.cuh``) are meant for decoding: up to 8 tokens decode the weight once, more decode
@@ -61,6 +61,12 @@ class Launch:
         return kernel_text(library.library(f"aot-{self.bits}").read_text(encoding="ascii"), self.kernel)
 
 
+def names() -> tuple[str, ...]:
+    """Return the op_types that there are kernels for: all but those that round x, of which engines get the body."""
+    kinds = (contract.MATMUL, contract.MATMUL_LOW_RANK, contract.GATHER)
+    return tuple(name for name, operator in contract.OPERATORS.items() if operator.kind in kinds)
+
+
 def unavailable() -> str | None:
     """Return why there is no PTX, with what to do about it, or None."""
     return next((reason for bits in BITS if (reason := library.unavailable(f"aot-{bits}"))), None)
@@ -84,7 +90,7 @@ def launch(op_name: str, attributes: Mapping[str, Any], shapes: Shapes, types: M
     """Choose the kernel of a layer and what it is called with.
 
     Args:
-        op_name: One of `contract.plugin_names`.
+        op_name: One of `names`.
         attributes: ``in_features``, ``out_features``, ``offset``.
         shapes: Of the constants, by formal name.
         types: Of all inputs: ``fp16``, ``bf16``, ``fp32`` or another.
@@ -156,7 +162,7 @@ def register(trt: Any, trtp: Any) -> None:
     """
     if not hasattr(trtp, "aot_impl") or not hasattr(trtp, "KernelLaunchParams"):
         raise ValueError(f"TensorRT {trt.__version__} has no ahead-of-time plugins; use the plugin library")
-    for name in contract.plugin_names():
+    for name in names():
         plugin = f"{contract.PLUGIN_NAMESPACE}::{name}"
         trtp.register(plugin)(_description(trt, trtp, name))
         trtp.aot_impl(plugin)(_implementation(trt, trtp, name))
@@ -179,7 +185,7 @@ def _description(trt: Any, trtp: Any, name: str) -> Any:
 def _implementation(trt: Any, trtp: Any, name: str) -> Any:
     """The function that names kernel, PTX and launch of a layer."""
     operator = contract.OPERATORS[name]
-    names = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
+    floats = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
 
     def implement(*arguments: Any) -> tuple[str, str, Any, Any]:
         count = len(operator.inputs)
@@ -187,7 +193,7 @@ def _implementation(trt: Any, trtp: Any, name: str) -> Any:
         attributes = dict(zip(_attributes(operator), arguments[count:-2], strict=True))
         first, *constants = inputs
         shapes = {c: [size.constant_value() for size in inputs[c].shape_expr] for c in constants}
-        types = {key: names.get(value.dtype, str(value.dtype)) for key, value in inputs.items()}
+        types = {key: floats.get(value.dtype, str(value.dtype)) for key, value in inputs.items()}
         found = launch(name, attributes, shapes, types)
         items = inputs[first].shape_expr.numel()
         params = trtp.KernelLaunchParams()

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.files import replaced_folder, sha256_file
-from rankbook.plugins import contract, library
+from rankbook.plugins import aot, contract, library
 from rankbook.tools import engine_commands, engine_log, onnx_file
 from rankbook.tools.backends import trt
-from rankbook.tools.errors import CheckFailedError, UsageError
+from rankbook.tools.errors import CheckFailedError, MissingError, UsageError
 from rankbook.tools.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.profiles import Limits, Shapes, make_profiles
 from rankbook.tools.report import plain
@@ -51,6 +51,7 @@ class BuildOptions:
         keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
         plugins: Put our kernels into the engine where the plugin library is built; the function bodies otherwise.
         self_contained: Store the plugin library in the engine, so that it runs where the library is not installed.
+        aot: Store the kernels as PTX in the engine instead of using the library (trt only, `rankbook.plugins.aot`).
     """
 
     target: str = "rtx"
@@ -60,10 +61,37 @@ class BuildOptions:
     keep_files: bool = False
     plugins: bool = True
     self_contained: bool = False
+    aot: bool = False
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            UsageError: Options that exclude each other.
+            MissingError: The PTX is not built.
+        """
+        if not self.aot:
+            return
+        if self.target == "rtx":
+            raise UsageError(
+                "TensorRT-RTX has no plugins of the form --plugins aot; give --target trt, or --self-contained to store"
+                " the plugin library in the engine"
+            )
+        if self.self_contained or not self.plugins:
+            other = "--self-contained" if self.self_contained else "--no-plugins"
+            raise UsageError(f"--plugins aot and {other} contradict each other; give one of them")
+        if reason := aot.unavailable():
+            raise MissingError(reason)
+
+    def form(self) -> str:
+        """Return where the kernels are, for people."""
+        if self.aot:
+            return "PTX in the engine"
+        return "library in the engine" if self.self_contained else "library loaded from its file"
 
     def plugin_library(self) -> Path | None:
         """Return the plugin library to build with, or None for the function bodies."""
-        usable = self.plugins and library.unavailable("trt") is None
+        usable = self.plugins and not self.aot and library.unavailable("trt") is None
         return library.library("trt") if usable else None
 
 
@@ -90,6 +118,7 @@ class EngineReport:
         profiles: Smallest, typical and largest shape of each input, by profile.
         checks: What was verified.
         self_contained: Whether the engine holds the plugin library.
+        plugin_form: Where the kernels are, for people.
         commands: The same build with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
         seconds: Wall time of the child process.
     """
@@ -112,6 +141,7 @@ class EngineReport:
     profiles: dict[str, Shapes]
     checks: tuple[Check, ...]
     self_contained: bool
+    plugin_form: str
     commands: dict[str, str]
     seconds: float
 
@@ -137,6 +167,7 @@ def build(
         CheckFailedError: The builder failed.
         FileExistsError: ``output`` holds something else than an engine.
     """
+    options.check()
     model = onnx_file.read(source)
     onnx_file.require_ours(model)
     onnx_file.require_standard(model)
@@ -155,6 +186,7 @@ def build(
             "profiles": list(profiles.values()),
             "workspace_bytes": options.workspace_bytes,
             "plugins": [str(plugins)] if plugins else [],
+            "aot": options.aot,
             "self_contained": options.self_contained,
             # TensorRT-RTX measures nothing while it builds.
             "timing_cache": [str(f / TIMING_CACHE_NAME) for f in (output, folder)] if options.target == "trt" else None,
@@ -296,6 +328,7 @@ def _report(
         profiles=profiles,
         checks=(*verify(model, profiles, result, log), verify_plugins(model, options, result)),
         self_contained=options.self_contained,
+        plugin_form=options.form(),
         commands=_commands(result["graph"], options, profiles),
         seconds=result["seconds"],
     )
@@ -333,10 +366,14 @@ def has_plugin(node: CustomNode) -> bool:
 def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any]) -> Check:
     """Compare the plugin layers with the nodes that there are plugins for; none where the bodies are built."""
     wanted = sum(has_plugin(node) for node in model.nodes) if options.plugin_library() else 0
+    if options.aot:
+        wanted = sum(node.op_type in aot.names() for node in model.nodes)
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
 
 def _commands(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> dict[str, str]:
+    if options.aot:  # neither tool can register plugins of this form
+        return {}
     plugins = options.plugin_library()
     build = engine_commands.Build(
         graph, ENGINE_NAME, options.target, options.capabilities, profiles, plugins, options.self_contained

@@ -49,6 +49,10 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     for path in request.get("plugins", ()):
         if trt.get_plugin_registry().load_library(path) is None:
             raise RuntimeError(f"the plugin library {path} could not be loaded; see the log")
+    if request.get("aot"):
+        from rankbook.plugins import aot
+
+        aot.register(trt, importlib.import_module(f"{trt.__name__}.plugin"))
     network = _parse(trt, builder, logger, request["onnx"])
     parsed_s = time.monotonic() - start
     settings = _settings(trt, builder, network, request)

@@ -92,6 +92,19 @@ def test_target_trt_without_a_gpu_says_why_and_ends_with_3(tmp_path, capsys, mon
     assert "no NVIDIA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target", "rtx"), "TensorRT-RTX has no plugins of the form"),
+        (("--target", "trt", "--self-contained"), "--plugins aot and --self-contained contradict each other"),
+        (("--target", "trt", "--no-plugins"), "--plugins aot and --no-plugins contradict each other"),
+    ],
+)
+def test_kernels_as_ptx_in_the_engine_exclude_other_forms(flags, message, tmp_path, capsys):
+    assert run_cli("build", tmp_path, "-o", tmp_path / "e", "--plugins", "aot", *flags) == errors.USAGE
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["SM90", "9", "x"])
 def test_unknown_capabilities_are_refused(name, tmp_path, capsys):
     assert run_cli("build", tmp_path, "-o", tmp_path / "e", "--compute-capability", name) in (

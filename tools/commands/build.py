@@ -31,6 +31,12 @@ def add_flags(flags: Flags) -> None:
     flags.add("--max-context", type=int, default=1024, metavar="N", text="longest context with the cache, in tokens")
     flags.add("--workspace", type=int, metavar="MIB", text="bound of the builder's workspace, in MiB")
     flags.add(
+        "--plugins",
+        choices=("library", "aot"),
+        default="library",
+        text="our kernels from the plugin library, or as PTX inside the engine (trt only; never tried on a GPU)",
+    )
+    flags.add(
         "--no-plugins",
         action="store_true",
         default=False,
@@ -47,9 +53,6 @@ def add_flags(flags: Flags) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Build and verify."""
-    reason = trt.rtx_unavailable() if options.target == "rtx" else trt.unavailable()
-    if reason:
-        raise MissingError(f"--target {options.target} cannot be built here: {reason}")
     settings = BuildOptions(
         target=options.target,
         capabilities=_capabilities(options.compute_capability) if options.target == "rtx" else (),
@@ -58,14 +61,20 @@ def run(options: argparse.Namespace) -> Outcome:
         keep_files=options.keep_files,
         plugins=not options.no_plugins,
         self_contained=options.self_contained,
+        aot=options.plugins == "aot",
     )
+    settings.check()
+    reason = trt.rtx_unavailable() if options.target == "rtx" else trt.unavailable()
+    if reason:
+        raise MissingError(f"--target {options.target} cannot be built here: {reason}")
     console = Console(quiet=options.quiet)
     with console.progress(f"building {options.target} engine") as progress:
         report = build(options.source, options.output, settings, progress)
+    without = ["the same without rankbook:"] if report.commands else []
     return Outcome(
         report=report,
         tables=_tables(report),
-        text="\n".join([str(options.output / ENGINE_NAME), "the same without rankbook:", *report.commands.values()]),
+        text="\n".join([str(options.output / ENGINE_NAME), *without, *report.commands.values()]),
         passed=report.passed,
         config_folder=options.output,
     )
@@ -97,7 +106,7 @@ def _tables(report: EngineReport) -> tuple[Table, ...]:
         ("network layers", report.network_layers),
         ("engine layers", sum(report.layers.values())),
         ("plugin layers", report.plugin_layers or "none: the function bodies are built"),
-        ("plugin library", "in the engine" if report.self_contained else "loaded from its file"),
+        ("plugins", report.plugin_form),
         ("build time", f"{report.seconds:.1f} s"),
     ]
     checks = [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in report.checks]

@@ -144,11 +144,12 @@ class Scratch {
 
 class CudaKernel {
  public:
-  CudaKernel(const Constants& constants, Kind kind, int bits) : node_(constants.node()), kind_(kind) {
+  CudaKernel(const Constants& constants, Kind kind, int bits, bool rounds) : node_(constants.node()), kind_(kind) {
     Reader reader(constants, bits);
     if (kind != Kind::kGather) reader.read_bias();
     if (kind == Kind::kLowRank) reader.read_branch();
     shapes_ = reader.m;
+    shapes_.int8_activations = rounds;
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
@@ -223,18 +224,20 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
   Kind kind;
   int bits;
   ONNXTensorElementDataType type;
+  bool rounds;  // x to 8 bits
   std::string name;
 
-  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_) : kind(kind_), bits(bits_), type(type_) {
+  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_)
+      : kind(kind_), bits(bits_), type(type_), rounds(rounds_) {
     name = kind == Kind::kGather    ? contract::CodebookGather::kName
            : kind == Kind::kLowRank ? Branch::kName
                                     : contract::CodebookMatMul::kName;
-    name += std::to_string(bits);
+    name += std::to_string(bits) + (rounds ? contract::CodebookMatMulA8::kSuffix : "");
   }
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     const char* const* names = kind == Kind::kGather ? contract::CodebookGather::kInputs : Branch::kInputs;
-    return guarded([&] { *kernel = new CudaKernel(Constants(info, names, name), kind, bits); });
+    return guarded([&] { *kernel = new CudaKernel(Constants(info, names, name), kind, bits, rounds); });
   }
 
   const char* GetName() const { return name.c_str(); }
@@ -266,16 +269,18 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
 
 void add_cuda_operators(Ort::CustomOpDomain& domain) {
   auto& operators = *new std::list<CudaOp>;
-  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type) {
-    operators.emplace_back(kind, bits, type);
+  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type, bool rounds) {
+    operators.emplace_back(kind, bits, type, rounds);
     domain.Add(&operators.back());
   };
   for (const int bits : contract::kBits) {
     for (const auto type : {kFloat, kHalf, kBFloat}) {
-      add(Kind::kMatMul, bits, type);
-      add(Kind::kLowRank, bits, type);
+      for (const bool rounds : {false, true}) {
+        add(Kind::kMatMul, bits, type, rounds);
+        add(Kind::kLowRank, bits, type, rounds);
+      }
     }
-    add(Kind::kGather, bits, kFloat);
+    add(Kind::kGather, bits, kFloat, false);
   }
 }
 
