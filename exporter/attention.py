@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles follow from the position alone."""
 IMPLEMENTATION = "rankbook_export"
 """Name under which `register` makes the functions known to transformers."""
 
@@ -68,3 +72,32 @@ def mask(
     key = torch.arange(attention_mask.shape[1])[None, None, None, :]
     first = torch.zeros((), dtype=torch.int64)  # batch and head, of which no supported pattern depends
     return mask_function(first, first, query, key) & (attention_mask[:, None, None, :] | (query == key))
+
+
+def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+    """Return cos and sin of a model's rotary embedding, (positions, size / 2) each; None where it has no such tables.
+
+    That is where layers differ in their embedding, or where it depends on the length of the text.
+    """
+    found = [module for module in model.modules() if hasattr(module, "inv_freq")]
+    if len(found) != 1 or getattr(found[0], "rope_type", None) not in _STATIC_ROTARY:
+        return None
+    positions = torch.arange(model.config.max_position_embeddings)[None]
+    with torch.no_grad():
+        tables = found[0](torch.zeros(1, dtype=torch.float32), positions)
+    cos, sin = (table[0, :, : table.shape[-1] // 2].float().numpy() for table in tables)
+    return cos, sin
+
+
+def windows(config: Any) -> list[int]:
+    """Return how many positions a query sees in each layer, itself included; -1 where it sees all.
+
+    Raises:
+        ValueError: A layer hides keys in another way.
+    """
+    width = getattr(config, "sliding_window", None)
+    standard = "sliding_attention" if width else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [standard] * config.num_hidden_layers
+    if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+        raise ValueError(f"layers of kind {', '.join(unknown)} are not in ONNX Runtime's attention; use graph standard")
+    return [int(width) if kind == "sliding_attention" and width else -1 for kind in kinds]

@@ -17,19 +17,21 @@ from onnx_ir.passes import common
 from rankbook.calibration.activations import ActivationConfig
 from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, language_view, open_checkpoint
 from rankbook.calibration.files import check_replaceable, replaced_folder
-from rankbook.exporter import conform, dialects, external
+from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
+from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.kv_cache import CACHES, QuantizeCache
 from rankbook.exporter.passes.metadata import AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
+from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.weights import BindWeights, packed_layer
-from rankbook.exporter.skeleton import build
+from rankbook.exporter.skeleton import Skeleton, build
 from rankbook.exporter.trace import INPUTS, LOGITS, trace
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -39,6 +41,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 ACTIVATIONS = ("float", "int8")
 """What products of packed layers compute with; ``float`` is what the checkpoint says: exact, or its static ranges."""
+GRAPHS = ("standard", "ort")
+"""Operators of everything but packed layers: of ONNX, which every runtime knows, or of ONNX Runtime."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage, steps done and steps in all."""
@@ -54,6 +58,8 @@ class ExportOptions:
         dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
         activations: One of `ACTIVATIONS`: what products of packed layers compute with. ``int8`` rounds their input
             inside the operator, with one scale per token and group.
+        graph: One of `GRAPHS`: the operators of everything but packed layers. ``ort`` takes ONNX Runtime's own for
+            attention and normalization, which no other runtime knows.
         kv: Type of the cache, one of `rankbook.exporter.passes.kv_cache.CACHES`.
         inputs: One of `rankbook.exporter.trace.INPUTS`: token numbers, or embedded tokens (batch, sequence, hidden), as
             a model with a vision tower needs them.
@@ -67,20 +73,25 @@ class ExportOptions:
     logits: str = "last"
     dialect: str = NATIVE
     activations: str = "float"
+    graph: str = "standard"
     kv: str = "float"
     inputs: str = "ids"
     weights_only: bool = False
 
     def __post_init__(self) -> None:
         allowed = {"dtype": DTYPES, "logits": LOGITS, "dialect": dialects.names(), "activations": ACTIVATIONS}
-        allowed |= {"kv": CACHES, "inputs": INPUTS}
+        allowed |= {"graph": GRAPHS, "kv": CACHES, "inputs": INPUTS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
+        if self.graph == "ort" and self.kv == "int8":
+            raise ValueError("graph 'ort' has a cache in the type of the activations; give kv float, or graph standard")
 
     def metadata(self) -> dict[str, str]:
         """Return what is written into the file about them."""
-        return {f"rankbook.{name}": getattr(self, name) for name in ("dtype", "logits", "dialect", "kv", "inputs")}
+        return {
+            f"rankbook.{name}": getattr(self, name) for name in ("dtype", "logits", "dialect", "graph", "kv", "inputs")
+        }
 
 
 @dataclass(frozen=True)
@@ -201,7 +212,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
         UnifyNormTypes(),
         StaticReshape(),
         FuseRotary(),
-        DecomposeAttention(),
+        *(_ort_passes(skeleton) if options.graph == "ort" else [DecomposeAttention()]),
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         InferShapes(),
@@ -210,6 +221,12 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     for step in passes:
         step(model)
     return model
+
+
+def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:
+    """Return the passes that bring in operators of ONNX Runtime."""
+    tables, windows = attention.rotary_tables(skeleton.model), attention.windows(skeleton.model.config)
+    return [GroupQueryAttention(tables, windows), FuseSkipNorms()]
 
 
 def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:

@@ -213,8 +213,8 @@ def require_standard(model: OnnxFile) -> None:
 
     if foreign := sorted(model.domains - {"", contract.DOMAIN}):
         raise UsageError(
-            f"{model.path} has operators of {', '.join(foreign)}, which TensorRT does not know (dialect"
-            f" {model.dialect!r} is for ONNX Runtime); export with --dialect rankbook or qdq"
+            f"{model.path} has operators of {', '.join(foreign)}, which TensorRT does not know (--dialect"
+            " ort and --graph ort are for ONNX Runtime); export with --dialect rankbook or qdq and --graph standard"
         )
 
 

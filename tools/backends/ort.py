@@ -23,6 +23,8 @@ EXACT_KERNELS = ("auto", "bodies", "native", "native-cuda")
 built; ``native-cuda`` is our library on an NVIDIA GPU."""
 KERNELS = (*EXACT_KERNELS, "native-int8")
 """``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.integer`)."""
+_ROOM = 256
+"""Positions beyond those needed in the buffer of a cache that grows in place."""
 
 _NUMPY = {
     "tensor(float)": "float32",
@@ -175,6 +177,8 @@ class OrtModel(LanguageModel):
         self._outputs = [item.name for item in self.session.get_outputs()]
         self._cache: dict[str, Any] = {}
         self._length = 0
+        # ONNX Runtime's attention writes new keys and values behind the old ones, in the same buffer.
+        self._in_place = self.file.metadata.get("rankbook.graph") == "ort"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -229,15 +233,26 @@ class OrtModel(LanguageModel):
                 self._cache[name] = OrtValue.ortvalue_from_numpy(np.zeros(sizes, self._types[name]))
 
     def _advance(self, tokens: Tokens) -> Logits:
+        if self._in_place:
+            self._reserve(self._length + tokens.shape[1])
         values = dict(zip(self._outputs, self._run(tokens, self._outputs), strict=True))
         self._length += tokens.shape[1]
-        self._cache = {
-            name.replace("present", "past_key_values", 1): value
-            for name, value in values.items()
-            if name.startswith("present")
-        }
+        if not self._in_place:
+            self._cache = {_past(name): value for name, value in values.items() if name.startswith("present")}
         last: Logits = values["logits"].numpy()[0, -1].astype("float32", copy=False)
         return last
+
+    def _reserve(self, positions: int) -> None:
+        """Make the buffers of the cache hold so many positions; they double, so that copies are rare."""
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        for name, value in self._cache.items():
+            batch, heads, held, size = value.shape()
+            if held < positions:
+                wide = np.zeros((batch, heads, max(positions + _ROOM, 2 * held), size), self._types[name])
+                wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
+                self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
 
     def _run(self, tokens: Tokens, outputs: list[str]) -> list[Any]:
         from onnxruntime import OrtValue
@@ -248,7 +263,16 @@ class OrtModel(LanguageModel):
             if name in self._types
         }
         # OrtValues go in and out without a copy to numpy: the cache is most of what a step moves.
-        result: list[Any] = self.session.run_with_ort_values(outputs, feeds | self._cache)
+        binding = self.session.io_binding()
+        for name, value in (feeds | self._cache).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            if self._in_place and name.startswith("present"):
+                binding.bind_ortvalue_output(name, self._cache[_past(name)])
+            else:
+                binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        result: list[Any] = binding.get_outputs()
         return result
 
     def _inputs(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
@@ -264,6 +288,11 @@ class OrtModel(LanguageModel):
         return {
             name: np.ascontiguousarray(value.astype(self._types.get(name, np.int64))) for name, value in values.items()
         }
+
+
+def _past(present: str) -> str:
+    """Return the name of the cache input that an output of the last step becomes."""
+    return present.replace("present", "past_key_values", 1)
 
 
 def find_tokenizer(folder: Path) -> Any:

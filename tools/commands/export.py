@@ -39,6 +39,13 @@ def add_flags(flags: Flags) -> None:
         text="int8: operators of packed layers round their input to 8 bits, with one scale per token and group",
     )
     flags.add(
+        "--graph",
+        choices=("standard", "ort"),
+        default="standard",
+        text="operators of everything else: standard (any runtime), or ort (ONNX Runtime's own attention and"
+        " normalization: faster there)",
+    )
+    flags.add(
         "--inputs",
         choices=("ids", "embeds"),
         default="ids",
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ("dtype", "logits", "dialect", "activations", "kv", "inputs", "weights_only")
+    names = ("dtype", "logits", "dialect", "activations", "graph", "kv", "inputs", "weights_only")
     chosen = ExportOptions(**{name: getattr(options, name) for name in names})
     # The resolved configuration tells `parity` where the checkpoint is, from any folder.
     options.checkpoint = options.checkpoint.resolve()

@@ -1,0 +1,124 @@
+"""``export --graph ort``: ONNX Runtime's attention and normalization compute what the portable graph computes."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.passes.group_query import GroupQueryAttention
+from rankbook.exporter.passes.skip_norms import FuseSkipNorms
+from rankbook.tools import errors, onnx_file
+from rankbook.tools.backends.ort import OrtModel
+from rankbook.tools.backends.torch import TorchModel
+from tests.exporter.checkpoints import make_checkpoint
+from tests.tools.files import run_cli, stdout_json
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
+# float32 on both sides, sums in another order through two layers; 5e-7 is typical.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint ``checkpoint`` of a tiny Llama and its file ``onnx``."""
+    return written(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def written(folder: Path, family: str) -> Path:
+    checkpoint = make_checkpoint(folder, family, model={"head_dim": 16}, bits=4)
+    export(checkpoint, folder / "onnx", ExportOptions(logits="all", graph="ort"))
+    return folder
+
+
+def relative(got: Any, want: Any) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def check_family(folder: Path) -> None:
+    """Compare whole texts, a text in two parts, and token by token, with torch, which has no cache here."""
+    want, file = TorchModel(folder / "checkpoint").logits(TOKENS), OrtModel(folder / "onnx")
+    assert relative(file.logits(TOKENS), want) < TOLERANCE
+    steps = [file.start(TOKENS[:1, :10]), *(file.step(int(token)) for token in TOKENS[0, 10:])]
+    assert relative(np.stack(steps), want[0, 9:]) < TOLERANCE
+
+
+def test_a_llama_is_one_node_a_layer(work: Path) -> None:
+    check_family(work)
+    nodes = onnx.load(work / "onnx" / "model.onnx", load_external_data=False).graph.node
+    kinds = collections.Counter(node.op_type for node in nodes)
+    assert kinds["GroupQueryAttention"] == 2
+    assert kinds["SkipSimplifiedLayerNormalization"] == 4
+    assert kinds["RMSNormalization"] == 1, "the first one has no sum in front of it"
+    assert not kinds["RotaryEmbedding"] + kinds["Concat"] + kinds["Softmax"]
+
+
+def test_windows_and_a_softcap_are_attributes(tmp_path: Path) -> None:
+    """Gemma 2: every second layer sees 8 positions, scores are capped, the scale is its own."""
+    check_family(written(tmp_path, "gemma2"))
+    nodes = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.node
+    fused = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    found = [{item.name: onnx.helper.get_attribute_value(item) for item in node.attribute} for node in fused]
+    assert [item["local_window_size"] for item in found] == [8, -1]
+    assert {item["softcap"] for item in found} == {50.0}
+
+
+def test_the_cache_grows_in_place(work: Path) -> None:
+    """Buffers double; what was written before stays."""
+    file, want = OrtModel(work / "onnx"), TorchModel(work / "checkpoint")
+    tokens = np.random.default_rng(1).integers(0, 256, (1, 120))
+    file.start(tokens[:, :3])
+    buffer = next(iter(file._cache.values()))
+    file.step(int(tokens[0, 3]))
+    assert next(iter(file._cache.values())) is buffer, "no copy of the cache in a step"
+    file._reserve(buffer.shape()[2] + 1)
+    scores = [file.step(int(token)) for token in tokens[0, 4:]]
+    assert relative(np.stack(scores), want.logits(tokens)[0, 4:]) < TOLERANCE
+
+
+def test_padding_at_the_end_of_a_row_is_not_seen(work: Path) -> None:
+    file = OrtModel(work / "onnx")
+    feeds = file.feeds(TOKENS)
+    whole = file.session.run(["logits"], feeds)[0]
+    feeds["attention_mask"][0, 12:] = 0
+    padded = file.session.run(["logits"], feeds)[0]
+    np.testing.assert_allclose(padded[0, :12], whole[0, :12], rtol=0, atol=TOLERANCE * np.abs(whole).max())
+    np.testing.assert_array_equal(padded[1], whole[1])
+
+
+def test_commands_know_such_files(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--checkpoint", work / "checkpoint", "--json", "--quiet"]
+    assert run_cli("parity", work / "onnx", *flags) == 0
+    report = stdout_json(capsys)
+    assert report["cached"]["passed"]
+    assert len(report["layers"]) == 14
+    with pytest.raises(errors.UsageError, match="--graph standard"):
+        onnx_file.require_standard(onnx_file.read(work / "onnx"))
+
+
+def test_what_it_cannot_do_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--graph", "ort", "--quiet"]
+    assert run_cli("export", work / "checkpoint", "-o", work / "no", *flags, "--kv", "int8") == errors.USAGE
+    assert "kv float" in capsys.readouterr().err
+    model = ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,2,s,12] q, float[b,2,p,12] past, float[b,2,s,12] k)'
+        " => (float[b,2,s,12] y) { both = Concat <axis = 2> (past, k) y = Attention (q, both, both) }"
+    )
+    model.graph.inputs[1].name = "past_key_values.0.key"
+    with pytest.raises(ValueError, match="multiple of 8 numbers, and these have 12"):
+        GroupQueryAttention(None, [-1])(model)
+
+
+def test_a_sum_that_is_broadcast_stays() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,s,4] x, float[4] y) => (float[b,s,4] z)'
+        " <float[4] w = {1, 1, 1, 1}> { sum = Add (x, y) z = RMSNormalization <epsilon = 0.1> (sum, w) }"
+    )
+    assert not FuseSkipNorms()(model).modified
+    assert not GroupQueryAttention(None, [])(model).modified
