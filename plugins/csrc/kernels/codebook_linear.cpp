@@ -1,6 +1,8 @@
 // Drives the inner loops: which panels, in which order, on which thread. Two paths. One token reads each code once and
 // multiplies as it goes (memory bound). More tokens decode a slice of a panel into the L1 cache and multiply that.
 
+#include <cstring>
+
 #include "kernels/codebook.h"
 #include "kernels/dispatch.h"
 
@@ -81,7 +83,11 @@ void finish_panel(const Job& job, int64_t panel, int64_t first, int64_t tokens, 
   for (int64_t token = 0; token < tokens; ++token) {
     float* y = args.y + (first + token) * n + row;
     const float* from = acc + token * kPanel;
-    for (int64_t i = 0; i < rows; ++i) y[i] = args.bias == nullptr ? from[i] : from[i] + args.bias[row + i];
+    if (args.bias == nullptr) {
+      std::memcpy(y, from, static_cast<size_t>(rows) * sizeof *y);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) y[i] = from[i] + args.bias[row + i];
+    }
   }
 }
 
