@@ -70,8 +70,8 @@ class Model(Contender):
     def _advance(self, tokens: Sequence[int]) -> int:
         import numpy as np
 
-        batch = self._library.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
-        if status := self._library.llama_decode(self._context, batch):
+        held = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch points into it
+        if status := self._library.llama_decode(self._context, self._library.llama_batch_get_one(held, len(tokens))):
             raise CheckFailedError(f"llama.cpp could not decode {len(tokens)} tokens: status {status}")
         scores = self._library.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(scores, (self._words,)).argmax())
