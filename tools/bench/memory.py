@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -24,7 +23,7 @@ class Memory:
     Attributes:
         file_bytes: The model and its external data.
         peak_rss: Largest resident memory, bytes; mapped files count.
-        baseline_rss: The same before the model was opened: Python and its libraries.
+        baseline_rss: The same before the model was opened: Python, its libraries, the description of the file.
     """
 
     file_bytes: int
@@ -62,11 +61,11 @@ def _main(arguments: Sequence[str]) -> None:
     """Print the `Memory` of this process as JSON: the other half of `measure_memory`."""
     runtime, path, kernels, threads = arguments
     subject = ModelSubject(Path(path), kernels, runtime)
-    for name in subject.libraries():
-        importlib.import_module(name)
+    subject.warm()
+    tokens = random_tokens(_PROMPT)
     baseline = _most_resident()
     model = subject.open(Setting(int(threads) or None, _PROMPT + _STEPS + 1, shared=False))
-    token = model.start(random_tokens(_PROMPT))
+    token = model.start(tokens)
     for _ in range(_STEPS):
         token = model.step(token)
     print(json.dumps(asdict(Memory(model.file_bytes, _most_resident(), baseline))))

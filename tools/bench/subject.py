@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rankbook.tools import onnx_file
 from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.bench import peers
 from rankbook.tools.bench.contender import Contender, Setting
@@ -75,11 +77,13 @@ class ModelSubject:
             return Exported(self.path, self.kernels, setting)
         return peers.open_peer(self.runtime, self.path, setting)
 
-    def libraries(self) -> tuple[str, ...]:
-        """Return the modules that opening this imports: their memory is not the model's."""
-        if self.runtime == OURS:
-            return ("onnxruntime", "onnx")
-        return peers.PEERS[self.runtime].libraries
+    def warm(self) -> None:
+        """Import what opening imports, and read what the file says about itself: that memory is not the model's."""
+        names = ("onnxruntime", "onnx") if self.runtime == OURS else peers.PEERS[self.runtime].libraries
+        for name in names:
+            importlib.import_module(name)
+        if "onnx" in names and (model := next(iter(sorted(self.path.glob("*.onnx"))), None)):
+            onnx_file.read(model)
 
 
 def random_tokens(length: int) -> Tokens:

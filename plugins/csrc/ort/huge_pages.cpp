@@ -19,7 +19,9 @@ namespace rankbook::ort {
 namespace {
 
 constexpr size_t kHuge = size_t{1} << 21;
-constexpr size_t kChunk = size_t{16} << 20;  // layers share chunks, small ones would waste most of a page
+constexpr size_t kChunk = size_t{64} << 20;  // layers share chunks: small ones would waste most of a page, chunks their ends
+constexpr size_t kPiece = size_t{4} << 20;   // copied at a time, so that little is held twice meanwhile
+constexpr size_t kAround = size_t{64} << 10;  // what Linux maps around a page that is read
 constexpr size_t kLine = 64;
 
 std::atomic<int64_t> held{0};
@@ -35,34 +37,40 @@ bool system_has_huge_pages() {
   return has;
 }
 
-// Whether an address lies in a mapped file: only then can its pages be dropped and read again.
-bool in_a_file(uintptr_t address) {
+struct Range {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+};
+
+// The part of a mapped file in which an address lies, empty elsewhere: only such pages can be dropped and read again.
+Range mapped_file(uintptr_t address) {
   std::ifstream maps("/proc/self/maps");
   std::string line;
   while (std::getline(maps, line)) {
     std::istringstream fields(line);
-    uintptr_t begin = 0;
-    uintptr_t end = 0;
+    Range range;
     char dash = 0;
     std::string permissions, offset, device;
     uint64_t inode = 0;
-    fields >> std::hex >> begin >> dash >> end >> permissions >> offset >> device >> std::dec >> inode;
-    if (address >= begin && address < end) return inode != 0;
+    fields >> std::hex >> range.begin >> dash >> range.end >> permissions >> offset >> device >> std::dec >> inode;
+    if (address >= range.begin && address < range.end) return inode != 0 ? range : Range{};
   }
-  return false;
+  return {};
 }
 
-void give_back(const void* data, size_t bytes) {
+// Drops the pages of [data, data + bytes) that lie in `file`, and their neighbours: reading the small constants beside
+// them has mapped these too.
+void give_back(const void* data, size_t bytes, const Range& file) {
 #if defined(MADV_PAGEOUT)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + bytes) / page * page;
+  const uintptr_t first = begin > file.begin + kAround ? (begin - kAround) / kAround * kAround : file.begin;
+  const uintptr_t last = begin + bytes + kAround < file.end ? (begin + bytes + kAround) / kAround * kAround : file.end;
   // A hint: where the system does not follow it, memory is held twice and nothing else changes.
-  if (last > first && in_a_file(begin)) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
 #else
   static_cast<void>(data);
   static_cast<void>(bytes);
+  static_cast<void>(file);
 #endif
 }
 
@@ -79,7 +87,6 @@ class HugeChunk {
   }
   ~HugeChunk() {
     if (mapped_ != nullptr) munmap(mapped_, size_ + kHuge);
-    held -= static_cast<int64_t>(used_);
   }
   HugeChunk(const HugeChunk&) = delete;
   HugeChunk& operator=(const HugeChunk&) = delete;
@@ -91,6 +98,15 @@ class HugeChunk {
     used_ += wanted;
     held += static_cast<int64_t>(wanted);
     return taken;
+  }
+
+  // Gives the whole pages of what was taken back to the system; their place is not used again.
+  static void drop(void* taken, size_t bytes) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t first = round_up(reinterpret_cast<uintptr_t>(taken), page);
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(taken) + bytes) / page * page;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+    held -= static_cast<int64_t>(round_up(bytes, kLine));
   }
 
  private:
@@ -105,20 +121,28 @@ HugeCopy HugeCopy::of(const void* data, size_t bytes) {
   static std::weak_ptr<HugeChunk> current;
   HugeCopy copy;
   if (bytes == 0 || !system_has_huge_pages()) return copy;
+  std::shared_ptr<HugeChunk> chunk;
   void* to = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    copy.chunk_ = current.lock();
-    if (copy.chunk_ != nullptr) to = copy.chunk_->take(bytes);
+    chunk = current.lock();
+    if (chunk != nullptr) to = chunk->take(bytes);
     if (to == nullptr) {
-      copy.chunk_ = std::make_shared<HugeChunk>(bytes > kChunk ? bytes : kChunk);
-      to = copy.chunk_->take(bytes);
-      current = copy.chunk_;
+      chunk = std::make_shared<HugeChunk>(bytes > kChunk ? bytes : kChunk);
+      to = chunk->take(bytes);
+      current = chunk;
     }
   }
   if (to == nullptr) return {};
-  std::memcpy(to, data, bytes);
-  give_back(data, bytes);
+  // A chunk lives as long as one of its copies; the pages of each end with it.
+  copy.chunk_ = std::shared_ptr<HugeChunk>(chunk.get(), [chunk, to, bytes](HugeChunk*) { HugeChunk::drop(to, bytes); });
+  const Range file = mapped_file(reinterpret_cast<uintptr_t>(data));
+  for (size_t at = 0; at < bytes; at += kPiece) {
+    const auto* from = static_cast<const uint8_t*>(data) + at;
+    const size_t size = bytes - at < kPiece ? bytes - at : kPiece;
+    std::memcpy(static_cast<uint8_t*>(to) + at, from, size);
+    if (file.end != 0) give_back(from, size, file);
+  }
   copy.data_ = to;
   return copy;
 }
