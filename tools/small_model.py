@@ -57,7 +57,8 @@ def train_tokenizer(text: str) -> Any:
         vocab_size=_VOCABULARY, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
     )
     pairs.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="</s>")
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(tokenizer_object=pairs, eos_token="</s>")
 
 
 def train(text: str, tokenizer: Any, steps: int, seed: int) -> Any:

@@ -27,13 +27,13 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint ``checkpoint`` of a tiny Llama and its file ``onnx``."""
-    return written(tmp_path_factory.mktemp("llama"), "llama")
+    """A folder with a checkpoint ``checkpoint`` of a tiny Llama and its file ``onnx``, packed layers as MatMulNBits."""
+    return written(tmp_path_factory.mktemp("llama"), "llama", "ort")
 
 
-def written(folder: Path, family: str) -> Path:
+def written(folder: Path, family: str, dialect: str) -> Path:
     checkpoint = make_checkpoint(folder, family, model={"head_dim": 16}, bits=4)
-    export(checkpoint, folder / "onnx", ExportOptions(logits="all", graph="ort"))
+    export(checkpoint, folder / "onnx", ExportOptions(logits="all", graph="ort", dialect=dialect))
     return folder
 
 
@@ -60,8 +60,8 @@ def test_a_llama_is_one_node_a_layer(work: Path) -> None:
 
 
 def test_windows_and_a_softcap_are_attributes(tmp_path: Path) -> None:
-    """Gemma 2: every second layer sees 8 positions, scores are capped, the scale is its own."""
-    check_family(written(tmp_path, "gemma2"))
+    """Gemma 2, packed layers in our operators: every second layer sees 8 positions, scores are capped."""
+    check_family(written(tmp_path, "gemma2", "rankbook"))
     nodes = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.node
     fused = [node for node in nodes if node.op_type == "GroupQueryAttention"]
     found = [{item.name: onnx.helper.get_attribute_value(item) for item in node.attribute} for node in fused]
