@@ -19,12 +19,13 @@ import numpy as np
 import onnx
 import pytest
 
-from rankbook.plugins import contract, library
+from rankbook.plugins import contract, integer, library
 from rankbook.tools.backends import ort as backend
 from rankbook.tools.backends import trt
 from rankbook.tools.errors import MissingError
 from tests.op_cases import CASES, activations, case_record, expected, op_model, relative_error
 from tests.plugins import emulated
+from tests.plugins.op_models import OpCase, draw
 from tests.plugins.test_trt_library import output, tool
 
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
@@ -80,6 +81,23 @@ def test_products(case: str, dtype: str) -> None:
     y = run(driver(), op_model(record, dtype=dtype), x)
     # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
     assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+
+
+@emulates
+@pytest.mark.parametrize("rank", [0, 5])
+def test_products_of_rounded_activations(rank: int) -> None:
+    sizes: dict[str, Any] = {
+        "bits": 4,
+        "planes": 2,
+        "in_features": 128,
+        "group": 64,
+        "out_features": 40,
+        "tokens": (3,),
+    }
+    op = draw(OpCase(**sizes, rank=rank, bias=True, kind=contract.MATMUL_INTEGER))
+    want = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+    # The sums of groups are exact; they are added up in fp32 in another order.
+    assert relative_error(run(driver(), op.model(), op.inputs["x"]), want) < 1e-5
 
 
 @emulates
