@@ -23,6 +23,8 @@ from rankbook.tools.errors import CommandError
 TOKENS = (1, 2, 4, 8, 16)
 NOTE = "a prediction from compiled code and data sheets; these kernels have never run on a GPU"
 _DECODE = re.compile(r"decode_mmaILi(\d)ELi(\d)ELi(\d)ENS0_4HalfE")
+_PREFILL = re.compile(r"prefill_mmaILi(\d)ELi(\d)ENS0_4HalfE")
+_PREFILL_TOKENS = 64
 _DECODE_INT8 = re.compile(r"decode_int8ILi(\d)ELi(\d)ELi(\d+)ELi(\d)E")
 _ISSUE = 128  # lanes that start an instruction per clock and multiprocessor: four schedulers, 32 lanes each
 
@@ -95,21 +97,23 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prediction for the product with many tokens: the weight decoded to scratch, then a tiled product.
+    """Prediction for the product with many tokens, in blocks of 64 tokens and 256 rows.
 
     Attributes:
         gpu: Name of the GPU.
         bits: Bits per code.
-        tokens: Tokens at once.
-        product_fraction: Predicted share of the tensor-core rate within the product.
-        limiter: What bounds the product.
-        fraction: The same with the time of decoding, which is bound by memory, added.
+        planes: Planes of coefficients; there is an offset in addition.
+        group: Weights per group.
+        loads: Clocks of every pipe, as a share of those of the tensor cores.
+        limiter: The busiest pipe.
+        fraction: Predicted share of the tensor-core rate while all multiprocessors have blocks.
     """
 
     gpu: str
     bits: int
-    tokens: int
-    product_fraction: float
+    planes: int
+    group: int
+    loads: dict[str, float]
     limiter: str
     fraction: float
 
@@ -158,17 +162,23 @@ def int8_kernel(bits: int, group: int, tokens: int) -> tuple[int, int]:
     return 1 if tokens == 1 else 8 * ((tokens + 7) // 8), 1 if group % step_columns(bits) == 0 else 2
 
 
-def prefill(gpu: Gpu, cost: sass.LoopCost, bits: int, tokens: int) -> Prefill:
+def prefill(gpu: Gpu, cost: sass.LoopCost, bits: int, planes: int, group: int) -> Prefill:
     """Predict the product of many tokens on one GPU."""
-    mma = cost.count("HMMA") * gpu.mma
-    times = {"issue": len(cost.step) / 4, "shared": float(wavefronts(cost.step)), "tensor": mma}
-    slowest = max(times, key=lambda pipe: times[pipe])
-    product = mma / times[slowest]
-    # Per weight: 2048 multiply-adds an mma; the scratch is written and read once, two bytes each.
-    ideal = tokens / 2048 * gpu.mma
-    per_clock = gpu.bandwidth / (gpu.multiprocessors * gpu.clock)
-    extra = (bits / 8 + 2 + 2) / per_clock
-    return Prefill(gpu.name, bits, tokens, product, slowest, ideal / (ideal / product + extra))
+    steps = max(1, group // step_columns(bits))
+    counts = cost.per_weight(steps)
+    mma = counts["tensor"] * gpu.mma
+    times = {pipe: counts[pipe] * 32 / lanes for pipe, lanes in pipe_rates(gpu).items()}
+    times["issue"] = counts["total"] * 32 / _ISSUE
+    rows = sum((wavefronts(code) + 4 * _copies(code)) * share for code, share in cost.shares(steps))
+    times["shared"] = rows / cost.weights
+    loads = {"tensor": 1.0, **{pipe: time / mma for pipe, time in times.items()}}
+    slowest = max(loads, key=lambda pipe: loads[pipe])
+    return Prefill(gpu.name, bits, planes, group, loads, slowest, 1 / loads[slowest])
+
+
+def _copies(instructions: tuple[sass.Instruction, ...]) -> int:
+    """Asynchronous copies of 16 bytes a lane, which write shared memory as well."""
+    return sum(i.opcode.startswith("LDGSTS") for i in instructions)
 
 
 def _costs(code: dict[str, list[sass.Instruction]]) -> dict[tuple[str, int, int, int, int], sass.LoopCost]:
@@ -178,6 +188,9 @@ def _costs(code: dict[str, list[sass.Instruction]]) -> dict[tuple[str, int, int,
         if match := _DECODE.search(name):
             bits, planes, tiles = map(int, match.groups())
             costs["fp16", bits, planes, 8 * tiles, 0] = sass.main_loop(instructions, 8 * tiles)
+        elif match := _PREFILL.search(name):
+            bits, planes = map(int, match.groups())
+            costs["prefill", bits, planes, _PREFILL_TOKENS, 0] = sass.main_loop(instructions, _PREFILL_TOKENS)
         elif match := _DECODE_INT8.search(name):
             bits, planes, tokens, parts = map(int, match.groups())
             costs["int8", bits, planes, tokens, parts] = sass.turn_loop(instructions, step_columns(bits))
@@ -192,9 +205,8 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
     """
     decodes, prefills = [], []
     for architecture in sorted({gpu.code for gpu in GPUS}):
-        code = sass.functions(path, architecture, r"decode_mma.*4HalfE|decode_int8|gemm_mmaINS0_4HalfE")
+        code = sass.functions(path, architecture, r"decode_mma.*4HalfE|decode_int8|prefill_mma.*4HalfE")
         costs = _costs(code)
-        gemm = next((i for n, i in code.items() if re.search(r"gemm_mmaINS0_4HalfE", n)), None)
         for gpu in (gpu for gpu in GPUS if gpu.code == architecture):
             for bits, planes, group, tokens in product((2, 3, 4), (1, 2), groups, TOKENS):
                 keys = {"fp16": (8 * ((tokens + 7) // 8), 0), "int8": int8_kernel(bits, group, tokens)}
@@ -203,10 +215,9 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
                     for activations, key in keys.items()
                     if (cost := costs.get((activations, bits, planes, *key))) is not None
                 ]
-            for bits in (2, 3, 4):
-                if gemm is not None:
-                    cost = sass.main_loop(gemm, 8)
-                    prefills += [prefill(gpu, cost, bits, tokens) for tokens in (512, 2048)]
+            for (kind, bits, planes, _, _), cost in sorted(costs.items()):
+                if kind == "prefill" and bits < 8:
+                    prefills += [prefill(gpu, cost, bits, planes, group) for group in groups]
     return decodes, prefills
 
 
@@ -226,13 +237,13 @@ def table(decodes: list[Decode], tokens: int) -> str:
 
 
 def prefill_table(prefills: list[Prefill]) -> str:
-    """Return a Markdown table: a row per number of tokens and bits, predicted share of the tensor-core rate."""
+    """Return a Markdown table: a row per form, a column per GPU, predicted share of the tensor-core rate."""
     names = [gpu.name for gpu in GPUS if any(item.gpu == gpu.name for item in prefills)]
-    lines = ["| tokens, bits | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for tokens, bits in sorted({(item.tokens, item.bits) for item in prefills}):
-        found = {p.gpu: p for p in prefills if (p.tokens, p.bits) == (tokens, bits)}
+    lines = ["| bits, planes, group | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for form in sorted({(item.bits, item.planes, item.group) for item in prefills}):
+        found = {p.gpu: p for p in prefills if (p.bits, p.planes, p.group) == form}
         cells = [f"{100 * found[name].fraction:.0f} % ({found[name].limiter})" for name in names]
-        lines.append("| " + " | ".join([f"{tokens}, {bits}", *cells]) + " |")
+        lines.append("| " + " | ".join([", ".join(map(str, form)), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -270,9 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"Predicted, not measured: {NOTE}.")
     print("Share of the memory bandwidth; in parentheses the busiest pipe and its load at full memory speed.\n")
     print("\n\n".join(table(decodes, tokens) for tokens in (1, 8, 16)))
-    print(
-        "\nMany tokens: share of the tensor-core rate, with the time of decoding to scratch; what bounds the product.\n"
-    )
+    print("\nMany tokens: share of the tensor-core rate while all multiprocessors have blocks, and the busiest pipe.\n")
     print(prefill_table(prefills))
     return 0
 

@@ -2,7 +2,7 @@
 
 set(RANKBOOK_CUDA "AUTO" CACHE STRING "Build the libraries with CUDA kernels: AUTO (if nvcc and headers are found), ON, OFF")
 # Cubins of one major architecture run on its later members: 80 serves 86, 87 and 89, and 120 serves 121. Everything
-# else (B200) is translated from the PTX when the library is loaded.
+# else (B200) is translated from the PTX when the library is loaded. Others can be asked for: 75, 86, 87, 89, 100, 121.
 set(RANKBOOK_CUDA_ARCHITECTURES "80;90-real;120-real" CACHE STRING "GPU architectures, as in CMAKE_CUDA_ARCHITECTURES")
 set(TENSORRT_INCLUDE_DIR "" CACHE PATH "Folder with NvInferRuntime.h")
 

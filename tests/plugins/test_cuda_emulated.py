@@ -104,9 +104,20 @@ def test_groups_that_cut_steps_and_units(bits, group):
 
 @pytest.mark.parametrize(("bits", "dtype"), list(product(layout.BITS, TORCH)))
 def test_many_tokens(bits, dtype):
-    """Above 16 tokens the weight is decoded to scratch first; tiles are cut by tokens, rows and inputs here."""
-    record = case_record("plain", bits=bits, out_features=70, in_features=96, group=32, bias=True, rank=5)
-    check_matmul(record, dtype, tokens=17)
+    """Above 16 tokens; tiles are cut by tokens, rows and inputs here. With 3 planes the weight goes through scratch."""
+    for planes, tokens in ((2, 17), (1, 70), (3, 17)):
+        record = case_record(
+            "plain", bits=bits, planes=planes, out_features=70, in_features=96, group=32, bias=True, rank=5
+        )
+        check_matmul(record, dtype, tokens)
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_many_tokens_of_long_rows(bits):
+    """More steps than wait in shared memory at once, more panels than a block has warps, groups of several forms."""
+    for group, dtype in ((32 if bits == 3 else 16, "float16"), (64, "bfloat16"), (640, "float16")):
+        record = case_record("plain", bits=bits, out_features=300, in_features=640, group=group, planes=1, bias=True)
+        check_matmul(record, dtype, tokens=20)
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
@@ -169,6 +180,7 @@ def test_levels_and_coefficients_of_any_magnitude_survive_fp16():
         (2, "write of 4 bytes outside all buffers by thread 16"),
         (3, "outside the shared memory"),
         (4, "different places"),
+        (5, "outside the shared memory"),
     ],
 )
 def test_the_emulation_catches_broken_kernels(what, message):

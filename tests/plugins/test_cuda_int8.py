@@ -85,9 +85,12 @@ def test_widths_planes_groups_and_numbers_of_tokens(bits, planes):
 def test_every_sum_is_an_exact_integer(bits, tokens):
     """With scales and steps of one every number is whole and below 2**24: no rounding anywhere, so no difference."""
     record = case_record("plain", bits=bits, planes=2, in_features=256, group=128, out_features=40, has_offset=True)
-    ones = torch.ones_like(record.params.step)
-    codes = (record.params.codes.int() % 5 - 2).to(torch.int8)
-    params = dataclasses.replace(record.params, codes=codes, step=ones, base=torch.zeros_like(record.params.base))
+    codes, step, base = record.params.codes, record.params.step, record.params.base
+    assert codes is not None
+    assert step is not None
+    assert base is not None
+    codes = (codes.int() % 5 - 2).to(torch.int8)
+    params = dataclasses.replace(record.params, codes=codes, step=torch.ones_like(step), base=torch.zeros_like(base))
     levels = (torch.arange(2 << bits).reshape(2, -1) * 37 % 256 - torch.tensor([[128], [0]])).half()
     record = dataclasses.replace(record, params=params, levels=levels)
     x = torch.randint(-127, 128, (tokens, 256), generator=torch.Generator().manual_seed(bits)).float()

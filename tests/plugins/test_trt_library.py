@@ -42,9 +42,6 @@ MOST_REGISTERS = {
 ONE_BLOCK = re.compile(r"decode_mmaILi(\dELi4|3ELi2)ELi2E")
 """More than 8 tokens with 3 or 4 planes, or 2 at 3 bits: one block per multiprocessor, up to 255 registers."""
 
-SPILLS = {"decode_floatILi3ELi4ELi16E": 16}
-"""Bytes of stack that a kernel may use: the parity form (fp32) of 3 bits, 3 or 4 planes, more than 4 tokens."""
-
 
 def tool(name: str) -> str:
     """Return the path of a tool of binutils or the CUDA toolkit, or skip."""
@@ -77,9 +74,7 @@ def test_kernels_do_not_spill_and_leave_room_for_two_blocks():
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert len(usage) > 100
     for name, registers, stack, local in usage:
-        allowed = next((most for kernel, most in SPILLS.items() if kernel in name), 0)
-        assert int(stack) <= allowed, f"{name} keeps variables in local memory"
-        assert int(local) == 0, f"{name} keeps variables in local memory"
+        assert int(stack) == int(local) == 0, f"{name} keeps variables in local memory"
         most = next((most for kernel, most in MOST_REGISTERS.items() if kernel in name), 255)
         most = 255 if ONE_BLOCK.search(name) else most
         assert int(registers) <= most, f"{name} takes {registers} registers"

@@ -101,13 +101,16 @@ def test_the_prediction_follows_from_the_counts(listing):
     assert roofline.decode(slow, cost, 4, 1, 128, 1).bandwidth_fraction == 1.0
 
 
-def test_prefill_adds_the_time_of_decoding(listing):
+def test_the_prediction_for_many_tokens_follows_from_the_counts(listing):
+    """By hand: a step is 1 mma of 2 clocks, 5 instructions (of which 4 start per clock) and 2 rows of shared memory."""
     cost = sass.main_loop(sass.functions(listing / "library.so", 80)["decode"], tokens=8)
     gpu = roofline.Gpu("paper", 80, 100.0, 1, 1.0, 2.0, 2.0, 64)
-    few, many = (roofline.prefill(gpu, cost, 4, tokens) for tokens in (512, 4096))
-    assert few.product_fraction == many.product_fraction == pytest.approx(1.0)  # 2 clocks of mma, 2 of shared memory
-    assert few.fraction == pytest.approx(0.5 / (0.5 + 4.5 / 100))  # 512 / 2048 * 2 clocks; 4.5 bytes at 100 a clock
-    assert few.fraction < many.fraction < 1
+    found = roofline.prefill(gpu, cost, bits=4, planes=1, group=128)
+    assert found.loads["issue"] == pytest.approx((5 + 4 / 2) / 4 / 2)
+    assert found.loads["shared"] == pytest.approx(2 / 2)
+    quick = roofline.Gpu("quick tensor cores", 80, 100.0, 1, 1.0, 0.5, 0.5, 64)
+    assert roofline.prefill(quick, cost, 4, 1, 128).fraction == pytest.approx(0.5 / 2)
+    assert roofline.prefill(quick, cost, 4, 1, 128).limiter == "shared"
 
 
 def test_a_missing_tool_or_library_is_said(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-// A C interface over the emulated kernels, for the tests (ctypes), and three broken kernels that the checks must catch.
+// A C interface over the emulated kernels, for the tests (ctypes), and broken kernels that the checks must catch.
 #include "kernels/cuda/launch.h"
 
 #include "kernels/cuda/platform.cuh"
@@ -42,6 +42,7 @@ void broken(Probe probe) {
       barrier();
     }
   }
+  if (probe.what == 5) copy_async(64, probe.y, true);  // behind the 64 bytes that there are
   barrier();
 }
 

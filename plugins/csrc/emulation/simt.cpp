@@ -76,6 +76,27 @@ void Machine::meet_block(const char* place) {
   fiber.waits_for = nullptr;
 }
 
+void Machine::start_copy(unsigned to, const void* from, bool inside) {
+  if (to % 16 != 0 || to + 16 > shared_bytes) fail("an asynchronous copy to a misaligned place, or outside the shared memory");
+  fibers_[thread]->started.push_back({to, from, inside});
+}
+
+void Machine::commit_copies() {
+  Fiber& fiber = *fibers_[thread];
+  fiber.committed.push_back(std::move(fiber.started));
+  fiber.started.clear();
+}
+
+void Machine::finish_copies(std::size_t pending) {
+  auto& committed = fibers_[thread]->committed;
+  for (; committed.size() > pending; committed.pop_front()) {
+    for (const Copy& copy : committed.front()) {
+      if (copy.inside) std::memcpy(shared + copy.to, copy.from, 16);
+      else std::memset(shared + copy.to, 0, 16);
+    }
+  }
+}
+
 void Machine::run_block(int threads) {
   fibers_.resize(threads);
   warps_.assign(2 * ((threads + kWarp - 1) / kWarp), Meeting{});
@@ -85,6 +106,8 @@ void Machine::run_block(int threads) {
     fiber->done = false;
     fiber->warp_generation = fiber->block_generation = 0;
     fiber->waits_for = nullptr;
+    fiber->started.clear();
+    fiber->committed.clear();
     getcontext(&fiber->context);
     fiber->context.uc_stack.ss_sp = fiber->stack.get();
     fiber->context.uc_stack.ss_size = kStack;

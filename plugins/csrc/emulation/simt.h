@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -71,6 +72,12 @@ struct Machine {
   const Meeting& meet_warp(const char* place, const void* data, std::size_t bytes);
   void meet_block(const char* place);
 
+  // Asynchronous copies to shared memory take place when the thread waits for them, not earlier: who reads without
+  // waiting finds what was there before.
+  void start_copy(unsigned to, const void* from, bool inside);
+  void commit_copies();
+  void finish_copies(std::size_t pending);
+
   std::vector<Buffer> buffers;
   int thread = 0, block_x = 0, block_y = 0;
   dim3 grid{1};
@@ -79,6 +86,11 @@ struct Machine {
   int multiprocessors = 4;  // few, so that small layers are shared by blocks at all
 
  private:
+  struct Copy {
+    unsigned to;
+    const void* from;
+    bool inside;
+  };
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
@@ -86,6 +98,8 @@ struct Machine {
     std::uint64_t warp_generation = 0, block_generation = 0;
     const Meeting* waits_for = nullptr;
     int members = 0;
+    std::vector<Copy> started;
+    std::deque<std::vector<Copy>> committed;
   };
   static void entry();
   void run_block(int threads);
@@ -197,6 +211,16 @@ inline unsigned kept(unsigned value) { return value; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline std::uint32_t and_xor(std::uint32_t a, std::uint32_t b, std::uint32_t c) { return (a & b) ^ c; }
 inline int round_to_int(float value) { return static_cast<int>(std::nearbyint(value)); }
+inline void copy_async(unsigned to, const void* from, bool inside) {
+  if (inside) emulation::Machine::get().check(from, 16, 16, false);
+  emulation::Machine::get().start_copy(to, from, inside);
+}
+inline void commit_copies() { emulation::Machine::get().commit_copies(); }
+template <int kPending>
+void wait_copies() {
+  emulation::Machine::get().finish_copies(kPending);
+}
+
 inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -285,8 +309,8 @@ Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, vo
     void (*kernel)(Arguments);
     const Arguments* arguments;
   } call{kernel, &arguments};
-  constexpr std::size_t kStatic = 48 * 1024;  // what a block gets without asking the driver for more
-  if (shared_bytes > kStatic) emulation::fail("a kernel asks for more than 48 KiB of shared memory");
+  constexpr std::size_t kMost = 64 * 1024;  // what every GPU since Turing has
+  if (shared_bytes > kMost) emulation::fail("a kernel asks for more than 64 KiB of shared memory");
   emulation::Machine::get().run(
       [](const void* data) {
         const auto* it = static_cast<const Call*>(data);

@@ -70,6 +70,9 @@ RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
   return v;
 }
 
+// The most tokens for which there are registers.
+constexpr int most_float_tokens(int bits, int planes) { return bits == 3 && planes > 2 ? 8 : kMaxDecodeTokens; }
+
 // y for up to kTokens tokens and fp32 activations. Blocks as for `decode_mma`.
 template <int kBits, int kPlanes, int kTokens>
 RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {

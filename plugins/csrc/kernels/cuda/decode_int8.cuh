@@ -122,9 +122,8 @@ struct Int8Shared {
 
 // Blocks of a multiprocessor that have room for their registers.
 constexpr int int8_blocks(int bits, int planes, int tokens, int parts) {
-  if (tokens > 8 || (planes > 2 && (tokens > 1 || bits == 8))) return 1;
-  if (bits == 3 && planes == 2 && tokens > 1 && parts > 1) return 1;
-  return planes > 2 || parts > 1 || (tokens > 1 && (bits == 3 || (bits > 3 && planes == 2))) ? 2 : 3;
+  if (tokens > 8 || planes > 2 || (bits == 3 && planes == 2 && tokens > 1 && parts > 1)) return 1;
+  return parts > 1 || (tokens > 1 && (bits == 3 || (bits > 3 && planes == 2))) ? 2 : 3;
 }
 
 // y for up to kTokens (1, 8 or 16) tokens. Blocks as for `decode_mma`.

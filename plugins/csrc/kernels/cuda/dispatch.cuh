@@ -4,6 +4,7 @@
 #include "kernels/cuda/decode_float.cuh"
 #include "kernels/cuda/decode_mma.cuh"
 #include "kernels/cuda/gemm.cuh"
+#include "kernels/cuda/prefill_mma.cuh"
 
 namespace rankbook::cuda {
 
@@ -43,12 +44,24 @@ struct Width {
     const int tokens = k.m.tokens;
     if (k.m.type == DataType::kFloat32) {
       if (tokens == 1) return decode_fp32<1>(k, grid, stream);
-      return tokens <= 4 ? decode_fp32<4>(k, grid, stream) : decode_fp32<16>(k, grid, stream);
+      return tokens <= 4 ? decode_fp32<4>(k, grid, stream)
+                         : decode_fp32<most_float_tokens(kBits, kPlanes)>(k, grid, stream);
     }
     if (k.m.type == DataType::kFloat16) {
       return tokens <= 8 ? decode_16<Half, 1>(k, grid, stream) : decode_16<Half, 2>(k, grid, stream);
     }
     return tokens <= 8 ? decode_16<BFloat, 1>(k, grid, stream) : decode_16<BFloat, 2>(k, grid, stream);
+  }
+
+  template <typename T>
+  static Status prefill_16(const MatmulKernel& k, void* stream) {
+    using Tile = PrefillTile<T, kBits, kPlanes>;
+    const dim3 grid(ceil_div(ceil_div(k.m.weight.rows, kPanel), kWarps), ceil_div(k.m.tokens, Tile::kTokens));
+    return launch(prefill_mma<kBits, kPlanes, T>, grid, Tile::kBytes, stream, k);
+  }
+
+  static Status prefill(const MatmulKernel& k, void* stream) {
+    return k.m.type == DataType::kFloat16 ? prefill_16<Half>(k, stream) : prefill_16<BFloat>(k, stream);
   }
 
   static Status gather(const Gather& g, void* stream) {
@@ -57,10 +70,11 @@ struct Width {
   }
 };
 
-// The three entry points of one width, declared here and defined in width_<bits>.cu.
+// The entry points of one width, declared here and defined in width_<bits>.cu.
 template <int kBits>
 struct WidthEntry {
   static Status decode(const MatmulKernel& k, int blocks, void* stream);
+  static Status prefill(const MatmulKernel& k, void* stream);  // 1 or 2 planes
   static Status dense(const DenseKernel& k, DataType type, void* stream);
   static Status gather(const Gather& g, void* stream);
 };
@@ -73,6 +87,10 @@ struct WidthEntry {
   template <int kBits>                                                                               \
   Status WidthEntry<kBits>::decode(const MatmulKernel& k, int blocks, void* stream) {                \
     return RB_BY_PLANES(k.m.weight.planes(), decode(k, blocks, stream));                             \
+  }                                                                                                  \
+  template <int kBits>                                                                               \
+  Status WidthEntry<kBits>::prefill(const MatmulKernel& k, void* stream) {                           \
+    return k.m.weight.planes() == 1 ? Width<kBits, 1>::prefill(k, stream) : Width<kBits, 2>::prefill(k, stream); \
   }                                                                                                  \
   template <int kBits>                                                                               \
   Status WidthEntry<kBits>::dense(const DenseKernel& k, DataType type, void* stream) {               \

@@ -75,12 +75,13 @@ Status product(const MatmulKernel& k, void* stream) {
                                         : launch(gemm_mma<BFloat>, grid, MmaTile::kBytes, stream, k);
 }
 
-// Whether codes are decoded inside the product. Otherwise into scratch: many tokens, rows that are not made of pieces of
-// 16 bytes, groups that end inside a unit (of 32 inputs with 3 bits).
+// Whether codes are decoded inside the product. Otherwise into scratch: many tokens in fp32 or with more than two planes,
+// rows that are not made of pieces of 16 bytes, groups that end inside a unit (of 32 inputs with 3 bits).
 bool decodes_directly(const Matmul& m) {
   const PackedWeight& w = m.weight;
   const bool whole_units = w.bits != 3 || w.groups == 1 || w.columns / w.groups % 32 == 0;
-  return m.tokens <= kMaxDecodeTokens && (m.type == DataType::kFloat32 || (w.columns % 8 == 0 && whole_units));
+  if (m.type == DataType::kFloat32) return m.tokens <= most_float_tokens(w.bits, w.planes());
+  return w.columns % 8 == 0 && whole_units && (m.tokens <= kMaxDecodeTokens || w.planes() <= 2);
 }
 
 // Blocks that share a panel, so that a layer of few rows fills the GPU: three blocks of `work` pieces for the warps of
@@ -211,6 +212,9 @@ Status launch_matmul(const Matmul& m, void* stream) {
     if (const Status status = any_down(k, stream); !status.ok()) return status;
   }
   char* rest = static_cast<char*>(m.workspace) + u_bytes(m);
+  if (decodes_directly(m) && m.tokens > kMaxDecodeTokens) {
+    return by_width(m.weight.bits, [](auto width, const auto&... all) { return width.prefill(all...); }, k, stream);
+  }
   if (decodes_directly(m)) {
     const int shares = count_shares(m, ceil_div(m.weight.columns, m.weight.bits == 3 ? 128 : 64));
     if (const Status status = prepare_shares(k, shares, rest, stream); !status.ok()) return status;

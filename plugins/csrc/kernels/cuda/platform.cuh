@@ -97,6 +97,30 @@ RB_DEVICE unsigned kept(unsigned value) {
 }
 RB_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 RB_DEVICE int round_to_int(float value) { return __float2int_rn(value); }  // ties to even
+// Starts a copy of 16 bytes (zeros unless `inside`) to a shared address; groups of copies arrive in the order in which they
+// were committed, for the thread that started them. Before Ampere: at once.
+RB_DEVICE void copy_async(unsigned to, const void* from, bool inside) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+#else
+  uint4 v = {0u, 0u, 0u, 0u};
+  if (inside) v = *static_cast<const uint4*>(from);
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+RB_DEVICE void commit_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most kPending groups of this thread are on their way.
+template <int kPending>
+RB_DEVICE void wait_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 RB_DEVICE std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 RB_DEVICE float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 RB_DEVICE float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -169,10 +193,10 @@ RB_DEVICE void mma_int8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int at = 2 * (i % 2);
-    const int(&from)[4] = i < 2 ? c : d;
+    const int low = i < 2 ? c[at] : d[at], high = i < 2 ? c[at + 1] : d[at + 1];
     asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
         : "=r"(d[at]), "=r"(d[at + 1])
-        : "r"(a[i]), "r"(i < 2 ? b0 : b1), "r"(from[at]), "r"(from[at + 1]));
+        : "r"(a[i]), "r"(i < 2 ? b0 : b1), "r"(low), "r"(high));
   }
 #endif
 }
@@ -192,6 +216,11 @@ inline Status clear(void* address, std::size_t bytes, void* stream) {
 
 template <typename Arguments>
 Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void* stream, const Arguments& arguments) {
+  if (shared_bytes > 48 * 1024) {  // more than a kernel gets unasked
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return {cudaGetErrorString(error)};
+  }
   kernel<<<grid, kWarps * 32, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
