@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration import rounding
 from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.methods import LayerProblem, rtn
+from rankbook.calibration.methods import METHODS, LayerProblem, rtn
 from rankbook.calibration.methods import _lcq_fit as lcq_fit
 from rankbook.calibration.options import QuantizeOptions
 from rankbook.calibration.record import MIN_GROUP
@@ -97,7 +97,7 @@ class Sensitivity:
         fisher: Diagonal of the Fisher information of up to 128 evenly spaced rows, (rows, K), scaled so that half its
             sum with squared weight errors is nats per token for the whole layer.
         spectrum: Share of each of the largest principal directions in the energy of the inputs, tokens weighted by
-            the squares of what flows back to them; falling, empty where it was not asked for.
+            the squares of what flows back to them; falling, empty where all count the same.
     """
 
     fisher: Tensor
@@ -122,7 +122,7 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
     if options.target_bits is None:
         raise ValueError("allocation needs target_bits")
     layers = {name: model.get_submodule(name) for name in names}
-    spectra = "branch" in options.allocate
+    spectra = "branch" in options.allocate and not _shaped(options)
     sensitive = sensitivities(model, layers, tokens[:_SEQUENCES], options.seed, spectra=spectra)
     found: dict[str, Candidates] = {}
     possible = {item: item.applied(options) for item in choices(options)}
@@ -137,6 +137,12 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
         found[name] = Candidates(harms(weight, sensitive[name], options.group(columns), list(possible)), stored)
     weights = sum(module.weight.numel() for module in layers.values())
     return choose(found, options.target_bits * weights, weights)
+
+
+def _shaped(options: QuantizeOptions) -> bool:
+    """Return whether feedback or training spreads a layer's errors evenly over the directions of its output."""
+    method = METHODS[options.method]
+    return method.feedback or (method.refine is not None and method.trains(options.method_config()))
 
 
 def _kind(choice: Choice) -> Choice:
@@ -246,7 +252,10 @@ def branch_share(spectrum: Tensor, rows: int, columns: int, rank: int) -> float:
 
     Errors of rounding are as good as independent. Weighted by the inputs they are N draws in K dimensions whose
     principal variances are the spectrum, what it leaves spread evenly over the other dimensions. The branch takes the
-    largest eigenvalues of what was drawn (spiked covariance: Baik and Silverstein 2006).
+    largest eigenvalues of what was drawn (spiked covariance: Baik and Silverstein 2006). Error feedback and training
+    leave a flat spectrum: an empty one. Measured in one block of SmolLM2-135M at 3 bits, rank 8, ``down_proj`` and
+    ``gate_proj``: rounding to nearest 0.24 and 0.43 (this function 0.26 and 0.58), GPTQ 0.06 and 0.06, LCQ the same
+    (this function 0.04 and 0.04).
     """
     if rank >= min(rows, columns):
         return 1.0

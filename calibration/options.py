@@ -59,7 +59,9 @@ class QuantizeOptions:
     activations: str = _option("none", f"Inputs of packed layers: {', '.join(ACTIVATIONS)}.")
     activation_range: str = _option("mse", f"Choice of static ranges: {', '.join(RANGES)}.")
     activation_skip: tuple[str, ...] = _option((), "Layers whose inputs are left alone; * and ? are wildcards.")
-    activation_training: bool = _option(True, "Train blocks with quantized inputs, where activations are quantized.")
+    activation_training: bool | None = _option(
+        None, "Train blocks with quantized inputs; without a choice where activations have static ranges."
+    )
     kv_bits: int = _option(0, "Bits of keys and values in evaluation: 8 or 4; 0 leaves them alone.")
     calib: str | None = _option(
         None, "Calibration text (.txt, .jsonl or a datasets name); default: sampled from the model."

@@ -62,6 +62,8 @@ def in_block(
 ) -> Iterator[None]:
     """Quantize the inputs of a block's layers as the checkpoint will, where the options want that in training.
 
+    Without a choice static ranges are, dynamic ones are not: README.md has what was measured.
+
     Args:
         block: The block.
         prefix: Its name in the model, with a dot at the end.
@@ -71,7 +73,8 @@ def in_block(
     """
     kind = options.activations
     used = [name for name in layers if not activations.skipped(f"{prefix}{name}", options.activation_skip)]
-    if kind == "none" or not options.activation_training or not used:
+    wanted = activations.is_static(kind) if options.activation_training is None else options.activation_training
+    if kind == "none" or not wanted or not used:
         yield
         return
     config = ActivationConfig(kind) if not activations.is_static(kind) else None

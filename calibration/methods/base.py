@@ -64,6 +64,7 @@ class Method:
             where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
         trains: Whether ``refine`` does anything with this config; without, no stream of targets is computed.
         scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.scaling`).
+        feedback: Whether codes are chosen with error feedback, so that the errors of a layer are not independent.
         rank_is_stored: Whether its option ``rank`` is the number of planes in the record, which costs stored bits.
     """
 
@@ -73,4 +74,5 @@ class Method:
     refine: Callable[[BlockProblem, Mapping[str, QuantizedLinear], Any], dict[str, QuantizedLinear]] | None = None
     trains: Callable[[Any], bool] = lambda _: True
     scale_inputs: str = "none"
+    feedback: bool = False
     rank_is_stored: bool = False

@@ -37,4 +37,4 @@ def quantize(problem: LayerProblem, config: GptqConfig) -> QuantizedLinear:
     return rtn.assemble(problem, codes, levels, params, "gptq")
 
 
-METHOD = Method("gptq", GptqConfig, quantize)
+METHOD = Method("gptq", GptqConfig, quantize, feedback=True)

@@ -163,4 +163,4 @@ def refine(
     return train_block(problem, records, layers, train).records
 
 
-METHOD = Method("lcq", LcqConfig, quantize, refine, trains, rank_is_stored=True)
+METHOD = Method("lcq", LcqConfig, quantize, refine, trains, feedback=True, rank_is_stored=True)

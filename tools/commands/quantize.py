@@ -74,8 +74,7 @@ def add_flags(flags: Flags) -> None:
     flags.add(
         "--activation-training",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        text="train blocks with their inputs quantized too (straight-through gradients)",
+        text="train blocks with their inputs quantized too (straight-through gradients); by itself with static8 alone",
     )
     flags.add(
         "--kv-bits",
