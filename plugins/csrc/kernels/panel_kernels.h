@@ -19,7 +19,7 @@ using I = Simd::I;
 inline constexpr int kVectors = 2;                          // vectors of rows that a loop carries at a time
 inline constexpr int kTile = kVectors * Simd::kLanes;       // rows of them: 32, 16 or 8 of the panel
 inline constexpr int kMaxPlanes = Simd::kPlanes;            // planes per pass; more take further passes over the codes
-inline constexpr int64_t kPrefetchBytes = 4096;             // without it a third of the bandwidth is lost
+inline constexpr int64_t kPrefetchBytes = 8192;             // without it a third of the bandwidth is lost
 
 // ---------------------------------------------------------------------------------------------- code extraction
 
@@ -172,16 +172,14 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
   int64_t half = 0;
   for (int64_t group = 0; group < weight.groups; ++group) {
     GroupSums<kPlanes> sums;
-    for (const int64_t end = half + halves; half < end; ++half) {
-      const uint8_t* block = codes + half / 2 * kCodeBits * kWordBytes;
-      for (int line = 0; line < kCodeBits * kTile * 4 / 128; ++line) {
-        __builtin_prefetch(block + kPrefetchBytes + (half % 2 * kCodeBits / 2 * kWordBytes) + line * 64);
-      }
-      if (half % 2 == 0) {
-        dot_half_block<kCodeBits, 0>(block, x + half * kHalfBlock, rows, sums, kInputs);
-      } else {
-        dot_half_block<kCodeBits, 1>(block, x + half * kHalfBlock, rows, sums, kInputs);
-      }
+    const int64_t begin_half = half;
+    half += halves;
+    for (int64_t at = begin_half / 2; at * 2 < half; ++at) {  // a group may begin or end inside a block
+      const uint8_t* block = codes + at * kCodeBits * kWordBytes;
+      const float* inputs = x + at * kBlock;
+      for (int line = 0; line < kCodeBits * kTile * 4 / 64; ++line) __builtin_prefetch(block + kPrefetchBytes + line * 64);
+      if (at * 2 >= begin_half) dot_half_block<kCodeBits, 0>(block, inputs, rows, sums, kInputs);
+      if (at * 2 + 1 < half) dot_half_block<kCodeBits, 1>(block, inputs + kHalfBlock, rows, sums, kInputs);
     }
     RANKBOOK_UNROLL
     for (int vector = 0; vector < kVectors; ++vector) {
