@@ -232,6 +232,7 @@ Factors::Factors(const Constants& constants, size_t first, int64_t out_features,
     constants.expect(input + 1, {scale});
     const auto* codes = static_cast<const int8_t*>(constants.tensor(input).GetTensorRawData());
     factor.codes.assign(codes, codes + rows * columns);
+    drop_mapped(codes, factor.codes.size());
     factor.scales = constants.floats(input + 1);
     return factor;
   };

@@ -147,6 +147,11 @@ HugeCopy HugeCopy::of(const void* data, size_t bytes) {
   return copy;
 }
 
+void drop_mapped(const void* data, size_t bytes) {
+  const Range file = mapped_file(reinterpret_cast<uintptr_t>(data));
+  if (file.end != 0) give_back(data, bytes, file);
+}
+
 int64_t huge_bytes() { return held; }
 
 #else
@@ -154,6 +159,8 @@ int64_t huge_bytes() { return held; }
 class HugeChunk {};
 
 HugeCopy HugeCopy::of(const void*, size_t) { return {}; }
+
+void drop_mapped(const void*, size_t) {}
 
 int64_t huge_bytes() { return 0; }
 

@@ -27,6 +27,9 @@ class HugeCopy {
   const void* data_ = nullptr;
 };
 
+// Gives the pages of bytes that are not needed again back to the system, if they lie in a mapped file.
+void drop_mapped(const void* data, size_t bytes);
+
 // Bytes that all handles hold at the moment.
 int64_t huge_bytes();
 

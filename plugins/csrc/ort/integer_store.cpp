@@ -84,9 +84,9 @@ IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWei
 
 void IntegerBranchStore::copy() {
   down_copy_ = HugeCopy::of(codes_.data(), codes_.size());
-  if (down_copy_.data() != nullptr) codes_ = {};
+  if (down_copy_.data() != nullptr) std::vector<uint8_t>().swap(codes_);  // `= {}` would keep the memory
   up_copy_ = HugeCopy::of(up_.codes.data(), up_.codes.size());
-  if (up_copy_.data() != nullptr) up_.codes = {};
+  if (up_copy_.data() != nullptr) std::vector<int8_t>().swap(up_.codes);
 }
 
 IntegerBranch IntegerBranchStore::bind() const {
