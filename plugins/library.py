@@ -16,14 +16,12 @@ import ctypes
 import json
 from pathlib import Path
 
-from rankbook.plugins.layout import BITS
-
 ACTIVATIONS = ("fp32", "int8")
 """Values of the session configuration entry `ACTIVATIONS_ENTRY`; int8 is defined in `rankbook.plugins.integer`."""
 ACTIVATIONS_ENTRY = "rankbook.activations"
 
 _FILES = {"ort": "librankbook_ort.so", "ort-cuda": "librankbook_ort_cuda.so", "trt": "librankbook_trt.so"}
-_FILES |= {f"aot-{bits}": f"aot_{bits}.ptx" for bits in BITS}
+_FILES |= {f"aot-{bits}": f"aot_{bits}.ptx" for bits in (2, 3, 4, 8)}  # of layout.py, which would load numpy
 _TARGETS = dict.fromkeys(_FILES, "make native-cuda") | {"ort": "make native"}
 _FOLDER = Path(__file__).parent / "lib"
 

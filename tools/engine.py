@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.files import replaced_folder, sha256_file
-from rankbook.plugins import aot, contract, library
+from rankbook.plugins import library
 from rankbook.tools import engine_commands, engine_log, onnx_file
 from rankbook.tools.backends import trt
 from rankbook.tools.errors import CheckFailedError, MissingError, UsageError
@@ -80,6 +80,8 @@ class BuildOptions:
         if self.self_contained or not self.plugins:
             other = "--self-contained" if self.self_contained else "--no-plugins"
             raise UsageError(f"--plugins aot and {other} contradict each other; give one of them")
+        from rankbook.plugins import aot
+
         if reason := aot.unavailable():
             raise MissingError(reason)
 
@@ -360,6 +362,8 @@ def verify(
 
 def has_plugin(node: CustomNode) -> bool:
     """Say whether the plugin library knows the operator of a node; of others the parser takes the body."""
+    from rankbook.plugins import contract  # with numpy, for which --help does not wait
+
     return node.op_type in contract.plugin_names()
 
 
@@ -367,6 +371,8 @@ def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any
     """Compare the plugin layers with the nodes that there are plugins for; none where the bodies are built."""
     wanted = sum(has_plugin(node) for node in model.nodes) if options.plugin_library() else 0
     if options.aot:
+        from rankbook.plugins import aot
+
         wanted = sum(node.op_type in aot.names() for node in model.nodes)
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
