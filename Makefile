@@ -97,7 +97,7 @@ test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
-GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py
+GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py
 test-gpu: $(VENV)/.dev native-cuda  ## Kernels and engines on this machine's GPU (none of it has run on one yet)
 	@nvidia-smi -L || { echo "no NVIDIA GPU with a driver is visible here" >&2; exit 3; }
 	RANKBOOK_KERNELS_ON=gpu $(BIN)/python -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
