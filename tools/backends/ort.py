@@ -23,6 +23,8 @@ EXACT_KERNELS = ("auto", "bodies", "native", "native-cuda")
 built; ``native-cuda`` is our library on an NVIDIA GPU."""
 KERNELS = (*EXACT_KERNELS, "native-int8")
 """``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.integer`)."""
+NO_FALLBACK = "session.disable_cpu_ep_fallback"
+"""Session configuration entry; with ``1`` a graph of which a node would run on the CPU beside the GPU is refused."""
 _ROOM = 256
 """Positions beyond those needed in the buffer of a cache that grows in place."""
 
@@ -116,14 +118,17 @@ def session(
         options.add_session_config_entry(ACTIVATIONS_ENTRY, activations)
         options.register_custom_ops_library(str(library("ort-cuda" if cuda else "ort")))
     providers = ["CUDAExecutionProvider"] if cuda else []
+    if (entries or {}).get(NO_FALLBACK) != "1":  # ONNX Runtime refuses the entry where the CPU is named
+        providers.append("CPUExecutionProvider")
     source = path if isinstance(path, bytes) else str(path)
     try:
-        made = ort.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
+        made = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # the library's own classes derive from Exception directly
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         name = "the graph" if isinstance(path, bytes) else path
-        raise UsageError(f"ONNX Runtime refuses {name}: {error}; export it again") from None
+        advice = "check the CUDA and cuDNN libraries that it needs, or export it again" if cuda else "export it again"
+        raise UsageError(f"ONNX Runtime refuses {name}: {error}; {advice}") from None
     if cuda and "CUDAExecutionProvider" not in made.get_providers():  # it falls back to the CPU with a warning only
         raise MissingError(
             "ONNX Runtime could not start its CUDA provider: check the CUDA and cuDNN libraries it needs"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rankbook.tools.backends.ort import session
+from rankbook.tools.backends.ort import NO_FALLBACK, session
 from rankbook.tools.bench.layers import LayerSubject
 from rankbook.tools.bench.timing import interleave, median_ratio, seconds
 
@@ -25,6 +25,7 @@ class LayerOptions:
         threads: Thread counts.
         repeats: Turns.
         stream: Bytes of constants that one run reads at least.
+        cuda: Run on ONNX Runtime's CUDA provider, nothing on the CPU; the clock is the wall's.
     """
 
     subjects: tuple[LayerSubject, ...]
@@ -33,6 +34,7 @@ class LayerOptions:
     threads: tuple[int, ...]
     repeats: int
     stream: int
+    cuda: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,24 @@ def _measure_cell(
     for subject in options.subjects:
         model, copies, size = subject.model(shape, options.stream)
         # Workers of one session must not spin while another one is timed.
+        entries = {"session.force_spinning_stop": "1"}
         held = session(
             model.SerializeToString(),
             threads=threads,
             native=subject.native,
+            cuda=options.cuda,
             activations=subject.activations,
-            entries={"session.force_spinning_stop": "1"},
+            entries=entries | ({NO_FALLBACK: "1"} if options.cuda else {}),
         )
         opened[subject.name] = (subject, held, copies, size)
     results = []
     for step, tokens in enumerate(options.tokens):
         x = np.random.default_rng(0).standard_normal((tokens, shape[1])).astype(np.float32)
-        runs = {name: seconds(_call(held, x), threads) for name, (_, held, _, _) in opened.items()}
+        runs = {
+            # A thread that waits for the GPU spends no time of its own. `run` returns when the result is back.
+            name: seconds(_call(held, x.astype(subject.dtype)), None if options.cuda else threads)
+            for name, (subject, held, _, _) in opened.items()
+        }
 
         def part(fraction: float, step: int = step) -> None:
             show((step + fraction) / len(options.tokens))

@@ -33,6 +33,7 @@ class LayerSubject:
         attributes: Its attributes for (N, K).
         native: Runs in our library.
         activations: What our library computes with.
+        dtype: Of x and y, and of the floats of a peer's constants: ``float32`` or ``float16``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerSubject:
     attributes: Callable[[int, int], dict[str, Any]]
     native: bool = False
     activations: str = "fp32"
+    dtype: str = "float32"
 
     def model(self, shape: tuple[int, int], stream: int) -> tuple[onnx.ModelProto, int, int]:
         """Return a model, its number of layers and the bytes of constants of one layer.
@@ -51,17 +53,17 @@ class LayerSubject:
             shape: (N, K).
             stream: Bytes of constants that the model must have at least, so that each run reads them from memory.
         """
-        from onnx import TensorProto, helper, numpy_helper
+        from onnx import helper, numpy_helper
 
         rng = np.random.default_rng(0)
         n, k = shape
-        first = self.constants(n, k, rng)
+        first = self._draw(n, k, rng)
         size = sum(value.nbytes for value in first.values())
         copies = max(1, -(-stream // size))
         # One sum of all outputs is handed over: each of them would cost more than a small layer.
         nodes, initializers, outputs = [], [], []
         for copy in range(copies):
-            constants = first if copy == 0 else self.constants(n, k, rng)
+            constants = first if copy == 0 else self._draw(n, k, rng)
             names = [f"{name}_{copy}" for name in constants]
             initializers += [
                 numpy_helper.from_array(value, name) for name, value in zip(names, constants.values(), strict=True)
@@ -74,15 +76,24 @@ class LayerSubject:
             )
             outputs.append(output)
         nodes.append(helper.make_node("Sum", outputs, ["y"], "sum"))
-        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", n])
-        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])
+        elem = helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
+        y = helper.make_tensor_value_info("y", elem, ["M", n])
+        x = helper.make_tensor_value_info("x", elem, ["M", k])
         graph = helper.make_graph(nodes, self.name, [x], [y], initializers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         opsets.append(helper.make_opsetid(contract.DOMAIN, contract.VERSION))
         return helper.make_model(graph, opset_imports=opsets, ir_version=10), copies, size
 
+    def _draw(self, n: int, k: int, rng: np.random.Generator) -> Constants:
+        drawn = self.constants(n, k, rng)
+        if self.native:  # our parameters have types of their own
+            return drawn
+        return {name: value.astype(self.dtype) if value.dtype.kind == "f" else value for name, value in drawn.items()}
 
-def ours(bits: int, rank: int, *, branch: int = 0, group: int = BLOCK, activations: str = "int8") -> LayerSubject:
+
+def ours(
+    bits: int, rank: int, *, branch: int = 0, group: int = BLOCK, activations: str = "int8", gpu: bool = False
+) -> LayerSubject:
     """Return our operator: ``rank`` planes and an offset per group of ``group`` inputs, int8 parameters.
 
     Args:
@@ -91,8 +102,9 @@ def ours(bits: int, rank: int, *, branch: int = 0, group: int = BLOCK, activatio
         branch: Rank of the error branch; 0 for none.
         group: Group size.
         activations: ``int8`` or ``fp32``.
+        gpu: x is fp16, also where it would be fp32 on the CPU; ``int8`` is an operator, not an entry of the session.
     """
-    kind = contract.MATMUL_LOW_RANK if branch else contract.MATMUL
+    kind = contract.matmul_kind(low_rank=branch > 0, integer=gpu and activations == "int8")
 
     def constants(n: int, k: int, rng: np.random.Generator) -> Constants:
         if k % group:
@@ -119,13 +131,15 @@ def ours(bits: int, rank: int, *, branch: int = 0, group: int = BLOCK, activatio
         names = {"plugin_namespace": contract.PLUGIN_NAMESPACE, "plugin_version": contract.PLUGIN_VERSION}
         return {"in_features": k, "out_features": n, "offset": 1, **names}
 
-    name = f"rankbook {bits} bits rank {rank}" + (f" branch {branch}" if branch else "") + f" {activations}"
+    name = f"rankbook {bits} bits rank {rank}" + (f" branch {branch}" if branch else "")
+    name += " fp16" if gpu and activations == "fp32" else f" {activations}"
     op_type = contract.op_name(kind, bits)
-    return LayerSubject(name, bits, constants, op_type, contract.DOMAIN, attributes, True, activations)
+    dtype = "float16" if gpu else "float32"
+    return LayerSubject(name, bits, constants, op_type, contract.DOMAIN, attributes, True, activations, dtype)
 
 
-def matmul_nbits(bits: int) -> LayerSubject:
-    """Return ONNX Runtime's MatMulNBits: blocks of 64, zero points, int8 activations (accuracy level 4)."""
+def matmul_nbits(bits: int, dtype: str = "float32") -> LayerSubject:
+    """Return ONNX Runtime's MatMulNBits: blocks of 64, zero points, int8 activations (accuracy level 4) on the CPU."""
 
     def constants(n: int, k: int, rng: np.random.Generator) -> Constants:
         blocks = layout.ceil_div(k, BLOCK)
@@ -138,7 +152,9 @@ def matmul_nbits(bits: int) -> LayerSubject:
     def attributes(n: int, k: int) -> dict[str, Any]:
         return {"K": k, "N": n, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
 
-    return LayerSubject(f"MatMulNBits {bits} bits", bits, constants, "MatMulNBits", "com.microsoft", attributes)
+    return LayerSubject(
+        f"MatMulNBits {bits} bits", bits, constants, "MatMulNBits", "com.microsoft", attributes, dtype=dtype
+    )
 
 
 def plain_float() -> LayerSubject:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rankbook.tools.bench.model_bench import ModelResult
 
 LAYER_PEERS = ("matmulnbits", "fp32", "none")
+CUDA_PEER_BITS = (4, 8)
+"""Widths of ONNX Runtime's MatMulNBits on a GPU."""
 
 
 def add_flags(flags: Flags) -> None:
@@ -33,6 +35,12 @@ def add_flags(flags: Flags) -> None:
         text="exported folders or .onnx files, MODEL@KERNELS to choose kernels; single layers when none is given",
     )
     add_kernel_flags(flags)
+    flags.add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        text="cuda: everything on an NVIDIA GPU, models with the kernels native-cuda, layers with x in fp16",
+    )
     flags.add("--repeats", type=int, default=15, metavar="N", text="turns; every subject runs once in each")
     flags.add("--prompt", type=int, default=64, metavar="N", text="models: tokens before decoding begins")
     flags.add("--steps", type=int, default=32, metavar="N", text="models: tokens decoded in a turn")
@@ -64,12 +72,14 @@ def run(options: argparse.Namespace) -> Outcome:
     for name in ("repeats", "prompt", "steps", "stream"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} is {getattr(options, name)}; give at least 1")
-    report: dict[str, Any] = {"machine": _machine()}
+    if cuda := _kernels(options) == "native-cuda":
+        ort.use_native("native-cuda")
+    report: dict[str, Any] = {"machine": _machine("ort-cuda" if cuda else "ort")}
     if options.models:
         table, report["models"] = _models(options)
     else:
         table, report["layers"] = _layers(options)
-    report["bandwidth"] = _bandwidth(options)
+    report["bandwidth"] = {} if cuda else _bandwidth(options)
     lines = [
         f"plain read from memory, {threads} threads: {rate / 1e9:.1f} GB/s"
         for threads, rate in report["bandwidth"].items()
@@ -78,14 +88,24 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(report, [table], text)
 
 
+def _kernels(options: argparse.Namespace) -> str:
+    """Return one of `KERNELS`, with ``--device`` taken into account."""
+    kernels = chosen_kernels(options)
+    if options.device == "cpu":
+        return kernels
+    if kernels not in ("auto", "native-cuda"):
+        raise UsageError(f"--device cuda and kernels {kernels} contradict each other; leave one of them out")
+    return "native-cuda"
+
+
 def _threads(options: argparse.Namespace) -> tuple[int, ...]:
-    """The given number, or one and all of those this process may run on."""
-    if options.threads:
-        return (options.threads,)
+    """The given number, or one and all of those this process may run on; one beside a GPU."""
+    if options.threads or _kernels(options) == "native-cuda":
+        return (options.threads or 1,)
     return tuple(sorted({1, len(os.sched_getaffinity(0))}))
 
 
-def _machine() -> dict[str, Any]:
+def _machine(runtime: str) -> dict[str, Any]:
     import onnxruntime
 
     from rankbook.plugins.library import native_info, unavailable
@@ -95,9 +115,9 @@ def _machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "clock": "one thread: its own time; more: wall",
+        "clock": "one thread: its own time; more, or a GPU: wall",
         "onnxruntime": onnxruntime.__version__,
-        "native": None if unavailable("ort") else native_info("ort"),
+        "native": None if unavailable(runtime) else native_info(runtime),
     }
 
 
@@ -122,6 +142,7 @@ def _layers(options: argparse.Namespace) -> tuple[Table, list[LayerResult]]:
         threads=_threads(options),
         repeats=options.repeats,
         stream=options.stream * 1_000_000,
+        cuda=_kernels(options) == "native-cuda",
     )
     with Console(quiet=options.quiet).progress("layers") as progress:
         results = measure_layers(settings, progress)
@@ -149,25 +170,26 @@ def _subjects(options: argparse.Namespace) -> list[LayerSubject]:
 
     if not set(options.bits) <= set(layout.BITS):
         raise UsageError(f"--bits {options.bits}: choose from {layout.BITS}")
-    if chosen_kernels(options) == "bodies":
+    kernels = _kernels(options)
+    if kernels == "bodies":
         raise UsageError("single layers measure the native library; give an exported model to measure the bodies")
-    use_native("native")
+    cuda = kernels == "native-cuda"
+    use_native("native-cuda" if cuda else "native")
     peers = options.peers or LAYER_PEERS[:1]
     if not set(peers) <= set(LAYER_PEERS):
         raise UsageError(f"--peers {' '.join(peers)}: beside single layers choose from {', '.join(LAYER_PEERS)}")
-    kinds = ["int8", "fp32"] if options.exact else ["fp32"] if options.kernels == "native" else ["int8"]
+    kinds = ["int8", "fp32"] if options.exact or cuda else ["fp32"] if kernels == "native" else ["int8"]
     subjects = [
-        ours(bits, rank, branch=branch, group=options.group_size, activations=kind)
+        ours(bits, rank, branch=branch, group=options.group_size, activations=kind, gpu=cuda)
         for bits in options.bits
         for rank in options.ranks
         for branch in sorted({0, options.branch})
         for kind in kinds
     ]
     if "matmulnbits" in peers:
-        subjects += [matmul_nbits(bits) for bits in sorted({4} | ({2, 8} & set(options.bits)))]
-    if "fp32" in peers:
-        subjects.append(plain_float())
-    return subjects
+        widths, dtype = (CUDA_PEER_BITS, "float16") if cuda else ((2, 4, 8), "float32")
+        subjects += [matmul_nbits(bits, dtype) for bits in widths if bits == 4 or bits in options.bits]
+    return [*subjects, plain_float()] if "fp32" in peers else subjects
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -181,7 +203,12 @@ def _models(options: argparse.Namespace) -> tuple[Table, list[ModelResult]]:
     from rankbook.tools.bench.model_bench import ModelOptions, measure_models
     from rankbook.tools.bench.subject import ModelSubject
 
-    kernels = chosen_kernels(options)
+    kernels = _kernels(options)
+    if options.peers and kernels == "native-cuda":
+        raise UsageError(
+            f"--peers {' '.join(options.peers)}: beside models these run on the CPU; on a GPU give the folder of"
+            " `rankbook export --dialect ort` as another MODEL, which runs MatMulNBits there"
+        )
     subjects = [ModelSubject.parse(text, kernels) for text in options.models]
     subjects += [ModelSubject.peer(text) for text in options.peers]
     settings = ModelOptions(

@@ -1,0 +1,153 @@
+"""`rankbook bench --device cuda`: how it refuses, and what it asks of ONNX Runtime. No GPU takes part."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from rankbook.plugins import library
+from rankbook.plugins.library import unavailable as library_unavailable
+from rankbook.tools import errors
+from rankbook.tools.backends import ort as backend
+from rankbook.tools.bench import model_bench
+from rankbook.tools.bench.layers import matmul_nbits, ours
+from tests.tools.files import run_cli, stdout_json
+
+LAYER = ["--shapes", "64x128", "--ranks", 1, "--repeats", 1, "--stream", 1]
+WAIT = 0.003
+"""Seconds that a session waits for the GPU that is not there."""
+
+
+class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+    """Remembers libraries, which this runtime could not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.libraries: list[str] = []
+
+    def register_custom_ops_library(self, path: str) -> None:
+        self.libraries.append(path)
+
+
+class Session:
+    """Takes what an InferenceSession takes, and answers with zeros after some time of waiting."""
+
+    made: list[Session]
+
+    def __init__(self, model: bytes, options: Options, providers: list[str]) -> None:
+        self.graph = onnx.load_from_string(model).graph
+        self.options, self.providers = options, providers
+        self.dtypes: set[str] = set()
+        self.made.append(self)
+
+    def get_providers(self) -> list[str]:
+        return self.providers
+
+    def run(self, outputs: object, feeds: dict[str, Any]) -> list[Any]:
+        self.dtypes |= {str(value.dtype) for value in feeds.values()}
+        time.sleep(WAIT)
+        return [np.zeros((1, 1))]
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Session]:
+    """The sessions made as if there were a GPU."""
+    Session.made = []
+    monkeypatch.setattr(backend, "cuda_unavailable", lambda: None)
+    monkeypatch.setattr(library, "library", Path)
+    monkeypatch.setattr(library, "unavailable", lambda _runtime: None)
+    monkeypatch.setattr(library, "native_info", lambda runtime: {"library": runtime})
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return Session.made
+
+
+def test_layers_and_peers_run_on_the_cuda_provider_alone(sessions, capsys) -> None:
+    """Ours with our CUDA library, the peers without; no node on the CPU; the clock counts waiting."""
+    flags = ["--bits", 4, 2, "--peers", "matmulnbits", "fp32", "--json", "--quiet"]
+    assert run_cli("bench", "--device", "cuda", *LAYER, *flags) == errors.OK
+    report = stdout_json(capsys)
+    names = [item["name"] for item in report["layers"]]
+    assert names[:2] == ["rankbook 4 bits rank 1 int8", "rankbook 4 bits rank 1 fp16"]
+    operators = [made.graph.node[0].op_type for made in sessions]
+    native = ["CodebookMatMul4A8", "CodebookMatMul4", "CodebookMatMul2A8", "CodebookMatMul2"]
+    assert operators == [*native, "MatMulNBits", "MatMul"]  # MatMulNBits has no 2 bits there
+    assert [made.options.libraries for made in sessions] == [["ort-cuda"]] * 4 + [[]] * 2
+    assert [made.dtypes for made in sessions] == [{"float16"}] * 5 + [{"float32"}]
+    for made, item in zip(sessions, report["layers"], strict=True):
+        assert made.providers == ["CUDAExecutionProvider"]
+        assert made.options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        assert item["threads"] == 1
+        layers = len(made.graph.node) - 1
+        assert item["microseconds"] * layers > 0.9e6 * WAIT  # a thread's own time would be near zero
+    assert report["machine"]["native"] == {"library": "ort-cuda"}
+    assert report["bandwidth"] == {}
+
+
+def test_models_run_with_native_cuda(tmp_path, monkeypatch, sessions) -> None:
+    """Those that do not choose kernels; turns are timed on the wall."""
+    seen: list[model_bench.ModelOptions] = []
+
+    def measure(options: model_bench.ModelOptions, _progress: object) -> list[model_bench.ModelResult]:
+        seen.append(options)
+        return []
+
+    monkeypatch.setattr(model_bench, "measure_models", measure)
+    models = [tmp_path, f"{tmp_path}@bodies"]
+    assert run_cli("bench", *models, "--device", "cuda", "--threads", 1, "--quiet") == errors.OK
+    (options,) = seen
+    assert [subject.kernels for subject in options.subjects] == ["native-cuda", "bodies"]
+    assert options.clock_threads is None
+    assert replace(options, subjects=options.subjects[1:]).clock_threads == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "subject",
+    [ours(4, 1, gpu=True), ours(3, 2, branch=4, gpu=True), ours(2, 1, activations="fp32", gpu=True), matmul_nbits(4)],
+    ids=lambda subject: subject.name,
+)
+@pytest.mark.skipif(library_unavailable("ort") is not None, reason=str(library_unavailable("ort")))
+def test_the_graphs_are_valid(subject, dtype) -> None:
+    """The same graphs on the CPU, which has all these operators."""
+    model, _, _ = replace(subject, dtype=dtype).model((64, 128), 1)
+    (y,) = backend.session(model.SerializeToString(), native=True).run(None, {"x": np.ones((2, 128), dtype)})
+    assert y.shape == (2, 64)
+    assert y.dtype == dtype
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.skipif(backend.cuda_unavailable() is None, reason="there is a GPU")
+@pytest.mark.parametrize("model", [False, True])
+def test_without_a_gpu_it_says_what_native_cuda_says(model, tmp_path, capsys) -> None:
+    """The same code and words for both spellings."""
+    models = [tmp_path] if model else []
+    said = []
+    for flags in (["--device", "cuda"], ["--kernels", "native-cuda"]):
+        assert run_cli("bench", *models, *flags, *LAYER, "--quiet") == errors.MISSING
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert str(backend.cuda_unavailable()) in said[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--kernels", "native-int8"], "contradict"),
+        (["--no-native"], "contradict"),
+        (["model", "--peers", "genai=model"], "--dialect ort"),
+        (["--peers", "genai=model"], "matmulnbits, fp32, none"),
+    ],
+)
+def test_wrong_flags_are_named(flags, words, capsys, sessions) -> None:
+    """A usage error with what is allowed."""
+    assert run_cli("bench", *flags, "--device", "cuda", *LAYER, "--quiet") == errors.USAGE
+    assert words in capsys.readouterr().err
+    assert not sessions
