@@ -16,19 +16,16 @@ def build_all(folder: Path) -> dict[str, dict[str, Any]]:
     """Build a model of each operator; return by op_type the number of plugin layers and whether an engine came out."""
     import onnx
 
-    from rankbook.calibration.layer_meta import LayerMeta
-    from rankbook.exporter import emit
     from rankbook.plugins import contract, layout, library
     from rankbook.tools.backends import trt
     from tests.op_cases import case_record, op_model
 
     for bits in layout.BITS:
-        for kind, rank in ((contract.MATMUL, 0), (contract.MATMUL_LOW_RANK, 4), (contract.GATHER, 0)):
-            record = case_record("plain", bits=bits, rank=rank)
+        for kind in contract.PLUGIN_KINDS:
+            name = contract.op_name(kind, bits)
+            record = case_record("plain", bits=bits, rank=4 if contract.OPERATORS[name].low_rank else 0)
             dtype = {2: "float32", 3: "float16", 4: "bfloat16", 8: "float16"}[bits]
-            name = emit.operator(LayerMeta.of(record), kind if kind == contract.GATHER else "").name
-            model = op_model(record, kind if kind == contract.GATHER else "", dtype)
-            onnx.save(model, folder / f"{name}.onnx")
+            onnx.save(op_model(record, kind, dtype), folder / f"{name}.onnx")
     command = [sys.executable, __file__, str(library.library("trt")), str(folder)]
     environment = trt.rtx_environment(folder / "libraries")
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)

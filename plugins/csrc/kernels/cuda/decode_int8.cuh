@@ -124,7 +124,7 @@ struct Int8Shared {
 constexpr int int8_blocks(int bits, int planes, int tokens, int parts) {
   const bool wide = bits == 3 || bits == 8;  // they need more
   if (tokens > 8 || planes > 2 || (wide && planes == 2 && tokens > 1 && parts > 1)) return 1;
-  return parts > 1 || (tokens > 1 && (wide || (bits == 4 && planes == 2))) ? 2 : 3;
+  return parts > 1 || (bits == 8 && planes == 2) || (tokens > 1 && (wide || (bits == 4 && planes == 2))) ? 2 : 3;
 }
 
 // y for up to kTokens (1, 8 or 16) tokens. Blocks as for `decode_mma`.

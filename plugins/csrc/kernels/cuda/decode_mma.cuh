@@ -263,7 +263,7 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
 
 // Four planes and sixteen tokens need more registers than two blocks a multiprocessor leave; so do 3 bits with two planes.
 template <int kBits, int kPlanes, int kTiles, typename T>
-RB_KERNEL((kTiles < 2 || kPlanes + kBits % 2 < 3) ? 2 : 1) decode_mma(MatmulKernel arguments) {
+RB_KERNEL((kTiles < 2 || (kBits != 3 && kPlanes < 3)) ? 2 : 1) decode_mma(MatmulKernel arguments) {
   multiply_panel_mma<kBits, kPlanes, kTiles, T>(arguments);
 }
 
