@@ -6,8 +6,9 @@ ptxas makes of it is not executed, and only one order of warps is tried.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,41 @@ from rankbook.exporter import emit
 from rankbook.plugins import contract, library
 from tests.op_cases import case_record, expected, numpy_inputs
 from tests.plugins import emulated
-from tests.plugins.ptx import launches, machine, modules, parser, semantics
+from tests.plugins.ptx import launches, launches_int8, machine, modules, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
 from tests.plugins.test_cuda_emulated import check_matmul
+from tests.plugins.test_cuda_int8 import check as check_rounded
 
+SHIPPED = 80
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
 """Set by .ci/run where the library was built: from there on, what cannot be tested fails instead of being skipped."""
 
 
-@pytest.fixture(scope="module", params=[80, 90, 120], ids=lambda a: f"sm_{a}")
-def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> launches.Module:
-    folder = tmp_path_factory.mktemp("ptx")
-    shipped = request.param == 80
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], launches.Module]:
+    @functools.cache
+    def load(architecture: int) -> launches.Module:
+        folder = tmp_path_factory.mktemp("ptx")
+        shipped = architecture == SHIPPED
+        return launches.Module(modules.of_library(folder) if shipped else modules.compiled(architecture, folder))
+
+    return load
+
+
+@pytest.fixture(params=[SHIPPED, 90, 120], ids=lambda a: f"sm_{a}")
+def module(request: pytest.FixtureRequest, load: Callable[[int], launches.Module]) -> launches.Module:
+    shipped = request.param == SHIPPED
     missing = library.unavailable("trt") if shipped else None if modules.nvcc() else "nvcc is not installed"
     if missing and not EXPECTED:
         pytest.skip(missing)
-    return launches.Module(modules.of_library(folder) if shipped else modules.compiled(request.param, folder))
+    return load(request.param)
+
+
+def some(cases: Iterable[str], everywhere: Sequence[str]) -> pytest.MarkDecorator:
+    """All cases on what is shipped, some on the other architectures as well."""
+    pairs = [(SHIPPED, case) for case in cases] + [(a, case) for a in (90, 120) for case in everywhere]
+    ids = [f"sm_{architecture}-{case}" for architecture, case in pairs]
+    return pytest.mark.parametrize(("module", "case"), pairs, ids=ids, indirect=["module"])
 
 
 # Record and launch: (changes to the record, type of x, tokens, blocks that share a panel). Both widths of a group's
@@ -47,7 +67,7 @@ PRODUCTS: dict[str, tuple[dict[str, Any], str, int, int]] = {
     "4 bits, rank 2": ({"bits": 4, "planes": 2, "in_features": 160, "group": 32, "rank": 3}, "float16", 8, 1),
     "8 bits, 9 tokens": ({"bits": 8, "planes": 1, "in_features": 64, "group": 64}, "float16", 9, 1),
     "fp32": ({"bits": 3, "planes": 2, "in_features": 128, "group": 64, "out_features": 33}, "float32", 2, 2),
-    "many tokens": ({"bits": 4, "planes": 2, "in_features": 72, "group": 72, "bias": True}, "float16", 17, 1),
+    "many tokens": ({"bits": 4, "planes": 2, "in_features": 70, "group": 70, "bias": True}, "float16", 17, 1),
 }
 
 
@@ -59,6 +79,57 @@ def test_products(module: launches.Module, case: str, monkeypatch: pytest.Monkey
         return launches.matmul(module, tensors, attributes, x, type_, blocks)
 
     monkeypatch.setattr(emulated, "matmul", interpreted)  # and keep the bounds of the emulation's test
+    check_matmul(case_record("plain", **changes), dtype, tokens)
+
+
+# The same for rounded activations. Groups of one step, of half a step and of two, one for a whole row that ends inside
+# a step, groups without an integer kernel; levels in registers and in shared memory; factors of the error branch as
+# int8 and as floats.
+ROUNDED: dict[str, tuple[dict[str, Any], str, int, int]] = {
+    "2 bits": ({"bits": 2, "planes": 1, "in_features": 256, "group": 128, "has_offset": True}, "float16", 1, 2),
+    "2 bits, rank 2": ({"bits": 2, "planes": 2, "in_features": 192, "group": 64, "rank": 2}, "bfloat16", 8, 1),
+    "3 bits": ({"bits": 3, "planes": 2, "in_features": 256, "group": 128, "bias": True}, "float16", 1, 1),
+    "3 bits, rank 1": (
+        {"bits": 3, "planes": 1, "in_features": 192, "group": 64, "rank": 1, "factor_bits": 16}, "float32", 8, 1
+    ),
+    "4 bits": ({"bits": 4, "planes": 1, "in_features": 160, "group": 32, "out_features": 33}, "float16", 8, 1),
+    "4 bits, half steps": ({"bits": 4, "planes": 1, "in_features": 160, "group": 32, "rank": 2}, "bfloat16", 1, 1),
+    "4 bits, folded planes": ({"bits": 4, "planes": 2, "in_features": 136, "group": 136}, "float16", 1, 1),
+    "4 bits, table": ({"bits": 4, "planes": 2, "in_features": 128, "group": 64, "float_levels": True}, "float16", 8, 1),
+    "rounded in place": ({"bits": 4, "planes": 1, "in_features": 144, "group": 48}, "float16", 2, 1),
+}  # fmt: skip
+
+
+@some(ROUNDED, ["3 bits", "4 bits"])
+def test_products_of_rounded_activations(module: launches.Module, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, dtype, tokens, blocks = ROUNDED[case]
+
+    def interpreted(tensors: Any, attributes: Any, x: Array, type_: str, *, int8: bool) -> Array:
+        assert int8
+        return launches_int8.matmul(module, tensors, attributes, x, type_, blocks)
+
+    monkeypatch.setattr(emulated, "matmul", interpreted)
+    in_place = case == "rounded in place"
+    check_rounded(case_record("plain", **changes), dtype, tokens, rounded_weights=in_place)
+
+
+# The product for many tokens: more tokens than one block takes, stages that are used again, warps without a panel,
+# inputs and rows that end inside a tile.
+MANY_TOKENS: dict[str, tuple[dict[str, Any], str, int]] = {
+    "2 bits": ({"bits": 2, "planes": 2, "in_features": 136, "group": 136, "bias": True}, "float16", 17),
+    "3 bits": ({"bits": 3, "planes": 1, "in_features": 384, "group": 64}, "bfloat16", 66),
+    "4 bits": ({"bits": 4, "planes": 2, "in_features": 256, "group": 64, "rank": 2, "out_features": 64}, "float16", 64),
+}
+
+
+@some(MANY_TOKENS, ["4 bits"])
+def test_products_of_many_tokens(module: launches.Module, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, dtype, tokens = MANY_TOKENS[case]
+
+    def interpreted(tensors: Any, attributes: Any, x: Array, type_: str) -> Array:
+        return launches.matmul(module, tensors, attributes, x, type_)
+
+    monkeypatch.setattr(emulated, "matmul", interpreted)
     check_matmul(case_record("plain", **changes), dtype, tokens)
 
 
@@ -120,6 +191,53 @@ def test_barriers_order_shared_memory() -> None:
     assert got.tolist() == list(range(63, -1, -1))
 
 
+COPY = (
+    "ld.param.u64 %rd1, [out];", "mul.wide.u32 %rd2, %r1, 4;", "add.s64 %rd3, %rd1, %rd2;",
+    "st.global.u32 [%rd3], %r1;", "mov.u32 %r2, bytes;", "shl.b32 %r3, %r1, 2;", "add.s32 %r4, %r2, %r3;",
+    "mul.wide.u32 %rd4, %r1, 16;", "add.s64 %rd5, %rd1, %rd4;", "shl.b32 %r5, %r1, 4;", "add.s32 %r6, %r2, %r5;",
+    "and.b32 %r7, %r1, 1;", "shl.b32 %r7, %r7, 4;", "bar.sync 0;", "setp.gt.u32 %p1, %r1, 15;", "@%p1 bra joined;",
+    "cp.async.cg.shared.global.L2::128B [%r6], [%rd5], 16, %r7;",
+)  # fmt: skip
+"""16 lanes copy the 64 words of the buffer, of which every second copy brings zeros."""
+READ_BACK = ("joined:", "bar.sync 0;", "ld.shared.u32 %r0, [%r4];")
+
+
+def test_copies_arrive_when_they_were_waited_for() -> None:
+    got = run_lines(*COPY, "cp.async.commit_group;", "cp.async.wait_group 0;", *READ_BACK, shared=256)
+    assert got.tolist() == [i if i // 4 % 2 else 0 for i in range(64)]
+    later = ("cp.async.commit_group;", "cp.async.commit_group;", "cp.async.wait_group 1;")  # the last one may be late
+    assert run_lines(*COPY, *later, *READ_BACK, shared=256).tolist() == got.tolist()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("cp.async.commit_group;", "cp.async.wait_group 1;"),  # this group may be late
+        ("cp.async.wait_group 0;", "cp.async.commit_group;"),
+        ("cp.async.commit_group;",),
+    ],
+)
+def test_copies_that_nobody_waited_for_cannot_be_read(lines: tuple[str, ...]) -> None:
+    with pytest.raises(parser.PtxError, match=r"ld\.shared.*") as caught:
+        run_lines(*COPY, *lines, *READ_BACK, shared=256)
+    assert "while a copy to it is on its way" in str(caught.value)
+
+
+def test_products_of_bytes() -> None:
+    """Row g of A is g - 3 in column 5 (lane 4 g + 1, second byte), -2 in column 20; column n of B has n + 100 and 7."""
+    got = run_lines(
+        "shr.u32 %r2, %r1, 2;", "and.b32 %r2, %r2, 7;", "and.b32 %r3, %r1, 3;", "setp.eq.s32 %p1, %r3, 1;",
+        "add.s32 %r4, %r2, -3;", "and.b32 %r4, %r4, 255;", "shl.b32 %r4, %r4, 8;", "selp.b32 %r4, %r4, 0, %p1;",
+        "selp.b32 %r5, 254, 0, %p1;", "add.s32 %r6, %r2, 100;", "shl.b32 %r6, %r6, 8;", "selp.b32 %r6, %r6, 0, %p1;",
+        "selp.b32 %r7, 7, 0, %p1;", "mov.u32 %r8, 0;",
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r0,%r3,%r2,%r3}, {%r4,%r8,%r5,%r8}, {%r6,%r7}, "
+        "{%r1,%r8,%r8,%r8};",
+    )  # fmt: skip
+    lanes = np.arange(64)
+    row, column = lanes // 4 % 8, 2 * (lanes % 4)
+    assert got.view(np.int32).tolist() == ((row - 3) * (column + 100) - 14 + lanes).tolist()
+
+
 def one(*lines: str) -> Callable[[], Array]:
     return lambda: run_lines(*lines, shared=64)
 
@@ -129,7 +247,7 @@ def one(*lines: str) -> Callable[[], Array]:
     [
         (one("tanh.approx.f32 %f1, %f2;"), r"line 8: the instruction is not known: tanh\.approx\.f32"),
         (one("ld.global.lu.u32 %r0, [%rd1];"), "line 8: unknown form"),
-        (one("cvt.rzi.s32.f32 %r0, %f1;"), "line 8: the conversion is not known"),
+        (one("cvt.rmi.s32.f32 %r0, %f1;"), "line 8: the conversion is not known"),
         (one("mov.u32 %r2, bytes;", "ld.shared.u32 %r0, [%r2+64];"), "line 9.* outside the shared memory"),
         (
             one("mov.u32 %r2, bytes;", "ld.shared.v2.u32 {%r0, %r3}, [%r2+4];"),
@@ -149,6 +267,9 @@ def one(*lines: str) -> Callable[[], Array]:
             "wait for others that do not come",
         ),
         (one("setp.lt.s32 %p1, %r1, 32;", "@%p1 bra a;", "bar.sync 0;", "a:", "bar.sync 0;"), "different barriers"),
+        (one("bar.warp.sync 15;"), "line 8: only barriers of whole warps"),
+        (one("cp.async.ca.shared.global [%r2], [%rd1], 4;"), "line 8: unknown form"),
+        (one("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%r0}, {%r1}, {%r2}, {%r3};"), "line 8: unknown form"),
         (one("loop:", "bra loop;"), "does not end"),
     ],
 )
@@ -180,6 +301,11 @@ def arithmetic(opcode: str, *operands: int) -> int:
         ("bfe.s32", (0x000000F0, 4, 4), 0xFFFFFFFF),
         ("bfe.u32", (0x12345678, 8, 8), 0x56),
         ("bfi.b32", (0xAB, 0x11111111, 8, 8), 0x1111AB11),
+        ("lop3.b32", (0xF0F0F0F0, 0xCCCCCCCC, 0xAAAAAAAA, 0x6A), 0x6A6A6A6A),
+        ("cvt.rni.s32.f32", (0x40200000,), 2),  # 2.5
+        ("cvt.rzi.s32.f32", (0xC0200000,), -2 & 0xFFFFFFFF),
+        ("cvt.rni.s32.f32", (0x4F800000,), 0x7FFFFFFF),  # 2^32
+        ("cvt.rni.s32.f32", (0x7FC00000,), 0),
         ("add.f32", (0x3F800000, 0x40000000), 0x40400000),
         ("fma.rn.f16x2", (0x3C004000, 0x40003C00, 0x3C003C00), 0x42004200),
     ],

@@ -40,6 +40,8 @@ def comparison(relation: str, type_: str) -> Function | None:
     if type_.startswith("f") and relation.endswith("u") and relation[:-1] in _ORDERED:
         base = _ORDERED[relation[:-1]]
         return lambda a, b: np.asarray(base(a, b)) | np.isnan(a) | np.isnan(b)
+    if type_.startswith("f") and relation == "nan":
+        return lambda a, b: np.asarray(np.isnan(a) | np.isnan(b))
     return None
 
 
@@ -116,6 +118,15 @@ def _insert(a: Array, b: Array, start: Array, length: Array) -> Array:
     return (b & ~mask) | ((a << start) & mask)
 
 
+def _logic(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """Bit by bit, the bit of ``table`` whose number the bits of a, b and c make."""
+    out = np.zeros(1, np.uint32)
+    for row in range(8):
+        chosen = [x if row & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1))]
+        out = out | np.where((table >> np.uint32(row)) & np.uint32(1) != 0, chosen[0] & chosen[1] & chosen[2], out)
+    return out
+
+
 def halves(words: Array) -> Array:
     """Return the two fp16 numbers of every word, (lanes, 2) float64."""
     return np.ascontiguousarray(words).view(np.float16).reshape(-1, 2).astype(np.float64)
@@ -132,6 +143,11 @@ def to_bfloat(values: Array) -> Array:
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def _to_int(whole: Array) -> Array:
+    """Whole numbers as int32: the nearest one that it has, 0 for NaN."""
+    return np.nan_to_num(whole.astype(np.float64), nan=0.0).clip(-(2.0**31), 2.0**31 - 1).astype(np.int32)
+
+
 def conversion(instruction: Instruction) -> Function:
     """Return what a ``cvt`` does.
 
@@ -139,6 +155,9 @@ def conversion(instruction: Instruction) -> Function:
         PtxError: The conversion is not known.
     """
     *rounding, target, source = instruction.modifiers
+    if (target, source) == ("s32", "f32") and rounding in (["rni"], ["rzi"]):
+        to_whole = np.rint if rounding == ["rni"] else np.trunc
+        return lambda values: _to_int(to_whole(values))
     to_float, from_float = target in ("f16", "f32"), source in ("f16", "f32")
     if target in ("f16x2", "bf16x2") and rounding == ["rn"] and source == "f32":
         narrow = to_bfloat if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
@@ -153,28 +172,39 @@ def conversion(instruction: Instruction) -> Function:
     return lambda values: values.astype(DTYPES[target])
 
 
-def _halves_of(words: Sequence[Array], widen: Function) -> list[Array]:
-    """(warps, 8, 8) numbers per register: lane 4 g + t holds row g, columns 2 t and 2 t + 1."""
-    return [widen(np.ascontiguousarray(word).view(np.uint16)).reshape(-1, 8, 8) for word in words]
+def _numbers_of(words: Sequence[Array], widen: Function) -> list[Array]:
+    """(warps, 8, 4 n) numbers per register with n numbers: lane 4 g + t holds row g, columns n t to n t + n - 1."""
+    warps = len(words[0]) // 32
+    return [widen(np.ascontiguousarray(word)).reshape(warps, 8, -1) for word in words]
 
 
 def multiply_fragments(
     a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], widen: Function
 ) -> tuple[Array, Array, Array, Array]:
-    """Return d = a b + c of mma.m16n8k16, fragments as in the PTX manual."""
-    a0, a1, a2, a3 = _halves_of(a, widen)
-    left = np.concatenate([np.concatenate([a0, a2], 2), np.concatenate([a1, a3], 2)], 1)  # (warps, 16 rows, 16)
-    right = np.concatenate(_halves_of(b, widen), 2)  # (warps, 8 columns, 16)
+    """Return d = a b + c, fragments as in the PTX manual: of m16n8k16 with 16-bit floats, of m16n8k32 with bytes.
+
+    float64 holds every sum of products of bytes; sums leave 32 bits as they do in the instruction, without a word.
+    """
+    a0, a1, a2, a3 = _numbers_of(a, widen)
+    left = np.concatenate([np.concatenate([a0, a2], 2), np.concatenate([a1, a3], 2)], 1)  # (warps, 16 rows, k)
+    right = np.concatenate(_numbers_of(b, widen), 2)  # (warps, 8 columns, k)
     product = (left @ right.transpose(0, 2, 1)).reshape(-1, 2, 8, 4, 2)  # warps, upper or lower, g, t, column
     d = [product[:, i // 2, :, :, i % 2].reshape(-1) + c[i] for i in range(4)]
-    d0, d1, d2, d3 = (x.astype(np.float32) for x in d)
+    narrow = (lambda x: x.astype(np.int64).astype(np.int32)) if c[0].dtype.kind == "i" else lambda x: x.astype("f4")
+    d0, d1, d2, d3 = map(narrow, d)
     return d0, d1, d2, d3
 
 
-MMA_TYPES: dict[tuple[str, ...], Function] = {
-    ("f16", "f16", "f32"): lambda bits: bits.view(np.float16).astype(np.float64),
-    ("bf16", "bf16", "f32"): lambda bits: (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64),
+def _from_bfloat(words: Array) -> Array:
+    return (words.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+MMA_FORMS: dict[tuple[str, ...], Function] = {
+    ("m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): lambda words: words.view(np.float16).astype(np.float64),
+    ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"): _from_bfloat,
+    ("m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): lambda words: words.view(np.int8).astype(np.float64),
 }
+"""Shapes and types of mma, and the numbers in a word of its factors."""
 
 
 def _table() -> dict[tuple[str, str], tuple[Function, list[str]]]:
@@ -201,6 +231,7 @@ def _table() -> dict[tuple[str, str], tuple[Function, list[str]]]:
     table |= {(name, "f"): entry for name, entry in floats.items()}
     table |= {(name, "pred"): entry for name, entry in logic.items()}
     table[("prmt", "b")] = (_permute, three)
+    table[("lop3", "b")] = (_logic, ["=", "=", "=", "u32"])
     table[("fma.rn.f16x2", "")] = (_fma_halves, three)
     return table
 

@@ -54,13 +54,13 @@ def ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-def _stored_planes(weight: emulated.PackedWeight) -> int:
+def stored_planes(weight: emulated.PackedWeight) -> int:
     planes = weight.params_planes - weight.has_offset
     return 4 if planes == 3 else planes
 
 
 def _table_bytes(weight: emulated.PackedWeight) -> int:
-    return 4 * _stored_planes(weight) << weight.bits
+    return 4 * stored_planes(weight) << weight.bits
 
 
 def matmul(
@@ -76,40 +76,71 @@ def matmul(
         dtype: Type of x.
         blocks: Blocks that share a panel (M up to 16).
     """
-    device, tokens = Device(), len(x)
-    weight = emulated.packed_weight(device, tensors, attributes)
-    rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
-    y = device.add(np.full((tokens, weight.rows), -1).astype(x.dtype), writable=True)
-    m = emulated.Matmul(weight, device.add(tensors["bias"]), tensors["bias"].size > 1, rank)
-    m.x, m.y, m.type, m.tokens = device.add(x), y, emulated.TYPES[dtype], tokens
-    kernel = MatmulKernel(m)
+    device = Device()
+    kernel = arguments_of(device, tensors, attributes, x, dtype)
+    tokens, rank = kernel.m.tokens, kernel.m.rank
     if rank:
-        kernel.m.down = emulated.factor(device, tensors, "down", 1)
-        kernel.m.up = emulated.factor(device, tensors, "up", 0)
-        kernel.u = device.add(np.full((tokens, rank), np.nan, np.float32), writable=True)
         grid = (ceil_div(rank, WARPS), ceil_div(tokens, 8))
         module.launch(f"branch_down.*{KINDS[dtype]}E", device, bytes(kernel), grid)
     if tokens <= 16:
         _decode(module, device, kernel, dtype, blocks)
+    elif dtype != "float32" and kernel.m.weight.columns % 8 == 0 and stored_planes(kernel.m.weight) <= 2:
+        _prefill(module, device, kernel, dtype)
     else:
         _product(module, device, kernel, dtype, x.dtype)
-    return device.array(y)
+    return device.array(kernel.m.y)
+
+
+def arguments_of(
+    device: Device, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str
+) -> MatmulKernel:
+    """Return the arguments of a product, everything in the memory of the device; y holds a filler."""
+    weight = emulated.packed_weight(device, tensors, attributes)
+    rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
+    m = emulated.Matmul(weight, device.add(tensors["bias"]), tensors["bias"].size > 1, rank)
+    m.x, m.type, m.tokens = device.add(x), emulated.TYPES[dtype], len(x)
+    m.y = device.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
+    kernel = MatmulKernel(m)
+    if rank:
+        kernel.m.down = emulated.factor(device, tensors, "down", 1)
+        kernel.m.up = emulated.factor(device, tensors, "up", 0)
+        kernel.u = device.add(np.full((len(x), rank), np.nan, np.float32), writable=True)
+    return kernel
+
+
+def share_panels(device: Device, kernel: MatmulKernel, tile: int, blocks: int) -> None:
+    """Make room for the sums of blocks that share panels, if there are several."""
+    if blocks > 1:
+        panels = ceil_div(kernel.m.weight.rows, PANEL)
+        kernel.shares = device.add(np.full((blocks, panels, tile, PANEL), np.nan, np.float32), writable=True)
+        kernel.arrivals = device.add(np.zeros(panels, np.uint32), writable=True)
 
 
 def _decode(module: Module, device: Device, kernel: MatmulKernel, dtype: str, blocks: int) -> None:
     weight, tokens = kernel.m.weight, kernel.m.tokens
-    panels, planes = ceil_div(weight.rows, PANEL), _stored_planes(weight)
+    panels, planes = ceil_div(weight.rows, PANEL), stored_planes(weight)
     if dtype == "float32":
         tile = next(t for t in (1, 4, 16) if t >= tokens)
         pattern, table = rf"decode_floatILi{weight.bits}ELi{planes}ELi{tile}E", _table_bytes(weight)
     else:
         tile = 8 * ceil_div(tokens, 8)
         pattern = rf"decode_mmaILi{weight.bits}ELi{planes}ELi{tile // 8}E.*{KINDS[dtype]}E"
-        table = 256 * 128 if weight.bits in (4, 8) else 0
-    if blocks > 1:
-        kernel.shares = device.add(np.full((blocks, panels, tile, PANEL), np.nan, np.float32), writable=True)
-        kernel.arrivals = device.add(np.zeros(panels, np.uint32), writable=True)
+        table = _pair_table_bytes(weight)
+    share_panels(device, kernel, tile, blocks)
     module.launch(pattern, device, bytes(kernel), (panels, blocks), max(table, 4 * WARPS * tile * PANEL))
+
+
+def _pair_table_bytes(weight: emulated.PackedWeight) -> int:
+    return 256 * 128 if weight.bits in (4, 8) else 0
+
+
+def _prefill(module: Module, device: Device, kernel: MatmulKernel, dtype: str) -> None:
+    weight = kernel.m.weight
+    step, stages = (256, 2) if weight.bits == 3 else (128, 3)  # bytes of a token and step
+    pitch = step + (32 if weight.bits == 3 else 16)
+    grid = (ceil_div(ceil_div(weight.rows, PANEL), WARPS), ceil_div(kernel.m.tokens, 64))
+    pattern = rf"prefill_mmaILi{weight.bits}ELi{stored_planes(weight)}E.*{KINDS[dtype]}E"
+    module.launch(pattern, device, bytes(kernel), grid, _pair_table_bytes(weight) + stages * 64 * pitch)
 
 
 def _product(module: Module, device: Device, kernel: MatmulKernel, dtype: str, stored: Any) -> None:
@@ -128,7 +159,7 @@ def _product(module: Module, device: Device, kernel: MatmulKernel, dtype: str, s
 def launch_dense(module: Module, device: Device, weight: emulated.PackedWeight, y: int, dtype: str) -> None:
     steps = ceil_div(weight.columns, 4 * (32 if weight.bits == 3 else 32 // weight.bits))
     grid = (ceil_div(weight.rows, PANEL), min(64, ceil_div(steps, 4 * WARPS)))
-    pattern = rf"decode_denseILi{weight.bits}ELi{_stored_planes(weight)}E.*{KINDS[dtype]}E"
+    pattern = rf"decode_denseILi{weight.bits}ELi{stored_planes(weight)}E.*{KINDS[dtype]}E"
     module.launch(pattern, device, bytes(DenseKernel(weight, y)), grid, _table_bytes(weight))
 
 
@@ -138,6 +169,6 @@ def gather(module: Module, tensors: Mapping[str, Array], attributes: Mapping[str
     weight = emulated.packed_weight(device, tensors, attributes)
     y = device.add(np.zeros((*indices.shape, weight.columns), np.float32), writable=True)
     arguments = emulated.Gather(weight, device.add(indices.astype(np.int64)), y, indices.size)
-    pattern = rf"gather_rowsILi{weight.bits}ELi{_stored_planes(weight)}E"
+    pattern = rf"gather_rowsILi{weight.bits}ELi{stored_planes(weight)}E"
     module.launch(pattern, device, bytes(arguments), (indices.size, 1), _table_bytes(weight))
     return device.array(y)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.plugins.ptx.copies import Copies
 from tests.plugins.ptx.memory import Device, Space
 from tests.plugins.ptx.parser import Instruction, Kernel, PtxError
 
@@ -46,6 +47,7 @@ class State:
         lanes: Number of lanes, all blocks together.
         registers: What they have computed.
         spaces: Memory by state space.
+        copies: What is on its way to shared memory.
         rows: Per space, which of its memories a lane sees.
         special: The read-only registers.
     """
@@ -71,6 +73,7 @@ class State:
             "shared": Space("shared", sum(kernel.shared.values()) + shared, blocks, SHARED_BASE),
             "local": Space("local", sum(kernel.local.values()), self.lanes, LOCAL_BASE),
         }
+        self.copies = Copies(self.spaces["shared"], self.lanes)
         self.rows: dict[str, Array | int] = {"global": 0, "param": 0, "shared": block, "local": lane}
         numbers = {"tid.x": lane % threads, "laneid": lane % WARP, "ctaid.x": block % grid[0]}
         numbers |= {"ctaid.y": block // grid[0] % grid[1], "ctaid.z": block // (grid[0] * grid[1])}
@@ -168,10 +171,10 @@ def run(
         raise PtxError(f"{state.threads} threads are not whole warps or more than the {kernel.threads} of the kernel")
     schedule = Schedule(state)
     leaders = set(kernel.labels.values())
-    opcodes = [instruction.opcode for instruction in kernel.instructions]
+    meets = [instruction.takes_warps for instruction in kernel.instructions]
     with np.errstate(all="ignore"):
         for _ in range(MOST_STEPS):
-            found = schedule.next(lambda pc: pc < len(opcodes) and opcodes[pc] in ("shfl", "mma"))
+            found = schedule.next(lambda pc: pc < len(meets) and meets[pc])
             if found is None:
                 return
             _run_piece(state, schedule, steps, leaders, *found)
@@ -188,10 +191,10 @@ def _run_piece(
         if pc >= len(instructions):
             raise PtxError(f"{state.kernel.name} runs past its end")
         instruction = instructions[pc]
-        if not everyone and pc != start and (pc in leaders or instruction.opcode in ("shfl", "mma")):
+        if not everyone and pc != start and (pc in leaders or instruction.takes_warps):
             schedule.pc[mask] = pc
             return
-        if instruction.opcode in ("bra", "ret", "bar"):
+        if instruction.is_control:
             _control(state, schedule, instruction, pc, mask)
             return
         step = steps[pc]

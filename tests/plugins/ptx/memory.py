@@ -24,12 +24,16 @@ class Space:
         rows: How many there are.
         base: The address of the first byte. Not zero, so that a kernel that assumes it is caught.
         fill: What memory holds at first; 0xFF makes every float NaN.
+
+    Attributes:
+        arriving: Pieces of 16 bytes that nobody may touch as copies to them are on their way; None if there are none.
     """
 
     def __init__(self, name: str, size: int, rows: int = 1, base: int = 0, fill: int = 0xFF) -> None:
         self.name, self.size, self.base = name, size, base
         self.pitch = -(-size // 16) * 16
         self.bytes = np.full(self.pitch * rows, fill, np.uint8)
+        self.arriving: Array | None = None
 
     def load(self, addresses: Array, rows: Array | int, dtype: Any, count: int) -> list[Array]:
         """Return ``count`` neighbouring elements per address."""
@@ -48,6 +52,10 @@ class Space:
             if not np.array_equal(elements[at + i].view(f"u{size}"), value.view(f"u{size}")):
                 raise PtxError(f"lanes store different values at one address of {self.name} memory")
 
+    def places(self, addresses: Array, rows: Array | int, size: int) -> Array:
+        """Return where accesses of ``size`` bytes that write to the addresses begin in ``bytes``."""
+        return self._offsets(addresses, rows, size, WRITE)
+
     def _offsets(self, addresses: Array, rows: Array | int, size: int, access: int) -> Array:
         offsets: Array = addresses.astype(np.int64) - self.base
         if (offsets % size).any():
@@ -58,7 +66,10 @@ class Space:
             raise PtxError(
                 f"an access of {size} bytes at {where} is outside the {self.name} memory ({self.size} bytes)"
             )
-        return offsets + self.pitch * rows
+        at = offsets + self.pitch * rows
+        if self.arriving is not None and self.arriving[at // 16].any():
+            raise PtxError(f"an access to {self.name} memory while a copy to it is on its way")
+        return at
 
     def _forbidden(self, offsets: Array, size: int, access: int) -> Array:
         return np.zeros(len(offsets), bool)

@@ -51,6 +51,16 @@ class Instruction:
     guard: str = ""
     guard_negated: bool = False
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it changes where lanes are: branches, the end, barriers of a block."""
+        return self.opcode in ("bra", "ret") or (self.opcode == "bar" and self.modifiers[:1] != ("warp",))
+
+    @property
+    def takes_warps(self) -> bool:
+        """Whether the 32 lanes of a warp execute it together."""
+        return self.opcode in ("shfl", "mma") or (self.opcode == "bar" and self.modifiers[:1] == ("warp",))
+
     def error(self, what: str) -> PtxError:
         """Return an error that names the line."""
         return PtxError(f"line {self.line}: {what}: {self.text}")

@@ -8,12 +8,12 @@ import numpy as np
 
 from tests.plugins.ptx import arithmetic
 from tests.plugins.ptx.arithmetic import DTYPES, Array
+from tests.plugins.ptx.copies import COPY_BYTES, read_source
 from tests.plugins.ptx.machine import WARP, State, Step
 from tests.plugins.ptx.parser import Instruction, Kernel, Operand, PtxError
 
 Reader = Callable[[State], Array]
 Writer = Callable[[State, Array, Array], None]
-CONTROL = ("bra", "ret", "bar")
 FENCES = ("membar", "fence")
 CACHE_HINTS = {"nc", "cg", "ca", "cs", "volatile", "relaxed", "gpu", "L1::no_allocate", "L2::128B"}
 
@@ -24,7 +24,7 @@ def compile_kernel(kernel: Kernel) -> list[Step | None]:
     Raises:
         PtxError: An instruction is not known; the message holds its line.
     """
-    return [None if i.opcode in CONTROL else _Compiler(kernel, i).step() for i in kernel.instructions]
+    return [None if i.is_control else _Compiler(kernel, i).step() for i in kernel.instructions]
 
 
 class _Compiler:
@@ -45,6 +45,8 @@ class _Compiler:
             "shfl": self._shuffle,
             "mma": self._multiply_matrices,
             "atom": self._atomic,
+            "cp": self._copy,
+            "bar": self._meet,
         }
         if self.it.opcode in FENCES:
             return lambda state, mask: None  # the interpreter's memory is always in order
@@ -179,6 +181,27 @@ class _Compiler:
 
         return atomic
 
+    def _copy(self) -> Step:
+        if self.it.modifiers == ("async", "commit_group"):
+            return lambda state, mask: state.copies.commit(mask)
+        if self.it.modifiers == ("async", "wait_group"):
+            pending = self.it.operands[0].value
+            return lambda state, mask: state.copies.wait(mask, pending)
+        form = ("async", "cg", "shared", "global")
+        if self.it.modifiers[:4] != form or set(self.it.modifiers[4:]) - CACHE_HINTS or len(self.it.operands) != 4:
+            raise self.it.error("unknown form")
+        target, source, size, used = self.it.operands
+        if size.value != COPY_BYTES:
+            raise self.it.error(f"only copies of {COPY_BYTES} bytes are known")
+        to, from_, count = self._address(target, "shared"), self._address(source, "global"), self.read(used, "u32")
+
+        def copy(state: State, mask: Array) -> None:
+            counts = np.broadcast_to(count(state), state.lanes)[mask]
+            values = read_source(state.spaces["global"], from_(state)[mask], counts)
+            state.copies.start(mask, to(state)[mask], state.row("shared", mask), values)
+
+        return copy
+
     # ---- registers
 
     def _move(self) -> Step:
@@ -249,6 +272,11 @@ class _Compiler:
 
     # ---- warps
 
+    def _meet(self) -> Step:
+        if self.it.modifiers != ("warp", "sync") or self.it.operands[0].value & 0xFFFFFFFF != 0xFFFFFFFF:
+            raise self.it.error("only barriers of whole warps and of blocks are known")
+        return lambda state, mask: None  # the machine brings the lanes together
+
     def _shuffle(self) -> Step:
         target, source, lane_mask, clamp, members = self.it.operands
         if self.it.modifiers != ("sync", "bfly", "b32"):
@@ -271,14 +299,13 @@ class _Compiler:
         return shuffle
 
     def _multiply_matrices(self) -> Step:
-        expected = ("sync", "aligned", "m16n8k16", "row", "col", "f32")
-        if self.it.modifiers[:6] != expected or self.it.modifiers[6:] not in arithmetic.MMA_TYPES:
+        if self.it.modifiers[:2] != ("sync", "aligned") or self.it.modifiers[2:] not in arithmetic.MMA_FORMS:
             raise self.it.error("unknown form")
         target, *sources = self.it.operands
-        types = ("u32", "u32", "f32")
+        types = ("u32", "u32", self.it.modifiers[-1])
         a, b, c = ([self.read(p, t) for p in s.parts] for s, t in zip(sources, types, strict=True))
         writers = [self.write(part) for part in target.parts]
-        widen = arithmetic.MMA_TYPES[self.it.modifiers[6:]]
+        widen = arithmetic.MMA_FORMS[self.it.modifiers[2:]]
 
         def multiply(state: State, mask: Array) -> None:
             left, right, sums = ([np.broadcast_to(read(state), state.lanes) for read in x] for x in (a, b, c))
