@@ -257,7 +257,8 @@ def test_models_are_timed_in_turns(work, capsys, tmp_path):
     assert run_cli("bench", f"{onnx}@bodies", onnx, *flags, "--json", "--quiet") == 0
     bodies, last = stdout_json(capsys)["models"]
     assert bodies["kernels"] == "bodies"
-    assert last["decode_ratio"] == last["prefill_ratio"] == 1
+    assert last["decode_ratios"] == last["prefill_ratios"] == {}
+    assert bodies["decode_ratios"].keys() == bodies["prefill_ratios"].keys() == {last["name"]}
     assert bodies["decode"] > 0
     assert 2 < bodies["bits"] < 16
     assert bodies["memory"]["peak_rss"] > bodies["memory"]["baseline_rss"] > 0
