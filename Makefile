@@ -24,7 +24,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test test-gpu check format native native-all native-cuda wheel wheel-check clean distclean
+.PHONY: help demo test test-gpu check format native native-cpu native-all native-cuda wheel wheel-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,15 +53,19 @@ $(VENV)/.tools: $(VENV)/.created constraints.txt
 	$(INSTALL) cmake ninja
 	@touch $@
 
-demo: $(VENV)/.demo native  ## Quantize SmolLM2-135M, export, run, compare, build an engine; report in demo/
+demo: $(VENV)/.demo native-cpu  ## Quantize SmolLM2-135M, export, run, compare, build an engine; report in demo/
 	$(BIN)/rankbook demo $(DEMO_ARGS)
 
 # Without a compiler or the runtime's headers everything still works, more slowly: a warning, not an error.
-native: $(VENV)/.tools  ## Build the native library into plugins/lib/
-	@export PATH="$(abspath $(BIN)):$$PATH"; \
-	cmake -G Ninja -S . -B build/native -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS) && \
-	cmake --build build/native && \
-	cmake --install build/native --prefix .pkg --component native
+CONFIGURE = export PATH="$(abspath $(BIN)):$$PATH"; cmake -G Ninja -S . -B build/native -DCMAKE_BUILD_TYPE=Release $(CMAKE_ARGS)
+native: $(VENV)/.tools  ## Build the native libraries into plugins/lib/
+	@$(CONFIGURE) && cmake --build build/native && cmake --install build/native --prefix .pkg --component native
+
+# CUDA kernels take minutes where there is a compiler for them; the demo runs on the CPU alone.
+native-cpu: $(VENV)/.tools  ## Build only the library of ONNX Runtime on the CPU
+	@$(CONFIGURE) && if cmake --build build/native --target help | grep -q '^rankbook_ort:'; then \
+		cmake --build build/native --target rankbook_ort && \
+		cmake --install build/native --prefix .pkg --component native-cpu; fi
 
 # Only this package carries TensorRT's headers (Apache-2.0); it is needed to build and is not installed anywhere.
 $(TENSORRT_HEADERS)/.installed: | $(VENV)/.created
