@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rankbook.tools.backends.base import LanguageModel
-from rankbook.tools.onnx_file import MODEL_NAME
+from rankbook.tools.onnx_file import MODEL_NAME, find_model
 
 
 def is_onnx(source: str | Path) -> bool:
@@ -48,3 +48,19 @@ def open_model(
 
         model.tokenizer = load_tokenizer(tokenizer)
     return model
+
+
+def find_checkpoint(path: Path, given: Path | None) -> Path | None:
+    """Return the checkpoint that an exported file was made from: the one given, or the one its export wrote down."""
+    if given is not None:
+        return given
+    folder = find_model(path).parent
+    resolved = folder / "rankbook-export.yaml"
+    if not resolved.is_file():
+        return None
+    import yaml
+
+    noted = (yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}).get("export", {}).get("checkpoint", "")
+    # Both folders may have moved together.
+    candidates = [Path(noted), folder.parent / Path(noted).name]
+    return next((candidate for candidate in candidates if noted and candidate.is_dir()), None)

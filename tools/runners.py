@@ -92,7 +92,8 @@ def function_runner(name: str, inputs: Feeds, infer: Callable[[Feeds], Mapping[s
         def infer_impl(self, feed_dict: Feeds) -> OrderedDict[str, Array]:
             """Call the function."""
             start = time.perf_counter()
-            outputs = OrderedDict(infer(feed_dict))
+            # polygraphy refuses views, such as the last position of all logits.
+            outputs = OrderedDict((key, np.ascontiguousarray(value)) for key, value in infer(feed_dict).items())
             self.inference_time = time.perf_counter() - start
             return outputs
 

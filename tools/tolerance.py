@@ -16,9 +16,19 @@ ROUNDED_TOLERANCE = 5e-2
 
 def default_tolerance(file: OnnxFile) -> float:
     """Return the largest relative difference that passes by what a file rounds."""
-    tolerance = TOLERANCE.get(file.metadata.get("rankbook.dtype", "fp32"), TOLERANCE["fp32"])
+    tolerance = exact_tolerance(file)
     rounds = file.metadata.get("rankbook.kv") == "int8" or file.metadata.get("rankbook.activations", "none") != "none"
     return max(tolerance, ROUNDED_TOLERANCE) if rounds else tolerance
+
+
+def exact_tolerance(file: OnnxFile) -> float:
+    """Return the largest relative difference of one layer on one input, by the file's activation type."""
+    return TOLERANCE.get(file.metadata.get("rankbook.dtype", "fp32"), TOLERANCE["fp32"])
+
+
+def rounds_inside(file: OnnxFile) -> bool:
+    """Return whether the file's own operators round their input: each of them can be compared alone."""
+    return file.metadata.get("rankbook.activations") == "int8"
 
 
 def match_settings(file: OnnxFile, torch_model: TorchModel) -> None:

@@ -9,9 +9,10 @@ import onnx
 import pytest
 
 from rankbook.plugins import contract, library
-from rankbook.tools import errors
+from rankbook.tools import errors, parity
 from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.backends.torch import TorchModel
+from rankbook.tools.tolerance import match_settings
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
 
@@ -68,6 +69,17 @@ def test_parity_compares_with_the_same_rounding(work: Path, kernels: str, capsys
     rounded = relative(OrtModel(work / "int8", kernels=kernels).logits(TOKENS), exact)
     assert report["logits"]["error"] < 0.5 * rounded
     assert max(check["error"] for check in report["operators"]) < 2e-6
+
+
+def test_a_layer_whose_input_drifted_is_judged_on_the_input_of_its_torch_module(work: Path) -> None:
+    model, torch_model = OrtModel(work / "int8", kernels="bodies"), TorchModel(work / "q")
+    match_settings(model.file, torch_model)
+    captured = parity.capture_layers(torch_model, TOKENS)
+    name = "model.layers.0.mlp.down_proj"
+    drifted = parity.LayerCheck(name, 0.5, passed=False)
+    assert parity._judged_alone(model, drifted, captured).passed
+    captured.outputs[name] = 1.001 * captured.outputs[name]  # five times what one layer may differ by
+    assert not parity._judged_alone(model, drifted, captured).passed
 
 
 def test_inspect_names_the_operators(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

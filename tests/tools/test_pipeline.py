@@ -122,6 +122,16 @@ def test_generate_refuses_bad_input(arguments, said, work, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_parity_holds_for_a_file_exported_with_no_flags(work, tmp_path, capsys):
+    """It has the last position's logits alone, which in PyTorch are a view into all of them."""
+    assert run_cli("export", work / "q", "-o", tmp_path / "onnx", "--quiet") == 0
+    capsys.readouterr()
+    assert run_cli("parity", tmp_path / "onnx", "--no-layers", "--json", "--quiet") == 0
+    report = stdout_json(capsys)
+    assert report["passed"]
+    assert report["logits"]["error"] < 1e-5  # float32 on both sides
+
+
 def test_parity_holds_and_reports_every_layer(work, tmp_path, capsys):
     out = tmp_path / "parity.json"
     assert run_cli("parity", work / "onnx", "-o", out, "--json", "--quiet") == 0

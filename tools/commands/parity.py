@@ -47,13 +47,14 @@ def run(options: argparse.Namespace) -> Outcome:
     from rankbook.tools import onnx_file, parity
     from rankbook.tools.backends import ort
     from rankbook.tools.backends.torch import TorchModel
+    from rankbook.tools.models import find_checkpoint
 
     if reason := ort.unavailable():
         raise MissingError(reason)
     if options.tokens <= parity.CACHED_TOKENS:
         raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
     onnx_file.require_ours(onnx_file.read(options.model))
-    checkpoint = parity.find_checkpoint(options.model, options.checkpoint)
+    checkpoint = find_checkpoint(options.model, options.checkpoint)
     if checkpoint is None:
         raise UsageError(f"the checkpoint of {options.model} is not where it was; name it with --checkpoint DIR")
     console = Console(quiet=options.quiet)

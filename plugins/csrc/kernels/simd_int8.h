@@ -14,9 +14,25 @@
 namespace rankbook {
 namespace {
 
+#if defined(__AVX2__)
+// What both widths do with 16 bytes at a time.
+struct Halves {
+  // One block of 32 bytes: each half by `from`, then, if asked, 16 bits of the one and of the other in turn.
+  template <bool kInterleave>
+  static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
+    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), order);
+    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16)), order);
+    auto* to = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(to, kInterleave ? _mm_unpacklo_epi16(low, high) : low);
+    _mm_storeu_si128(to + 1, kInterleave ? _mm_unpackhi_epi16(low, high) : high);
+  }
+};
+#endif
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
-struct Bytes {
+struct Bytes : Halves {
   static constexpr const char* kName = "avx512-vnni";
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
@@ -54,21 +70,11 @@ struct Bytes {
   static void narrow(int8_t* to, I value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(value));
   }
-  // One block of 32 bytes: each half by `from`, then, if asked, 16 bits of the one and of the other in turn.
-  template <bool kInterleave>
-  static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
-    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(from));
-    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), order);
-    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16)), order);
-    auto* to = reinterpret_cast<__m128i*>(out);
-    _mm_storeu_si128(to, kInterleave ? _mm_unpacklo_epi16(low, high) : low);
-    _mm_storeu_si128(to + 1, kInterleave ? _mm_unpackhi_epi16(low, high) : high);
-  }
 };
 
 #elif defined(__AVX2__)
 
-struct Bytes {
+struct Bytes : Halves {
 #if defined(__AVXVNNI__)
   static constexpr const char* kName = "avx-vnni";
   static constexpr int kUnsignedRange = 255;
@@ -131,16 +137,6 @@ struct Bytes {
   static void narrow(int8_t* to, I value) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
-  }
-  // One block of 32 bytes: each half by `from`, then, if asked, 16 bits of the one and of the other in turn.
-  template <bool kInterleave>
-  static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
-    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(from));
-    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)), order);
-    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 16)), order);
-    auto* to = reinterpret_cast<__m128i*>(out);
-    _mm_storeu_si128(to, kInterleave ? _mm_unpacklo_epi16(low, high) : low);
-    _mm_storeu_si128(to + 1, kInterleave ? _mm_unpackhi_epi16(low, high) : high);
   }
 };
 
