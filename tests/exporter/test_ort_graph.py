@@ -82,6 +82,25 @@ def test_the_cache_grows_in_place(work: Path) -> None:
     assert relative(np.stack(scores), want.logits(tokens)[0, 4:]) < TOLERANCE
 
 
+def test_steps_share_a_binding_until_the_buffers_change(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts after steps, scores of a batch between them, several tokens behind a past: all as without a cache."""
+    file, want = OrtModel(work / "onnx"), TorchModel(work / "checkpoint").logits(TOKENS)
+    bind, bound = file.session.io_binding, []
+
+    def io_binding() -> Any:
+        bound.append(bind())
+        return bound[-1]
+
+    monkeypatch.setattr(file.session, "io_binding", io_binding)
+    for row, prompt in ((0, 7), (1, 3)):
+        tokens = TOKENS[row]
+        steps = [file.start(tokens[None, :prompt]), *(file.step(int(token)) for token in tokens[prompt:15])]
+        last = file._advance(tokens[None, 15:])
+        assert relative(np.stack([*steps, last]), want[row, [*range(prompt - 1, 15), 19]]) < TOLERANCE
+        assert relative(file.logits(TOKENS), want) < TOLERANCE
+    assert len(bound) == 2, "one for each generation"
+
+
 def test_padding_at_the_end_of_a_row_is_not_seen(work: Path) -> None:
     file = OrtModel(work / "onnx")
     feeds = file.feeds(TOKENS)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rankbook.tools.backends.base import Logits, Tokens
+    from rankbook.tools.backends.ort_steps import BoundSteps
 
 EXACT_KERNELS = ("auto", "bodies", "native", "native-cuda")
 """On the CPU ``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is
@@ -181,7 +182,8 @@ class OrtModel(LanguageModel):
         self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
         self._outputs = [item.name for item in self.session.get_outputs()]
         self._cache: dict[str, Any] = {}
-        self._length = 0
+        self._length = self._held = 0
+        self._steps: BoundSteps | None = None
         # ONNX Runtime's attention writes new keys and values behind the old ones, in the same buffer.
         self._in_place = self.file.metadata.get("rankbook.graph") == "ort"
 
@@ -198,7 +200,7 @@ class OrtModel(LanguageModel):
     def logits(self, tokens: Tokens) -> Logits:
         """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary)."""
         self._reset(tokens.shape[0])
-        scores: Logits = self._run(tokens, ["logits"])[0].numpy().astype("float32", copy=False)
+        scores: Logits = self._run(tokens, ["logits"])["logits"].numpy().astype("float32", copy=False)
         if scores.shape[1] != tokens.shape[1]:
             raise UsageError(
                 f"{self.file.path} gives the logits of the last position only; all are needed here:"
@@ -220,16 +222,15 @@ class OrtModel(LanguageModel):
     def feeds(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
         """Return the inputs of one call without a cache, by name, as numpy arrays."""
         self._reset(tokens.shape[0])
-        values = self._inputs(tokens) | {name: value.numpy() for name, value in self._cache.items()}
-        return {name: value for name, value in values.items() if name in self._types}
+        return self._inputs(tokens) | {name: value.numpy() for name, value in self._cache.items()}
 
     def _reset(self, batch: int) -> None:
         """An empty cache: tensors without a past."""
         import numpy as np
         from onnxruntime import OrtValue
 
-        self._length = 0
-        self._cache = {}
+        self._length = self._held = 0
+        self._cache, self._steps = {}, None
         for name, shape in self.file.inputs.items():
             if name.startswith("past_key_values"):
                 sizes = [
@@ -240,11 +241,13 @@ class OrtModel(LanguageModel):
     def _advance(self, tokens: Tokens) -> Logits:
         if self._in_place:
             self._reserve(self._length + tokens.shape[1])
-        values = dict(zip(self._outputs, self._run(tokens, self._outputs), strict=True))
-        self._length += tokens.shape[1]
-        if not self._in_place:
+            scores = self._run_in_place(tokens)
+        else:
+            values = self._run(tokens, self._outputs)
             self._cache = {_past(name): value for name, value in values.items() if name.startswith("present")}
-        last: Logits = values["logits"].numpy()[0, -1].astype("float32", copy=False)
+            scores = values["logits"].numpy()
+        self._length += tokens.shape[1]
+        last: Logits = scores[0, -1].astype("float32")  # a copy: the next step writes there
         return last
 
     def _reserve(self, positions: int) -> None:
@@ -252,47 +255,48 @@ class OrtModel(LanguageModel):
         import numpy as np
         from onnxruntime import OrtValue
 
+        if positions <= self._held:
+            return
+        self._held, self._steps = max(positions + _ROOM, 2 * self._held), None
         for name, value in self._cache.items():
-            batch, heads, held, size = value.shape()
-            if held < positions:
-                wide = np.zeros((batch, heads, max(positions + _ROOM, 2 * held), size), self._types[name])
-                wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
-                self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
+            batch, heads, _, size = value.shape()
+            wide = np.zeros((batch, heads, self._held, size), self._types[name])
+            wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
+            self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
 
-    def _run(self, tokens: Tokens, outputs: list[str]) -> list[Any]:
+    def _run(self, tokens: Tokens, outputs: list[str]) -> dict[str, Any]:
+        """Compute outputs by name; OrtValues go in and out, since the cache is most of what a step moves."""
         from onnxruntime import OrtValue
 
-        feeds = {
-            name: OrtValue.ortvalue_from_numpy(value)
-            for name, value in self._inputs(tokens).items()
-            if name in self._types
-        }
-        # OrtValues go in and out without a copy to numpy: the cache is most of what a step moves.
-        binding = self.session.io_binding()
-        for name, value in (feeds | self._cache).items():
-            binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            if self._in_place and name.startswith("present"):
-                binding.bind_ortvalue_output(name, self._cache[_past(name)])
-            else:
-                binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
-        result: list[Any] = binding.get_outputs()
-        return result
+        feeds = {name: OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(tokens).items()}
+        return dict(zip(outputs, self.session.run_with_ort_values(outputs, feeds | self._cache), strict=True))
+
+    def _run_in_place(self, tokens: Tokens) -> Any:
+        """Compute the logits; keys and values are written into the buffers of the cache."""
+        steps = self._steps
+        if steps is None:
+            from rankbook.tools.backends.ort_steps import BoundSteps
+
+            outputs = {_past(name): name for name in self._outputs if name.startswith("present")}
+            buffers = {name: (outputs[name], value) for name, value in self._cache.items()}
+            steps = BoundSteps(self.session, buffers, self._types)
+        # For a GPU, what is bound is copied there at that moment: such a binding serves one call.
+        self._steps = None if self.cuda else steps
+        return steps.run(tokens, self._length)
 
     def _inputs(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
 
         batch, length = tokens.shape
-        positions = np.arange(self._length, self._length + length)
-        values = {
-            "input_ids": tokens,
-            "attention_mask": np.ones((batch, self._length + length)),
-            "position_ids": np.broadcast_to(positions, (batch, length)),
-        }
-        return {
-            name: np.ascontiguousarray(value.astype(self._types.get(name, np.int64))) for name, value in values.items()
-        }
+        inputs: dict[str, np.ndarray[Any, Any]] = {}
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if name in self._types:
+                size = self._length + length if name == "attention_mask" else length
+                inputs[name] = np.ones((batch, size), self._types[name])
+        inputs["input_ids"][:] = tokens
+        if "position_ids" in inputs:
+            inputs["position_ids"][:] = np.arange(self._length, self._length + length)
+        return inputs
 
 
 def _past(present: str) -> str:

@@ -54,6 +54,7 @@ class Model(Contender):
         if not self._context:
             raise UsageError(f"llama.cpp cannot make a context of {setting.capacity} tokens for {path}")
         self._words = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
+        self._scores: tuple[int, Any] = (0, None)
         self.kernels = f"llama-cpp-python {version('llama-cpp-python')}"
         self.file_bytes = path.stat().st_size
         self.packed = (self._library.llama_model_size(self._model), self._library.llama_model_n_params(self._model))
@@ -74,7 +75,10 @@ class Model(Contender):
         if status := self._library.llama_decode(self._context, self._library.llama_batch_get_one(held, len(tokens))):
             raise CheckFailedError(f"llama.cpp could not decode {len(tokens)} tokens: status {status}")
         scores = self._library.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(scores, (self._words,)).argmax())
+        address = ctypes.addressof(scores.contents)
+        if address != self._scores[0]:  # an array is made once: it takes one percent of a step
+            self._scores = (address, np.ctypeslib.as_array(scores, (self._words,)))
+        return int(self._scores[1].argmax())
 
     def __del__(self) -> None:
         """Give the memory back."""
