@@ -25,11 +25,11 @@ from collections.abc import Iterable
 from functools import cache
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from rankbook.exporter import integer_body
-from rankbook.exporter.functions import FunctionWriter, dequantize_function
-from rankbook.plugins import contract, layout
+from rankbook.exporter.functions import OPSET, FunctionWriter, dequantize_function
+from rankbook.plugins import contract, layout, merged
 
 _FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 _ORDER_3 = [0, 2, 4, 1, 3, 5, 6, 7]
@@ -42,7 +42,10 @@ def functions(op_types: Iterable[str]) -> list[onnx.FunctionProto]:
     Raises:
         KeyError: There is no such operator.
     """
-    return [*(body(name) for name in sorted(set(op_types))), dequantize_function()]
+    names = set(op_types)
+    several = sorted(names & set(merged.OPERATORS))
+    alone = sorted((names - set(several)) | {merged.OPERATORS[name].member.name for name in several})
+    return [*map(merged_body, several), *map(body, alone), dequantize_function()]
 
 
 @cache
@@ -64,6 +67,35 @@ def body(op_type: str) -> onnx.FunctionProto:
         list(operator.input_names()),
         [port.name for port in operator.outputs],
         [attribute.name for attribute in operator.attributes],
+    )
+
+
+def merged_body(op_type: str) -> onnx.FunctionProto:
+    """Return the function that computes an operator of several products, by the functions of each.
+
+    Raises:
+        KeyError: There is no such operator.
+    """
+    operator = merged.OPERATORS[op_type]
+    member, constants = operator.member, operator.member.constants()
+    nodes = []
+    for i in range(operator.count):
+        inputs = [member.inputs[0].name, *(f"{name}_{i}" for name in constants)]
+        node = helper.make_node(member.name, inputs, [operator.outputs[i].name], domain=contract.DOMAIN)
+        for item in member.attributes:
+            if item.kind == "string":
+                node.attribute.append(helper.make_attribute(item.name, item.value))
+            else:
+                node.attribute.add(name=item.name, type=onnx.AttributeProto.INT, ref_attr_name=f"{item.name}_{i}")
+        nodes.append(node)
+    return helper.make_function(
+        contract.DOMAIN,
+        operator.name,
+        [port.name for port in operator.inputs],
+        [port.name for port in operator.outputs],
+        nodes,
+        [helper.make_opsetid("", OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)],
+        attributes=list(operator.attributes),
     )
 
 

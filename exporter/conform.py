@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
 from rankbook.exporter.passes.metadata import LAYERS
-from rankbook.plugins import contract
+from rankbook.plugins import contract, merged
 
 _MAX_LISTED = 100
 
@@ -53,8 +53,22 @@ def check_proto(model: onnx.ModelProto) -> list[str]:
     values = _Values(model)
     for node in nodes:
         where = f"{node.op_type} node {node.name or node.output[0]!r}"
-        problems += [f"{where}: {problem}" for problem in _check_node(node, values)]
+        try:
+            parts = merged.split(node_parts(node))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        for part in parts:
+            which = f" ({part.name})" if len(parts) > 1 else ""
+            problems += [f"{where}{which}: {problem}" for problem in _check_node(part, values)]
     return problems
+
+
+def node_parts(node: onnx.NodeProto) -> merged.Node:
+    """Return a node as its parts; strings among its attributes are decoded."""
+    found = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
+    return merged.Node(node.name, node.op_type, tuple(node.input), tuple(node.output), attributes)
 
 
 def _check_dialect(model: onnx.ModelProto, noted: dict[str, str]) -> Iterator[str]:
@@ -109,30 +123,30 @@ def _check_imports(model: onnx.ModelProto, nodes: list[Any]) -> Iterator[str]:
         yield f"the model has no function for {name}, so stock runtimes cannot run it; export it again"
 
 
-def _check_node(node: Any, values: _Values) -> Iterator[str]:
+def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
     op = contract.OPERATORS.get(node.op_type)
     if op is None:
         yield f"unknown operator; known are {', '.join(contract.OPERATORS)}"
         return
-    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    attributes = node.attributes
     broken = [problem for wanted in op.attributes for problem in _check_attribute(wanted, attributes)]
     unknown = sorted(set(attributes) - {attribute.name for attribute in op.attributes})
     yield from broken
     if unknown:
         yield f"unknown attributes {unknown}"
     names = op.input_names()
-    if len(node.input) != len(names) or len(node.output) != len(op.outputs) or not all(node.input):
-        yield f"has {len(node.input)} inputs and {len(node.output)} outputs; the contract asks for {names} and 'y'"
+    if len(node.inputs) != len(names) or len(node.outputs) != len(op.outputs) or not all(node.inputs):
+        yield f"has {len(node.inputs)} inputs and {len(node.outputs)} outputs; the contract asks for {names} and 'y'"
         return
     if broken:
         return
     sizes = contract.known_sizes(op.bits, attributes["out_features"], attributes["in_features"])
-    for port, name in zip((*op.inputs, *op.outputs), (*node.input, *node.output), strict=True):
+    for port, name in zip((*op.inputs, *op.outputs), (*node.inputs, *node.outputs), strict=True):
         yield from _check_port(port, name, values, sizes)
     yield from _check_sizes(sizes, attributes)
 
 
-def _check_attribute(wanted: contract.Attribute, attributes: dict[str, Any]) -> Iterator[str]:
+def _check_attribute(wanted: contract.Attribute, attributes: Mapping[str, Any]) -> Iterator[str]:
     value = attributes.get(wanted.name)
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
@@ -180,7 +194,7 @@ def _check_activation(
         yield f"{where} has shape {shape}; its last size must be {last} = {want}"
 
 
-def _check_sizes(sizes: dict[str, int], attributes: dict[str, Any]) -> Iterator[str]:
+def _check_sizes(sizes: dict[str, int], attributes: Mapping[str, Any]) -> Iterator[str]:
     if sizes["K"] % sizes.get("G", 1):
         yield f"port 'params': {sizes['G']} groups do not divide K = {sizes['K']}"
     if sizes.get("Q", 2) < 1 + attributes["offset"]:

@@ -24,6 +24,7 @@ from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.kv_cache import CACHES, QuantizeCache
+from rankbook.exporter.passes.merge import MergeProducts
 from rankbook.exporter.passes.metadata import AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
@@ -226,7 +227,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
 def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:
     """Return the passes that bring in operators of ONNX Runtime."""
     tables, windows = attention.rotary_tables(skeleton.model), attention.windows(skeleton.model.config)
-    return [GroupQueryAttention(tables, windows), FuseSkipNorms()]
+    return [GroupQueryAttention(tables, windows), FuseSkipNorms(), MergeProducts()]
 
 
 def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankbook.plugins import contract, layout
+from rankbook.plugins import contract, layout, merged
 
 
 def header_text() -> str:
@@ -20,6 +20,8 @@ def header_text() -> str:
         f'inline constexpr const char* kPluginNamespace = "{contract.PLUGIN_NAMESPACE}";',
         f'inline constexpr const char* kPluginVersion = "{contract.PLUGIN_VERSION}";',
         f"inline constexpr int kBits[] = {{{', '.join(map(str, layout.BITS))}}};",
+        f'inline constexpr const char* kMerged = "{merged.SUFFIX}";',
+        f"inline constexpr int kMostMerged = {merged.MOST};",
     ]
     attributes = contract.OPERATORS[contract.op_name(contract.MATMUL, layout.BITS[0])].attributes
     names = [attribute.name for attribute in attributes if attribute.kind == "int"]

@@ -16,10 +16,10 @@ MODEL_NAME = "model.onnx"
 
 @dataclass(frozen=True)
 class CustomNode:
-    """One node of our domain.
+    """One node of our domain, or one product of a node of several (`rankbook.plugins.merged`).
 
     Attributes:
-        name: Name of the node, which is the dotted name of the torch module it came from.
+        name: Name of the layer, which is the dotted name of the torch module it came from.
         op_type: E.g. ``CodebookMatMul3``.
         inputs: Names of its inputs.
         output: Name of its output.
@@ -163,15 +163,21 @@ def read(path: Path) -> OnnxFile:
     graph = model.graph
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     packed = noted_layers(metadata)
+    nodes: list[CustomNode] = []
+    outputs: dict[str, str] = {}
+    for node in graph.node:
+        ours = _custom_nodes(file, node) if node.domain == contract.DOMAIN else []
+        nodes += ours
+        outputs |= {item.name: item.output for item in ours}
+        if not ours and node.name in packed:
+            outputs[node.name] = node.output[0]
     return OnnxFile(
         path=file,
         inputs={value.name: _shape(value) for value in graph.input},
         outputs={value.name: _shape(value) for value in graph.output},
         metadata=metadata,
-        nodes=tuple(_custom_node(node) for node in graph.node if node.domain == contract.DOMAIN),
-        outputs_of={
-            node.name: node.output[0] for node in graph.node if node.domain == contract.DOMAIN or node.name in packed
-        },
+        nodes=tuple(nodes),
+        outputs_of=outputs,
         domains=frozenset(node.domain.removeprefix("ai.onnx") for node in graph.node),
         initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},
         opset=max([item.version for item in model.opset_import if item.domain in ("", "ai.onnx")], default=0),
@@ -226,12 +232,15 @@ def _shape(value: Any) -> list[int | str]:
     ]
 
 
-def _custom_node(node: Any) -> CustomNode:
-    import onnx
+def _custom_nodes(path: Path, node: Any) -> list[CustomNode]:
+    from rankbook.exporter.conform import node_parts
+    from rankbook.plugins import merged
 
-    attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-    decoded = {key: value.decode() if isinstance(value, bytes) else value for key, value in attributes.items()}
-    return CustomNode(node.name, node.op_type, tuple(node.input), node.output[0], decoded)
+    try:
+        parts = merged.split(node_parts(node))
+    except ValueError as error:
+        raise UsageError(f"{path}: {node.op_type} node {node.name!r} {error}; export it again") from None
+    return [CustomNode(part.name, part.op_type, part.inputs, part.outputs[0], dict(part.attributes)) for part in parts]
 
 
 def _initializer(tensor: Any) -> Initializer:

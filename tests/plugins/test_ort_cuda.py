@@ -26,6 +26,7 @@ from rankbook.tools.errors import MissingError
 from tests.op_cases import CASES, activations, case_record, expected, op_model, relative_error
 from tests.plugins import emulated
 from tests.plugins.op_models import OpCase, draw
+from tests.plugins.test_merged import draw_several, model_of
 from tests.plugins.test_trt_library import output, tool
 
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
@@ -98,6 +99,20 @@ def test_products_of_rounded_activations(rank: int) -> None:
     want = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
     # The sums of groups are exact; they are added up in fp32 in another order.
     assert relative_error(run(driver(), op.model(), op.inputs["x"]), want) < 1e-5
+
+
+@emulates
+@pytest.mark.parametrize("rank", [0, 5])
+def test_several_products_of_one_input(rank: int) -> None:
+    """Every product is what it is alone, bit for bit: kernels run one after another, each with its own scratch."""
+    import onnxruntime as ort
+
+    ops = draw_several(OpCase(rank=rank, tokens=(20,), bias=True), 3)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(driver()))
+    session = ort.InferenceSession(model_of(ops).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for y, op in zip(session.run(None, {"x": ops[0].inputs["x"]}), ops, strict=True):
+        np.testing.assert_array_equal(y, run(driver(), op.model(), op.inputs["x"]))
 
 
 @emulates

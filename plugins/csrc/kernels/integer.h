@@ -51,13 +51,21 @@ struct StagedRows {
   float* shifts = nullptr;   // (G, M): float(sums) * scales
 };
 
-struct IntegerArgs {
+struct IntegerProduct {
   IntegerWeight weight;
   IntegerBranch branch;
-  const float* bias = nullptr;   // (N), or null
+  const float* bias = nullptr;  // (N), or null
+  float* y = nullptr;           // (M, N)
+};
+
+inline constexpr int kMostProducts = 3;  // query, key and value
+
+// Products of one x, which is rounded once. Their weights have the same width and groups.
+struct IntegerArgs {
+  const IntegerProduct* products = nullptr;
+  int count = 0;                 // of products, up to kMostProducts
   const float* x = nullptr;      // (M, K)
   int64_t tokens = 0;            // M
-  float* y = nullptr;            // (M, N)
   uint8_t* workspace = nullptr;  // integer_workspace() bytes, aligned to 64
 };
 
@@ -74,7 +82,7 @@ bool needs_signed(const int32_t* levels, int count, const IntegerKernels& kernel
 
 PlaneTable prepare_table(const int32_t* levels, int bits, bool is_signed);
 
-int64_t integer_workspace(const IntegerWeight& weight, const IntegerBranch& branch, int64_t tokens);
+int64_t integer_workspace(const IntegerArgs& args);
 
 Status integer_linear(const IntegerArgs& args, const IntegerKernels& kernels, const Parallel& parallel);
 

@@ -23,11 +23,33 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 struct Job {
   const IntegerArgs& args;
   const IntegerKernels& kernels;
-  StagedRows natural;       // order of 8 bits, for the error branch
-  StagedRows staged;        // order of the weight's width
-  float* ranks = nullptr;   // (M, RP * 32)
-  int64_t chunks = 1;       // pieces of kTokenChunk tokens
-  int64_t panels = 1;       // panels per task of a single token
+  StagedRows natural;                 // order of 8 bits, for the error branch
+  StagedRows staged;                  // order of the weight's width
+  float* ranks[kMostProducts] = {};   // (M, RP * 32) of each product
+  int64_t chunks = 1;                 // pieces of kTokenChunk tokens
+  int64_t panels = 1;                 // panels per task of a single token
+
+  const IntegerWeight& weight() const { return args.products[0].weight; }  // for what all have in common
+};
+
+int64_t panels_of(const IntegerProduct& product) { return product.weight.weight.panels(); }
+
+int64_t rank_panels_of(const IntegerProduct& product) { return ceil_div(product.branch.rank, kPanel); }
+
+// The panels of all products in one row.
+int64_t total(const IntegerArgs& args, int64_t (*panels)(const IntegerProduct&)) {
+  int64_t out = 0;
+  for (int i = 0; i < args.count; ++i) out += panels(args.products[i]);
+  return out;
+}
+
+// One of them: which product, and which of its panels.
+struct Place {
+  int product = 0;
+  int64_t panel;
+  Place(const IntegerArgs& args, int64_t index, int64_t (*panels)(const IntegerProduct&)) : panel(index) {
+    for (; panel >= panels(args.products[product]); ++product) panel -= panels(args.products[product]);
+  }
 };
 
 void run(const Parallel& parallel, int64_t count, int64_t work, void (*task)(void*, int64_t), Job& job) {
@@ -38,15 +60,14 @@ void run(const Parallel& parallel, int64_t count, int64_t work, void (*task)(voi
   for (int64_t index = 0; index < count; ++index) task(&job, index);
 }
 
-int64_t rank_width(const IntegerBranch& branch) { return ceil_div(branch.rank, kPanel) * kPanel; }
+int64_t rank_width(const IntegerProduct& product) { return rank_panels_of(product) * kPanel; }
 
 // Rounds tokens [index * kStageTokens, ...) and brings them into order.
 void stage_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
-  const IntegerWeight& weight = job.args.weight;
   const int64_t end = least((index + 1) * kStageTokens, job.args.tokens);
   for (int64_t token = index * kStageTokens; token < end; ++token) {
-    job.kernels.quantize(weight, job.args.x, token, job.natural, job.staged);
+    job.kernels.quantize(job.weight(), job.args.x, token, job.natural, job.staged);
   }
 }
 
@@ -61,63 +82,66 @@ void multiply_panel(const IntegerKernels& kernels, const IntegerWeight& weight, 
 // The first half of the error branch for one panel of ranks and one chunk of tokens.
 void branch_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
-  const IntegerBranch& branch = job.args.branch;
-  const int64_t panel = index / job.chunks;
+  const Place at(job.args, index / job.chunks, rank_panels_of);
+  const IntegerProduct& product = job.args.products[at.product];
+  const IntegerBranch& branch = product.branch;
   const int64_t first = index % job.chunks * kTokenChunk;
   const int64_t tokens = least(job.args.tokens - first, kTokenChunk);
   alignas(kAlign) float total[kTokenChunk * kPanel];
-  multiply_panel(job.kernels, branch.down, panel, job.natural, first, tokens, total);
-  const int64_t ranks = least(branch.rank - panel * kPanel, kPanel);
+  multiply_panel(job.kernels, branch.down, at.panel, job.natural, first, tokens, total);
+  const int64_t ranks = least(branch.rank - at.panel * kPanel, kPanel);
   for (int64_t token = 0; token < tokens; ++token) {
-    float* to = job.ranks + (first + token) * rank_width(branch) + panel * kPanel;
-    for (int64_t rank = 0; rank < ranks; ++rank) to[rank] = total[token * kPanel + rank] * branch.middle[panel * kPanel + rank];
+    float* to = job.ranks[at.product] + (first + token) * rank_width(product) + at.panel * kPanel;
+    for (int64_t rank = 0; rank < ranks; ++rank) to[rank] = total[token * kPanel + rank] * branch.middle[at.panel * kPanel + rank];
   }
 }
 
 // Adds the error branch and the bias, and writes the rows of the panel that exist.
-void finish_panel(const Job& job, int64_t panel, int64_t first, int64_t tokens, float* total) {
-  const IntegerArgs& args = job.args;
-  if (args.branch.rank > 0) {
-    const int64_t width = rank_width(args.branch);
-    job.kernels.multiply_up(args.branch.up, panel, args.branch.rank, job.ranks + first * width, width, tokens, total);
+void finish_panel(const Job& job, const Place& at, int64_t first, int64_t tokens, float* total) {
+  const IntegerProduct& product = job.args.products[at.product];
+  const IntegerBranch& branch = product.branch;
+  if (branch.rank > 0) {
+    const int64_t width = rank_width(product);
+    job.kernels.multiply_up(branch.up, at.panel, branch.rank, job.ranks[at.product] + first * width, width, tokens, total);
   }
-  const int64_t n = args.weight.weight.out_features;
-  const int64_t row = panel * kPanel;
+  const int64_t n = product.weight.weight.out_features;
+  const int64_t row = at.panel * kPanel;
   const int64_t rows = least(n - row, kPanel);
   for (int64_t token = 0; token < tokens; ++token) {
-    float* y = args.y + (first + token) * n + row;
+    float* y = product.y + (first + token) * n + row;
     const float* from = total + token * kPanel;
-    if (args.bias == nullptr) {
+    if (product.bias == nullptr) {
       std::memcpy(y, from, static_cast<size_t>(rows) * sizeof *y);
     } else {
-      for (int64_t i = 0; i < rows; ++i) y[i] = from[i] + args.bias[row + i];
+      for (int64_t i = 0; i < rows; ++i) y[i] = from[i] + product.bias[row + i];
     }
   }
 }
 
 void token_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
-  const int64_t end = least((index + 1) * job.panels, job.args.weight.weight.panels());
-  alignas(kAlign) float total[kPanel];
-  const IntegerBranch& branch = job.args.branch;
+  const int64_t end = least((index + 1) * job.panels, total(job.args, panels_of));
+  alignas(kAlign) float sums[kPanel];
   for (int64_t panel = index * job.panels; panel < end; ++panel) {
-    for (int64_t at = 0; branch.up.codes != nullptr && at < branch.rank * kPanel; at += kAlign) {
-      __builtin_prefetch(branch.up.codes + panel * branch.rank * kPanel + at);  // for the end of this panel
-    }
-    multiply_panel(job.kernels, job.args.weight, panel, job.staged, 0, 1, total);
-    finish_panel(job, panel, 0, 1, total);
+    const Place at(job.args, panel, panels_of);
+    const IntegerProduct& product = job.args.products[at.product];
+    const PanelFactor& up = product.branch.up;
+    const int64_t bytes = up.codes == nullptr ? 0 : product.branch.rank * kPanel;
+    for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(up.codes + at.panel * bytes + i);  // for the end of this panel
+    multiply_panel(job.kernels, product.weight, at.panel, job.staged, 0, 1, sums);
+    finish_panel(job, at, 0, 1, sums);
   }
 }
 
 void chunk_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
-  const int64_t panels = job.args.weight.weight.panels();
-  const int64_t panel = index % panels;  // neighbours share their tokens, which are more bytes than codes
+  const int64_t panels = total(job.args, panels_of);
+  const Place at(job.args, index % panels, panels_of);  // neighbours share their tokens, which are more bytes than codes
   const int64_t first = index / panels * kTokenChunk;
   const int64_t tokens = least(job.args.tokens - first, kTokenChunk);
-  alignas(kAlign) float total[kTokenChunk * kPanel];
-  multiply_panel(job.kernels, job.args.weight, panel, job.staged, first, tokens, total);
-  finish_panel(job, panel, first, tokens, total);
+  alignas(kAlign) float sums[kTokenChunk * kPanel];
+  multiply_panel(job.kernels, job.args.products[at.product].weight, at.panel, job.staged, first, tokens, sums);
+  finish_panel(job, at, first, tokens, sums);
 }
 
 // The loops of one token prefetch as they go; without this the first bytes of a small layer would be waited for.
@@ -127,51 +151,65 @@ void prefetch_start(const CodebookWeight& weight) {
 }
 
 // Where everything lies in the workspace; returns its size. Without a workspace, the size alone.
-int64_t lay_out(const IntegerWeight& weight, const IntegerBranch& branch, int64_t tokens, uint8_t* at, Job* job) {
-  const bool both = weight.weight.bits != 8 && branch.rank > 0;  // else activations are brought into order in place
-  const int64_t codes = aligned(tokens * weight.staged_bytes());
-  const int64_t small = aligned(tokens * weight.weight.groups * 4);
-  const int64_t ranks = aligned(tokens * rank_width(branch) * 4);
+int64_t lay_out(const IntegerArgs& args, uint8_t* at, Job* job) {
+  const IntegerWeight& weight = args.products[0].weight;
+  const int64_t codes = aligned(args.tokens * weight.staged_bytes());
+  const int64_t small = aligned(args.tokens * weight.weight.groups * 4);
+  int64_t size = codes + 3 * small;
+  for (int i = 0; i < args.count; ++i) {
+    if (job != nullptr) job->ranks[i] = reinterpret_cast<float*>(at + size);
+    size += aligned(args.tokens * rank_width(args.products[i]) * 4);
+  }
+  const bool both = weight.weight.bits != 8 && total(args, rank_panels_of) > 0;  // else brought into order in place
   if (job != nullptr) {
-    job->natural.tokens = tokens;
+    job->natural.tokens = args.tokens;
     job->natural.codes = reinterpret_cast<int8_t*>(at);
     job->natural.sums = reinterpret_cast<int32_t*>(at + codes);
     job->natural.scales = reinterpret_cast<float*>(at + codes + small);
     job->natural.shifts = reinterpret_cast<float*>(at + codes + 2 * small);
-    job->ranks = reinterpret_cast<float*>(at + codes + 3 * small);
     job->staged = job->natural;
-    if (both) job->staged.codes = reinterpret_cast<int8_t*>(at + codes + 3 * small + ranks);
+    if (both) job->staged.codes = reinterpret_cast<int8_t*>(at + size);
   }
-  return codes + 3 * small + ranks + (both ? codes : 0);
+  return size + (both ? codes : 0);
+}
+
+Status check(const IntegerArgs& args) {
+  if (args.count < 1 || args.count > kMostProducts) return Status::kUnsupported;
+  const CodebookWeight& first = args.products[0].weight.weight;
+  for (int i = 0; i < args.count; ++i) {
+    const CodebookWeight& weight = args.products[i].weight.weight;
+    const Status status = check_weight(weight);
+    if (status != Status::kOk) return status;
+    const bool alike = weight.bits == first.bits && weight.in_features == first.in_features && weight.groups == first.groups;
+    if (!alike || weight.in_features / weight.groups > kLargestGroup) return Status::kUnsupported;
+  }
+  return Status::kOk;
 }
 
 }  // namespace
 
-int64_t integer_workspace(const IntegerWeight& weight, const IntegerBranch& branch, int64_t tokens) {
-  return lay_out(weight, branch, tokens, nullptr, nullptr);
-}
+int64_t integer_workspace(const IntegerArgs& args) { return lay_out(args, nullptr, nullptr); }
 
 Status integer_linear(const IntegerArgs& args, const IntegerKernels& kernels, const Parallel& parallel) {
-  const CodebookWeight& weight = args.weight.weight;
-  const Status status = check_weight(weight);
+  const Status status = check(args);
   if (status != Status::kOk || args.tokens == 0) return status;
-  if (weight.in_features / weight.groups > kLargestGroup) return Status::kUnsupported;
+  const CodebookWeight& weight = args.products[0].weight.weight;
 
   Job job{args, kernels, {}, {}};
-  lay_out(args.weight, args.branch, args.tokens, args.workspace, &job);
+  lay_out(args, args.workspace, &job);
   job.chunks = ceil_div(args.tokens, kTokenChunk);
   const int64_t inputs = args.tokens * weight.in_features;
   if (args.tokens == 1) prefetch_start(weight);
   run(parallel, ceil_div(args.tokens, kStageTokens), inputs * 8, stage_task, job);
-  if (args.branch.rank > 0) {
-    run(parallel, ceil_div(args.branch.rank, kPanel) * job.chunks, inputs * args.branch.rank, branch_task, job);
-  }
-  const int64_t work = inputs * weight.out_features;
+  const int64_t rank_panels = total(args, rank_panels_of);
+  run(parallel, rank_panels * job.chunks, inputs * rank_panels * kPanel, branch_task, job);
+  const int64_t panels = total(args, panels_of);
+  const int64_t work = inputs * panels * kPanel;
   if (args.tokens == 1) {
     job.panels = ceil_div(kTaskBytes, weight.blocks() * weight.bits * kWordBytes);
-    run(parallel, ceil_div(weight.panels(), job.panels), work, token_task, job);
+    run(parallel, ceil_div(panels, job.panels), work, token_task, job);
   } else {
-    run(parallel, weight.panels() * job.chunks, work, chunk_task, job);
+    run(parallel, panels * job.chunks, work, chunk_task, job);
   }
   return Status::kOk;
 }

@@ -43,31 +43,32 @@ std::string describe(const Shape& shape) {
   return text + ")";
 }
 
-Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type)
-    : info_(info), names_(names), node_(std::move(op_type)) {
+Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, size_t shift, std::string suffix)
+    : info_(info), names_(names), node_(std::move(op_type)), shift_(shift), suffix_(std::move(suffix)) {
   node_ += " '" + info_.GetNodeName() + "'";
 }
 
 void Constants::fail(const std::string& sentence) const { throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT); }
 
 int64_t Constants::attribute(const char* name, int64_t low) const {
+  const std::string full = name + suffix_;
   int64_t value = 0;
   try {
-    value = info_.GetAttribute<int64_t>(name);
+    value = info_.GetAttribute<int64_t>(full.c_str());
   } catch (const Ort::Exception&) {
-    fail(std::string("the integer attribute ") + name + " is missing");
+    fail("the integer attribute " + full + " is missing");
   }
   if (value < low || value >= kLargestSize) {
-    fail(std::string("attribute ") + name + " is " + std::to_string(value) + "; it must be at least " + std::to_string(low));
+    fail("attribute " + full + " is " + std::to_string(value) + "; it must be at least " + std::to_string(low));
   }
   return value;
 }
 
 Ort::ConstValue Constants::tensor(size_t input) const {
   int constant = 0;
-  const Ort::ConstValue value = info_.GetTensorConstantInput(input, &constant);
+  const Ort::ConstValue value = info_.GetTensorConstantInput(position(input), &constant);
   if (constant == 0 || !static_cast<const OrtValue*>(value)) {
-    fail(std::string("input ") + names_[input] + " must be an initializer; export the model again");
+    fail("input " + name(input) + " must be an initializer; export the model again");
   }
   return value;
 }
@@ -105,7 +106,7 @@ void Constants::expect(size_t input, const std::vector<Shape>& shapes) const {
     if (candidate == actual) return;
     allowed += (allowed.empty() ? "" : " or ") + describe(candidate);
   }
-  fail(std::string("input ") + names_[input] + " has shape " + describe(actual) + "; it must be " + allowed);
+  fail("input " + name(input) + " has shape " + describe(actual) + "; it must be " + allowed);
 }
 
 void Constants::expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const {
@@ -115,7 +116,7 @@ void Constants::expect_type(size_t input, const std::vector<ONNXTensorElementDat
     if (type == actual) return;
     allowed += std::string(allowed.empty() ? "" : " or ") + type_name(type);
   }
-  fail(std::string("input ") + names_[input] + " is " + type_name(actual) + "; it must be " + allowed);
+  fail("input " + name(input) + " is " + type_name(actual) + "; it must be " + allowed);
 }
 
 WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : codes_input_(codes), params_input_(codes + 2) {
@@ -131,7 +132,7 @@ WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : c
   const Shape levels = constants.shape(codes + 1);
   const int64_t width = int64_t{1} << bits;
   if (levels.size() != 2 || levels[1] != width || levels[0] <= offset || levels[0] > width) {
-    constants.fail(std::string("input ") + constants.name(codes + 1) + " has shape " + describe(levels) + "; it must be (Q, " +
+    constants.fail("input " + constants.name(codes + 1) + " has shape " + describe(levels) + "; it must be (Q, " +
                    std::to_string(width) + ") with Q from " + std::to_string(1 + offset) + " to " + std::to_string(width));
   }
   weight_.planes = static_cast<int>(levels[0] - offset);
@@ -143,6 +144,8 @@ WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : c
   }
   read_params(constants);
   fit_lines();
+  codes_position_ = constants.position(codes_input_);
+  params_position_ = constants.position(params_input_);
   if (check_weight(weight_) != Status::kOk) {
     constants.fail(std::to_string(weight_.groups) + " groups cannot cut rows of " + std::to_string(weight_.in_features) +
                    " inputs: a group must be a multiple of 16 inputs, or the whole row");
@@ -157,7 +160,7 @@ void WeightStore::read_params(const Constants& constants) {
   constants.expect_type(params_input_, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
   const Shape full = constants.shape(plain ? step : params_input_);
   if (full.size() != 4 || full[0] != weight_.panels() || full[1] < 1 || full[2] != planes || full[3] != kPanel) {
-    constants.fail(std::string("input ") + constants.name(plain ? step : params_input_) + " has shape " + describe(full) +
+    constants.fail("input " + constants.name(plain ? step : params_input_) + " has shape " + describe(full) +
                    "; it must be (" + std::to_string(weight_.panels()) + ", groups, " + std::to_string(planes) + ", 32)");
   }
   weight_.groups = full[1];
@@ -207,8 +210,8 @@ CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   CodebookWeight weight = weight_;
   const void* codes = codes_.data();
   const void* params = params_.data();
-  weight.codes = static_cast<const uint8_t*>(codes != nullptr ? codes : context.GetInput(codes_input_).GetTensorRawData());
-  weight.params = params != nullptr ? params : context.GetInput(params_input_).GetTensorRawData();
+  weight.codes = static_cast<const uint8_t*>(codes != nullptr ? codes : context.GetInput(codes_position_).GetTensorRawData());
+  weight.params = params != nullptr ? params : context.GetInput(params_position_).GetTensorRawData();
   weight.levels = levels_.data();
   weight.slopes = slopes_.empty() ? nullptr : slopes_.data();
   weight.step = step_.data();
@@ -240,7 +243,7 @@ Factors::Factors(const Constants& constants, size_t first, int64_t out_features,
   const Shape scale = constants.shape(first + 1);
   const Shape& full = elements(shape) == 1 && scale.size() == 2 && scale[1] == in_features ? scale : shape;
   if (full.size() != 2 || full[0] < 1 || full[1] != in_features) {
-    constants.fail(std::string("input ") + constants.name(first) + " has shape " + describe(shape) + "; it must be (rank, " +
+    constants.fail("input " + constants.name(first) + " has shape " + describe(shape) + "; it must be (rank, " +
                    std::to_string(in_features) + ")");
   }
   rank = full[0];

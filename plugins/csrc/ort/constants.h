@@ -11,10 +11,13 @@
 
 namespace rankbook::ort {
 
-// The constant inputs of one node by position. Every check throws Ort::Exception with the node's name in it.
+// The constant inputs of one product of a node by their position in an operator of one product. Every check throws
+// Ort::Exception with the node's name in it.
 class Constants {
  public:
-  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type);
+  // `names` are those of an operator of one product. In a node of several, `shift` inputs come before the constants of
+  // this one, and `suffix` ends their names.
+  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, size_t shift = 0, std::string suffix = "");
 
   int64_t attribute(const char* name, int64_t low) const;
   Ort::ConstValue tensor(size_t input) const;
@@ -24,13 +27,16 @@ class Constants {
   void expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const;
   [[noreturn]] void fail(const std::string& sentence) const;
 
-  const char* name(size_t input) const { return names_[input]; }
+  size_t position(size_t input) const { return input + shift_; }  // in the node
+  std::string name(size_t input) const { return names_[input] + suffix_; }
   const std::string& node() const { return node_; }
 
  private:
   Ort::ConstKernelInfo info_;
   const char* const* names_;
   std::string node_;  // "CodebookMatMul3 'model.layers.0.q_proj'"
+  size_t shift_;
+  std::string suffix_;
 };
 
 std::string describe(const std::vector<int64_t>& shape);
@@ -56,8 +62,8 @@ class WeightStore {
   void read_params(const Constants& constants);
   void fit_lines();
 
-  size_t codes_input_;
-  size_t params_input_;  // params, or step where that holds the values themselves
+  size_t codes_input_, params_input_;                // params, or step where that holds the values themselves
+  size_t codes_position_ = 0, params_position_ = 0;  // of the same in the node
   CodebookWeight weight_;
   std::vector<float> levels_, slopes_, step_, base_;
   HugeCopy codes_, params_;

@@ -144,16 +144,19 @@ class Scratch {
 
 class CudaKernel {
  public:
-  CudaKernel(const Constants& constants, Kind kind, int bits, bool rounds) : node_(constants.node()), kind_(kind) {
-    Reader reader(constants, bits);
-    if (kind != Kind::kGather) reader.read_bias();
-    if (kind == Kind::kLowRank) reader.read_branch();
-    shapes_ = reader.m;
-    shapes_.int8_activations = rounds;
-  }
+  // `shapes` are those of every product.
+  CudaKernel(std::vector<cuda::Matmul> shapes, std::string node, Kind kind)
+      : shapes_(std::move(shapes)), node_(std::move(node)), kind_(kind) {}
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
     return guarded([&] { compute(Ort::KernelContext(context)); });
+  }
+
+  static size_t constants_each(Kind kind) {
+    const size_t inputs = kind == Kind::kGather    ? size_t{contract::CodebookGather::kInputCount}
+                          : kind == Kind::kLowRank ? size_t{Branch::kInputCount}
+                                                   : size_t{contract::CodebookMatMul::kInputCount};
+    return inputs - 1;
   }
 
  private:
@@ -161,49 +164,57 @@ class CudaKernel {
     const Ort::ConstValue x = context.GetInput(Branch::kX);
     const auto info = x.GetTensorTypeAndShapeInfo();
     Shape shape = info.GetShape();
-    cuda::Matmul m = shapes_;
-    set_pointers(context, &m);
-    void* const stream = context.GetGPUComputeStream();
-    if (kind_ == Kind::kGather) {
-      const auto count = static_cast<int64_t>(info.GetElementCount());
-      shape.push_back(m.weight.columns);
-      auto* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
-      return report(cuda::launch_gather({m.weight, x.GetTensorData<int64_t>(), y, count}, stream));
+    if (kind_ == Kind::kGather) return gather(context, x, shape);
+    const int columns = shapes_[0].weight.columns;
+    if (shape.empty() || shape.back() != columns) {
+      fail("x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(columns));
     }
-    if (shape.empty() || shape.back() != m.weight.columns) {
-      fail("x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(m.weight.columns));
-    }
-    const size_t tokens = info.GetElementCount() / static_cast<size_t>(m.weight.columns);
+    const size_t tokens = info.GetElementCount() / static_cast<size_t>(columns);
     if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) fail("x has more than 2^31 - 1 rows");
-    shape.back() = m.weight.rows;
-    m.x = x.GetTensorRawData();
-    m.y = context.GetOutput(0, shape).GetTensorMutableRawData();
-    m.type = kernel_type(info.GetElementType());
-    m.tokens = static_cast<int>(tokens);
-    if (tokens == 0) return;
-    const Scratch scratch(context, x.GetTensorMemoryInfo(), stream, cuda::matmul_workspace(m));
-    m.workspace = scratch.get();
-    report(cuda::launch_matmul(m, stream));
+    for (size_t i = 0; i < shapes_.size(); ++i) {
+      cuda::Matmul m = bound(context, i);
+      shape.back() = m.weight.rows;
+      m.x = x.GetTensorRawData();
+      m.y = context.GetOutput(i, shape).GetTensorMutableRawData();
+      m.type = kernel_type(info.GetElementType());
+      m.tokens = static_cast<int>(tokens);
+      if (tokens == 0) continue;
+      const Scratch scratch(context, x.GetTensorMemoryInfo(), context.GetGPUComputeStream(), cuda::matmul_workspace(m));
+      m.workspace = scratch.get();
+      report(cuda::launch_matmul(m, context.GetGPUComputeStream()));
+    }
   }
 
-  void set_pointers(const Ort::KernelContext& context, cuda::Matmul* m) const {
-    const auto raw = [&](size_t input) { return context.GetInput(input).GetTensorRawData(); };
+  void gather(const Ort::KernelContext& context, const Ort::ConstValue& indices, Shape shape) const {
+    const cuda::Matmul m = bound(context, 0);
+    const auto count = static_cast<int64_t>(indices.GetTensorTypeAndShapeInfo().GetElementCount());
+    shape.push_back(m.weight.columns);
+    auto* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
+    report(cuda::launch_gather({m.weight, indices.GetTensorData<int64_t>(), y, count}, context.GetGPUComputeStream()));
+  }
+
+  // One product with its pointers.
+  cuda::Matmul bound(const Ort::KernelContext& context, size_t product) const {
+    cuda::Matmul m = shapes_[product];
+    const size_t shift = constants_each(kind_) * product;
+    const auto raw = [&](size_t input) { return context.GetInput(input + shift).GetTensorRawData(); };
     const auto floats = [&](size_t input) {
-      const Ort::ConstValue value = context.GetInput(input);
+      const Ort::ConstValue value = context.GetInput(input + shift);
       return cuda::Floats{value.GetTensorRawData(), kernel_type(value.GetTensorTypeAndShapeInfo().GetElementType())};
     };
-    cuda::PackedWeight& w = m->weight;
+    cuda::PackedWeight& w = m.weight;
     w.codes = static_cast<const uint32_t*>(raw(Branch::kCodes));
     w.levels = static_cast<const uint16_t*>(raw(Branch::kLevels));
     w.params = static_cast<const int8_t*>(raw(Branch::kParams));
     w.step = floats(Branch::kStep);
     w.base = static_cast<const float*>(raw(Branch::kBase));
-    if (kind_ != Kind::kGather) m->bias = static_cast<const float*>(raw(Branch::kBias));
-    if (kind_ != Kind::kLowRank) return;
-    m->down.codes = static_cast<const int8_t*>(raw(Branch::kDown));
-    m->down.scale = floats(Branch::kDownScale);
-    m->up.codes = static_cast<const int8_t*>(raw(Branch::kUp));
-    m->up.scale = floats(Branch::kUpScale);
+    if (kind_ != Kind::kGather) m.bias = static_cast<const float*>(raw(Branch::kBias));
+    if (kind_ != Kind::kLowRank) return m;
+    m.down.codes = static_cast<const int8_t*>(raw(Branch::kDown));
+    m.down.scale = floats(Branch::kDownScale);
+    m.up.codes = static_cast<const int8_t*>(raw(Branch::kUp));
+    m.up.scale = floats(Branch::kUpScale);
+    return m;
   }
 
   void report(const cuda::Status& status) const {
@@ -214,9 +225,9 @@ class CudaKernel {
     throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
   }
 
+  std::vector<cuda::Matmul> shapes_;  // without pointers
   std::string node_;
   Kind kind_;
-  cuda::Matmul shapes_;
 };
 
 // One operator at one width and one type of activations. Inputs without a fixed type are checked when a node is created.
@@ -225,28 +236,44 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
   int bits;
   ONNXTensorElementDataType type;
   bool rounds;  // x to 8 bits
+  int count;    // products
   std::string name;
 
-  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_)
-      : kind(kind_), bits(bits_), type(type_), rounds(rounds_) {
+  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_, int count_)
+      : kind(kind_), bits(bits_), type(type_), rounds(rounds_), count(count_) {
     name = kind == Kind::kGather    ? contract::CodebookGather::kName
            : kind == Kind::kLowRank ? Branch::kName
                                     : contract::CodebookMatMul::kName;
     name += std::to_string(bits) + (rounds ? contract::CodebookMatMulA8::kSuffix : "");
+    if (count > 1) name += contract::kMerged + std::to_string(count);
   }
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    const char* const* names = kind == Kind::kGather ? contract::CodebookGather::kInputs : Branch::kInputs;
-    return guarded([&] { *kernel = new CudaKernel(Constants(info, names, name), kind, bits, rounds); });
+    return guarded([&] { *kernel = new CudaKernel(read_shapes(info), Constants(info, names(), name).node(), kind); });
   }
+
+  std::vector<cuda::Matmul> read_shapes(const OrtKernelInfo* info) const {
+    std::vector<cuda::Matmul> out;
+    for (int i = 0; i < count; ++i) {
+      const size_t shift = CudaKernel::constants_each(kind) * static_cast<size_t>(i);
+      const Constants constants(info, names(), name, shift, count > 1 ? "_" + std::to_string(i) : "");
+      Reader reader(constants, bits);
+      if (kind != Kind::kGather) reader.read_bias();
+      if (kind == Kind::kLowRank) reader.read_branch();
+      reader.m.int8_activations = rounds;
+      out.push_back(reader.m);
+      if (out.back().weight.columns != out[0].weight.columns) constants.fail("all products must have the same in_features");
+    }
+    return out;
+  }
+
+  const char* const* names() const { return kind == Kind::kGather ? contract::CodebookGather::kInputs : Branch::kInputs; }
 
   const char* GetName() const { return name.c_str(); }
   const char* GetExecutionProviderType() const { return kProvider; }
-  size_t GetInputTypeCount() const {
-    if (kind == Kind::kGather) return contract::CodebookGather::kInputCount;
-    return kind == Kind::kLowRank ? size_t{Branch::kInputCount} : size_t{contract::CodebookMatMul::kInputCount};
-  }
+  size_t GetInputTypeCount() const { return 1 + CudaKernel::constants_each(kind) * static_cast<size_t>(count); }
   ONNXTensorElementDataType GetInputType(size_t input) const {
+    if (input > 0) input = (input - 1) % CudaKernel::constants_each(kind) + 1;
     switch (input) {
       case Branch::kX:
         return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
@@ -261,7 +288,7 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     }
   }
-  size_t GetOutputTypeCount() const { return 1; }
+  size_t GetOutputTypeCount() const { return static_cast<size_t>(count); }
   ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
 };
 
@@ -269,18 +296,20 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
 
 void add_cuda_operators(Ort::CustomOpDomain& domain) {
   auto& operators = *new std::list<CudaOp>;
-  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type, bool rounds) {
-    operators.emplace_back(kind, bits, type, rounds);
+  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type, bool rounds, int count) {
+    operators.emplace_back(kind, bits, type, rounds, count);
     domain.Add(&operators.back());
   };
   for (const int bits : contract::kBits) {
     for (const auto type : {kFloat, kHalf, kBFloat}) {
-      for (const bool rounds : {false, true}) {
-        add(Kind::kMatMul, bits, type, rounds);
-        add(Kind::kLowRank, bits, type, rounds);
+      for (int count = 1; count <= contract::kMostMerged; ++count) {
+        for (const bool rounds : {false, true}) {
+          add(Kind::kMatMul, bits, type, rounds, count);
+          add(Kind::kLowRank, bits, type, rounds, count);
+        }
       }
     }
-    add(Kind::kGather, bits, kFloat, false);
+    add(Kind::kGather, bits, kFloat, false, 1);
   }
 }
 

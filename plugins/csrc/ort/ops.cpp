@@ -59,14 +59,16 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
 
   Kind kind;
   int bits;
+  int count;  // products
   ONNXTensorElementDataType type;
   std::string name;
   const Kernels kernels;
 
-  Op(Kind kind_, int bits_, const char* suffix, ONNXTensorElementDataType type_, const Kernels& kernels_)
-      : kind(kind_), bits(bits_), type(type_), kernels(kernels_) {
+  Op(Kind kind_, int bits_, const char* suffix, int count_, ONNXTensorElementDataType type_, const Kernels& kernels_)
+      : kind(kind_), bits(bits_), count(count_), type(type_), kernels(kernels_) {
     name = (kind == Kind::kGather ? Gather::kName : kind == Kind::kLowRank ? LowRank::kName : MatMul::kName);
     name += std::to_string(bits) + suffix;
+    if (count > 1) name += contract::kMerged + std::to_string(count);
     if (kind != Kind::kGather) return;
     KernelDestroy = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -79,19 +81,34 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
       if (kind == Kind::kGather) {
         *kernel = new GatherKernel(Constants(info, Gather::kInputs, name), bits);
       } else {
-        const bool low_rank = kind == Kind::kLowRank;
-        const Constants constants(info, low_rank ? LowRank::kInputs : MatMul::kInputs, name);
-        *kernel = new MatMulKernel(constants, bits, low_rank, kernels);
+        *kernel = new MatMulKernel(read_products(info), Constants(info, LowRank::kInputs, name).node(), kernels);
       }
     });
   }
 
+  std::vector<Product> read_products(const OrtKernelInfo* info) const {
+    std::vector<Product> out;
+    for (int i = 0; i < count; ++i) {
+      const Constants constants(info, LowRank::kInputs, name, constants_each() * static_cast<size_t>(i),
+                                count > 1 ? "_" + std::to_string(i) : "");
+      out.emplace_back(constants, bits, kind == Kind::kLowRank, kernels);
+      if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
+        constants.fail("all products must have the same in_features and, where activations are rounded, the same groups");
+      }
+    }
+    return out;
+  }
+
+  size_t constants_each() const {
+    return (kind == Kind::kLowRank ? size_t{LowRank::kInputCount} : size_t{MatMul::kInputCount}) - 1;
+  }
+
   const char* GetName() const { return name.c_str(); }
   size_t GetInputTypeCount() const {
-    if (kind == Kind::kGather) return Gather::kInputCount;
-    return kind == Kind::kLowRank ? size_t{LowRank::kInputCount} : size_t{MatMul::kInputCount};
+    return kind == Kind::kGather ? size_t{Gather::kInputCount} : 1 + constants_each() * static_cast<size_t>(count);
   }
   ONNXTensorElementDataType GetInputType(size_t input) const {
+    if (input > 0 && kind != Kind::kGather) input = (input - 1) % constants_each() + 1;
     switch (input) {  // the first five inputs of all three operators correspond
       case MatMul::kX:
         return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
@@ -106,94 +123,101 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     }
   }
-  size_t GetOutputTypeCount() const { return 1; }
+  size_t GetOutputTypeCount() const { return static_cast<size_t>(count); }
   ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
 };
 
 static_assert(MatMul::kCodes == static_cast<int>(Gather::kCodes) && MatMul::kBase == static_cast<int>(Gather::kBase));
 static_assert(MatMul::kInputCount == static_cast<int>(RoundedMatMul::kInputCount));
 static_assert(LowRank::kInputCount == static_cast<int>(RoundedLowRank::kInputCount));
-static_assert(MatMul::kCodes == static_cast<int>(LowRank::kCodes) && MatMul::kBias == static_cast<int>(LowRank::kBias));
+static_assert(contract::kMostMerged <= kMostProducts);
 
 }  // namespace
 
-MatMulKernel::MatMulKernel(const Constants& constants, int bits, bool low_rank, const Kernels& kernels)
-    : node_(constants.node()),
-      kernels_(kernels),
-      weight_(constants, bits, MatMul::kCodes),
-      out_features_(constants.attribute(contract::kOutFeatures, 1)),
-      in_features_(constants.attribute(contract::kInFeatures, 1)) {
-  constants.expect(MatMul::kBias, {{out_features_}, {1}});
-  bias_ = constants.floats(MatMul::kBias);
-  if (bias_.size() == 1 && out_features_ != 1) {
-    const float value = bias_[0];
-    if (value == 0.0F) {
-      bias_.clear();
-    } else {
-      bias_.assign(static_cast<size_t>(out_features_), value);
-    }
-  }
-  if (kernels_.rounds) integer_weight_.emplace(constants, weight_, kernels_.integers);
-  if (low_rank) read_branch(constants);
-  if (kernels_.copy) weight_.copy(constants);  // last: what lies behind the codes is then the next layer
-}
-
-void MatMulKernel::read_branch(const Constants& constants) {
-  const Factors factors(constants, LowRank::kDown, out_features_, in_features_);
-  if (kernels_.rounds) {
-    integer_branch_ = IntegerBranchStore(factors, weight_.sizes(), kernels_.integers);
-    if (kernels_.copy) integer_branch_.copy();
-  } else {
-    branch_ = BranchStore(factors, out_features_, in_features_);
-  }
-}
+MatMulKernel::MatMulKernel(std::vector<Product> products, std::string node, const Kernels& kernels)
+    : products_(std::move(products)), node_(std::move(node)), kernels_(kernels) {}
 
 OrtStatusPtr MatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
   return guarded([&] { compute(Ort::KernelContext(context)); });
 }
 
+struct MatMulKernel::Call {
+  const Ort::KernelContext& context;
+  int64_t tokens;
+  const float* x = nullptr;
+  float* y[kMostProducts] = {};
+};
+
 void MatMulKernel::compute(const Ort::KernelContext& context) const {
   const Ort::ConstValue x = context.GetInput(MatMul::kX);
   const auto info = x.GetTensorTypeAndShapeInfo();
   std::vector<int64_t> shape = info.GetShape();
-  if (shape.empty() || shape.back() != in_features_) {
-    fail(node_, "x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(in_features_));
+  const int64_t in_features = products_[0].in_features();
+  if (shape.empty() || shape.back() != in_features) {
+    fail(node_, "x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(in_features));
   }
-  const int64_t tokens = product(shape, shape.size() - 1);
-  shape.back() = out_features_;
-  auto y = context.GetOutput(0, shape);
-
+  Call call{context, product(shape, shape.size() - 1)};
+  void* results[kMostProducts] = {};
+  for (size_t i = 0; i < products_.size(); ++i) {
+    shape.back() = products_[i].out_features();
+    results[i] = context.GetOutput(i, shape).GetTensorMutableRawData();
+  }
   const auto type = info.GetElementType();
-  Status status = Status::kOk;
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-    status = multiply(context, x.GetTensorData<float>(), tokens, y.GetTensorMutableData<float>());
-  } else {
-    const auto inputs = static_cast<size_t>(tokens * in_features_);
-    const auto outputs = static_cast<size_t>(tokens * out_features_);
-    const std::unique_ptr<float[]> staged(new float[inputs + outputs]);
-    const bool half = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-    const auto* from = static_cast<const uint16_t*>(x.GetTensorRawData());
-    for (size_t i = 0; i < inputs; ++i) staged[i] = half ? half_to_float(from[i]) : bfloat_to_float(from[i]);
-    const float* results = staged.get() + inputs;
-    status = multiply(context, staged.get(), tokens, staged.get() + inputs);
-    auto* to = static_cast<uint16_t*>(y.GetTensorMutableRawData());
-    for (size_t i = 0; i < outputs; ++i) to[i] = half ? Ort::Float16_t(results[i]).val : Ort::BFloat16_t(results[i]).val;
+  if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    return compute_half(call, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, x.GetTensorRawData(), results);
   }
-  if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
+  call.x = x.GetTensorData<float>();
+  for (size_t i = 0; i < products_.size(); ++i) call.y[i] = static_cast<float*>(results[i]);
+  multiply(call);
 }
 
-Status MatMulKernel::multiply(const Ort::KernelContext& context, const float* x, int64_t tokens, float* y) const {
-  const float* bias = bias_.empty() ? nullptr : bias_.data();
-  const CodebookWeight weight = weight_.bind(context);
-  if (!kernels_.rounds) {
-    const LowRankBranch branch = branch_.bind();
-    const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(weight, branch, tokens))]);
-    return codebook_linear({weight, branch, bias, x, tokens, y, workspace.get()}, kernels_.floats, pool_of(context));
+// The same for fp16 or bf16, by way of fp32.
+void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* const* results) const {
+  const auto inputs = static_cast<size_t>(call.tokens * products_[0].in_features());
+  size_t outputs = 0;
+  for (const Product& each : products_) outputs += static_cast<size_t>(call.tokens * each.out_features());
+  const std::unique_ptr<float[]> staged(new float[inputs + outputs]);
+  const auto* from = static_cast<const uint16_t*>(x);
+  for (size_t i = 0; i < inputs; ++i) staged[i] = half ? half_to_float(from[i]) : bfloat_to_float(from[i]);
+  call.x = staged.get();
+  float* next = staged.get() + inputs;
+  for (size_t i = 0; i < products_.size(); ++i) {
+    call.y[i] = next;
+    next += call.tokens * products_[i].out_features();
   }
-  const IntegerWeight integer = integer_weight_->bind(weight);
-  const IntegerBranch branch = integer_branch_.bind();
-  const Workspace workspace(integer_workspace(integer, branch, tokens));
-  return integer_linear({integer, branch, bias, x, tokens, y, workspace.get()}, kernels_.integers, pool_of(context));
+  multiply(call);
+  for (size_t i = 0; i < products_.size(); ++i) {
+    auto* to = static_cast<uint16_t*>(results[i]);
+    const int64_t count = call.tokens * products_[i].out_features();
+    for (int64_t j = 0; j < count; ++j) to[j] = half ? Ort::Float16_t(call.y[i][j]).val : Ort::BFloat16_t(call.y[i][j]).val;
+  }
+}
+
+void MatMulKernel::multiply(const Call& call) const {
+  const Parallel pool = pool_of(call.context);
+  Status status = Status::kOk;
+  if (kernels_.rounds) {
+    IntegerProduct products[kMostProducts];
+    for (size_t i = 0; i < products_.size(); ++i) {
+      products[i] = products_[i].integers(call.context);
+      products[i].y = call.y[i];
+    }
+    IntegerArgs args{products, static_cast<int>(products_.size()), call.x, call.tokens};
+    const Workspace workspace(integer_workspace(args));
+    args.workspace = workspace.get();
+    status = integer_linear(args, kernels_.integers, pool);
+  } else {
+    for (size_t i = 0; i < products_.size() && status == Status::kOk; ++i) {
+      LinearArgs args = products_[i].floats(call.context);
+      const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(args.weight, args.branch, call.tokens))]);
+      args.x = call.x;
+      args.tokens = call.tokens;
+      args.y = call.y[i];
+      args.workspace = workspace.get();
+      status = codebook_linear(args, kernels_.floats, pool);
+    }
+  }
+  if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
 }
 
 GatherKernel::GatherKernel(const Constants& constants, int bits)
@@ -221,17 +245,19 @@ void GatherKernel::compute(const Ort::KernelContext& context) const {
 
 void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels) {
   auto& operators = *new std::list<Op>;
-  const auto add = [&](auto... arguments) { domain.Add(&operators.emplace_back(arguments...)); };
+  const auto add = [&](const auto&... arguments) { domain.Add(&operators.emplace_back(arguments...)); };
   const Kernels rounding{kernels.floats, kernels.integers, true, kernels.copy};
   for (const int bits : contract::kBits) {
     for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                             ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
-      add(Op::Kind::kMatMul, bits, MatMul::kSuffix, type, kernels);
-      add(Op::Kind::kLowRank, bits, LowRank::kSuffix, type, kernels);
-      add(Op::Kind::kMatMul, bits, RoundedMatMul::kSuffix, type, rounding);
-      add(Op::Kind::kLowRank, bits, RoundedLowRank::kSuffix, type, rounding);
+      for (int count = 1; count <= contract::kMostMerged; ++count) {
+        add(Op::Kind::kMatMul, bits, MatMul::kSuffix, count, type, kernels);
+        add(Op::Kind::kLowRank, bits, LowRank::kSuffix, count, type, kernels);
+        add(Op::Kind::kMatMul, bits, RoundedMatMul::kSuffix, count, type, rounding);
+        add(Op::Kind::kLowRank, bits, RoundedLowRank::kSuffix, count, type, rounding);
+      }
     }
-    add(Op::Kind::kGather, bits, Gather::kSuffix, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
+    add(Op::Kind::kGather, bits, Gather::kSuffix, 1, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
   }
 }
 

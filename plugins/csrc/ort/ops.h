@@ -2,43 +2,28 @@
 
 // The custom operators as ONNX Runtime sees them: names, types, and what runs when a node is created or computed.
 
-#include <memory>
-#include <optional>
 #include <string>
+#include <vector>
 
-#include "kernels/dispatch.h"
-#include "ort/constants.h"
-#include "ort/integer_store.h"
+#include "ort/product.h"
 
 namespace rankbook::ort {
 
-// What an operator computes with.
-struct Kernels {
-  const PanelKernels& floats;
-  const IntegerKernels& integers;
-  bool rounds;  // activations to 8 bits
-  bool copy;    // constants to huge pages
-};
-
-// CodebookMatMul and CodebookMatMulLowRank, and those that end in A8.
+// CodebookMatMul and CodebookMatMulLowRank, those that end in A8, and those of several products.
 class MatMulKernel {
  public:
-  MatMulKernel(const Constants& constants, int bits, bool low_rank, const Kernels& kernels);
+  MatMulKernel(std::vector<Product> products, std::string node, const Kernels& kernels);
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
  private:
+  struct Call;  // x and every y of one call, in fp32
   void compute(const Ort::KernelContext& context) const;
-  void read_branch(const Constants& constants);
-  Status multiply(const Ort::KernelContext& context, const float* x, int64_t tokens, float* y) const;
+  void compute_half(Call& call, bool half, const void* x, void* const* results) const;
+  void multiply(const Call& call) const;
 
+  std::vector<Product> products_;
   std::string node_;
   const Kernels kernels_;
-  WeightStore weight_;
-  BranchStore branch_;
-  std::optional<IntegerWeightStore> integer_weight_;
-  IntegerBranchStore integer_branch_;
-  std::vector<float> bias_;
-  int64_t out_features_, in_features_;
 };
 
 // CodebookGather.

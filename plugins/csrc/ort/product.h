@@ -1,0 +1,45 @@
+#pragma once
+
+// One product of a node: what is kept of its constant inputs, for either mode.
+
+#include <optional>
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "ort/constants.h"
+#include "ort/integer_store.h"
+
+namespace rankbook::ort {
+
+// What an operator computes with.
+struct Kernels {
+  const PanelKernels& floats;
+  const IntegerKernels& integers;
+  bool rounds;  // activations to 8 bits
+  bool copy;    // constants to huge pages
+};
+
+class Product {
+ public:
+  Product(const Constants& constants, int bits, bool low_rank, const Kernels& kernels);
+
+  int64_t out_features() const { return weight_.sizes().out_features; }
+  int64_t in_features() const { return weight_.sizes().in_features; }
+  int64_t groups() const { return weight_.sizes().groups; }
+
+  LinearArgs floats(const Ort::KernelContext& context) const;
+  IntegerProduct integers(const Ort::KernelContext& context) const;
+
+ private:
+  void read_bias(const Constants& constants);
+  void read_branch(const Constants& constants, const Kernels& kernels);
+  const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
+
+  WeightStore weight_;
+  BranchStore branch_;
+  std::optional<IntegerWeightStore> integer_weight_;
+  IntegerBranchStore integer_branch_;
+  std::vector<float> bias_;
+};
+
+}  // namespace rankbook::ort

@@ -1,0 +1,88 @@
+"""``export --graph ort`` makes one node of query, key and value, and one of gate and up."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from rankbook.exporter import conform
+from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.passes.merge import MergeProducts
+from rankbook.plugins import contract
+from rankbook.tools import onnx_file
+from rankbook.tools.backends.ort import OrtModel
+from rankbook.tools.errors import UsageError
+from tests.exporter.checkpoints import make_checkpoint
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
+
+
+def graph_of(folder: Path) -> onnx.ModelProto:
+    return onnx.load(folder / "model.onnx", load_external_data=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, ``standard`` and ``ort``."""
+    work = tmp_path_factory.mktemp("merge")
+    checkpoint = make_checkpoint(work, "llama", model={"head_dim": 16}, bits=4)
+    for graph in ("standard", "ort"):
+        export(checkpoint, work / graph, ExportOptions(logits="all", graph=graph))
+    return work
+
+
+def test_layers_of_one_input_are_one_node(folder: Path) -> None:
+    kinds = collections.Counter(node.op_type for node in graph_of(folder / "ort").graph.node)
+    layers = 2
+    assert kinds["CodebookMatMul4Merged3"] == kinds["CodebookMatMul4Merged2"] == layers
+    assert kinds["CodebookMatMul4"] == 2 * layers, "o_proj and down_proj"
+    standard = {node.op_type for node in graph_of(folder / "standard").graph.node}
+    assert not any("Merged" in name for name in standard), "the portable file has the operators of TensorRT's plugins"
+
+
+def test_bodies_compute_what_single_nodes_compute(folder: Path) -> None:
+    """Stock ONNX Runtime; both files differ in attention and normalization too (test_ort_graph.py says 1e-5)."""
+    got, want = (OrtModel(folder / name).logits(TOKENS) for name in ("ort", "standard"))
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_the_file_lists_every_layer(folder: Path) -> None:
+    """Inspection and parity see layers, whatever node holds them."""
+    merged, single = (onnx_file.read(folder / name) for name in ("ort", "standard"))
+    assert [node.name for node in merged.nodes] == list(merged.outputs_of)
+    assert {node.name: node.ports() for node in merged.nodes}.keys() == {node.name for node in single.nodes}
+    for node in merged.nodes:
+        twin = next(other for other in single.nodes if other.name == node.name)
+        assert (node.op_type, node.attributes, node.inputs[1:]) == (twin.op_type, twin.attributes, twin.inputs[1:])
+    assert merged.code_tensors == single.code_tensors
+
+
+def test_a_damaged_node_is_reported(folder: Path, tmp_path: Path) -> None:
+    model = graph_of(folder / "ort")
+    node = next(node for node in model.graph.node if node.op_type == "CodebookMatMul4Merged2")
+    node.name = "gate"
+    assert any("has 1 names" in problem for problem in conform.check_proto(model))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match="'gate' has 1 names"):
+        onnx_file.read(tmp_path)
+
+
+def test_what_differs_stays_alone(folder: Path) -> None:
+    """Another width, another group size; the others are merged."""
+    model = ir.load(folder / "standard" / "model.onnx")
+    nodes = {str(node.name): node for node in model.graph}
+    nodes["model.layers.0.self_attn.k_proj"].op_type = "CodebookMatMul8"
+    params = nodes["model.layers.1.self_attn.v_proj"].inputs[3]
+    assert params is not None
+    assert params.shape is not None
+    params.shape = ir.Shape([params.shape[0], 1, *params.shape.dims[2:]])
+    MergeProducts()(model)
+    names = {name for node in model.graph if "self_attn" in (name := str(node.name)) and node.domain == contract.DOMAIN}
+    first, second = (f"model.layers.{i}.self_attn" for i in range(2))
+    assert {f"{first}.k_proj", f"{first}.q_proj {first}.v_proj"} <= names
+    assert {f"{second}.v_proj", f"{second}.q_proj {second}.k_proj"} <= names

@@ -1,0 +1,147 @@
+"""Operators of several products: names, and the native library against each product alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from rankbook.exporter.bodies import functions
+from rankbook.plugins import contract, library, merged
+from tests.plugins.op_models import Op, OpCase, draw
+from tests.plugins.test_native_integer import session as alone
+
+built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
+
+SIZES = (77, 32, 100)
+"""Rows of the products; two of them end inside a panel."""
+
+
+def draw_several(case: OpCase, count: int) -> list[Op]:
+    """Draw products of one x."""
+    ops = [draw(replace(case, out_features=SIZES[i], seed=case.seed + i)) for i in range(count)]
+    for op in ops:
+        op.inputs["x"] = ops[0].inputs["x"]
+    return ops
+
+
+def node_of(op: Op, i: int) -> merged.Node:
+    names = tuple("x" if name == "x" else f"{name}.{i}" for name in op.inputs)
+    return merged.Node(f"layer.{i}", op.op_type, names, (f"y.{i}",), op.attributes)
+
+
+def model_of(ops: list[Op], *, bodies: bool = False) -> onnx.ModelProto:
+    """Return a model whose only node computes all of them."""
+    parts = merged.merge([node_of(op, i) for i, op in enumerate(ops)])
+    node = helper.make_node(
+        parts.op_type, parts.inputs, parts.outputs, name=parts.name, domain=contract.DOMAIN, **parts.attributes
+    )
+    feed = ops[0].inputs["x"]
+    kind = helper.np_dtype_to_tensor_dtype(feed.dtype)
+    x = helper.make_tensor_value_info("x", kind, [f"d{i}" for i in range(feed.ndim - 1)] + [None])
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name in parts.outputs]
+    constants = [
+        numpy_helper.from_array(value, f"{name}.{i}")
+        for i, op in enumerate(ops)
+        for name, value in op.inputs.items()
+        if name != "x"
+    ]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
+    graph = helper.make_graph([node], "op", [x], outputs, constants)
+    held = functions([parts.op_type]) if bodies else []
+    return helper.make_model(graph, opset_imports=opsets, functions=held, ir_version=11)
+
+
+def run(model: onnx.ModelProto, x: Any, activations: str = "fp32", *, native: bool = True) -> list[Any]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("rankbook.activations", activations)
+    if native:
+        options.register_custom_ops_library(str(library.library("ort")))
+    made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(made.run(None, {"x": x}))
+
+
+def test_splitting_gives_back_what_was_merged() -> None:
+    nodes = [node_of(op, i) for i, op in enumerate(draw_several(OpCase(rank=4), 3))]
+    several = merged.merge(nodes)
+    assert several.op_type == "CodebookMatMulLowRank4Merged3"
+    assert len(several.inputs) == len(merged.OPERATORS[several.op_type].inputs) == 31
+    assert merged.split(several) == tuple(nodes)
+    assert merged.split(nodes[0]) == (nodes[0],)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "layer.0"}, "1 names, 2 outputs and 13 inputs; it must have 2, 2 and 13"),
+        ({"inputs": ("x",)}, "1 inputs"),
+        ({"attributes": {}}, "lacks the attributes in_features_0, out_features_0, offset_0, in_features_1"),
+    ],
+)
+def test_a_damaged_node_is_refused(change: dict[str, Any], message: str) -> None:
+    several = merged.merge([node_of(op, i) for i, op in enumerate(draw_several(OpCase(), 2))])
+    with pytest.raises(ValueError, match=message):
+        merged.split(replace(several, **change))
+
+
+@built
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_product_is_what_it_is_alone(bits: int, rank: int, tokens: int) -> None:
+    """The same numbers to the last bit, exact or rounded, by the session or by the file, with one node or several."""
+    case = OpCase(bits=bits, rank=rank, tokens=(tokens,), bias=bool(rank), planes=1 + tokens % 2)
+    for kind in (contract.MATMUL, contract.MATMUL_INTEGER):
+        ops = draw_several(replace(case, kind=kind), 2 + tokens % 2)
+        model = model_of(ops)
+        for activations in ("fp32", "int8"):
+            got = run(model, ops[0].inputs["x"], activations)
+            want = [alone(op, activations).run(None, {"x": op.inputs["x"]})[0] for op in ops]
+            for mine, other in zip(got, want, strict=True):
+                np.testing.assert_array_equal(mine, other)
+
+
+@built
+def test_half_activations() -> None:
+    """fp16 in and out: every product has its own part of the staged results."""
+    ops = draw_several(OpCase(dtype="float16", tokens=(2, 3), rank=4), 3)
+    got = run(model_of(ops), ops[0].inputs["x"], "int8")
+    for mine, op in zip(got, ops, strict=True):
+        np.testing.assert_array_equal(mine, alone(op).run(None, {"x": op.inputs["x"]})[0])
+
+
+@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INTEGER])
+def test_the_body_calls_the_bodies_of_the_products(kind: str) -> None:
+    """Stock ONNX Runtime; the tolerance is that of a float32 sum of 128 terms in another order."""
+    ops = draw_several(OpCase(bits=3, rank=4, kind=kind), 2)
+    got = run(model_of(ops, bodies=True), ops[0].inputs["x"], native=False)
+    for mine, op in zip(got, ops, strict=True):
+        want = op.expected()
+        assert np.abs(mine - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@built
+def test_products_that_do_not_belong_together_are_named() -> None:
+    """Of another group size, where x is rounded per group."""
+    ops = draw_several(OpCase(), 2)
+    ops[1] = draw(OpCase(group=32))
+    with pytest.raises(Exception, match=r"CodebookMatMul4Merged2 'layer.0 layer.1'.*the same groups"):
+        run(model_of(ops), ops[0].inputs["x"], "int8")
+    got = run(model_of(ops), ops[0].inputs["x"])
+    np.testing.assert_array_equal(got[1], run(ops[1].model(), ops[0].inputs["x"])[0])
+
+
+@built
+def test_a_wrong_constant_is_named_with_its_place() -> None:
+    ops = draw_several(OpCase(), 2)
+    ops[1].inputs["codes"] = ops[1].inputs["codes"][:, :1]
+    with pytest.raises(Exception, match=r"'layer.0 layer.1': input codes_1 has shape"):
+        run(model_of(ops), ops[0].inputs["x"])
