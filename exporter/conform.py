@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from rankbook.exporter.dialects import NATIVE
+from rankbook.exporter.nodes import node_parts
 from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
 from rankbook.exporter.passes.metadata import LAYERS
 from rankbook.plugins import contract, merged
@@ -62,13 +63,6 @@ def check_proto(model: onnx.ModelProto) -> list[str]:
             which = f" ({part.name})" if len(parts) > 1 else ""
             problems += [f"{where}{which}: {problem}" for problem in _check_node(part, values)]
     return problems
-
-
-def node_parts(node: onnx.NodeProto) -> merged.Node:
-    """Return a node as its parts; strings among its attributes are decoded."""
-    found = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-    attributes = {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
-    return merged.Node(node.name, node.op_type, tuple(node.input), tuple(node.output), attributes)
 
 
 def _check_dialect(model: onnx.ModelProto, noted: dict[str, str]) -> Iterator[str]:

@@ -233,7 +233,7 @@ def _shape(value: Any) -> list[int | str]:
 
 
 def _custom_nodes(path: Path, node: Any) -> list[CustomNode]:
-    from rankbook.exporter.conform import node_parts
+    from rankbook.exporter.nodes import node_parts
     from rankbook.plugins import merged
 
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -153,3 +155,16 @@ def test_sizes_add_up(tmp_path) -> None:
     model, copies, size = ours(4, 1).model((64, 128), 20_000)
     onnx.save(model, tmp_path / "model.onnx")
     assert packed_size(onnx_file.read(tmp_path)) == (copies * size, copies * 64 * 128)
+
+
+def test_reading_a_file_loads_no_torch(tmp_path) -> None:
+    """What a process holds before it opens a model is small beside the model: torch takes 230 MB."""
+    import onnx
+
+    onnx.save(ours(4, 1).model((64, 128), 1)[0], tmp_path / "model.onnx")
+    code = (
+        "import pathlib, sys\nfrom rankbook.tools.bench.subject import ModelSubject\n"
+        f"ModelSubject(pathlib.Path({str(tmp_path)!r})).warm()\nprint({{'onnx', 'torch'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'onnx'}"

@@ -31,8 +31,9 @@ SETTING = Setting(threads=1, capacity=32, shared=True)
 class Fake(Contender):
     """Counts: the next token is one more."""
 
+    kernels, file_bytes, packed = "fake", 8, (4, 8)
+
     def __init__(self) -> None:
-        self.kernels, self.file_bytes, self.packed = "fake", 8, (4, 8)
         self.seen: list[int] = []
 
     def start(self, tokens) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Mapping
 from functools import cached_property
 from importlib.util import find_spec
@@ -252,7 +254,6 @@ class OrtModel(LanguageModel):
 
     def _reserve(self, positions: int) -> None:
         """Make the buffers of the cache hold so many positions; they double, so that copies are rare."""
-        import numpy as np
         from onnxruntime import OrtValue
 
         if positions <= self._held:
@@ -260,7 +261,7 @@ class OrtModel(LanguageModel):
         self._held, self._steps = max(positions + _ROOM, 2 * self._held), None
         for name, value in self._cache.items():
             batch, heads, _, size = value.shape()
-            wide = np.zeros((batch, heads, self._held, size), self._types[name])
+            wide = _untouched((batch, heads, self._held, size), self._types[name])
             wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
             self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
 
@@ -297,6 +298,14 @@ class OrtModel(LanguageModel):
         if "position_ids" in inputs:
             inputs["position_ids"][:] = np.arange(self._length, self._length + length)
         return inputs
+
+
+def _untouched(shape: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]:
+    """Return zeros of which only what is written takes memory; ``np.zeros`` fills memory that was used before."""
+    import numpy as np
+
+    size = np.dtype(kind).itemsize * math.prod(shape)
+    return np.ndarray(shape, kind, buffer=mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _past(present: str) -> str:

@@ -31,12 +31,18 @@ class Contender(ABC):
     Attributes:
         kernels: What computes packed layers; the runtime's name and version for a peer.
         file_bytes: The files that were opened.
-        packed: Bytes of all packed layers and embeddings, each counted once, and the number of their weights.
     """
 
     kernels: str
     file_bytes: int
-    packed: tuple[int, int]
+
+    @property
+    @abstractmethod
+    def packed(self) -> tuple[int, int]:
+        """Bytes of all packed layers and embeddings, each counted once, and the number of their weights.
+
+        Not read before it is asked for: the memory that this takes is not the model's.
+        """
 
     @abstractmethod
     def start(self, tokens: Tokens) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,15 @@ class Exported(Contender):
         """
         entries = {"session.force_spinning_stop": "1"} if setting.shared else None
         self._model = OrtModel(path, threads=setting.threads, kernels=kernels, entries=entries, graph=self.graph(path))
-        file = self._model.file
         self.kernels = self._model.kernels
-        self.file_bytes = file.file_bytes
+        self.file_bytes = self._model.file.file_bytes
+
+    @cached_property
+    def packed(self) -> tuple[int, int]:
+        """Of our operators and of MatMulNBits."""
+        file = self._model.file
         ours, others = packed_size(file), foreign_size(load_graph(file.path))
-        self.packed = (ours[0] + others[0], ours[1] + others[1])
+        return ours[0] + others[0], ours[1] + others[1]
 
     def graph(self, path: Path) -> bytes | None:  # noqa: ARG002
         """Return what to open in place of the file, or None."""

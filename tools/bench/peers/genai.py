@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,9 @@ class Model(Contender):
             raise UsageError(f"{path} has no genai_config.json; make it with onnxruntime_genai.models.builder")
         self._library: Any = onnxruntime_genai
         self._library.disable_telemetry_events()
-        file = path / json.loads(configuration.read_text("utf-8"))["model"]["decoder"]["filename"]
+        self._file = path / json.loads(configuration.read_text("utf-8"))["model"]["decoder"]["filename"]
         self.kernels = f"onnxruntime-genai {onnxruntime_genai.__version__}"
-        self.file_bytes = sum(part.stat().st_size for part in path.glob(f"{file.name}*"))
-        self.packed = foreign_size(load_graph(file))
+        self.file_bytes = sum(part.stat().st_size for part in path.glob(f"{self._file.name}*"))
         self._capacity = setting.capacity
         options: dict[str, Any] = {"intra_op_num_threads": setting.threads} if setting.threads else {}
         if setting.shared:
@@ -49,6 +49,11 @@ class Model(Contender):
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = self._library.Model(config)
         self._generator: Any = None
+
+    @cached_property
+    def packed(self) -> tuple[int, int]:
+        """Of MatMulNBits."""
+        return foreign_size(load_graph(self._file))
 
     def start(self, tokens: Tokens) -> int:
         """Begin with tokens (1, length); the cache has the capacity from the beginning, as GenAI wants it."""

@@ -57,7 +57,11 @@ class Model(Contender):
         self._scores: tuple[int, Any] = (0, None)
         self.kernels = f"llama-cpp-python {version('llama-cpp-python')}"
         self.file_bytes = path.stat().st_size
-        self.packed = (self._library.llama_model_size(self._model), self._library.llama_model_n_params(self._model))
+
+    @property
+    def packed(self) -> tuple[int, int]:
+        """Of everything."""
+        return self._library.llama_model_size(self._model), self._library.llama_model_n_params(self._model)
 
     def start(self, tokens: Tokens) -> int:
         """Begin with tokens (1, length)."""
