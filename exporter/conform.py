@@ -13,7 +13,7 @@ from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.nodes import node_parts
 from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
 from rankbook.exporter.passes.metadata import LAYERS
-from rankbook.plugins import contract, merged
+from rankbook.plugins import attention_contract, contract, merged
 
 _MAX_LISTED = 100
 
@@ -118,6 +118,9 @@ def _check_imports(model: onnx.ModelProto, nodes: list[Any]) -> Iterator[str]:
 
 
 def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
+    if node.op_type == attention_contract.NAME:
+        yield from _check_attention(node, values)
+        return
     op = contract.OPERATORS.get(node.op_type)
     if op is None:
         yield f"unknown operator; known are {', '.join(contract.OPERATORS)}"
@@ -138,6 +141,25 @@ def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
     for port, name in zip((*op.inputs, *op.outputs), (*node.inputs, *node.outputs), strict=True):
         yield from _check_port(port, name, values, sizes)
     yield from _check_sizes(sizes, attributes)
+
+
+def _check_attention(node: merged.Node, values: _Values) -> Iterator[str]:
+    lowest = {**attention_contract.INT_ATTRIBUTES, **attention_contract.FLOAT_ATTRIBUTES}
+    if set(node.attributes) != set(lowest):
+        yield f"has attributes {sorted(node.attributes)}; the contract asks for {sorted(lowest)}"
+        return
+    for name, low in lowest.items():
+        if node.attributes[name] < low:
+            yield f"attribute {name!r} is {node.attributes[name]!r}; it must be at least {low}"
+    names = [*attention_contract.INPUTS, *(attention_contract.ROTARY_INPUTS if node.attributes["do_rotary"] else ())]
+    if len(node.inputs) != len(names) or not all(node.inputs):
+        yield f"has {len(node.inputs)} inputs; the contract asks for {names}"
+        return
+    for name, value in zip(names, node.inputs, strict=True):
+        if name in ("cos", "sin") and value not in values.initializers:
+            yield f"port {name!r} ({value}) must be an initializer"
+        if name == "past_key" and values.dtype(value) not in (None, "float32"):
+            yield f"port {name!r} ({value}) is {values.dtype(value)}; allowed is float32"
 
 
 def _check_attribute(wanted: contract.Attribute, attributes: Mapping[str, Any]) -> Iterator[str]:

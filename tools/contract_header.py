@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankbook.plugins import contract, layout, merged
+from rankbook.plugins import attention_contract, contract, layout, merged
 
 
 def header_text() -> str:
@@ -39,12 +39,30 @@ def header_text() -> str:
         )
         quoted = ", ".join(f'"{name}"' for name in operator.input_names())
         lines += [f"  static constexpr const char* kInputs[] = {{{quoted}}};", "};"]
-    return "\n".join([*lines, "", "}  // namespace rankbook::contract", ""])
+    return "\n".join([*lines, *_attention(), "", "}  // namespace rankbook::contract", ""])
 
 
 def header_path() -> Path:
     """Return where the header lies in a checkout."""
     return Path(contract.__file__).resolve().parent / "csrc" / "contract.h"
+
+
+def _attention() -> list[str]:
+    inputs = [*attention_contract.INPUTS, *attention_contract.ROTARY_INPUTS]
+    quoted = ", ".join(f'"{name}"' for name in inputs)
+    lines = [
+        "",
+        "struct Attention {",
+        f'  static constexpr const char* kName = "{attention_contract.NAME}";',
+        f"  static constexpr int kLargestHead = {attention_contract.LARGEST_HEAD};",
+        f"  static constexpr int kHeadStep = {attention_contract.HEAD_STEP};",
+        f"  static constexpr int kRotaryStep = {attention_contract.ROTARY_STEP};",
+        f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in inputs)}, kInputCount }};",
+        f"  enum Output {{ {', '.join(f'k{_camel(name)}' for name in attention_contract.OUTPUTS)}, kOutputCount }};",
+        f"  static constexpr const char* kInputs[] = {{{quoted}}};",
+    ]
+    names = [*attention_contract.INT_ATTRIBUTES, *attention_contract.FLOAT_ATTRIBUTES]
+    return [*lines, *(f'  static constexpr const char* k{_camel(name)} = "{name}";' for name in names), "};"]
 
 
 def _camel(name: str) -> str:

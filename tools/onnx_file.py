@@ -156,8 +156,6 @@ def read(path: Path) -> OnnxFile:
     Raises:
         UsageError: Not an ONNX model, or an external data file is missing or too short.
     """
-    from rankbook.plugins import contract
-
     file = find_model(path)
     model = load_graph(file)
     graph = model.graph
@@ -166,7 +164,7 @@ def read(path: Path) -> OnnxFile:
     nodes: list[CustomNode] = []
     outputs: dict[str, str] = {}
     for node in graph.node:
-        ours = _custom_nodes(file, node) if node.domain == contract.DOMAIN else []
+        ours = _custom_nodes(file, node) if _holds_weights(node) else []
         nodes += ours
         outputs |= {item.name: item.output for item in ours}
         if not ours and node.name in packed:
@@ -178,7 +176,9 @@ def read(path: Path) -> OnnxFile:
         metadata=metadata,
         nodes=tuple(nodes),
         outputs_of=outputs,
-        domains=frozenset(node.domain.removeprefix("ai.onnx") for node in graph.node),
+        domains=frozenset(
+            node.domain.removeprefix("ai.onnx") for part in (graph, *model.functions) for node in part.node
+        ),
         initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},
         opset=max([item.version for item in model.opset_import if item.domain in ("", "ai.onnx")], default=0),
         data_files=_data_files(file, graph.initializer),
@@ -230,6 +230,12 @@ def _shape(value: Any) -> list[int | str]:
         dimension.dim_value if dimension.HasField("dim_value") else dimension.dim_param or f"axis{axis}"
         for axis, dimension in enumerate(tensor.shape.dim)
     ]
+
+
+def _holds_weights(node: Any) -> bool:
+    from rankbook.plugins import attention_contract, contract
+
+    return bool(node.domain == contract.DOMAIN and node.op_type != attention_contract.NAME)
 
 
 def _custom_nodes(path: Path, node: Any) -> list[CustomNode]:

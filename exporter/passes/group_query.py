@@ -1,4 +1,4 @@
-"""Replaces attention by ONNX Runtime's ``com.microsoft::GroupQueryAttention``, rotary embedding and cache inside."""
+"""Replaces attention by one node with rotary embedding and cache inside: ONNX Runtime's, or ours around it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rankbook.exporter.passes.kv_cache import PAST
+from rankbook.plugins import attention_contract, contract
 
-DOMAIN = "com.microsoft"
+DOMAIN = attention_contract.STOCK_DOMAIN
 """Domain of ONNX Runtime's own operators."""
-_STEP = 8
 Tables = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """cos and sin of a rotary embedding by position, (positions, size / 2) each."""
 
 
 class GroupQueryAttention(ir.passes.InPlacePass):
     """Makes one node of an Attention, the Concats of its cache, and the rotary embedding and transposes before it.
+
+    The node is ``rankbook::GroupQueryAttention``, whose body is ``com.microsoft::GroupQueryAttention``; for what our
+    kernel does not take (other types than float32, larger heads) it is the latter itself.
 
     What differs from the portable graph:
 
@@ -50,6 +53,8 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             fusion.apply(lengths, self._tables, self._windows)
         if nodes:
             model.opset_imports[DOMAIN] = 1
+        if any(node.op_type == attention_contract.NAME and node.domain == contract.DOMAIN for node in model.graph):
+            model.opset_imports[contract.DOMAIN] = contract.VERSION
         return ir.passes.PassResult(model, modified=bool(nodes))
 
 
@@ -64,10 +69,10 @@ class _Fusion:
         self._new = [_given(node, cache.inputs[1]) for cache in self._caches]
         self._past = [_given(node, cache.inputs[0]) for cache in self._caches]
         self._heads, self._size = _size(self._query, 1), _size(self._query, 3)
-        if self._size % _STEP:
+        if self._size % attention_contract.HEAD_STEP:
             raise ValueError(
-                f"ONNX Runtime's attention takes heads of a multiple of {_STEP} numbers, and these have {self._size};"
-                " export with graph standard"
+                f"ONNX Runtime's attention takes heads of a multiple of {attention_contract.HEAD_STEP} numbers,"
+                f" and these have {self._size}; export with graph standard"
             )
 
     def lengths(self) -> list[ir.Value]:
@@ -92,9 +97,9 @@ class _Fusion:
         }
         rows = [self._rows(value) for value in (self._query, *self._new)]
         inputs = [*rows, *self._past, *lengths, *rotary]
-        fused = ir.node(
-            "GroupQueryAttention", inputs, attributes, num_outputs=3, domain=DOMAIN, name=str(self._node.name)
-        )
+        ours = self._past[0].dtype == ir.DataType.FLOAT and attention_contract.supports(self._size, rotary=bool(rotary))
+        domain, name = contract.DOMAIN if ours else DOMAIN, str(self._node.name)
+        fused = ir.node(attention_contract.NAME, inputs, attributes, num_outputs=3, domain=domain, name=name)
         self._nodes.append(fused)
         self._graph.insert_before(self._node, self._nodes)
         self._finish(*fused.outputs)

@@ -49,4 +49,20 @@ struct CodebookMatMulLowRankA8 {  // CodebookMatMulLowRank<bits>A8
   static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
 };
 
+struct Attention {
+  static constexpr const char* kName = "GroupQueryAttention";
+  static constexpr int kLargestHead = 512;
+  static constexpr int kHeadStep = 8;
+  static constexpr int kRotaryStep = 16;
+  enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kSeqlensK, kTotalSequenceLength, kCos, kSin, kPositionIds, kInputCount };
+  enum Output { kOutput, kPresentKey, kPresentValue, kOutputCount };
+  static constexpr const char* kInputs[] = {"query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin", "position_ids"};
+  static constexpr const char* kNumHeads = "num_heads";
+  static constexpr const char* kKvNumHeads = "kv_num_heads";
+  static constexpr const char* kLocalWindowSize = "local_window_size";
+  static constexpr const char* kDoRotary = "do_rotary";
+  static constexpr const char* kScale = "scale";
+  static constexpr const char* kSoftcap = "softcap";
+};
+
 }  // namespace rankbook::contract

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "check_attention.h"
 #include "kernels/dispatch.h"
 
 namespace {
@@ -241,6 +242,7 @@ int main() {
     ++failures;
   }
   for (const Isa isa : all_isas()) {
+    failures += check_attention(select_attention_kernels(isa), {nullptr, run_threads});
     const PanelKernels& kernels = select_kernels(isa);
     std::printf("%s %s\n", kernels.name, select_integer_kernels(isa).name);
     for (const Case& c : cases) {

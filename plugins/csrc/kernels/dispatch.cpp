@@ -72,4 +72,16 @@ const IntegerKernels& select_integer_kernels(Isa limit) {
   return portable_integer_kernels();
 }
 
+const AttentionKernels& select_attention_kernels(Isa limit) {
+#if defined(RANKBOOK_X86)
+  if (limit >= Isa::kAvx512 && has_avx512()) return avx512_attention_kernels();
+  if (limit >= Isa::kAvx2 && has_avx2()) return avx2_attention_kernels();
+#elif defined(RANKBOOK_ARM)
+  if (limit >= Isa::kNeon) return neon_attention_kernels();
+#else
+  static_cast<void>(limit);
+#endif
+  return portable_attention_kernels();
+}
+
 }  // namespace rankbook

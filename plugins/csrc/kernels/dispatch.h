@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/attention.h"
 #include "kernels/codebook.h"
 #include "kernels/integer.h"
 
@@ -46,6 +47,37 @@ struct IntegerKernels {
                       float* total);
 };
 
+inline constexpr int kTileRows = 12;         // rows of queries that go through the keys together, at most
+inline constexpr int64_t kKeyBlock = 128;    // keys between two looks at the maximum of the scores
+inline constexpr int64_t kKeyPanel = 32;     // keys side by side where they are transposed
+
+// Rows of queries that share one head of keys and values.
+struct AttentionTile {
+  int64_t rows;           // at most AttentionKernels::rows
+  int64_t size;           // H
+  int64_t stride;         // of q and out: H rounded up to whole vectors
+  const float* q;         // (rows, stride), times the scale, over the softcap or times log2(e)
+  float* out;             // (rows, stride)
+  const int64_t* begin;   // (rows): the first key that a row sees
+  const int64_t* end;     // (rows): one behind the last
+  float cap;              // softcap times log2(e), or 0
+  const float* keys;      // (positions, H)
+  const float* values;    // (positions, H)
+  const float* panels;    // keys as (panels, H, kKeyPanel), zeros behind the last, or null
+};
+
+// The inner loops of attention, built once per instruction set from attention_kernels.h.
+struct AttentionKernels {
+  const char* name;
+  int rows;  // of a tile
+
+  // out = softmax(q @ keys.T) @ values.
+  void (*attend)(const AttentionTile& tile);
+
+  // out (H) = x (H) * factor after the rotary embedding with cos and sin (H / 2), which may be null.
+  void (*embed)(const float* x, const float* cos, const float* sin, int64_t size, float factor, float* out);
+};
+
 // In this order; each includes those before it. kBest stands for the last.
 #if defined(RANKBOOK_ARM)
 enum class Isa { kPortable, kNeon, kDotProd, kBest = kDotProd };
@@ -58,20 +90,25 @@ inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avxvnni", "avx5
 // The best kernels that this processor can run, none better than `limit`.
 const PanelKernels& select_kernels(Isa limit = Isa::kBest);
 const IntegerKernels& select_integer_kernels(Isa limit = Isa::kBest);
+const AttentionKernels& select_attention_kernels(Isa limit = Isa::kBest);
 
 const PanelKernels& portable_kernels();
 const IntegerKernels& portable_integer_kernels();
+const AttentionKernels& portable_attention_kernels();
 #if defined(RANKBOOK_X86)
 const PanelKernels& avx2_kernels();
 const PanelKernels& avx512_kernels();
 const IntegerKernels& avx2_integer_kernels();
 const IntegerKernels& avxvnni_integer_kernels();
 const IntegerKernels& avx512_integer_kernels();
+const AttentionKernels& avx2_attention_kernels();
+const AttentionKernels& avx512_attention_kernels();
 #endif
 #if defined(RANKBOOK_ARM)
 const PanelKernels& neon_kernels();
 const IntegerKernels& neon_integer_kernels();
 const IntegerKernels& dotprod_integer_kernels();
+const AttentionKernels& neon_attention_kernels();
 #endif
 
 }  // namespace rankbook

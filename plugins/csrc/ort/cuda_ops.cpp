@@ -324,4 +324,6 @@ std::string cuda_state() {
 #endif
 }
 
+bool serves_gpu() { return true; }
+
 }  // namespace rankbook::ort

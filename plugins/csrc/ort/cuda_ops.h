@@ -16,4 +16,7 @@ void add_cuda_operators(Ort::CustomOpDomain& domain);
 // "not built", "1 device", or CUDA's own words about why there is none.
 std::string cuda_state();
 
+// Whether this is the library for GPUs.
+bool serves_gpu();
+
 }  // namespace rankbook::ort

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "contract.h"
+#include "ort/attention_op.h"
 #include "ort/cuda_ops.h"
 #include "ort/ops.h"
 
@@ -63,6 +64,7 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
       rankbook::ort::add_operators(
           *made, {rankbook::select_kernels(limit), rankbook::select_integer_kernels(limit), rounds, copy});
       rankbook::ort::add_cuda_operators(*made);
+      if (!rankbook::ort::serves_gpu()) rankbook::ort::add_attention(*made, rankbook::select_attention_kernels(limit));
       return made;
     };
     static Ort::CustomOpDomain* const domains[] = {make(false, false), make(true, false), make(false, true), make(true, true)};

@@ -7,4 +7,6 @@ void add_cuda_operators(Ort::CustomOpDomain&) {}
 
 std::string cuda_state() { return "not built"; }
 
+bool serves_gpu() { return false; }
+
 }  // namespace rankbook::ort

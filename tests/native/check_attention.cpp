@@ -1,0 +1,195 @@
+#include "check_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+namespace {
+
+using namespace rankbook;
+using Floats = std::vector<float>;
+
+struct Case {
+  std::vector<int32_t> keys;  // of each row of the batch
+  int64_t tokens, past, heads, kv_heads, size, window;
+  float softcap;
+  bool rotary;
+};
+
+const Case kCases[] = {
+    {{1}, 1, 0, 3, 3, 8, -1, 0.0F, false},      {{70}, 1, 69, 9, 3, 16, -1, 0.0F, true},
+    {{140}, 1, 150, 14, 1, 24, 9, 2.0F, false}, {{40}, 3, 37, 4, 2, 48, 7, 0.0F, true},
+    {{150}, 20, 130, 6, 2, 16, -1, 0.0F, true}, {{33}, 33, 0, 6, 2, 40, 12, 0.0F, false},
+    {{34, 5}, 34, 40, 4, 2, 16, -1, 1.5F, true}, {{65, 2, 30}, 1, 64, 2, 1, 80, -1, 0.0F, true},
+    {{700}, 1, 700, 6, 2, 64, -1, 0.0F, false},  // enough work for threads
+};
+
+constexpr int64_t kPositions = 160;
+constexpr float kScale = 0.3F;
+
+// The inputs of one call on the heap, and what each output must be.
+struct Call {
+  const Case& c;
+  AttentionArgs args;
+  Floats query, key, value, past_key, past_value, cos, sin, present_key, present_value, output, workspace;
+  std::vector<int32_t> last;
+  std::vector<int64_t> position_ids;
+  std::mt19937 source{7};
+
+  Floats draw(int64_t count) {
+    Floats out(static_cast<size_t>(count));
+    for (float& value_ : out) value_ = std::uniform_real_distribution<float>(-1.0F, 1.0F)(source);
+    return out;
+  }
+
+  Call(const Case& c_, bool in_place) : c(c_) {
+    args.batch = static_cast<int64_t>(c.keys.size());
+    args.tokens = c.tokens;
+    args.heads = c.heads;
+    args.kv_heads = c.kv_heads;
+    args.size = c.size;
+    args.past = c.past;
+    args.total = *std::max_element(c.keys.begin(), c.keys.end());
+    args.present = std::max(args.total, c.past);
+    args.scale = kScale;
+    args.softcap = c.softcap;
+    args.window = c.window;
+    query = draw(args.batch * c.tokens * c.heads * c.size);
+    key = draw(args.batch * c.tokens * c.kv_heads * c.size);
+    value = draw(static_cast<int64_t>(key.size()));
+    past_key = draw(args.batch * c.kv_heads * c.past * c.size);
+    past_value = draw(static_cast<int64_t>(past_key.size()));
+    cos = draw(kPositions * c.size / 2);
+    sin = draw(kPositions * c.size / 2);
+    for (int64_t row = 0; row < args.batch; ++row) {
+      last.push_back(c.keys[static_cast<size_t>(row)] - 1);
+      for (int64_t token = 0; token < c.tokens; ++token) position_ids.push_back(before(row) + token);
+    }
+    output.assign(query.size(), NAN);
+    present_key.assign(static_cast<size_t>(args.batch * c.kv_heads * args.present * c.size), NAN);
+    present_value = present_key;
+    workspace.assign(static_cast<size_t>(attention_workspace(args)), NAN);
+    if (in_place) {
+      present_key = past_key;
+      present_value = past_value;
+    }
+    bind(in_place);
+  }
+
+  void bind(bool in_place) {
+    args.query = query.data();
+    args.key = key.data();
+    args.value = value.data();
+    args.past_key = in_place ? present_key.data() : past_key.data();
+    args.past_value = in_place ? present_value.data() : past_value.data();
+    args.present_key = present_key.data();
+    args.present_value = present_value.data();
+    args.last = last.data();
+    args.output = output.data();
+    args.workspace = workspace.data();
+    if (!c.rotary) return;
+    args.positions = kPositions;
+    args.cos = cos.data();
+    args.sin = sin.data();
+    args.position_ids = position_ids.data();
+  }
+
+  int64_t before(int64_t row) const { return c.tokens == args.total ? 0 : c.keys[static_cast<size_t>(row)] - c.tokens; }
+
+  // A head of one new token after the rotary embedding.
+  std::vector<double> embedded(const float* x, int64_t row, int64_t token) const {
+    std::vector<double> out(x, x + c.size);
+    const int64_t half = c.size / 2;
+    const int64_t at = (before(row) + token) * half;
+    for (int64_t i = 0; c.rotary && i < half; ++i) {
+      const double angle_cos = cos[static_cast<size_t>(at + i)];
+      const double angle_sin = sin[static_cast<size_t>(at + i)];
+      out[static_cast<size_t>(i)] = x[i] * angle_cos - x[half + i] * angle_sin;
+      out[static_cast<size_t>(half + i)] = x[half + i] * angle_cos + x[i] * angle_sin;
+    }
+    return out;
+  }
+
+  // One position of the cache of a head: from the past, or new.
+  std::vector<double> cached(const Floats& past, const Floats& fresh, bool embed, int64_t row, int64_t head,
+                             int64_t position) const {
+    if (position < before(row)) {
+      const float* x = past.data() + ((row * c.kv_heads + head) * c.past + position) * c.size;
+      return {x, x + c.size};
+    }
+    const int64_t token = position - before(row);
+    const float* x = fresh.data() + ((row * c.tokens + token) * c.kv_heads + head) * c.size;
+    return embed ? embedded(x, row, token) : std::vector<double>(x, x + c.size);
+  }
+
+  std::vector<double> attended(int64_t row, int64_t token, int64_t head) const {
+    const int64_t shared = head / (c.heads / c.kv_heads);
+    const int64_t end = before(row) + token + 1;
+    const int64_t begin = c.window > 0 ? std::max<int64_t>(0, end - c.window) : 0;
+    const std::vector<double> q = embedded(query.data() + ((row * c.tokens + token) * c.heads + head) * c.size, row, token);
+    std::vector<double> out(static_cast<size_t>(c.size));
+    double total = 0.0;
+    for (int64_t position = begin; position < end; ++position) {
+      const std::vector<double> k = cached(past_key, key, true, row, shared, position);
+      const std::vector<double> v = cached(past_value, value, false, row, shared, position);
+      double score = 0.0;
+      for (size_t i = 0; i < q.size(); ++i) score += q[i] * k[i] * kScale;
+      if (c.softcap > 0.0F) score = c.softcap * std::tanh(score / c.softcap);
+      const double weight = std::exp(score);
+      total += weight;
+      for (size_t i = 0; i < v.size(); ++i) out[i] += weight * v[i];
+    }
+    for (double& number : out) number /= total;
+    return out;
+  }
+
+  double error() const {
+    double worst = 0.0;
+    for (int64_t row = 0; row < args.batch; ++row) {
+      for (int64_t token = 0; token < c.tokens; ++token) {
+        for (int64_t head = 0; head < c.heads; ++head) {
+          const std::vector<double> want = attended(row, token, head);
+          const float* got = output.data() + ((row * c.tokens + token) * c.heads + head) * c.size;
+          for (size_t i = 0; i < want.size(); ++i) worst = std::fmax(worst, distance(got[i], want[i]));
+        }
+      }
+      for (int64_t place = 0; place < c.kv_heads * (before(row) + c.tokens); ++place) {
+        const int64_t head = place / (before(row) + c.tokens);
+        const int64_t position = place % (before(row) + c.tokens);
+        const std::vector<double> want = cached(past_key, key, true, row, head, position);
+        const float* got = present_key.data() + ((row * c.kv_heads + head) * args.present + position) * c.size;
+        for (size_t i = 0; i < want.size(); ++i) worst = std::fmax(worst, distance(got[i], want[i]));
+      }
+    }
+    return worst;
+  }
+
+  static double distance(float got, double want) { return std::isnan(got) ? INFINITY : std::fabs(got - want); }
+};
+
+}  // namespace
+
+int check_attention(const rankbook::AttentionKernels& kernels, const rankbook::Parallel& parallel) {
+  int failures = 0;
+  for (const Case& c : kCases) {
+    for (const bool in_place : {false, true}) {
+      Call call(c, in_place);
+      if (in_place && call.args.past < call.args.total) continue;
+      const Status status = attention(call.args, kernels, parallel);
+      const double error = status == Status::kOk ? call.error() : INFINITY;
+      if (error < 2e-6) continue;  // numbers of up to 1
+      std::fprintf(stderr, "attention, %s: %ld tokens, %ld keys, heads of %ld: error %g\n", kernels.name,
+                   static_cast<long>(c.tokens), static_cast<long>(call.args.total), static_cast<long>(c.size), error);
+      ++failures;
+    }
+  }
+  Call call(kCases[1], false);
+  call.position_ids[0] = kPositions;
+  if (attention(call.args, kernels, parallel) != rankbook::Status::kBadIndex) ++failures;
+  call.position_ids[0] = 0;
+  call.last[0] = 70;
+  if (attention(call.args, kernels, parallel) != rankbook::Status::kBadShape) ++failures;
+  return failures;
+}
