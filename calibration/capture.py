@@ -122,6 +122,25 @@ def advance(block: nn.Module, call: BlockCall, stream: Tensor) -> None:
 
 
 @torch.no_grad()
+def entering(model: nn.Module, module: nn.Module, tokens: Tensor) -> LayerStatistics:
+    """Return the statistics of what enters a linear module that the model calls once; tokens (sequences, length)."""
+    found = LayerStatistics.empty(module.in_features)  # type: ignore[arg-type]
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.update(args[0])
+        raise _StopForwardError
+
+    hook = module.register_forward_pre_hook(note)
+    try:
+        for batch in torch.split(tokens, batch_size(tokens)):
+            with contextlib.suppress(_StopForwardError):
+                model(input_ids=batch, use_cache=False)
+    finally:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
 def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[str]) -> dict[str, LayerStatistics]:
     """Return the statistics of the inputs of the named layers while the stream runs through the block.
 

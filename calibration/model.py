@@ -40,6 +40,8 @@ from rankbook.calibration.selection import Selection, select
 from rankbook.calibration.solve import solve_layer
 from rankbook.calibration.statistics import LayerStatistics
 
+_TABLE_TOKENS = 8192
+"""Calibration tokens that run through the original model to say what enters its output layer."""
 _QUANTIZE_SHARE = 0.3
 """Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
 
@@ -140,14 +142,15 @@ class _Run:
         self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens)
         targets = self._first_inputs(tokens) if self._trains() else None  # before the embedding may change
-        packed = tables.quantize_embedding(self.model, self.tables, self.options)
+        last = self._last_inputs(tokens)
+        packed = tables.quantize_embedding(self.model, self.tables, self.options, last)
         inputs = targets.clone() if targets is not None and not packed else self._first_inputs(tokens)
         # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
         streams = _Streams(inputs, targets, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
         for index, call in enumerate(calls):
             self._block(index, call, streams, state, solve=index >= finished)
-        packed |= tables.quantize_head(self.model, self.tables, self.options)
+        packed |= tables.quantize_head(self.model, self.tables, self.options, last)
         self._note_tables(packed)
 
     def _allocate(self, tokens: Tensor) -> dict[str, Choice]:
@@ -176,6 +179,15 @@ class _Run:
     def _first_inputs(self, tokens: Tensor) -> Tensor:
         dtype = next(self.blocks.modules[0].parameters()).dtype
         return capture.first_inputs(self.model, self.blocks, tokens, dtype)
+
+    def _last_inputs(self, tokens: Tensor) -> LayerStatistics | None:
+        """Return the statistics of what enters the output layer of the original model, where its table can use them."""
+        if self.tables.head is None or not tables.wants_statistics(self.tables, self.options):
+            return None
+        self.reporter.tell("inputs of the output layer", -1)
+        some = tokens[: max(1, _TABLE_TOKENS // tokens.shape[1])]
+        with self._arithmetic():
+            return capture.entering(self.model, self.tables.head[1], some)
 
     def _block(
         self, index: int, call: capture.BlockCall, streams: _Streams, state: PartialState, *, solve: bool

@@ -1,8 +1,13 @@
-"""Quantizing the embedding and the output layer in 8 or 4 bits, by rounding alone, tied or not."""
+"""Quantizing the embedding and the output layer in 8 or 4 bits, tied or not.
+
+8 bits are rounded to nearest. 4 bits are too few for that (calibration/README.md has numbers): they are fitted. What
+enters the output layer says which errors matter there; the rows of an embedding are outputs themselves, so that all of
+their errors do.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +15,13 @@ from torch import Tensor, nn
 
 from rankbook.calibration.layer_meta import LayerMeta
 from rankbook.calibration.linear import CodebookEmbedding, CodebookLinear, TiedCodebookLinear, replace_module
-from rankbook.calibration.methods import METHODS, LayerProblem
+from rankbook.calibration.methods import METHODS, LayerProblem, lcq
 from rankbook.calibration.options import QuantizeOptions
 from rankbook.calibration.record import GroupParams, QuantizedLinear
 from rankbook.calibration.statistics import LayerStatistics
 from rankbook.plugins import layout
 
+_FITTED_BITS = 4
 _ROWS_AT_ONCE = 256 * layout.PANEL
 """Rows brought to float32 at once; whole panels, so that the result is that of one call."""
 
@@ -66,14 +72,25 @@ def check_tables(tables: Tables, options: QuantizeOptions) -> None:
         )
 
 
-def quantize_embedding(model: Any, tables: Tables, options: QuantizeOptions) -> dict[str, LayerMeta]:
-    """Replace the embedding (and with it a tied output layer) by packed modules; return their meta data by name."""
+def wants_statistics(tables: Tables, options: QuantizeOptions) -> bool:
+    """Return whether `quantize_embedding` or `quantize_head` can use what enters the output layer."""
+    wide = (options.quantize_lm_head, options.quantize_embeddings if tables.tied else 0)
+    return tables.head is not None and max(wide) == _FITTED_BITS
+
+
+def quantize_embedding(
+    model: Any, tables: Tables, options: QuantizeOptions, inputs: LayerStatistics | None = None
+) -> dict[str, LayerMeta]:
+    """Replace the embedding (and with it a tied output layer) by packed modules; return their meta data by name.
+
+    ``inputs`` are the statistics of what enters the output layer; they are used where both share one table.
+    """
     if not _wants_embedding(tables, options):
         return {}
     name, module = tables.embedding
     bits = options.quantize_embeddings or options.quantize_lm_head
     weight: Tensor = module.weight  # type: ignore[assignment]
-    record = quantize_table(name, weight, None, bits, options)
+    record = quantize_table(name, weight, None, bits, options, _of_both(inputs) if tables.tied and inputs else None)
     meta = LayerMeta.of(record, "embedding", scale=_embedding_scale(module))
     packed = CodebookEmbedding(meta, record.pack(), weight.dtype)
     replace_module(model, name, packed)
@@ -83,42 +100,62 @@ def quantize_embedding(model: Any, tables: Tables, options: QuantizeOptions) -> 
     return {name: meta, tables.head[0]: LayerMeta.of(record, shared_with=name)}
 
 
-def quantize_head(model: Any, tables: Tables, options: QuantizeOptions) -> dict[str, LayerMeta]:
+def quantize_head(
+    model: Any, tables: Tables, options: QuantizeOptions, inputs: LayerStatistics | None = None
+) -> dict[str, LayerMeta]:
     """Replace an untied output layer by a packed module; return its meta data by name."""
     if not options.quantize_lm_head or tables.tied or tables.head is None:
         return {}
     name, module = tables.head
     weight: Tensor = module.weight  # type: ignore[assignment]
-    record = quantize_table(name, weight, module.bias, options.quantize_lm_head, options)  # type: ignore[arg-type]
+    record = quantize_table(name, weight, module.bias, options.quantize_lm_head, options, inputs)  # type: ignore[arg-type]
     replace_module(model, name, CodebookLinear.from_record(record, weight.dtype))
     return {name: LayerMeta.of(record)}
 
 
 def quantize_table(
-    name: str, weight: Tensor, bias: Tensor | None, bits: int, options: QuantizeOptions
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    options: QuantizeOptions,
+    inputs: LayerStatistics | None = None,
 ) -> QuantizedLinear:
-    """Round a large matrix (N, K) with RTN, some rows at a time.
+    """Quantize a large matrix (N, K), some rows at a time; without ``inputs`` all inputs count the same.
 
     Raises:
         ValueError: The group size does not divide K, or the weight holds NaN or infinity.
     """
-    method = METHODS["rtn"]
+    method = METHODS["rtn" if bits != _FITTED_BITS else "lcq" if options.method == "lcq" else "gptq"]
     group = options.group(weight.shape[1])
     if options.group_size == "auto":  # not the preference of another format
         group = QuantizeOptions(method="rtn").group(weight.shape[1])
     config = method.config_type(bits=bits, group_size=group)
-    empty = LayerStatistics.empty(weight.shape[1])
-    parts = [
-        method.quantize(LayerProblem(name, rows.float(), None, empty), config)
-        for rows in torch.split(weight.detach(), _ROWS_AT_ONCE)
-    ]
+    statistics = LayerStatistics.empty(weight.shape[1]) if inputs is None else inputs
+
+    def problem(rows: Tensor) -> LayerProblem:
+        return LayerProblem(name, rows.detach().float(), None, statistics)
+
+    pieces = torch.split(weight, _ROWS_AT_ONCE)
+    if isinstance(config, lcq.LcqConfig):
+        config = replace(config, rank=options.rank or config.rank)
+        first = lcq.quantize(problem(weight[:: len(pieces)]), config)  # an even choice of rows finds the levels of all
+        parts = [first] if len(pieces) == 1 else [lcq.quantize(problem(rows), config, first.levels) for rows in pieces]
+    else:
+        parts = [method.quantize(problem(rows), config) for rows in pieces]
     return _stack(parts, None if bias is None else bias.detach().float())
+
+
+def _of_both(inputs: LayerStatistics) -> LayerStatistics:
+    """Return statistics for a table that is embedding and output layer: all inputs count, and these as much again."""
+    mean = inputs.gram.diagonal().mean()
+    return replace(inputs, gram=inputs.gram + mean * torch.eye(len(inputs.gram)))
 
 
 def _stack(parts: list[QuantizedLinear], bias: Tensor | None) -> QuantizedLinear:
     top = parts[0]
     if any(not torch.equal(part.levels, top.levels) for part in parts):
-        raise ValueError("rtn gave different levels for different rows; tables need one fixed set of levels")
+        raise ValueError(f"{top.method} gave different levels for different rows; tables need one fixed set of levels")
     columns = {
         field: [getattr(part.params, field) for part in parts if getattr(part.params, field) is not None]
         for field in ("codes", "step", "base", "values")

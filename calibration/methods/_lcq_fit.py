@@ -155,6 +155,13 @@ def fit(grouped: Tensor, energy: Tensor, rank: int, count: int, rounds: int) -> 
     return books
 
 
+def fit_params(grouped: Tensor, energy: Tensor, levels: Tensor) -> Codebooks:
+    """Fit the parameters of every group to given levels (P, L); arguments as in `fit`."""
+    count = levels.shape[1]
+    tables = clipped_grid(grouped, energy, count).tables()
+    return solve_params(moments_of(grouped, energy, nearest_chunked(grouped, tables), count), levels)
+
+
 def grow_levels(moments: Moments, tables: Tensor, levels: Tensor, rank: int) -> Tensor:
     """Add the leading directions in which free codebooks (one Lloyd step per group) differ from the present ones."""
     free = torch.where(moments.mass > 0, moments.value / moments.mass.clamp_min(1e-30), tables)

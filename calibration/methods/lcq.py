@@ -76,8 +76,8 @@ class LcqConfig:
             raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(EFFORTS)}")
 
 
-def quantize(problem: LayerProblem, config: LcqConfig) -> QuantizedLinear:
-    """Fit one layer in closed form.
+def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = None) -> QuantizedLinear:
+    """Fit one layer in closed form; with given ``levels`` (P, L) only codes and group parameters.
 
     Raises:
         ValueError: The group size does not divide the layer, or weights or statistics are not finite.
@@ -88,8 +88,11 @@ def quantize(problem: LayerProblem, config: LcqConfig) -> QuantizedLinear:
     gram = scaled_gram(problem, config.damping)
     energy = gram.diagonal().view(-1, config.group_size).contiguous()
     count = 1 << config.bits
-    books = _lcq_fit.fit(grouped, energy, config.rank, count, config.fit_rounds)
-    books = _lcq_store.round_levels(books, config.bits, config.level_dtype)
+    if levels is None:
+        books = _lcq_fit.fit(grouped, energy, config.rank, count, config.fit_rounds)
+        books = _lcq_store.round_levels(books, config.bits, config.level_dtype)
+    else:
+        books = _lcq_fit.fit_params(grouped, energy, levels.float())
     codes = _lcq_fit.nearest_chunked(grouped, books.tables())
     books = _lcq_fit.solve_params(_lcq_fit.moments_of(grouped, energy, codes, count), books.levels)
     plan = feedback.plan(gram, 0.0) if config.feedback_rounds else None

@@ -46,7 +46,11 @@ def add_flags(flags: Flags) -> None:
     flags.add("--calib-sequences", type=int, default=64, metavar="N", text="calibration windows")
     flags.add("--calib-length", type=int, default=512, metavar="N", text="tokens per calibration window")
     flags.add(
-        "--quantize-lm-head", type=int, choices=(0, 4, 8), default=0, text="bits of the output layer; 0 leaves it"
+        "--quantize-lm-head",
+        type=int,
+        choices=(0, 4, 8),
+        default=0,
+        text="bits of the output layer, 4 fitted to its inputs; 0 leaves it",
     )
     flags.add(
         "--quantize-embeddings", type=int, choices=(0, 4, 8), default=0, text="bits of the embedding; 0 leaves it"
