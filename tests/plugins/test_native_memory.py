@@ -63,6 +63,32 @@ def test_the_same_bits_from_the_file_and_from_copies(tmp_path: Path, params: str
         np.testing.assert_array_equal(result, results[0])
 
 
+def resident(name: str) -> int:
+    """Return the bytes of a mapped file that this process holds in memory."""
+    sizes = {True: 0, False: 0}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        if not line.split()[0].endswith(":"):  # the line of a mapping, which may end with a name
+            inside = line.endswith(name)
+        elif line.startswith("Rss:"):
+            sizes[inside] += 1024 * int(line.split()[1])
+    return sizes[True]
+
+
+@built
+@huge
+def test_a_file_is_not_held_twice(tmp_path: Path) -> None:
+    """What was copied leaves memory even where the file has just been written; what a session reads in place stays."""
+    op: Op = draw(OpCase(out_features=1024, in_features=2048))
+    path = tmp_path / "model.onnx"
+    onnx.save(op.model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
+    held = [session(path, "huge")]
+    assert resident("model.data") < 0.1 * op.inputs["codes"].nbytes
+    held.append(session(path, "mapped"))
+    held[-1].run(None, {"x": op.inputs["x"]})
+    assert resident("model.data") > op.inputs["codes"].nbytes
+
+
 @built
 def test_mapped_copies_nothing() -> None:
     """With the entry, the bytes of the file are used where they are."""

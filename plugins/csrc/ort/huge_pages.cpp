@@ -4,10 +4,11 @@
 #include <cstring>
 #include <fstream>
 #include <mutex>
-#include <sstream>
 #include <string>
+#include <vector>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -21,7 +22,6 @@ namespace {
 constexpr size_t kHuge = size_t{1} << 21;
 constexpr size_t kChunk = size_t{64} << 20;  // layers share chunks: small ones would waste most of a page, chunks their ends
 constexpr size_t kPiece = size_t{4} << 20;   // copied at a time, so that little is held twice meanwhile
-constexpr size_t kAround = size_t{64} << 10;  // what Linux maps around a page that is read
 constexpr size_t kLine = 64;
 
 std::atomic<int64_t> held{0};
@@ -37,41 +37,23 @@ bool system_has_huge_pages() {
   return has;
 }
 
-struct Range {
-  uintptr_t begin = 0;
-  uintptr_t end = 0;
-};
-
-// The part of a mapped file in which an address lies, empty elsewhere: only such pages can be dropped and read again.
-Range mapped_file(uintptr_t address) {
-  std::ifstream maps("/proc/self/maps");
-  std::string line;
-  while (std::getline(maps, line)) {
-    std::istringstream fields(line);
-    Range range;
-    char dash = 0;
-    std::string permissions, offset, device;
-    uint64_t inode = 0;
-    fields >> std::hex >> range.begin >> dash >> range.end >> permissions >> offset >> device >> std::dec >> inode;
-    if (address >= range.begin && address < range.end) return inode != 0 ? range : Range{};
+// Whether the system can read all these pages again: they are a file's, and nobody has written to them. What it says about
+// a page is in proc_pid_pagemap(5).
+bool lie_in_file(uintptr_t first, uintptr_t last, uintptr_t page) {
+  constexpr uint64_t kPresent = uint64_t{1} << 63, kSwapped = uint64_t{1} << 62, kFile = uint64_t{1} << 61;
+  std::vector<uint64_t> pages((last - first) / page);
+  const int map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (map < 0) return false;
+  const size_t wanted = pages.size() * sizeof(uint64_t);
+  const ssize_t got = pread(map, pages.data(), wanted, static_cast<off_t>(first / page * sizeof(uint64_t)));
+  close(map);
+  if (got != static_cast<ssize_t>(wanted)) return false;
+  bool any = false;
+  for (const uint64_t entry : pages) {
+    if ((entry & kSwapped) != 0 || ((entry & kPresent) != 0 && (entry & kFile) == 0)) return false;
+    any = any || (entry & kPresent) != 0;
   }
-  return {};
-}
-
-// Drops the pages of [data, data + bytes) that lie in `file`, and their neighbours: reading the small constants beside
-// them has mapped these too.
-void give_back(const void* data, size_t bytes, const Range& file) {
-#if defined(MADV_PAGEOUT)
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = begin > file.begin + kAround ? (begin - kAround) / kAround * kAround : file.begin;
-  const uintptr_t last = begin + bytes + kAround < file.end ? (begin + bytes + kAround) / kAround * kAround : file.end;
-  // A hint: where the system does not follow it, memory is held twice and nothing else changes.
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
-#else
-  static_cast<void>(data);
-  static_cast<void>(bytes);
-  static_cast<void>(file);
-#endif
+  return any;
 }
 
 }  // namespace
@@ -116,6 +98,14 @@ class HugeChunk {
   uint8_t* begin_ = nullptr;
 };
 
+void drop_mapped(const void* data, size_t bytes) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data) / page * page;
+  const uintptr_t last = round_up(reinterpret_cast<uintptr_t>(data) + bytes, page);
+  // The file stays in the page cache, where the next session finds it.
+  if (bytes != 0 && lie_in_file(first, last, page)) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 HugeCopy HugeCopy::of(const void* data, size_t bytes) {
   static std::mutex mutex;
   static std::weak_ptr<HugeChunk> current;
@@ -136,20 +126,14 @@ HugeCopy HugeCopy::of(const void* data, size_t bytes) {
   if (to == nullptr) return {};
   // A chunk lives as long as one of its copies; the pages of each end with it.
   copy.chunk_ = std::shared_ptr<HugeChunk>(chunk.get(), [chunk, to, bytes](HugeChunk*) { HugeChunk::drop(to, bytes); });
-  const Range file = mapped_file(reinterpret_cast<uintptr_t>(data));
   for (size_t at = 0; at < bytes; at += kPiece) {
     const auto* from = static_cast<const uint8_t*>(data) + at;
     const size_t size = bytes - at < kPiece ? bytes - at : kPiece;
     std::memcpy(static_cast<uint8_t*>(to) + at, from, size);
-    if (file.end != 0) give_back(from, size, file);
+    drop_mapped(from, size);
   }
   copy.data_ = to;
   return copy;
-}
-
-void drop_mapped(const void* data, size_t bytes) {
-  const Range file = mapped_file(reinterpret_cast<uintptr_t>(data));
-  if (file.end != 0) give_back(data, bytes, file);
 }
 
 int64_t huge_bytes() { return held; }

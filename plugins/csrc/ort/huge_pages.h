@@ -27,7 +27,8 @@ class HugeCopy {
   const void* data_ = nullptr;
 };
 
-// Gives the pages of bytes that are not needed again back to the system, if they lie in a mapped file.
+// Gives the pages of bytes that are not needed again back to the system, if they lie in a mapped file and are what the file
+// says; otherwise, and where Linux does not tell, memory is held twice and nothing else changes.
 void drop_mapped(const void* data, size_t bytes);
 
 // Bytes that all handles hold at the moment.
