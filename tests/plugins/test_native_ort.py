@@ -253,6 +253,22 @@ def damage_offset(op: Op) -> None:
     op.attributes["offset"] = 2
 
 
+def damage_codes_type(op: Op) -> None:
+    op.inputs["codes"] = op.inputs["codes"].astype(np.int32)
+
+
+def damage_levels_type(op: Op) -> None:
+    op.inputs["levels"] = op.inputs["levels"].astype(np.float32)
+
+
+def damage_count(op: Op) -> None:
+    del op.inputs["up_scale"]
+
+
+def damage_more(op: Op) -> None:
+    op.inputs["more"] = np.zeros(1, np.float32)
+
+
 def damage_missing(op: Op) -> None:
     del op.attributes["offset"]
 
@@ -274,6 +290,10 @@ def damage_missing(op: Op) -> None:
         (damage_negative, "out_features"),
         (damage_offset, "offset"),
         (damage_missing, "offset"),
+        (damage_codes_type, "codes"),
+        (damage_levels_type, "levels"),
+        (damage_count, "10 inputs; it must have 11"),
+        (damage_more, "12 inputs; it must have 11"),
     ],
 )
 def test_malformed_node_is_named(damage: Callable[[Op], None], word: str) -> None:

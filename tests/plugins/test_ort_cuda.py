@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from rankbook.plugins import contract, integer, library
+from rankbook.plugins import contract, integer, library, merged
 from rankbook.tools.backends import ort as backend
 from rankbook.tools.backends import trt
 from rankbook.tools.errors import MissingError
@@ -175,7 +175,7 @@ def test_an_operator_for_the_gpu_is_registered_beside_each_of_the_cpu(tmp_path: 
     on_gpu = {tuple(line.split()[::2]): n for line, n in lines.items() if line.split()[1] == "CUDAExecutionProvider"}
     wanted = [
         (name, type_)
-        for name in contract.plugin_names()
+        for name in (*contract.plugin_names(), *merged.OPERATORS)
         for type_ in (FLOATS[:1] if name.startswith("CodebookGather") else FLOATS)
     ]
     assert sorted(on_gpu) == sorted(wanted)

@@ -99,6 +99,11 @@ std::vector<float> Constants::floats(size_t input) const {
   return out;
 }
 
+void Constants::expect_count(size_t inputs) const {
+  const size_t actual = info_.GetInputCount();
+  if (actual != inputs) fail("it has " + std::to_string(actual) + " inputs; it must have " + std::to_string(inputs));
+}
+
 void Constants::expect(size_t input, const std::vector<Shape>& shapes) const {
   const Shape actual = shape(input);
   std::string allowed;
@@ -129,6 +134,7 @@ WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : c
 
   constants.expect_type(codes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
   constants.expect(codes, {{weight_.panels(), weight_.blocks(), bits, kPanel, 4}});
+  constants.expect_type(codes + 1, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16});
   const Shape levels = constants.shape(codes + 1);
   const int64_t width = int64_t{1} << bits;
   if (levels.size() != 2 || levels[1] != width || levels[0] <= offset || levels[0] > width) {

@@ -23,6 +23,7 @@ class Constants {
   Ort::ConstValue tensor(size_t input) const;
   std::vector<int64_t> shape(size_t input) const;
   std::vector<float> floats(size_t input) const;  // any of float32, float16, bfloat16, int8
+  void expect_count(size_t inputs) const;
   void expect(size_t input, const std::vector<std::vector<int64_t>>& shapes) const;
   void expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const;
   [[noreturn]] void fail(const std::string& sentence) const;

@@ -79,7 +79,9 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     return guarded([&] {
       if (kind == Kind::kGather) {
-        *kernel = new GatherKernel(Constants(info, Gather::kInputs, name), bits);
+        const Constants constants(info, Gather::kInputs, name);
+        constants.expect_count(Gather::kInputCount);
+        *kernel = new GatherKernel(constants, bits);
       } else {
         *kernel = new MatMulKernel(read_products(info), Constants(info, LowRank::kInputs, name).node(), kernels);
       }
@@ -91,6 +93,7 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
     for (int i = 0; i < count; ++i) {
       const Constants constants(info, LowRank::kInputs, name, constants_each() * static_cast<size_t>(i),
                                 count > 1 ? "_" + std::to_string(i) : "");
+      constants.expect_count(1 + constants_each() * static_cast<size_t>(count));
       out.emplace_back(constants, bits, kind == Kind::kLowRank, kernels);
       if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
         constants.fail("all products must have the same in_features and, where activations are rounded, the same groups");
@@ -104,24 +107,16 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
   }
 
   const char* GetName() const { return name.c_str(); }
-  size_t GetInputTypeCount() const {
-    return kind == Kind::kGather ? size_t{Gather::kInputCount} : 1 + constants_each() * static_cast<size_t>(count);
+  // The constants are one input of any number and types, checked when a node is created: ONNX Runtime keeps the names of
+  // all types for every input that is declared, 6 MB for our operators.
+  size_t GetInputTypeCount() const { return 2; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t input) const {
+    return input == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_VARIADIC;
   }
+  bool GetVariadicInputHomogeneity() const { return false; }
   ONNXTensorElementDataType GetInputType(size_t input) const {
-    if (input > 0 && kind != Kind::kGather) input = (input - 1) % constants_each() + 1;
-    switch (input) {  // the first five inputs of all three operators correspond
-      case MatMul::kX:
-        return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
-      case MatMul::kCodes:
-      case MatMul::kParams:
-      case LowRank::kDown:
-      case LowRank::kUp:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-      case MatMul::kLevels:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-      default:  // several types fit: checked when the node is created
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    }
+    if (input > 0) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
   }
   size_t GetOutputTypeCount() const { return static_cast<size_t>(count); }
   ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
