@@ -17,6 +17,7 @@ using F = Simd::F;
 
 inline constexpr int kLanes = Simd::kLanes;
 inline constexpr int kKeys = 4;                // keys whose products with a few queries stay in registers
+inline constexpr int64_t kAhead = 2048;        // numbers between the keys in use and those on their way from memory
 inline constexpr float kHidden = -3.0e38F;     // a score that no finite one is below; with others its weight is 0
 inline constexpr float kSmallest = -126.0F;    // 2^x below is 0
 inline constexpr float kWhole = 12582912.0F;   // 1.5 * 2^23: adding it rounds to whole numbers
@@ -115,6 +116,7 @@ void score_rows(const float* q, int64_t stride, const float* keys, const float* 
         for (int i = 0; i < kKeys; ++i) {
           const F line = Simd::load(keys + place[i] + d);
           __builtin_prefetch(values + place[i] + d);
+          __builtin_prefetch(keys + place[i] + d + kAhead);
           RANKBOOK_UNROLL
           for (int r = 0; r < kRows; ++r) sum[r][i] = Simd::fma(query[r], line, sum[r][i]);
         }
