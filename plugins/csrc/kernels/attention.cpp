@@ -197,7 +197,8 @@ Status attention(const AttentionArgs& args, const AttentionKernels& kernels, con
   const Status status = check(args);
   if (status != Status::kOk) return status;
   const int64_t group = args.heads / args.kv_heads;
-  Job job{args, kernels, group, ceil_div(args.present, kKeyBlock), panels_of(args), ceil_div(args.tokens * group, kernels.rows)};
+  const int64_t tiles = ceil_div(args.tokens * group, kernels.rows);
+  Job job{args, kernels, group, ceil_div(args.present, kKeyBlock), panels_of(args), tiles};
   const int64_t heads = args.batch * args.kv_heads;
   const int64_t work = args.batch * args.tokens * args.heads * args.size * args.total;
   if (few_rows(args)) {

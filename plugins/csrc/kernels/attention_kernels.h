@@ -61,8 +61,8 @@ inline void product(const float* x, int64_t x_stride, const float* w, int64_t w_
 
 // The same for any number of columns that is a multiple of 8.
 template <int kRows>
-void multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, const float* factors, float* out,
-              int64_t out_stride, int64_t columns) {
+void multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, const float* factors,
+              float* out, int64_t out_stride, int64_t columns) {
   int64_t at = 0;
   if constexpr (kRows <= Lanes::kQueries && Lanes::kWide > 2) {
     for (; at + Lanes::kWide * kLanes <= columns; at += Lanes::kWide * kLanes) {
@@ -185,7 +185,9 @@ inline F tanh_of(F x) {
   const F size = Lanes::size_of(x);
   const F square = Lanes::multiply(x, x);
   F series = Simd::set(62.0F / 2835.0F);
-  for (const float term : {-17.0F / 315.0F, 2.0F / 15.0F, -1.0F / 3.0F, 1.0F}) series = Simd::fma(series, square, Simd::set(term));
+  for (const float term : {-17.0F / 315.0F, 2.0F / 15.0F, -1.0F / 3.0F, 1.0F}) {
+    series = Simd::fma(series, square, Simd::set(term));
+  }
   const F small = power(Lanes::multiply(size, Simd::set(kTwice)));
   const F one = Simd::set(1.0F);
   const F quotient = Lanes::divide(Lanes::subtract(one, small), Simd::add(one, small));

@@ -45,7 +45,8 @@ struct Lanes {
     for (int i = 0; i < 4; ++i) {
       const __m512d low = _mm512_castps_pd(pairs(rows[i * 4], rows[i * 4 + 1]));
       const __m512d high = _mm512_castps_pd(pairs(rows[i * 4 + 2], rows[i * 4 + 3]));
-      quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+      const F even = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      quads[i] = _mm512_add_ps(even, _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
     }
     return blocks(blocks(quads[0], quads[1]), blocks(quads[2], quads[3]));
   }

@@ -53,7 +53,9 @@ class AttentionKernel {
   void compute(const Ort::KernelContext& context) const;
   void read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const;
   Ort::ConstValue input(const Ort::KernelContext& context, size_t index, const Sizes& sizes) const;
-  [[noreturn]] void fail(const std::string& sentence) const { throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT); }
+  [[noreturn]] void fail(const std::string& sentence) const {
+    throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
+  }
 
   std::string node_;
   const AttentionKernels& kernels_;
@@ -135,8 +137,8 @@ void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionAr
   const Sizes shape = sizes_of(query);
   const int64_t width = args.heads * (args.positions > 0 ? args.size : kHeadStep);
   if (shape.axes != 3 || shape.at[2] % width != 0 || shape.at[2] == 0 || (args.positions > 0 && shape.at[2] != width)) {
-    fail("the last of three sizes of query must be num_heads times the size of a head, twice the width of cos if there is one and"
-         " a multiple of 8; it has " + std::to_string(shape.axes) + " axes, the last of " + std::to_string(shape.at[2]));
+    fail("the last of three sizes of query must be num_heads times the size of a head, twice the width of cos if there is one"
+         " and a multiple of 8; it has " + std::to_string(shape.axes) + " axes, the last of " + std::to_string(shape.at[2]));
   }
   args.batch = shape.at[0];
   args.tokens = shape.at[1];
@@ -183,8 +185,9 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
       fail("heads of " + std::to_string(args.size) + " numbers; they must be a multiple of " + std::to_string(kHeadStep) +
            " up to " + std::to_string(kLargestHead));
     default:
-      fail("seqlens_k and total_sequence_length = " + std::to_string(args.total) + " do not fit " + std::to_string(args.tokens) +
-           " new tokens in rows of " + std::to_string(args.past) + " past positions; several tokens continue a cache in a batch of one only");
+      fail("seqlens_k and total_sequence_length = " + std::to_string(args.total) + " do not fit " +
+           std::to_string(args.tokens) + " new tokens in rows of " + std::to_string(args.past) +
+           " past positions; several tokens continue a cache in a batch of one only");
   }
 }
 
