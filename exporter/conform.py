@@ -13,7 +13,7 @@ from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.nodes import node_parts
 from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
 from rankbook.exporter.passes.metadata import LAYERS
-from rankbook.plugins import attention_contract, contract, merged
+from rankbook.plugins import attention_contract, contract, merged, row_contract
 
 _MAX_LISTED = 100
 
@@ -121,6 +121,9 @@ def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
     if node.op_type == attention_contract.NAME:
         yield from _check_attention(node, values)
         return
+    if node.op_type in row_contract.OPERATORS:
+        yield from _check_rows(node)
+        return
     op = contract.OPERATORS.get(node.op_type)
     if op is None:
         yield f"unknown operator; known are {', '.join(contract.OPERATORS)}"
@@ -160,6 +163,17 @@ def _check_attention(node: merged.Node, values: _Values) -> Iterator[str]:
             yield f"port {name!r} ({value}) must be an initializer"
         if name == "past_key" and values.dtype(value) not in (None, "float32"):
             yield f"port {name!r} ({value}) is {values.dtype(value)}; allowed is float32"
+
+
+def _check_rows(node: merged.Node) -> Iterator[str]:
+    op = row_contract.OPERATORS[node.op_type]
+    if sorted(node.attributes) != sorted(op.floats):
+        yield f"has attributes {sorted(node.attributes)}; the contract asks for {sorted(op.floats)}"
+    if (len(node.inputs), len(node.outputs)) != (len(op.inputs), len(op.outputs)) or not all(node.inputs):
+        yield (
+            f"has {len(node.inputs)} inputs and {len(node.outputs)} outputs; the contract asks for"
+            f" {', '.join(op.inputs)} and {', '.join(op.outputs)}"
+        )
 
 
 def _check_attribute(wanted: contract.Attribute, attributes: Mapping[str, Any]) -> Iterator[str]:

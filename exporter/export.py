@@ -22,6 +22,7 @@ from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
+from rankbook.exporter.passes.gates import FuseGates
 from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.kv_cache import CACHES, QuantizeCache
 from rankbook.exporter.passes.merge import MergeProducts
@@ -227,7 +228,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
 def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:
     """Return the passes that bring in operators of ONNX Runtime."""
     tables, windows = attention.rotary_tables(skeleton.model), attention.windows(skeleton.model.config)
-    return [GroupQueryAttention(tables, windows), FuseSkipNorms(), MergeProducts()]
+    return [GroupQueryAttention(tables, windows), FuseSkipNorms(), FuseGates(), MergeProducts()]
 
 
 def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:

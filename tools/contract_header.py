@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankbook.plugins import attention_contract, contract, layout, merged
+from rankbook.plugins import attention_contract, contract, layout, merged, row_contract
 
 
 def header_text() -> str:
@@ -39,7 +39,24 @@ def header_text() -> str:
         )
         quoted = ", ".join(f'"{name}"' for name in operator.input_names())
         lines += [f"  static constexpr const char* kInputs[] = {{{quoted}}};", "};"]
-    return "\n".join([*lines, *_attention(), "", "}  // namespace rankbook::contract", ""])
+    return "\n".join([*lines, *_attention(), *_rows(), "", "}  // namespace rankbook::contract", ""])
+
+
+def _rows() -> list[str]:
+    lines: list[str] = []
+    for operator in row_contract.OPERATORS.values():
+        quoted = ", ".join(f'"{name}"' for name in operator.inputs)
+        lines += [
+            "",
+            f"struct {operator.name} {{",
+            f'  static constexpr const char* kName = "{operator.name}";',
+            f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in operator.inputs)}, kInputCount }};",
+            f"  enum Output {{ {', '.join(f'kOut{_camel(name)}' for name in operator.outputs)}, kOutputCount }};",
+            f"  static constexpr const char* kInputs[] = {{{quoted}}};",
+            *(f'  static constexpr const char* k{_camel(name)} = "{name}";' for name in operator.floats),
+            "};",
+        ]
+    return lines
 
 
 def header_path() -> Path:

@@ -233,9 +233,10 @@ def _shape(value: Any) -> list[int | str]:
 
 
 def _holds_weights(node: Any) -> bool:
-    from rankbook.plugins import attention_contract, contract
+    from rankbook.plugins import attention_contract, contract, row_contract
 
-    return bool(node.domain == contract.DOMAIN and node.op_type != attention_contract.NAME)
+    others = {attention_contract.NAME, *row_contract.OPERATORS}
+    return bool(node.domain == contract.DOMAIN and node.op_type not in others)
 
 
 def _custom_nodes(path: Path, node: Any) -> list[CustomNode]:

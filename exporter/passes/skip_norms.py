@@ -1,10 +1,15 @@
-"""Replaces a sum and its normalization by ONNX Runtime's ``com.microsoft::SkipSimplifiedLayerNormalization``."""
+"""Replaces a sum and its normalization by one node.
+
+In float32 this is ``rankbook::AddRMSNormalization``, whose body is ``com.microsoft::SkipSimplifiedLayerNormalization``;
+in other types the latter itself.
+"""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from rankbook.exporter.passes.group_query import DOMAIN
+from rankbook.plugins import contract, row_contract
 
 
 class FuseSkipNorms(ir.passes.InPlacePass):
@@ -19,6 +24,7 @@ class FuseSkipNorms(ir.passes.InPlacePass):
         fused = [node for node in nodes if _fuse(model.graph, node)]
         if fused:
             model.opset_imports[DOMAIN] = 1
+            model.opset_imports[contract.DOMAIN] = contract.VERSION
         return ir.passes.PassResult(model, modified=bool(fused))
 
 
@@ -33,13 +39,19 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
     if not same or scale.dtype != total.dtype or (axis is not None and axis.as_int() != -1):
         return False
     attributes = {"epsilon": norm.attributes["epsilon"].as_float()}
-    node = ir.node(
-        "SkipSimplifiedLayerNormalization", [*parts, scale], attributes, num_outputs=4, domain=DOMAIN, name=norm.name
-    )
+    inputs = [*parts, scale]
+    if total.dtype == ir.DataType.FLOAT:
+        name = row_contract.ADD_NORM.name
+        node = ir.node(name, inputs, attributes, num_outputs=2, domain=contract.DOMAIN, name=norm.name)
+        normalized, summed = node.outputs
+    else:
+        name = "SkipSimplifiedLayerNormalization"
+        node = ir.node(name, inputs, attributes, num_outputs=4, domain=DOMAIN, name=norm.name)
+        normalized, *unused, summed = node.outputs
+        for value in unused:
+            value.name = ""
     graph.insert_before(add, [node])
-    for unused in node.outputs[1:3]:
-        unused.name = ""
-    for new, old in ((node.outputs[3], total), (node.outputs[0], norm.outputs[0])):
+    for new, old in ((summed, total), (normalized, norm.outputs[0])):
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = f"{old.name}.unfused"
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

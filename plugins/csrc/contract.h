@@ -65,4 +65,19 @@ struct Attention {
   static constexpr const char* kSoftcap = "softcap";
 };
 
+struct AddRMSNormalization {
+  static constexpr const char* kName = "AddRMSNormalization";
+  enum Input { kA, kB, kScale, kInputCount };
+  enum Output { kOutY, kOutSum, kOutputCount };
+  static constexpr const char* kInputs[] = {"a", "b", "scale"};
+  static constexpr const char* kEpsilon = "epsilon";
+};
+
+struct SwiGLU {
+  static constexpr const char* kName = "SwiGLU";
+  enum Input { kGate, kUp, kInputCount };
+  enum Output { kOutY, kOutputCount };
+  static constexpr const char* kInputs[] = {"gate", "up"};
+};
+
 }  // namespace rankbook::contract

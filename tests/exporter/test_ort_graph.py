@@ -59,7 +59,8 @@ def test_a_llama_is_one_node_a_layer(work: Path) -> None:
     nodes = onnx.load(work / "onnx" / "model.onnx", load_external_data=False).graph.node
     kinds = collections.Counter(node.op_type for node in nodes)
     assert kinds["GroupQueryAttention"] == 2
-    assert kinds["SkipSimplifiedLayerNormalization"] == 4
+    assert kinds["AddRMSNormalization"] == 4
+    assert kinds["SwiGLU"] == 2
     assert kinds["RMSNormalization"] == 1, "the first one has no sum in front of it"
     assert not kinds["RotaryEmbedding"] + kinds["Concat"] + kinds["Softmax"]
 

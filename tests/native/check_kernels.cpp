@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check_attention.h"
+#include "check_rows.h"
 #include "kernels/dispatch.h"
 
 namespace {
@@ -243,6 +244,7 @@ int main() {
   }
   for (const Isa isa : all_isas()) {
     failures += check_attention(select_attention_kernels(isa), {nullptr, run_threads});
+    failures += check_rows(select_row_kernels(isa));
     const PanelKernels& kernels = select_kernels(isa);
     std::printf("%s %s\n", kernels.name, select_integer_kernels(isa).name);
     for (const Case& c : cases) {

@@ -84,4 +84,16 @@ const AttentionKernels& select_attention_kernels(Isa limit) {
   return portable_attention_kernels();
 }
 
+const RowKernels& select_row_kernels(Isa limit) {
+#if defined(RANKBOOK_X86)
+  if (limit >= Isa::kAvx512 && has_avx512()) return avx512_row_kernels();
+  if (limit >= Isa::kAvx2 && has_avx2()) return avx2_row_kernels();
+#elif defined(RANKBOOK_ARM)
+  if (limit >= Isa::kNeon) return neon_row_kernels();
+#else
+  static_cast<void>(limit);
+#endif
+  return portable_row_kernels();
+}
+
 }  // namespace rankbook

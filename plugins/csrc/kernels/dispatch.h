@@ -78,6 +78,17 @@ struct AttentionKernels {
   void (*embed)(const float* x, const float* cos, const float* sin, int64_t size, float factor, float* out);
 };
 
+// What works on rows between products, built once per instruction set from row_kernels.h.
+struct RowKernels {
+  const char* name;
+
+  // sum = a + b, y = sum / sqrt(mean(sum^2) + epsilon) * scale, all of `size` numbers.
+  void (*add_norm)(const float* a, const float* b, const float* scale, int64_t size, float epsilon, float* y, float* sum);
+
+  // y = gate * sigmoid(gate) * up; within 3e-7 of it relatively.
+  void (*swiglu)(const float* gate, const float* up, int64_t count, float* y);
+};
+
 // In this order; each includes those before it. kBest stands for the last.
 #if defined(RANKBOOK_ARM)
 enum class Isa { kPortable, kNeon, kDotProd, kBest = kDotProd };
@@ -91,10 +102,12 @@ inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avxvnni", "avx5
 const PanelKernels& select_kernels(Isa limit = Isa::kBest);
 const IntegerKernels& select_integer_kernels(Isa limit = Isa::kBest);
 const AttentionKernels& select_attention_kernels(Isa limit = Isa::kBest);
+const RowKernels& select_row_kernels(Isa limit = Isa::kBest);
 
 const PanelKernels& portable_kernels();
 const IntegerKernels& portable_integer_kernels();
 const AttentionKernels& portable_attention_kernels();
+const RowKernels& portable_row_kernels();
 #if defined(RANKBOOK_X86)
 const PanelKernels& avx2_kernels();
 const PanelKernels& avx512_kernels();
@@ -102,13 +115,16 @@ const IntegerKernels& avx2_integer_kernels();
 const IntegerKernels& avxvnni_integer_kernels();
 const IntegerKernels& avx512_integer_kernels();
 const AttentionKernels& avx2_attention_kernels();
+const RowKernels& avx2_row_kernels();
 const AttentionKernels& avx512_attention_kernels();
+const RowKernels& avx512_row_kernels();
 #endif
 #if defined(RANKBOOK_ARM)
 const PanelKernels& neon_kernels();
 const IntegerKernels& neon_integer_kernels();
 const IntegerKernels& dotprod_integer_kernels();
 const AttentionKernels& neon_attention_kernels();
+const RowKernels& neon_row_kernels();
 #endif
 
 }  // namespace rankbook

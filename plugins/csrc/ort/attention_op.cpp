@@ -9,6 +9,7 @@
 #include "kernels/attention.h"
 #include "ort/constants.h"
 #include "ort/guarded.h"
+#include "ort/pool.h"
 
 namespace rankbook::ort {
 namespace {
@@ -27,18 +28,6 @@ struct Sizes {
 std::string spell(const Sizes& sizes) {
   if (sizes.axes > kMostAxes) return std::to_string(sizes.axes) + " axes";
   return "shape " + describe(std::vector<int64_t>(sizes.at.begin(), sizes.at.begin() + sizes.axes));
-}
-
-void run_tasks(void* pool, int64_t count, void (*task)(void*, int64_t), void* argument) {
-  struct Tasks {
-    void (*task)(void*, int64_t);
-    void* argument;
-  } tasks{task, argument};
-  const auto one = [](void* data, size_t index) {
-    const Tasks& all = *static_cast<const Tasks*>(data);
-    all.task(all.argument, static_cast<int64_t>(index));
-  };
-  static_cast<const Ort::KernelContext*>(pool)->ParallelFor(one, static_cast<size_t>(count), 0, &tasks);
 }
 
 class AttentionKernel {
@@ -176,7 +165,7 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
   const int64_t floats = attention_workspace(args);
   const std::unique_ptr<float[]> workspace(floats > 0 ? new float[static_cast<size_t>(floats)] : nullptr);
   args.workspace = workspace.get();
-  switch (attention(args, kernels_, {const_cast<Ort::KernelContext*>(&context), run_tasks})) {
+  switch (attention(args, kernels_, pool_of(context))) {
     case Status::kOk:
       return;
     case Status::kBadIndex:

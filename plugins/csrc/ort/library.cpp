@@ -9,6 +9,7 @@
 #include "ort/attention_op.h"
 #include "ort/cuda_ops.h"
 #include "ort/ops.h"
+#include "ort/row_ops.h"
 
 namespace {
 
@@ -64,7 +65,10 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
       rankbook::ort::add_operators(
           *made, {rankbook::select_kernels(limit), rankbook::select_integer_kernels(limit), rounds, copy});
       rankbook::ort::add_cuda_operators(*made);
-      if (!rankbook::ort::serves_gpu()) rankbook::ort::add_attention(*made, rankbook::select_attention_kernels(limit));
+      if (!rankbook::ort::serves_gpu()) {  // where it does, the bodies run on the GPU
+        rankbook::ort::add_attention(*made, rankbook::select_attention_kernels(limit));
+        rankbook::ort::add_row_operators(*made, rankbook::select_row_kernels(limit));
+      }
       return made;
     };
     static Ort::CustomOpDomain* const domains[] = {make(false, false), make(true, false), make(false, true), make(true, true)};

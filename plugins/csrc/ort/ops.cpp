@@ -6,6 +6,7 @@
 #include "contract.h"
 #include "kernels/half.h"
 #include "ort/guarded.h"
+#include "ort/pool.h"
 
 namespace rankbook::ort {
 namespace {
@@ -15,23 +16,6 @@ using LowRank = contract::CodebookMatMulLowRank;
 using Gather = contract::CodebookGather;
 using RoundedMatMul = contract::CodebookMatMulA8;
 using RoundedLowRank = contract::CodebookMatMulLowRankA8;
-
-// Runs tasks on the thread pool of the session.
-struct Tasks {
-  void (*task)(void*, int64_t);
-  void* argument;
-};
-
-void run_tasks(void* pool, int64_t count, void (*task)(void*, int64_t), void* argument) {
-  Tasks tasks{task, argument};
-  const auto one = [](void* data, size_t index) {
-    const Tasks& all = *static_cast<const Tasks*>(data);
-    all.task(all.argument, static_cast<int64_t>(index));
-  };
-  static_cast<const Ort::KernelContext*>(pool)->ParallelFor(one, static_cast<size_t>(count), 0, &tasks);
-}
-
-Parallel pool_of(const Ort::KernelContext& context) { return {const_cast<Ort::KernelContext*>(&context), run_tasks}; }
 
 int64_t product(const std::vector<int64_t>& shape, size_t count) {
   int64_t out = 1;

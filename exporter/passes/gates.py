@@ -1,0 +1,50 @@
+"""Replaces ``gate * sigmoid(gate) * up`` by one node, ``rankbook::SwiGLU``."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from rankbook.plugins import contract, row_contract
+
+
+class FuseGates(ir.passes.InPlacePass):
+    """Makes one node of Sigmoid, Mul and Mul in float32, where nothing else uses what lies between."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place."""
+        nodes = [node for node in model.graph if node.domain == "" and node.op_type == "Sigmoid"]
+        fused = [node for node in nodes if _fuse(model.graph, node)]
+        if fused:
+            model.opset_imports[contract.DOMAIN] = contract.VERSION
+        return ir.passes.PassResult(model, modified=bool(fused))
+
+
+def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> bool:
+    gate = sigmoid.inputs[0]
+    silu = _only_product(sigmoid.outputs[0])
+    if gate is None or silu is None or _other(silu, sigmoid.outputs[0]) is not gate:
+        return False
+    last = _only_product(silu.outputs[0])
+    up = None if last is None else _other(last, silu.outputs[0])
+    if last is None or up is None or gate.dtype != ir.DataType.FLOAT or gate.shape is None or gate.shape != up.shape:
+        return False
+    node = ir.node(row_contract.SWIGLU.name, [gate, up], domain=contract.DOMAIN, name=last.name)
+    graph.insert_before(last, [node])
+    new, old = node.outputs[0], last.outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = f"{old.name}.unfused"
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove([last, silu, sigmoid], safe=True)
+    return True
+
+
+def _only_product(value: ir.Value) -> ir.Node | None:
+    """Return the Mul that alone uses a value."""
+    users = list(value.consumers())
+    single = len(users) == 1 and not value.is_graph_output()
+    return users[0] if single and users[0].domain == "" and users[0].op_type == "Mul" else None
+
+
+def _other(product: ir.Node, factor: ir.Value) -> ir.Value | None:
+    first, second = product.inputs
+    return second if first is factor else first
