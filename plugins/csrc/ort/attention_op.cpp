@@ -1,6 +1,5 @@
 #include "ort/attention_op.h"
 
-#include <array>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -10,25 +9,12 @@
 #include "ort/constants.h"
 #include "ort/guarded.h"
 #include "ort/pool.h"
+#include "ort/sizes.h"
 
 namespace rankbook::ort {
 namespace {
 
 using Attention = contract::Attention;
-
-constexpr size_t kMostAxes = 4;
-
-// A shape without heap memory; sizes behind the last axis are 0.
-struct Sizes {
-  size_t axes = 0;
-  std::array<int64_t, kMostAxes> at{};
-  bool operator==(const Sizes& other) const { return axes == other.axes && at == other.at; }
-};
-
-std::string spell(const Sizes& sizes) {
-  if (sizes.axes > kMostAxes) return std::to_string(sizes.axes) + " axes";
-  return "shape " + describe(std::vector<int64_t>(sizes.at.begin(), sizes.at.begin() + sizes.axes));
-}
 
 class AttentionKernel {
  public:
@@ -104,26 +90,18 @@ void AttentionKernel::read_tables(const Constants& constants) {
   fixed_.sin = constants.tensor(Attention::kSin).GetTensorData<float>();
 }
 
-Sizes sizes_of(const Ort::ConstValue& value) {
-  const auto info = value.GetTensorTypeAndShapeInfo();
-  Sizes out;
-  out.axes = info.GetDimensionsCount();
-  if (out.axes <= kMostAxes) Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, out.at.data(), out.axes));  // no heap
-  return out;
-}
-
 Ort::ConstValue AttentionKernel::input(const Ort::KernelContext& context, size_t index, const Sizes& sizes) const {
   const Ort::ConstValue value = context.GetInput(index);
-  const Sizes found = sizes_of(value);
+  const Sizes found(value);
   if (!(found == sizes)) {
-    fail(std::string(Attention::kInputs[index]) + " has " + spell(found) + "; it must have " + spell(sizes));
+    fail(std::string(Attention::kInputs[index]) + " has shape " + found.text() + "; it must have shape " + sizes.text());
   }
   return value;
 }
 
 void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const {
   const Ort::ConstValue query = context.GetInput(Attention::kQuery);
-  const Sizes shape = sizes_of(query);
+  const Sizes shape(query);
   const int64_t width = args.heads * (args.positions > 0 ? args.size : kHeadStep);
   if (shape.axes != 3 || shape.at[2] % width != 0 || shape.at[2] == 0 || (args.positions > 0 && shape.at[2] != width)) {
     fail("the last of three sizes of query must be num_heads times the size of a head, twice the width of cos if there is one"
@@ -133,23 +111,23 @@ void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionAr
   args.tokens = shape.at[1];
   args.size = shape.at[2] / args.heads;
   args.query = query.GetTensorData<float>();
-  const Sizes fresh{3, {args.batch, args.tokens, args.kv_heads * args.size}};
+  const Sizes fresh{args.batch, args.tokens, args.kv_heads * args.size};
   args.key = input(context, Attention::kKey, fresh).GetTensorData<float>();
   args.value = input(context, Attention::kValue, fresh).GetTensorData<float>();
   const Ort::ConstValue past = context.GetInput(Attention::kPastKey);
-  const Sizes buffer = sizes_of(past);
-  const Sizes wanted{4, {args.batch, args.kv_heads, buffer.at[2], args.size}};
-  if (!(buffer == wanted)) fail("past_key has " + spell(buffer) + "; it must have " + spell(wanted));
+  const Sizes buffer(past);
+  const Sizes wanted{args.batch, args.kv_heads, buffer.at[2], args.size};
+  if (!(buffer == wanted)) fail("past_key has shape " + buffer.text() + "; it must have shape " + wanted.text());
   args.past = buffer.at[2];
   args.past_key = past.GetTensorData<float>();
   args.past_value = input(context, Attention::kPastValue, wanted).GetTensorData<float>();
-  args.last = input(context, Attention::kSeqlensK, {1, {args.batch}}).GetTensorData<int32_t>();
+  args.last = input(context, Attention::kSeqlensK, {args.batch}).GetTensorData<int32_t>();
   const Ort::ConstValue total = context.GetInput(Attention::kTotalSequenceLength);
   if (total.GetTensorTypeAndShapeInfo().GetElementCount() != 1) fail("total_sequence_length must be one number");
   args.total = *total.GetTensorData<int32_t>();
   args.present = args.total > args.past ? args.total : args.past;
   if (args.positions > 0) {
-    args.position_ids = input(context, Attention::kPositionIds, {2, {args.batch, args.tokens}}).GetTensorData<int64_t>();
+    args.position_ids = input(context, Attention::kPositionIds, {args.batch, args.tokens}).GetTensorData<int64_t>();
   }
 }
 

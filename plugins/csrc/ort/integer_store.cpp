@@ -1,6 +1,7 @@
 #include "ort/integer_store.h"
 
 #include <cstring>
+#include <mutex>
 #include <string>
 
 namespace rankbook::ort {
@@ -18,6 +19,25 @@ std::vector<uint8_t> to_words(const std::vector<int8_t>& from, int64_t rows, int
     for (int64_t k = 0; k < columns; ++k) to[k / 4 * kWordBytes + k % 4] = static_cast<uint8_t>(from[static_cast<size_t>(row * columns + k)]);
   }
   return out;
+}
+
+// Ones are the same for every branch: few arrays serve all of them, and stay in the cache.
+std::shared_ptr<const std::vector<float>> shared_ones(size_t count) {
+  static std::mutex mutex;
+  static std::shared_ptr<const std::vector<float>> held;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (held == nullptr || held->size() < count) held = std::make_shared<const std::vector<float>>(count, 1.0F);
+  return held;
+}
+
+template <class T>
+HugeCopy copy_of(const std::vector<T>& from) {
+  return HugeCopy::of(from.data(), from.size() * sizeof(T));
+}
+
+template <class T>
+const T* data_of(const HugeCopy& copy, const std::vector<T>& original) {
+  return copy.data() == nullptr ? original.data() : static_cast<const T*>(copy.data());
 }
 
 }  // namespace
@@ -50,8 +70,14 @@ IntegerWeightStore::IntegerWeightStore(const Constants& constants, const WeightS
   }
 }
 
+void IntegerWeightStore::copy() {
+  tables_copy_ = copy_of(tables_);
+  step_copy_ = copy_of(step_);
+  base_copy_ = copy_of(base_);
+}
+
 IntegerWeight IntegerWeightStore::bind(const CodebookWeight& weight) const {
-  return {weight, tables_.data(), is_signed_, step_.data(), base_.data(), per_panel_};
+  return {weight, data_of(tables_copy_, tables_), is_signed_, data_of(step_copy_, step_), data_of(base_copy_, base_), per_panel_};
 }
 
 IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels)
@@ -73,7 +99,7 @@ IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWei
     }
   }
   codes_ = to_words(codes, rank, k);
-  ones_.assign(static_cast<size_t>(down_.panels() * down_.groups * kPanel), 1.0F);
+  ones_ = shared_ones(static_cast<size_t>(down_.panels() * down_.groups * kPanel));
   int32_t levels[256];
   for (int code = 0; code < 256; ++code) levels[code] = code - 128;
   is_signed_ = needs_signed(levels, 256, kernels);
@@ -83,6 +109,8 @@ IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWei
 }
 
 void IntegerBranchStore::copy() {
+  table_copy_ = HugeCopy::of(&table_, sizeof table_);
+  middle_copy_ = copy_of(middle_);
   down_copy_ = HugeCopy::of(codes_.data(), codes_.size());
   if (down_copy_.data() != nullptr) std::vector<uint8_t>().swap(codes_);  // `= {}` would keep the memory
   up_copy_ = HugeCopy::of(up_.codes.data(), up_.codes.size());
@@ -93,12 +121,13 @@ IntegerBranch IntegerBranchStore::bind() const {
   IntegerBranch branch;
   branch.rank = static_cast<int64_t>(middle_.size());
   if (branch.rank == 0) return branch;
-  branch.down = {down_, &table_, is_signed_, &kOne, &kZero, false};
+  const void* table = table_copy_.data();
+  branch.down = {down_, table == nullptr ? &table_ : static_cast<const PlaneTable*>(table), is_signed_, &kOne, &kZero, false};
   branch.down.weight.codes = codes_.empty() ? static_cast<const uint8_t*>(down_copy_.data()) : codes_.data();
-  branch.down.weight.params = ones_.data();
+  branch.down.weight.params = ones_->data();
   branch.up = up_.view();
   if (up_copy_.data() != nullptr) branch.up = {static_cast<const int8_t*>(up_copy_.data()), nullptr};
-  branch.middle = middle_.data();
+  branch.middle = data_of(middle_copy_, middle_);
   return branch;
 }
 

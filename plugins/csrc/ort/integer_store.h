@@ -2,6 +2,7 @@
 
 // What the int8 mode keeps of a node beside its inputs: tables of whole-numbered levels, scales, factors of the branch.
 
+#include <memory>
 #include <vector>
 
 #include "kernels/dispatch.h"
@@ -13,12 +14,16 @@ class IntegerWeightStore {
  public:
   IntegerWeightStore(const Constants& constants, const WeightStore& weight, const IntegerKernels& kernels);
 
+  // Copies everything to huge pages, where there are any: before the codes it is fetched with the end of the last product.
+  void copy();
+
   // `weight` bound to the inputs of this call, with the tables beside it.
   IntegerWeight bind(const CodebookWeight& weight) const;
 
  private:
   std::vector<PlaneTable> tables_;
   std::vector<float> step_, base_;
+  HugeCopy tables_copy_, step_copy_, base_copy_;
   bool is_signed_ = false;
   bool per_panel_ = false;
 };
@@ -29,7 +34,7 @@ class IntegerBranchStore {
   IntegerBranchStore() = default;
   IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels);
 
-  // Moves int8 factors to huge pages, where there are any.
+  // Moves int8 factors to huge pages, where there are any, and copies what is read with them.
   void copy();
 
   IntegerBranch bind() const;
@@ -37,8 +42,8 @@ class IntegerBranchStore {
  private:
   CodebookWeight down_;
   std::vector<uint8_t> codes_;  // empty where there is a copy
-  HugeCopy down_copy_, up_copy_;
-  std::vector<float> ones_;  // parameters of down, (RP, G, 1, 32)
+  HugeCopy down_copy_, up_copy_, table_copy_, middle_copy_;
+  std::shared_ptr<const std::vector<float>> ones_;  // parameters of down, (RP, G, 1, 32)
   PlaneTable table_;
   bool is_signed_ = false;
   StoredFactor up_;

@@ -7,6 +7,7 @@
 #include "kernels/half.h"
 #include "ort/guarded.h"
 #include "ort/pool.h"
+#include "ort/sizes.h"
 
 namespace rankbook::ort {
 namespace {
@@ -17,24 +18,24 @@ using Gather = contract::CodebookGather;
 using RoundedMatMul = contract::CodebookMatMulA8;
 using RoundedLowRank = contract::CodebookMatMulLowRankA8;
 
-int64_t product(const std::vector<int64_t>& shape, size_t count) {
-  int64_t out = 1;
-  for (size_t i = 0; i < count; ++i) out *= shape[i];
-  return out;
-}
-
 [[noreturn]] void fail(const std::string& node, const std::string& sentence) {
   throw Ort::Exception(node + ": " + sentence, ORT_INVALID_ARGUMENT);
 }
 
-// Memory on a cache line.
+// Memory on a cache line: on the stack where it is little, as for a single token, since malloc costs more there than rounding.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : held_(new uint8_t[static_cast<size_t>(bytes + 64)]) {}
-  uint8_t* get() const { return held_.get() + (64 - reinterpret_cast<uintptr_t>(held_.get()) % 64) % 64; }
+  explicit Workspace(int64_t bytes) : held_(bytes > kFew ? new uint8_t[static_cast<size_t>(bytes) + kLine] : nullptr) {}
+  uint8_t* get() {
+    uint8_t* const from = held_ ? held_.get() : few_;
+    return from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine) % kLine;
+  }
 
  private:
+  static constexpr int64_t kFew = 16384;
+  static constexpr size_t kLine = 64;
   std::unique_ptr<uint8_t[]> held_;
+  uint8_t few_[static_cast<size_t>(kFew) + kLine];
 };
 
 // One operator at one width and one type of activations.
@@ -130,16 +131,16 @@ struct MatMulKernel::Call {
 void MatMulKernel::compute(const Ort::KernelContext& context) const {
   const Ort::ConstValue x = context.GetInput(MatMul::kX);
   const auto info = x.GetTensorTypeAndShapeInfo();
-  std::vector<int64_t> shape = info.GetShape();
+  Sizes shape(info);
   const int64_t in_features = products_[0].in_features();
-  if (shape.empty() || shape.back() != in_features) {
-    fail(node_, "x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(in_features));
+  if (!shape.has(1) || shape.last() != in_features) {
+    fail(node_, "x has shape " + shape.text() + "; its last size must be in_features = " + std::to_string(in_features));
   }
-  Call call{context, product(shape, shape.size() - 1)};
+  Call call{context, shape.count(shape.axes - 1)};
   void* results[kMostProducts] = {};
   for (size_t i = 0; i < products_.size(); ++i) {
-    shape.back() = products_[i].out_features();
-    results[i] = context.GetOutput(i, shape).GetTensorMutableRawData();
+    shape.last() = products_[i].out_features();
+    results[i] = context.GetOutput(i, shape.at.data(), shape.axes).GetTensorMutableRawData();
   }
   const auto type = info.GetElementType();
   if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
@@ -182,7 +183,7 @@ void MatMulKernel::multiply(const Call& call) const {
       products[i].y = call.y[i];
     }
     IntegerArgs args{products, static_cast<int>(products_.size()), call.x, call.tokens};
-    const Workspace workspace(integer_workspace(args));
+    Workspace workspace(integer_workspace(args));
     args.workspace = workspace.get();
     status = integer_linear(args, kernels_.integers, pool);
   } else {
@@ -212,7 +213,7 @@ void GatherKernel::compute(const Ort::KernelContext& context) const {
   GatherArgs args;
   args.weight = weight_.bind(context);
   args.indices = indices.GetTensorData<int64_t>();
-  args.count = product(shape, shape.size());
+  args.count = static_cast<int64_t>(indices.GetTensorTypeAndShapeInfo().GetElementCount());
   shape.push_back(args.weight.in_features);
   args.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
   const Status status = codebook_gather(args, pool_of(context));

@@ -15,6 +15,7 @@ Product::Product(const Constants& constants, int bits, bool low_rank, const Kern
     : weight_(constants, bits, LowRank::kCodes) {
   read_bias(constants);
   if (kernels.rounds) integer_weight_.emplace(constants, weight_, kernels.integers);
+  if (kernels.rounds && kernels.copy) integer_weight_->copy();
   if (low_rank) read_branch(constants, kernels);
   if (kernels.copy) weight_.copy(constants);  // last: what lies behind the codes is then the next product
 }

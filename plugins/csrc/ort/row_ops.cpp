@@ -1,6 +1,5 @@
 #include "ort/row_ops.h"
 
-#include <array>
 #include <string>
 #include <vector>
 
@@ -8,6 +7,7 @@
 #include "ort/constants.h"
 #include "ort/guarded.h"
 #include "ort/pool.h"
+#include "ort/sizes.h"
 
 namespace rankbook::ort {
 namespace {
@@ -15,29 +15,7 @@ namespace {
 using Norm = contract::AddRMSNormalization;
 using Gate = contract::SwiGLU;
 
-constexpr size_t kMostAxes = 8;
 constexpr int64_t kTaskNumbers = 1 << 15;  // numbers that one task handles at least: waking a thread costs more than fewer
-
-// A shape without heap memory; sizes behind the last axis are 0.
-struct Sizes {
-  size_t axes = 0;
-  std::array<int64_t, kMostAxes> at{};
-
-  explicit Sizes(const Ort::ConstValue& value) {
-    const auto info = value.GetTensorTypeAndShapeInfo();
-    axes = info.GetDimensionsCount();
-    if (axes <= kMostAxes) Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, at.data(), axes));
-  }
-  bool operator==(const Sizes& other) const { return axes == other.axes && at == other.at; }
-  int64_t count() const {
-    int64_t out = 1;
-    for (size_t i = 0; i < axes; ++i) out *= at[i];
-    return out;
-  }
-  std::string text() const {
-    return axes > kMostAxes ? std::to_string(axes) + " axes" : describe(std::vector<int64_t>(at.begin(), at.begin() + axes));
-  }
-};
 
 // Runs work(from, to) over pieces of [0, count), each a multiple of `step` numbers.
 template <class Work>
@@ -78,7 +56,7 @@ class NormKernel {
     const Ort::ConstValue b = context.GetInput(Norm::kB);
     const Sizes sizes(a);
     const Sizes other(b);
-    if (!(sizes == other) || sizes.axes == 0 || sizes.axes > kMostAxes || sizes.at[sizes.axes - 1] != size_) {
+    if (!(sizes == other) || !sizes.has(1) || sizes.last() != size_) {
       throw Ort::Exception(node_ + ": a has shape " + sizes.text() + " and b " + other.text() + "; both must be (..., " +
                                std::to_string(size_) + ")",
                            ORT_INVALID_ARGUMENT);
@@ -116,7 +94,7 @@ class GateKernel {
     const Ort::ConstValue up = context.GetInput(Gate::kUp);
     const Sizes sizes(gate);
     const Sizes other(up);
-    if (!(sizes == other) || sizes.axes > kMostAxes) {
+    if (!(sizes == other) || !sizes.has(0)) {
       throw Ort::Exception(node_ + ": gate has shape " + sizes.text() + " and up " + other.text() + "; they must be the same",
                            ORT_INVALID_ARGUMENT);
     }
