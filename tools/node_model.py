@@ -19,17 +19,19 @@ def single_node(model: OnnxFile, node: CustomNode, constants: dict[str, Array], 
 
     Args:
         model: The file that holds the body.
-        node: The node.
+        node: The node; of a node of several products (`rankbook.plugins.merged`) one of them, alone.
         constants: Its initializers by formal name.
         inputs: Examples of its other inputs by formal name, for their types and ranks.
     """
     import onnx
     from onnx import helper, numpy_helper
 
+    from rankbook.plugins import contract
+
     source = onnx_file.load_graph(model.path)
-    found = next(item for item in source.graph.node if item.output[0] == node.output)
-    call = helper.make_node(node.op_type, list(node.ports()), ["y"], name=node.name, domain=found.domain)
-    call.attribute.extend(found.attribute)
+    call = helper.make_node(
+        node.op_type, list(node.ports()), ["y"], name=node.name, domain=contract.DOMAIN, **node.attributes
+    )
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
         for name, array in inputs.items()

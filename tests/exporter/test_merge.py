@@ -18,6 +18,7 @@ from rankbook.tools import onnx_file
 from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.errors import UsageError
 from tests.exporter.checkpoints import make_checkpoint
+from tests.tools.files import run_cli, stdout_json
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
 
@@ -60,6 +61,16 @@ def test_the_file_lists_every_layer(folder: Path) -> None:
         twin = next(other for other in single.nodes if other.name == node.name)
         assert (node.op_type, node.attributes, node.inputs[1:]) == (twin.op_type, twin.attributes, twin.inputs[1:])
     assert merged.code_tensors == single.code_tensors
+
+
+@pytest.mark.parametrize("kernels", ["bodies", "auto"])
+def test_parity_checks_every_layer(kernels: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each product of a node alone against numpy, and in the file against its PyTorch module."""
+    options = ("--checkpoint", folder / "checkpoint", "--every-node", "--kernels", kernels, "--json", "--quiet")
+    assert run_cli("parity", folder / "ort", *options) == 0
+    report = stdout_json(capsys)
+    layers = len(onnx_file.read(folder / "ort").nodes)
+    assert (len(report["operators"]), len(report["layers"])) == (layers, layers)
 
 
 def test_a_damaged_node_is_reported(folder: Path, tmp_path: Path) -> None:
