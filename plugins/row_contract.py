@@ -16,7 +16,7 @@ class RowContract:
 
     Attributes:
         name: The op_type.
-        inputs: What each input is, by name; R rows, K numbers of a row.
+        inputs: What each input is, by name; K numbers of a row, ``...`` any leading dimensions.
         outputs: The same of the outputs.
         floats: Float attributes, all required.
     """
