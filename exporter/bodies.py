@@ -28,9 +28,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from rankbook.exporter import integer_body
-from rankbook.exporter.functions import OPSET, FunctionWriter, dequantize_function
+from rankbook.exporter.functions import FunctionWriter, dequantize_function
 from rankbook.plugins import contract, layout, merged
 
+_MOST_AXES = 5
+"""Of a constant."""
 _FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}
 _ORDER_3 = [0, 2, 4, 1, 3, 5, 6, 7]
 """Order in which the fields of a 3-bit unit come out of its bytes A, B and C."""
@@ -77,26 +79,31 @@ def merged_body(op_type: str) -> onnx.FunctionProto:
         KeyError: There is no such operator.
     """
     operator = merged.OPERATORS[op_type]
-    member, constants = operator.member, operator.member.constants()
-    nodes = []
+    member, writer = operator.member, FunctionWriter()
     for i in range(operator.count):
-        inputs = [member.inputs[0].name, *(f"{name}_{i}" for name in constants)]
-        node = helper.make_node(member.name, inputs, [operator.outputs[i].name], domain=contract.DOMAIN)
-        for item in member.attributes:
-            if item.kind == "string":
-                node.attribute.append(helper.make_attribute(item.name, item.value))
-            else:
-                node.attribute.add(name=item.name, type=onnx.AttributeProto.INT, ref_attr_name=f"{item.name}_{i}")
-        nodes.append(node)
-    return helper.make_function(
-        contract.DOMAIN,
-        operator.name,
-        [port.name for port in operator.inputs],
-        [port.name for port in operator.outputs],
-        nodes,
-        [helper.make_opsetid("", OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)],
-        attributes=list(operator.attributes),
-    )
+        inputs = [
+            _part(writer, f"{name}_{i}") if name in operator.parts else writer.tensor_attribute(f"{name}_{i}")
+            for name in member.constants()
+        ]
+        attributes = [
+            helper.make_attribute(item.name, item.value)
+            if item.kind == "string"
+            else onnx.AttributeProto(name=item.name, type=onnx.AttributeProto.INT, ref_attr_name=f"{item.name}_{i}")
+            for item in member.attributes
+        ]
+        writer.call(member.name, [operator.inputs[0], *inputs], operator.outputs[i], *attributes)
+    names = list(operator.inputs), list(operator.outputs), list(operator.attributes)
+    return writer.function(contract.DOMAIN, operator.name, *names)
+
+
+def _part(writer: FunctionWriter, attribute: str) -> str:
+    """Cut a constant out of the tensor that holds them; the attribute is its first byte and its shape."""
+    node, ints = writer.node, writer.ints
+    place = writer.list_attribute(attribute)
+    start = node("Slice", place, ints([0]), ints([1]))
+    shape = node("Slice", place, ints([1]), ints([_MOST_AXES + 1]))
+    end = node("Add", start, node("ReduceProd", shape, keepdims=1))
+    return node("Reshape", node("Slice", merged.DATA, start, end), shape)
 
 
 def _matmul(writer: FunctionWriter, operator: contract.OpContract) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from rankbook.exporter.dialects import NATIVE
-from rankbook.exporter.nodes import node_parts
+from rankbook.exporter.nodes import constants, node_parts
 from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
 from rankbook.exporter.passes.metadata import LAYERS
 from rankbook.plugins import attention_contract, contract, merged, row_contract
@@ -55,13 +55,14 @@ def check_proto(model: onnx.ModelProto) -> list[str]:
     for node in nodes:
         where = f"{node.op_type} node {node.name or node.output[0]!r}"
         try:
-            parts = merged.split(node_parts(node))
+            parts = node_parts(node)
         except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
         for part in parts:
             which = f" ({part.name})" if len(parts) > 1 else ""
-            problems += [f"{where}{which}: {problem}" for problem in _check_node(part, values)]
+            found = [*_check_places(part, model), *_check_node(part, values)]
+            problems += [f"{where}{which}: {problem}" for problem in found]
     return problems
 
 
@@ -82,7 +83,7 @@ class _Values:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
-        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.initializers = constants(graph)
         infos = [*graph.input, *graph.output, *graph.value_info]
         self._infos = {info.name: info.type.tensor_type for info in infos}
 
@@ -144,6 +145,17 @@ def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
     for port, name in zip((*op.inputs, *op.outputs), (*node.inputs, *node.outputs), strict=True):
         yield from _check_port(port, name, values, sizes)
     yield from _check_sizes(sizes, attributes)
+
+
+def _check_places(node: merged.Node, model: onnx.ModelProto) -> Iterator[str]:
+    """Check that the tensor of a merged node holds what the node says is there."""
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for name, part in node.constants.items():
+        if not isinstance(part, merged.Part):
+            continue
+        held = sizes.get(part.data, ())
+        if len(held) != 1 or part.end > held[0]:
+            yield f"{name} ends at byte {part.end} of {part.data!r}, which is {held or 'not an initializer'}"
 
 
 def _check_attention(node: merged.Node, values: _Values) -> Iterator[str]:

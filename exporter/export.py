@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.weights import BindWeights, packed_layer
 from rankbook.exporter.skeleton import Skeleton, build
 from rankbook.exporter.trace import INPUTS, LOGITS, trace
+from rankbook.plugins import contract
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 """Names of the graph and of its weights in the output folder."""
@@ -272,8 +273,7 @@ def _sizes(model: ir.Model, checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Return bytes of packed tensors, bytes of others, and the number of packed weights."""
     owners = {name for name, meta in checkpoint.layers.items() if not meta.shared_with}
     packed = other = 0
-    for name, value in model.graph.initializers.items():
-        size = 0 if value.const_value is None else value.const_value.nbytes
+    for name, size in _tensor_bytes(model):
         if name.rpartition(".")[0] in checkpoint.layers:
             packed += size
         else:
@@ -297,11 +297,22 @@ def _packed_bits(checkpoint: Checkpoint) -> int:
 def _file_bits(model: ir.Model, checkpoint: Checkpoint) -> int:
     """Return the bits of the packed layers in the file: other operators store other side data than the records."""
     stored = 0
-    for name, value in model.graph.initializers.items():
+    for name, size in _tensor_bytes(model):
         layer, _, part = name.rpartition(".")
-        if layer in checkpoint.layers and part != "bias" and value.const_value is not None:
-            stored += value.const_value.nbytes
+        if layer in checkpoint.layers and part != "bias":
+            stored += size
     return 8 * stored
+
+
+def _tensor_bytes(model: ir.Model) -> Iterator[tuple[str, int]]:
+    """Yield name and size of every stored tensor: initializers, and attributes of our nodes by the names of tensors."""
+    for name, value in model.graph.initializers.items():
+        yield name, 0 if value.const_value is None else value.const_value.nbytes
+    for node in model.graph:
+        for attribute in node.attributes.values():
+            if node.domain == contract.DOMAIN and attribute.type == ir.AttributeType.TENSOR:
+                tensor = attribute.as_tensor()
+                yield str(tensor.name), tensor.nbytes
 
 
 def _silent(stage: str, done: int, total: int) -> None:

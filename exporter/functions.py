@@ -64,15 +64,25 @@ class FunctionWriter:
 
     def attribute(self, name: str) -> str:
         """Return the integer attribute ``name`` of the calling node as an int64 tensor of shape (1,)."""
-        output = f"t{len(self._nodes)}"
-        node = helper.make_node("Constant", [], [output])
-        node.attribute.append(onnx.AttributeProto(name="value_int", type=onnx.AttributeProto.INT, ref_attr_name=name))
-        self._nodes.append(node)
-        return self.node("Reshape", output, self.ints([1]))
+        return self.node("Reshape", self._attribute("value_int", onnx.AttributeProto.INT, name), self.ints([1]))
+
+    def list_attribute(self, name: str) -> str:
+        """Return the attribute ``name`` of the calling node, a list of integers, as an int64 tensor."""
+        return self._attribute("value_ints", onnx.AttributeProto.INTS, name)
+
+    def tensor_attribute(self, name: str) -> str:
+        """Return the attribute ``name`` of the calling node, a tensor."""
+        return self._attribute("value", onnx.AttributeProto.TENSOR, name)
 
     def size(self, value: str, axis: int) -> str:
         """Return the size of one axis as an int64 tensor of shape (1,)."""
         return self.node("Shape", value, start=axis, end=axis + 1)
+
+    def call(self, op_type: str, inputs: list[str], output: str, *attributes: onnx.AttributeProto) -> None:
+        """Append a call of a function of our domain."""
+        self._calls = True
+        self._nodes.append(helper.make_node(op_type, inputs, [output], domain=contract.DOMAIN))
+        self._nodes[-1].attribute.extend(attributes)
 
     def function(
         self, domain: str, name: str, inputs: list[str], outputs: list[str], attributes: list[str]
@@ -82,6 +92,13 @@ class FunctionWriter:
         if self._calls:
             opsets.append(helper.make_opsetid(contract.DOMAIN, contract.VERSION))
         return helper.make_function(domain, name, inputs, outputs, self._nodes, opsets, attributes=attributes)
+
+    def _attribute(self, field: str, kind: onnx.AttributeProto.AttributeType, name: str) -> str:
+        output = f"t{len(self._nodes)}"
+        node = helper.make_node("Constant", [], [output])
+        node.attribute.append(onnx.AttributeProto(name=field, type=kind, ref_attr_name=name))
+        self._nodes.append(node)
+        return output
 
     def _constant(self, values: npt.NDArray[np.generic]) -> str:
         key = (values.tobytes(), values.dtype.name, values.shape)

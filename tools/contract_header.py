@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rankbook.plugins import attention_contract, contract, layout, merged, row_contract
@@ -22,6 +23,7 @@ def header_text() -> str:
         f"inline constexpr int kBits[] = {{{', '.join(map(str, layout.BITS))}}};",
         f'inline constexpr const char* kMerged = "{merged.SUFFIX}";',
         f"inline constexpr int kMostMerged = {merged.MOST};",
+        f"inline constexpr const char* kMergedParts[] = {{{_quoted(merged.PARTS)}}};",
     ]
     attributes = contract.OPERATORS[contract.op_name(contract.MATMUL, layout.BITS[0])].attributes
     names = [attribute.name for attribute in attributes if attribute.kind == "int"]
@@ -37,26 +39,28 @@ def header_text() -> str:
         lines.append(
             f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in operator.input_names())}, kInputCount }};"
         )
-        quoted = ", ".join(f'"{name}"' for name in operator.input_names())
-        lines += [f"  static constexpr const char* kInputs[] = {{{quoted}}};", "};"]
+        lines += [f"  static constexpr const char* kInputs[] = {{{_quoted(operator.input_names())}}};", "};"]
     return "\n".join([*lines, *_attention(), *_rows(), "", "}  // namespace rankbook::contract", ""])
 
 
 def _rows() -> list[str]:
     lines: list[str] = []
     for operator in row_contract.OPERATORS.values():
-        quoted = ", ".join(f'"{name}"' for name in operator.inputs)
         lines += [
             "",
             f"struct {operator.name} {{",
             f'  static constexpr const char* kName = "{operator.name}";',
             f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in operator.inputs)}, kInputCount }};",
             f"  enum Output {{ {', '.join(f'kOut{_camel(name)}' for name in operator.outputs)}, kOutputCount }};",
-            f"  static constexpr const char* kInputs[] = {{{quoted}}};",
+            f"  static constexpr const char* kInputs[] = {{{_quoted(operator.inputs)}}};",
             *(f'  static constexpr const char* k{_camel(name)} = "{name}";' for name in operator.floats),
             "};",
         ]
     return lines
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def header_path() -> Path:
@@ -66,7 +70,6 @@ def header_path() -> Path:
 
 def _attention() -> list[str]:
     inputs = [*attention_contract.INPUTS, *attention_contract.ROTARY_INPUTS]
-    quoted = ", ".join(f'"{name}"' for name in inputs)
     lines = [
         "",
         "struct Attention {",
@@ -76,7 +79,7 @@ def _attention() -> list[str]:
         f"  static constexpr int kRotaryStep = {attention_contract.ROTARY_STEP};",
         f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in inputs)}, kInputCount }};",
         f"  enum Output {{ {', '.join(f'k{_camel(name)}' for name in attention_contract.OUTPUTS)}, kOutputCount }};",
-        f"  static constexpr const char* kInputs[] = {{{quoted}}};",
+        f"  static constexpr const char* kInputs[] = {{{_quoted(inputs)}}};",
     ]
     names = [*attention_contract.INT_ATTRIBUTES, *attention_contract.FLOAT_ATTRIBUTES]
     return [*lines, *(f'  static constexpr const char* k{_camel(name)} = "{name}";' for name in names), "};"]

@@ -62,7 +62,7 @@ class OnnxFile:
         nodes: Nodes of our domain, in graph order.
         outputs_of: Output of the node that gives each packed layer's output, by the layer's name, in graph order.
         domains: Domains of the graph's nodes; the standard one is empty.
-        initializers: Stored tensors by name.
+        initializers: Stored tensors by name; constants of a node of several products one by one.
         opset: Version of the standard operators.
         data_files: Names of external data files beside the graph.
     """
@@ -156,6 +156,8 @@ def read(path: Path) -> OnnxFile:
     Raises:
         UsageError: Not an ONNX model, or an external data file is missing or too short.
     """
+    from rankbook.exporter.nodes import constants
+
     file = find_model(path)
     model = load_graph(file)
     graph = model.graph
@@ -179,7 +181,7 @@ def read(path: Path) -> OnnxFile:
         domains=frozenset(
             node.domain.removeprefix("ai.onnx") for part in (graph, *model.functions) for node in part.node
         ),
-        initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},
+        initializers={name: _initializer(tensor) for name, tensor in constants(graph).items()},
         opset=max([item.version for item in model.opset_import if item.domain in ("", "ai.onnx")], default=0),
         data_files=_data_files(file, graph.initializer),
     )
@@ -241,10 +243,9 @@ def _holds_weights(node: Any) -> bool:
 
 def _custom_nodes(path: Path, node: Any) -> list[CustomNode]:
     from rankbook.exporter.nodes import node_parts
-    from rankbook.plugins import merged
 
     try:
-        parts = merged.split(node_parts(node))
+        parts = node_parts(node)
     except ValueError as error:
         raise UsageError(f"{path}: {node.op_type} node {node.name!r} {error}; export it again") from None
     return [CustomNode(part.name, part.op_type, part.inputs, part.outputs[0], dict(part.attributes)) for part in parts]

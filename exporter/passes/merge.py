@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from rankbook.plugins import contract, merged
 
 
 class MergeProducts(ir.passes.InPlacePass):
-    """Merges products of one x in packed layers of one operator and one group size: query, key and value; gate and up.
+    """Merges packed layers of one x, one operator and one group size: query, key and value; gate and up.
 
-    Layers of different widths, or of which some have an error branch, stay nodes of their own.
+    Layers of different widths, or of which some have an error branch, get nodes of their own, of one product. What
+    stays as it is: layers that share constants with another node (an output layer tied to the embedding), and those
+    whose group parameters or factors are not stored in 8 bits.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -28,34 +32,79 @@ def _together(graph: ir.Graph) -> Iterator[list[ir.Node]]:
     found: dict[tuple[object, ...], list[ir.Node]] = {}
     for node in graph:
         operator = contract.OPERATORS.get(node.op_type) if node.domain == contract.DOMAIN else None
-        if operator is not None and operator.kind != contract.GATHER:
-            found.setdefault((id(node.inputs[0]), node.op_type, _groups(node, operator)), []).append(node)
+        if operator is None or operator.kind == contract.GATHER:
+            continue
+        ports = _ports(node, operator)
+        if not all(value.is_initializer() and len(value.uses()) == 1 for value in ports.values()):
+            continue
+        if all(_full(ports[port]) for port in merged.PARTS if port in ports):
+            groups = _sizes(ports["params"])[1]
+            found.setdefault((id(node.inputs[0]), node.op_type, groups), []).append(node)
     for nodes in found.values():
         for first in range(0, len(nodes), merged.MOST):
-            part = nodes[first : first + merged.MOST]
-            if len(part) > 1:
-                yield part
+            yield nodes[first : first + merged.MOST]
 
 
-def _groups(node: ir.Node, operator: contract.OpContract) -> str:
-    """Return the number of groups; params or step holds a number for each."""
-    ports = dict(zip(operator.input_names(), node.inputs, strict=True))
-    shapes = [value.shape for name in ("params", "step") if (value := ports[name]) and value.shape]
-    return str(next((shape[1] for shape in shapes if shape[-1] != 1), None))
+def _ports(node: ir.Node, operator: contract.OpContract) -> dict[str, ir.Value]:
+    """Return the constants of a node by formal name."""
+    constants = [value for value in node.inputs[1:] if value is not None]
+    return dict(zip(operator.constants(), constants, strict=True))
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    return () if value.shape is None else tuple(value.shape.numpy())
+
+
+def _full(value: ir.Value) -> bool:
+    """Return whether a part holds the numbers themselves, and not a single 1 because they are stored as floats."""
+    return math.prod(_sizes(value)) > 1
 
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     old = [node.outputs[0] for node in nodes]
-    parts = merged.merge([_parts(node) for node in nodes])
-    inputs = [nodes[0].inputs[0], *(value for node in nodes for value in node.inputs[1:])]
-    attributes = {name: int(value) for name, value in parts.attributes.items()}
-    node = ir.node(parts.op_type, inputs, attributes, num_outputs=len(old), domain=contract.DOMAIN, name=parts.name)
+    constants = {str(value.name): _tensor(value) for node in nodes for value in node.inputs[1:] if value is not None}
+    parts, layout = merged.merge([_parts(node) for node in nodes], constants)
+    data = _data(parts.inputs[1], layout, constants)
+    graph.register_initializer(data)
+    attributes = [_attribute(name, value) for name, value in parts.attributes.items()]
+    inputs = [nodes[0].inputs[0], data]
+    node = ir.Node(contract.DOMAIN, parts.op_type, inputs, attributes, num_outputs=len(old), name=parts.name)
     graph.insert_before(nodes[0], [node])
     for new, replaced in zip(node.outputs, old, strict=True):
         new.name, new.type, new.shape = replaced.name, replaced.type, replaced.shape
         replaced.name = f"{replaced.name}.alone"
         ir.convenience.replace_all_uses_with(replaced, new, replace_graph_outputs=True)
     graph.remove(nodes, safe=True)
+    for name in constants:
+        del graph.initializers[name]
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise ValueError(f"initializer {value.name} has no value")
+    return value.const_value
+
+
+def _data(name: str, layout: Sequence[tuple[str, merged.Part]], constants: Mapping[str, ir.TensorProtocol]) -> ir.Value:
+    """Return the initializer that holds the parts; they are read when the file is written."""
+    shape = ir.Shape([layout[-1][1].end])
+
+    def load() -> ir.TensorProtocol:
+        out = np.zeros(shape.numpy(), np.int8)
+        for part, place in layout:
+            out[place.start : place.end] = constants[part].numpy().reshape(-1)
+        return ir.tensor(out, name=name)
+
+    tensor = ir.LazyTensor(load, dtype=ir.DataType.INT8, shape=shape, name=name)
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.INT8), shape=shape, const_value=tensor)
+
+
+def _attribute(name: str, value: object) -> ir.Attr:
+    if isinstance(value, int):
+        return ir.AttrInt64(name, value)
+    if isinstance(value, list):
+        return ir.AttrInt64s(name, value)
+    return ir.AttrTensor(name, value)  # type: ignore[arg-type]  # a constant, see merged.merge
 
 
 def _parts(node: ir.Node) -> merged.Node:

@@ -10,6 +10,7 @@ inline constexpr const char* kPluginVersion = "1";
 inline constexpr int kBits[] = {2, 3, 4, 8};
 inline constexpr const char* kMerged = "Merged";
 inline constexpr int kMostMerged = 3;
+inline constexpr const char* kMergedParts[] = {"down", "params", "up", "codes"};
 inline constexpr const char* kInFeatures = "in_features";
 inline constexpr const char* kOutFeatures = "out_features";
 inline constexpr const char* kOffset = "offset";

@@ -41,7 +41,8 @@ def test_layers_of_one_input_are_one_node(folder: Path) -> None:
     kinds = collections.Counter(node.op_type for node in graph_of(folder / "ort").graph.node)
     layers = 2
     assert kinds["CodebookMatMul4Merged3"] == kinds["CodebookMatMul4Merged2"] == layers
-    assert kinds["CodebookMatMul4"] == 2 * layers, "o_proj and down_proj"
+    assert kinds["CodebookMatMul4Merged1"] == 2 * layers, "o_proj and down_proj"
+    assert "CodebookMatMul4" not in kinds
     standard = {node.op_type for node in graph_of(folder / "standard").graph.node}
     assert not any("Merged" in name for name in standard), "the portable file has the operators of TensorRT's plugins"
 
@@ -94,6 +95,31 @@ def test_what_differs_stays_alone(folder: Path) -> None:
     params.shape = ir.Shape([params.shape[0], 1, *params.shape.dims[2:]])
     MergeProducts()(model)
     names = {name for node in model.graph if "self_attn" in (name := str(node.name)) and node.domain == contract.DOMAIN}
+    ours = {node.op_type for node in model.graph if node.domain == contract.DOMAIN}
     first, second = (f"model.layers.{i}.self_attn" for i in range(2))
     assert {f"{first}.k_proj", f"{first}.q_proj {first}.v_proj"} <= names
     assert {f"{second}.v_proj", f"{second}.q_proj {second}.k_proj"} <= names
+    assert {"CodebookMatMul8Merged1", "CodebookMatMul4Merged1", "CodebookMatMul4Merged2"} <= ours
+
+
+def test_constants_are_part_of_the_node(folder: Path) -> None:
+    """A decode step pays for every initializer: of packed layers one a node is left."""
+    graph = graph_of(folder / "ort").graph
+    nodes = [node for node in graph.node if "Merged" in node.op_type]
+    assert {node.input[1] for node in nodes} == {item.name for item in graph.initializer if item.name.endswith(".data")}
+    assert not any(item.name.endswith((".codes", ".levels", ".step")) for item in graph.initializer)
+
+
+@pytest.mark.parametrize("settings", [{"quantize_embeddings": 8, "quantize_lm_head": 8}, {"param_bits": 16}])
+def test_what_cannot_be_part_of_a_node_stays(settings: dict[str, int], tmp_path: Path) -> None:
+    """An output layer that shares its codes with the embedding; parameters that are not bytes."""
+    tied = {"head_dim": 16, "tie_word_embeddings": True}
+    checkpoint = make_checkpoint(tmp_path, "llama", model=tied, bits=4, **settings)
+    export(checkpoint, tmp_path / "ort", ExportOptions(logits="all", graph="ort"))
+    export(checkpoint, tmp_path / "standard", ExportOptions(logits="all"))
+    kinds = {node.op_type for node in graph_of(tmp_path / "ort").graph.node}
+    alone = "CodebookMatMul4" if "param_bits" in settings else "CodebookMatMul8"
+    assert alone in kinds
+    assert ("CodebookMatMul4Merged3" in kinds) == ("param_bits" not in settings)
+    got, want = (OrtModel(tmp_path / name).logits(TOKENS) for name in ("ort", "standard"))
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -30,13 +31,27 @@ def draw_several(case: OpCase, count: int) -> list[Op]:
 
 
 def node_of(op: Op, i: int) -> merged.Node:
-    names = tuple("x" if name == "x" else f"{name}.{i}" for name in op.inputs)
+    names = tuple("x" if name == "x" else f"layer.{i}.{name}" for name in op.inputs)
     return merged.Node(f"layer.{i}", op.op_type, names, (f"y.{i}",), op.attributes)
+
+
+def merge(ops: list[Op]) -> tuple[merged.Node, Any]:
+    """Return the node of several products, tensors among its attributes as protos, and the tensor that it reads."""
+    constants = {f"layer.{i}.{name}": value for i, op in enumerate(ops) for name, value in op.inputs.items()}
+    node, layout = merged.merge([node_of(op, i) for i, op in enumerate(ops)], constants)
+    data = np.zeros(layout[-1][1].end, np.int8)
+    for name, part in layout:
+        data[part.start : part.end] = constants[name].reshape(-1)
+    attributes = {
+        name: numpy_helper.from_array(value, name) if isinstance(value, np.ndarray) else value
+        for name, value in node.attributes.items()
+    }
+    return replace(node, attributes=attributes), data
 
 
 def model_of(ops: list[Op], *, bodies: bool = False) -> onnx.ModelProto:
     """Return a model whose only node computes all of them."""
-    parts = merged.merge([node_of(op, i) for i, op in enumerate(ops)])
+    parts, data = merge(ops)
     node = helper.make_node(
         parts.op_type, parts.inputs, parts.outputs, name=parts.name, domain=contract.DOMAIN, **parts.attributes
     )
@@ -44,25 +59,23 @@ def model_of(ops: list[Op], *, bodies: bool = False) -> onnx.ModelProto:
     kind = helper.np_dtype_to_tensor_dtype(feed.dtype)
     x = helper.make_tensor_value_info("x", kind, [f"d{i}" for i in range(feed.ndim - 1)] + [None])
     outputs = [helper.make_tensor_value_info(name, kind, None) for name in parts.outputs]
-    constants = [
-        numpy_helper.from_array(value, f"{name}.{i}")
-        for i, op in enumerate(ops)
-        for name, value in op.inputs.items()
-        if name != "x"
-    ]
+    constants = [numpy_helper.from_array(data, parts.inputs[1])]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
     graph = helper.make_graph([node], "op", [x], outputs, constants)
     held = functions([parts.op_type]) if bodies else []
     return helper.make_model(graph, opset_imports=opsets, functions=held, ir_version=11)
 
 
-def run(model: onnx.ModelProto, x: Any, activations: str = "fp32", *, native: bool = True) -> list[Any]:
+def run(
+    model: onnx.ModelProto, x: Any, activations: str = "fp32", *, native: bool = True, memory: str = "huge"
+) -> list[Any]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
     options.add_session_config_entry("rankbook.activations", activations)
+    options.add_session_config_entry("rankbook.memory", memory)
     if native:
         options.register_custom_ops_library(str(library.library("ort")))
     made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -70,24 +83,46 @@ def run(model: onnx.ModelProto, x: Any, activations: str = "fp32", *, native: bo
 
 
 def test_splitting_gives_back_what_was_merged() -> None:
-    nodes = [node_of(op, i) for i, op in enumerate(draw_several(OpCase(rank=4), 3))]
-    several = merged.merge(nodes)
+    ops = draw_several(OpCase(rank=4), 3)
+    nodes = [node_of(op, i) for i, op in enumerate(ops)]
+    several, data = merge(ops)
     assert several.op_type == "CodebookMatMulLowRank4Merged3"
-    assert len(several.inputs) == len(merged.OPERATORS[several.op_type].inputs) == 31
-    assert merged.split(several) == tuple(nodes)
+    assert several.inputs == ("x", "layer.0.data")
     assert merged.split(nodes[0]) == (nodes[0],)
+    for got, node, op in zip(merged.split(several), nodes, ops, strict=True):
+        assert replace(got, constants={}) == node
+        for name, value in got.constants.items():
+            held = (
+                data[value.start : value.end].reshape(value.shape)
+                if isinstance(value, merged.Part)
+                else numpy_helper.to_array(value)
+            )
+            np.testing.assert_array_equal(held, op.inputs[name.rpartition(".")[2]])
+
+
+def test_parts_lie_on_cache_lines_without_overlap() -> None:
+    ops = draw_several(OpCase(rank=5, in_features=112, group=16), 3)
+    several, data = merge(ops)
+    parts = [
+        value for node in merged.split(several) for value in node.constants.values() if isinstance(value, merged.Part)
+    ]
+    parts.sort(key=lambda part: part.start)
+    assert len(parts) == 4 * len(ops)
+    assert all(part.start % merged.ALIGNMENT == 0 for part in parts)
+    assert all(one.end <= other.start for one, other in itertools.pairwise(parts))
+    assert parts[-1].end == len(data)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "layer.0"}, "1 names, 2 outputs and 13 inputs; it must have 2, 2 and 13"),
+        ({"name": "layer.0"}, "1 names, 2 outputs and 2 inputs; it must have 2, 2 and 2"),
         ({"inputs": ("x",)}, "1 inputs"),
-        ({"attributes": {}}, "lacks the attributes in_features_0, out_features_0, offset_0, in_features_1"),
+        ({"attributes": {}}, "lacks the attributes in_features_0, out_features_0, offset_0, codes_0"),
     ],
 )
 def test_a_damaged_node_is_refused(change: dict[str, Any], message: str) -> None:
-    several = merged.merge([node_of(op, i) for i, op in enumerate(draw_several(OpCase(), 2))])
+    several, _ = merge(draw_several(OpCase(), 2))
     with pytest.raises(ValueError, match=message):
         merged.split(replace(several, **change))
 
@@ -145,3 +180,36 @@ def test_a_wrong_constant_is_named_with_its_place() -> None:
     ops[1].inputs["codes"] = ops[1].inputs["codes"][:, :1]
     with pytest.raises(Exception, match=r"'layer.0 layer.1': input codes_1 has shape"):
         run(model_of(ops), ops[0].inputs["x"])
+
+
+@built
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("codes_1", [0, 1 << 20, 1 << 20, 4, 32, 4], r"attribute codes_1 is \(0, 1048576, .* does not hold"),
+        ("params_0", [1 << 40, 3, 2, 3, 32], "attribute params_0 is .* does not hold"),
+        ("params_0", [-64, 3, 2, 3, 32], "attribute params_0 is .* does not hold"),
+        ("codes_0", [64], "attribute codes_0 is .* does not hold"),
+        ("levels_1", None, "the attribute levels_1 is missing"),
+        ("codes_1", None, "the attribute codes_1 is missing"),
+        ("levels_0", 3, "the attribute levels_0 is missing"),
+    ],
+)
+def test_a_wrong_place_is_an_error_that_names_it(attribute: str, value: Any, message: str) -> None:
+    model = model_of(draw_several(OpCase(), 2))
+    node = model.graph.node[0]
+    kept = [item for item in node.attribute if item.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *([] if value is None else [helper.make_attribute(attribute, value)])])
+    with pytest.raises(Exception, match=r"'layer.0 layer.1': " + message):
+        run(model, np.zeros((1, 128), np.float32))
+
+
+@built
+def test_without_copies() -> None:
+    """The constants are read where ONNX Runtime has them."""
+    ops = draw_several(OpCase(rank=4, tokens=(1,)), 3)
+    for activations in ("fp32", "int8"):
+        want = run(model_of(ops), ops[0].inputs["x"], activations)
+        got = run(model_of(ops), ops[0].inputs["x"], activations, memory="mapped")
+        np.testing.assert_equal(got, want)

@@ -212,6 +212,22 @@ def test_it_says_why_there_is_no_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(backend.cuda_unavailable() is not None, reason=str(backend.cuda_unavailable()))
+@pytest.mark.parametrize("rank", [0, 5])
+def test_several_products_on_the_gpu(rank: int) -> None:
+    """Small constants are attributes, which the operator brings to the GPU itself."""
+    import onnxruntime as ort
+
+    ops = draw_several(OpCase(rank=rank, tokens=(20,), bias=True), 3)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.library("ort-cuda")))
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    session = ort.InferenceSession(model_of(ops).SerializeToString(), options, providers=providers)
+    for y, op in zip(session.run(None, {"x": ops[0].inputs["x"]}), ops, strict=True):
+        assert relative_error(y, op.expected()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(backend.cuda_unavailable() is not None, reason=str(backend.cuda_unavailable()))
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("case", list(CASES))
 def test_products_on_the_gpu(case: str, dtype: str) -> None:

@@ -28,9 +28,11 @@ def read_tensors(model: OnnxFile, names: set[str]) -> dict[str, Array]:
     """Return stored tensors by name; only their bytes are read from the data files."""
     from onnx import numpy_helper
 
-    graph = onnx_file.load_graph(model.path).graph
+    from rankbook.exporter.nodes import constants as stored
+
     folder = str(model.path.parent)
-    return {item.name: numpy_helper.to_array(item, folder) for item in graph.initializer if item.name in names}
+    held = stored(onnx_file.load_graph(model.path).graph)
+    return {name: numpy_helper.to_array(held[name], folder) for name in names if name in held}
 
 
 def run_node(node: CustomNode, values: dict[str, Array]) -> Array:

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "contract.h"
@@ -13,6 +15,7 @@ namespace {
 using Shape = std::vector<int64_t>;
 
 constexpr int64_t kLargestSize = int64_t{1} << 31;
+constexpr size_t kMergedData = 1;  // input of a merged node
 
 const char* type_name(ONNXTensorElementDataType type) {
   switch (type) {
@@ -35,6 +38,21 @@ int64_t elements(const Shape& shape) {
   return count;
 }
 
+// Whether a part, its first byte and then its sizes, lies within so many bytes.
+bool lies_within(const Shape& place, int64_t bytes) {
+  if (place.size() < 2 || place[0] < 0) return false;
+  int64_t left = bytes - place[0];
+  for (size_t i = 1; i < place.size(); ++i) {
+    if (place[i] < 1) return false;
+    left /= place[i];
+  }
+  return left >= 1;
+}
+
+HugeCopy copy_of(const Ort::ConstValue& value, size_t element_size) {
+  return HugeCopy::of(value.GetTensorRawData(), value.GetTensorTypeAndShapeInfo().GetElementCount() * element_size);
+}
+
 }  // namespace
 
 std::string describe(const Shape& shape) {
@@ -43,8 +61,8 @@ std::string describe(const Shape& shape) {
   return text + ")";
 }
 
-Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, size_t shift, std::string suffix)
-    : info_(info), names_(names), node_(std::move(op_type)), shift_(shift), suffix_(std::move(suffix)) {
+Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product)
+    : info_(info), names_(names), node_(std::move(op_type)), suffix_(product == kAlone ? "" : "_" + std::to_string(product)) {
   node_ += " '" + info_.GetNodeName() + "'";
 }
 
@@ -65,12 +83,58 @@ int64_t Constants::attribute(const char* name, int64_t low) const {
 }
 
 Ort::ConstValue Constants::tensor(size_t input) const {
+  if (suffix_.empty()) return this->input(input, name(input));
+  auto found = held_.find(input);
+  if (found == held_.end()) found = held_.emplace(input, part(input)).first;
+  return found->second.GetConst();
+}
+
+Ort::ConstValue Constants::input(size_t position, const std::string& name) const {
   int constant = 0;
-  const Ort::ConstValue value = info_.GetTensorConstantInput(position(input), &constant);
+  const Ort::ConstValue value = info_.GetTensorConstantInput(position, &constant);
   if (constant == 0 || !static_cast<const OrtValue*>(value)) {
-    fail("input " + name(input) + " must be an initializer; export the model again");
+    fail("input " + name + " must be an initializer; export the model again");
   }
   return value;
+}
+
+void Constants::drop_data() const {
+  if (suffix_.empty()) return;
+  const Ort::ConstValue data = input(kMergedData, "data");
+  drop_mapped(data.GetTensorRawData(), data.GetTensorTypeAndShapeInfo().GetElementCount());
+}
+
+bool Constants::is_attribute(size_t input) const {
+  const auto is = [&](const char* part) { return std::strcmp(part, names_[input]) == 0; };
+  return !suffix_.empty() && std::none_of(std::begin(contract::kMergedParts), std::end(contract::kMergedParts), is);
+}
+
+Place Constants::place(size_t input) const {
+  if (suffix_.empty()) return {input, 0};
+  return {kMergedData, static_cast<size_t>(info_.GetAttributes<int64_t>(name(input).c_str()).at(0))};
+}
+
+// A constant of a merged node: a tensor among the attributes, or a part of the input that holds all.
+Ort::Value Constants::part(size_t input) const {
+  const std::string full = name(input);
+  Shape place;
+  try {
+    if (is_attribute(input)) return info_.GetTensorAttribute(full.c_str(), Ort::AllocatorWithDefaultOptions());
+    place = info_.GetAttributes<int64_t>(full.c_str());
+  } catch (const Ort::Exception&) {
+    fail("the attribute " + full + " is missing");
+  }
+  const Ort::ConstValue data = this->input(kMergedData, "data");
+  const auto info = data.GetTensorTypeAndShapeInfo();
+  if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) fail("input data is not int8");
+  const auto held = static_cast<int64_t>(info.GetElementCount());
+  if (!lies_within(place, held)) {
+    fail("attribute " + full + " is " + describe(place) + ", which input data of " + std::to_string(held) + " bytes does not hold");
+  }
+  const Shape sizes(place.begin() + 1, place.end());
+  auto* const at = static_cast<uint8_t*>(const_cast<void*>(data.GetTensorRawData())) + place[0];
+  return Ort::Value::CreateTensor(data.GetTensorMemoryInfo(), at, static_cast<size_t>(elements(sizes)), sizes.data(), sizes.size(),
+                                  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
 }
 
 Shape Constants::shape(size_t input) const { return tensor(input).GetTensorTypeAndShapeInfo().GetShape(); }
@@ -150,8 +214,8 @@ WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : c
   }
   read_params(constants);
   fit_lines();
-  codes_position_ = constants.position(codes_input_);
-  params_position_ = constants.position(params_input_);
+  codes_place_ = constants.place(codes_input_);
+  params_place_ = constants.place(params_input_);
   if (check_weight(weight_) != Status::kOk) {
     constants.fail(std::to_string(weight_.groups) + " groups cannot cut rows of " + std::to_string(weight_.in_features) +
                    " inputs: a group must be a multiple of 16 inputs, or the whole row");
@@ -202,22 +266,19 @@ void WeightStore::fit_lines() {
   slopes_ = std::move(slopes);
 }
 
-void WeightStore::copy(const Constants& constants) {
-  const auto of = [&](size_t input, size_t size) {
-    const Ort::ConstValue value = constants.tensor(input);
-    return HugeCopy::of(value.GetTensorRawData(), value.GetTensorTypeAndShapeInfo().GetElementCount() * size);
-  };
-  // Codes last: what the inner loops prefetch beyond them is then the beginning of the next layer.
-  params_ = of(params_input_, weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4);
-  codes_ = of(codes_input_, 1);
+void WeightStore::copy_params(const Constants& constants) {
+  const size_t size = weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4;
+  params_ = copy_of(constants.tensor(params_input_), size);
 }
+
+void WeightStore::copy_codes(const Constants& constants) { codes_ = copy_of(constants.tensor(codes_input_), 1); }
 
 CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   CodebookWeight weight = weight_;
   const void* codes = codes_.data();
   const void* params = params_.data();
-  weight.codes = static_cast<const uint8_t*>(codes != nullptr ? codes : context.GetInput(codes_position_).GetTensorRawData());
-  weight.params = params != nullptr ? params : context.GetInput(params_position_).GetTensorRawData();
+  weight.codes = static_cast<const uint8_t*>(codes != nullptr ? codes : codes_place_.in(context));
+  weight.params = params != nullptr ? params : params_place_.in(context);
   weight.levels = levels_.data();
   weight.slopes = slopes_.empty() ? nullptr : slopes_.data();
   weight.step = step_.data();

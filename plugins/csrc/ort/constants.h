@@ -2,6 +2,7 @@
 
 // Reads the constant inputs of a node into what the kernels take, and says in a sentence what does not fit.
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -11,13 +12,24 @@
 
 namespace rankbook::ort {
 
-// The constant inputs of one product of a node by their position in an operator of one product. Every check throws
-// Ort::Exception with the node's name in it.
+// Where a constant lies: in which input of the node, from which byte on.
+struct Place {
+  size_t input = 0;
+  size_t start = 0;
+
+  const void* in(const Ort::KernelContext& context) const {
+    return static_cast<const uint8_t*>(context.GetInput(input).GetTensorRawData()) + start;
+  }
+};
+
+// The constants of one product by their position among the inputs of an operator of one product, wherever they lie in the
+// node. Every check throws Ort::Exception with the node's name in it.
 class Constants {
  public:
-  // `names` are those of an operator of one product. In a node of several, `shift` inputs come before the constants of
-  // this one, and `suffix` ends their names.
-  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, size_t shift = 0, std::string suffix = "");
+  // `names` are those of the inputs of an operator of one product. In a merged node (plugins/merged.py) this is number
+  // `product` of it.
+  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product = kAlone);
+  static constexpr int kAlone = -1;
 
   int64_t attribute(const char* name, int64_t low) const;
   Ort::ConstValue tensor(size_t input) const;
@@ -28,16 +40,24 @@ class Constants {
   void expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const;
   [[noreturn]] void fail(const std::string& sentence) const;
 
-  size_t position(size_t input) const { return input + shift_; }  // in the node
+  // Gives the pages of a merged node's tensor back, once nothing reads it: pages that two parts share, and those that the
+  // system brought along, are still there.
+  void drop_data() const;
+
+  bool is_attribute(size_t input) const;  // and has no place
+  Place place(size_t input) const;
   std::string name(size_t input) const { return names_[input] + suffix_; }
   const std::string& node() const { return node_; }
 
  private:
+  Ort::ConstValue input(size_t position, const std::string& name) const;
+  Ort::Value part(size_t input) const;
+
   Ort::ConstKernelInfo info_;
   const char* const* names_;
   std::string node_;  // "CodebookMatMul3 'model.layers.0.q_proj'"
-  size_t shift_;
   std::string suffix_;
+  mutable std::map<size_t, Ort::Value> held_;  // of a merged node
 };
 
 std::string describe(const std::vector<int64_t>& shape);
@@ -48,8 +68,10 @@ class WeightStore {
   // `codes` is the position of that input; levels, params, step and base follow it.
   WeightStore(const Constants& constants, int bits, size_t codes);
 
-  // Copies codes and params to huge pages, where there are any.
-  void copy(const Constants& constants);
+  // Copies one of them to huge pages, where there are any.
+  void copy_params(const Constants& constants);
+  void copy_codes(const Constants& constants);
+  bool copied() const { return codes_.data() != nullptr; }
 
   // The weight with its pointers into the copies, or into the inputs of this call.
   CodebookWeight bind(const Ort::KernelContext& context) const;
@@ -63,8 +85,8 @@ class WeightStore {
   void read_params(const Constants& constants);
   void fit_lines();
 
-  size_t codes_input_, params_input_;                // params, or step where that holds the values themselves
-  size_t codes_position_ = 0, params_position_ = 0;  // of the same in the node
+  size_t codes_input_, params_input_;  // params, or step where that holds the values themselves
+  Place codes_place_, params_place_;
   CodebookWeight weight_;
   std::vector<float> levels_, slopes_, step_, base_;
   HugeCopy codes_, params_;

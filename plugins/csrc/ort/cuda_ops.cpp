@@ -4,8 +4,10 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include <cstring>
 #include <limits>
 #include <list>
+#include <memory>
 #include <vector>
 
 #include "contract.h"
@@ -142,21 +144,66 @@ class Scratch {
   void* data_ = nullptr;
 };
 
+// A tensor among the attributes of a node, in the memory of the provider.
+class DeviceCopy {
+ public:
+  DeviceCopy(const OrtKernelInfo* info, const Ort::ConstValue& value) {
+    const auto about = value.GetTensorTypeAndShapeInfo();
+    const size_t size = about.GetElementType() == kFloat ? 4 : about.GetElementType() == kHalf ? 2 : 1;
+    const size_t bytes = about.GetElementCount() * size;
+    Ort::ThrowOnError(api_.KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
+    if (OrtStatus* const status = api_.AllocatorAlloc(allocator_, bytes, &data_)) {
+      api_.ReleaseAllocator(allocator_);
+      Ort::ThrowOnError(status);
+    }
+#ifdef RANKBOOK_EMULATION
+    std::memcpy(data_, value.GetTensorRawData(), bytes);
+#else
+    const cudaError_t error = cudaMemcpy(data_, value.GetTensorRawData(), bytes, cudaMemcpyHostToDevice);
+    if (error == cudaSuccess) return;
+    release();
+    throw Ort::Exception(cudaGetErrorString(error), ORT_FAIL);
+#endif
+  }
+  ~DeviceCopy() { release(); }
+  DeviceCopy(const DeviceCopy&) = delete;
+  DeviceCopy& operator=(const DeviceCopy&) = delete;
+
+  const void* get() const { return data_; }
+
+ private:
+  void release() {
+    Ort::Status(api_.AllocatorFree(allocator_, data_));  // a status that nobody can act on
+    api_.ReleaseAllocator(allocator_);
+  }
+
+  const OrtApi& api_ = Ort::GetApi();
+  OrtAllocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
+// Where the constant of one input is.
+struct Source {
+  Place place;
+  std::shared_ptr<const DeviceCopy> copy;  // instead of a place
+  cuda::DataType type = cuda::DataType::kFloat32;
+
+  const void* in(const Ort::KernelContext& context) const { return copy != nullptr ? copy->get() : place.in(context); }
+};
+
+// One product of a node: its sizes, and its constants by input.
+struct Shaped {
+  cuda::Matmul sizes;  // without pointers
+  std::vector<Source> sources;
+};
+
 class CudaKernel {
  public:
-  // `shapes` are those of every product.
-  CudaKernel(std::vector<cuda::Matmul> shapes, std::string node, Kind kind)
-      : shapes_(std::move(shapes)), node_(std::move(node)), kind_(kind) {}
+  CudaKernel(std::vector<Shaped> products, std::string node, Kind kind)
+      : products_(std::move(products)), node_(std::move(node)), kind_(kind) {}
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
     return guarded([&] { compute(Ort::KernelContext(context)); });
-  }
-
-  static size_t constants_each(Kind kind) {
-    const size_t inputs = kind == Kind::kGather    ? size_t{contract::CodebookGather::kInputCount}
-                          : kind == Kind::kLowRank ? size_t{Branch::kInputCount}
-                                                   : size_t{contract::CodebookMatMul::kInputCount};
-    return inputs - 1;
   }
 
  private:
@@ -165,13 +212,13 @@ class CudaKernel {
     const auto info = x.GetTensorTypeAndShapeInfo();
     Shape shape = info.GetShape();
     if (kind_ == Kind::kGather) return gather(context, x, shape);
-    const int columns = shapes_[0].weight.columns;
+    const int columns = products_[0].sizes.weight.columns;
     if (shape.empty() || shape.back() != columns) {
       fail("x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(columns));
     }
     const size_t tokens = info.GetElementCount() / static_cast<size_t>(columns);
     if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) fail("x has more than 2^31 - 1 rows");
-    for (size_t i = 0; i < shapes_.size(); ++i) {
+    for (size_t i = 0; i < products_.size(); ++i) {
       cuda::Matmul m = bound(context, i);
       shape.back() = m.weight.rows;
       m.x = x.GetTensorRawData();
@@ -195,13 +242,10 @@ class CudaKernel {
 
   // One product with its pointers.
   cuda::Matmul bound(const Ort::KernelContext& context, size_t product) const {
-    cuda::Matmul m = shapes_[product];
-    const size_t shift = constants_each(kind_) * product;
-    const auto raw = [&](size_t input) { return context.GetInput(input + shift).GetTensorRawData(); };
-    const auto floats = [&](size_t input) {
-      const Ort::ConstValue value = context.GetInput(input + shift);
-      return cuda::Floats{value.GetTensorRawData(), kernel_type(value.GetTensorTypeAndShapeInfo().GetElementType())};
-    };
+    cuda::Matmul m = products_[product].sizes;
+    const std::vector<Source>& sources = products_[product].sources;
+    const auto raw = [&](size_t input) { return sources[input].in(context); };
+    const auto floats = [&](size_t input) { return cuda::Floats{raw(input), sources[input].type}; };
     cuda::PackedWeight& w = m.weight;
     w.codes = static_cast<const uint32_t*>(raw(Branch::kCodes));
     w.levels = static_cast<const uint16_t*>(raw(Branch::kLevels));
@@ -225,7 +269,7 @@ class CudaKernel {
     throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
   }
 
-  std::vector<cuda::Matmul> shapes_;  // without pointers
+  std::vector<Shaped> products_;
   std::string node_;
   Kind kind_;
 };
@@ -236,36 +280,57 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
   int bits;
   ONNXTensorElementDataType type;
   bool rounds;  // x to 8 bits
-  int count;    // products
+  int merged;   // products of a merged operator; 0 in others, which have one
   std::string name;
 
-  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_, int count_)
-      : kind(kind_), bits(bits_), type(type_), rounds(rounds_), count(count_) {
+  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_, int merged_)
+      : kind(kind_), bits(bits_), type(type_), rounds(rounds_), merged(merged_) {
     name = kind == Kind::kGather    ? contract::CodebookGather::kName
            : kind == Kind::kLowRank ? Branch::kName
                                     : contract::CodebookMatMul::kName;
     name += std::to_string(bits) + (rounds ? contract::CodebookMatMulA8::kSuffix : "");
-    if (count > 1) name += contract::kMerged + std::to_string(count);
+    if (merged > 0) name += contract::kMerged + std::to_string(merged);
   }
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return guarded([&] { *kernel = new CudaKernel(read_shapes(info), Constants(info, names(), name).node(), kind); });
+    return guarded([&] { *kernel = new CudaKernel(read_products(info), Constants(info, names(), name).node(), kind); });
   }
 
-  std::vector<cuda::Matmul> read_shapes(const OrtKernelInfo* info) const {
-    std::vector<cuda::Matmul> out;
-    for (int i = 0; i < count; ++i) {
-      const size_t shift = CudaKernel::constants_each(kind) * static_cast<size_t>(i);
-      const Constants constants(info, names(), name, shift, count > 1 ? "_" + std::to_string(i) : "");
-      constants.expect_count(1 + CudaKernel::constants_each(kind) * static_cast<size_t>(count));
+  std::vector<Shaped> read_products(const OrtKernelInfo* info) const {
+    std::vector<Shaped> out;
+    for (int i = 0; i < products(); ++i) {
+      const Constants constants(info, names(), name, merged > 0 ? i : Constants::kAlone);
+      constants.expect_count(merged > 0 ? 2 : inputs_alone());
       Reader reader(constants, bits);
       if (kind != Kind::kGather) reader.read_bias();
       if (kind == Kind::kLowRank) reader.read_branch();
       reader.m.int8_activations = rounds;
-      out.push_back(reader.m);
-      if (out.back().weight.columns != out[0].weight.columns) constants.fail("all products must have the same in_features");
+      out.push_back({reader.m, read_sources(info, constants)});
+      if (reader.m.weight.columns != out[0].sizes.weight.columns) constants.fail("all products must have the same in_features");
     }
     return out;
+  }
+
+  std::vector<Source> read_sources(const OrtKernelInfo* info, const Constants& constants) const {
+    std::vector<Source> out(inputs_alone());
+    for (size_t input = 1; input < out.size(); ++input) {
+      const Ort::ConstValue value = constants.tensor(input);
+      out[input].type = kernel_type(value.GetTensorTypeAndShapeInfo().GetElementType());
+      if (constants.is_attribute(input)) {
+        out[input].copy = std::make_shared<const DeviceCopy>(info, value);
+      } else {
+        out[input].place = constants.place(input);
+      }
+    }
+    return out;
+  }
+
+  int products() const { return merged > 0 ? merged : 1; }
+
+  size_t inputs_alone() const {
+    return kind == Kind::kGather    ? size_t{contract::CodebookGather::kInputCount}
+           : kind == Kind::kLowRank ? size_t{Branch::kInputCount}
+                                    : size_t{contract::CodebookMatMul::kInputCount};
   }
 
   const char* const* names() const { return kind == Kind::kGather ? contract::CodebookGather::kInputs : Branch::kInputs; }
@@ -283,7 +348,7 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
     if (input > 0) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
   }
-  size_t GetOutputTypeCount() const { return static_cast<size_t>(count); }
+  size_t GetOutputTypeCount() const { return static_cast<size_t>(products()); }
   ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
 };
 
@@ -291,20 +356,20 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
 
 void add_cuda_operators(Ort::CustomOpDomain& domain) {
   auto& operators = *new std::list<CudaOp>;
-  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type, bool rounds, int count) {
-    operators.emplace_back(kind, bits, type, rounds, count);
+  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type, bool rounds, int merged) {
+    operators.emplace_back(kind, bits, type, rounds, merged);
     domain.Add(&operators.back());
   };
   for (const int bits : contract::kBits) {
     for (const auto type : {kFloat, kHalf, kBFloat}) {
-      for (int count = 1; count <= contract::kMostMerged; ++count) {
+      for (int merged = 0; merged <= contract::kMostMerged; ++merged) {
         for (const bool rounds : {false, true}) {
-          add(Kind::kMatMul, bits, type, rounds, count);
-          add(Kind::kLowRank, bits, type, rounds, count);
+          add(Kind::kMatMul, bits, type, rounds, merged);
+          add(Kind::kLowRank, bits, type, rounds, merged);
         }
       }
     }
-    add(Kind::kGather, bits, kFloat, false, 1);
+    add(Kind::kGather, bits, kFloat, false, 0);
   }
 }
 

@@ -108,13 +108,20 @@ IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWei
   for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = scales[i] * factors.up.scales[i];
 }
 
-void IntegerBranchStore::copy() {
+void IntegerBranchStore::copy_down() {
+  down_copy_ = copy_of(codes_);
+  if (down_copy_.data() != nullptr) std::vector<uint8_t>().swap(codes_);  // `= {}` would keep the memory
+}
+
+void IntegerBranchStore::copy_up() {
+  up_copy_ = copy_of(up_.codes);
+  if (up_copy_.data() != nullptr) std::vector<int8_t>().swap(up_.codes);
+}
+
+void IntegerBranchStore::copy_rest() {
+  if (middle_.empty()) return;
   table_copy_ = HugeCopy::of(&table_, sizeof table_);
   middle_copy_ = copy_of(middle_);
-  down_copy_ = HugeCopy::of(codes_.data(), codes_.size());
-  if (down_copy_.data() != nullptr) std::vector<uint8_t>().swap(codes_);  // `= {}` would keep the memory
-  up_copy_ = HugeCopy::of(up_.codes.data(), up_.codes.size());
-  if (up_copy_.data() != nullptr) std::vector<int8_t>().swap(up_.codes);
 }
 
 IntegerBranch IntegerBranchStore::bind() const {

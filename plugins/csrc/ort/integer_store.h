@@ -14,7 +14,7 @@ class IntegerWeightStore {
  public:
   IntegerWeightStore(const Constants& constants, const WeightStore& weight, const IntegerKernels& kernels);
 
-  // Copies everything to huge pages, where there are any: before the codes it is fetched with the end of the last product.
+  // Copies everything to huge pages, where there are any.
   void copy();
 
   // `weight` bound to the inputs of this call, with the tables beside it.
@@ -34,8 +34,10 @@ class IntegerBranchStore {
   IntegerBranchStore() = default;
   IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels);
 
-  // Moves int8 factors to huge pages, where there are any, and copies what is read with them.
-  void copy();
+  // Moves an int8 factor to huge pages, where there are any, or copies what is read beside them.
+  void copy_down();
+  void copy_up();
+  void copy_rest();
 
   IntegerBranch bind() const;
 

@@ -44,16 +44,16 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
 
   Kind kind;
   int bits;
-  int count;  // products
+  int merged;  // products of a merged operator; 0 in others, which have one
   ONNXTensorElementDataType type;
   std::string name;
   const Kernels kernels;
 
-  Op(Kind kind_, int bits_, const char* suffix, int count_, ONNXTensorElementDataType type_, const Kernels& kernels_)
-      : kind(kind_), bits(bits_), count(count_), type(type_), kernels(kernels_) {
+  Op(Kind kind_, int bits_, const char* suffix, int merged_, ONNXTensorElementDataType type_, const Kernels& kernels_)
+      : kind(kind_), bits(bits_), merged(merged_), type(type_), kernels(kernels_) {
     name = (kind == Kind::kGather ? Gather::kName : kind == Kind::kLowRank ? LowRank::kName : MatMul::kName);
     name += std::to_string(bits) + suffix;
-    if (count > 1) name += contract::kMerged + std::to_string(count);
+    if (merged > 0) name += contract::kMerged + std::to_string(merged);
     if (kind != Kind::kGather) return;
     KernelDestroy = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -75,20 +75,23 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
 
   std::vector<Product> read_products(const OrtKernelInfo* info) const {
     std::vector<Product> out;
-    for (int i = 0; i < count; ++i) {
-      const Constants constants(info, LowRank::kInputs, name, constants_each() * static_cast<size_t>(i),
-                                count > 1 ? "_" + std::to_string(i) : "");
-      constants.expect_count(1 + constants_each() * static_cast<size_t>(count));
-      out.emplace_back(constants, bits, kind == Kind::kLowRank, kernels);
+    std::vector<Constants> constants;
+    for (int i = 0; i < products(); ++i) {
+      constants.emplace_back(info, LowRank::kInputs, name, merged > 0 ? i : Constants::kAlone);
+      constants[i].expect_count(inputs());
+      out.emplace_back(constants[i], bits, kind == Kind::kLowRank, kernels);
       if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
-        constants.fail("all products must have the same in_features and, where activations are rounded, the same groups");
+        constants[i].fail("all products must have the same in_features and, where activations are rounded, the same groups");
       }
     }
+    if (kernels.copy) Product::copy(out, constants);
     return out;
   }
 
-  size_t constants_each() const {
-    return (kind == Kind::kLowRank ? size_t{LowRank::kInputCount} : size_t{MatMul::kInputCount}) - 1;
+  int products() const { return merged > 0 ? merged : 1; }
+
+  size_t inputs() const {
+    return merged > 0 ? 2 : kind == Kind::kLowRank ? size_t{LowRank::kInputCount} : size_t{MatMul::kInputCount};
   }
 
   const char* GetName() const { return name.c_str(); }
@@ -103,7 +106,7 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
     if (input > 0) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
   }
-  size_t GetOutputTypeCount() const { return static_cast<size_t>(count); }
+  size_t GetOutputTypeCount() const { return static_cast<size_t>(products()); }
   ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
 };
 
@@ -230,14 +233,14 @@ void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels) {
   for (const int bits : contract::kBits) {
     for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                             ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
-      for (int count = 1; count <= contract::kMostMerged; ++count) {
-        add(Op::Kind::kMatMul, bits, MatMul::kSuffix, count, type, kernels);
-        add(Op::Kind::kLowRank, bits, LowRank::kSuffix, count, type, kernels);
-        add(Op::Kind::kMatMul, bits, RoundedMatMul::kSuffix, count, type, rounding);
-        add(Op::Kind::kLowRank, bits, RoundedLowRank::kSuffix, count, type, rounding);
+      for (int merged = 0; merged <= contract::kMostMerged; ++merged) {
+        add(Op::Kind::kMatMul, bits, MatMul::kSuffix, merged, type, kernels);
+        add(Op::Kind::kLowRank, bits, LowRank::kSuffix, merged, type, kernels);
+        add(Op::Kind::kMatMul, bits, RoundedMatMul::kSuffix, merged, type, rounding);
+        add(Op::Kind::kLowRank, bits, RoundedLowRank::kSuffix, merged, type, rounding);
       }
     }
-    add(Op::Kind::kGather, bits, Gather::kSuffix, 1, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
+    add(Op::Kind::kGather, bits, Gather::kSuffix, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
   }
 }
 

@@ -15,9 +15,22 @@ Product::Product(const Constants& constants, int bits, bool low_rank, const Kern
     : weight_(constants, bits, LowRank::kCodes) {
   read_bias(constants);
   if (kernels.rounds) integer_weight_.emplace(constants, weight_, kernels.integers);
-  if (kernels.rounds && kernels.copy) integer_weight_->copy();
   if (low_rank) read_branch(constants, kernels);
-  if (kernels.copy) weight_.copy(constants);  // last: what lies behind the codes is then the next product
+}
+
+// In the order in which a token reads them, all products of a node together: the loops over codes prefetch some KB beyond
+// their end, which then are what comes next. Parameters and second factors, read beside the codes, do not come between
+// them; first factors reach into the parameters.
+void Product::copy(std::vector<Product>& products, const std::vector<Constants>& constants) {
+  for (Product& each : products) {
+    if (each.integer_weight_) each.integer_weight_->copy();
+    each.integer_branch_.copy_rest();
+  }
+  for (Product& each : products) each.integer_branch_.copy_down();
+  for (size_t i = 0; i < products.size(); ++i) products[i].weight_.copy_params(constants[i]);
+  for (Product& each : products) each.integer_branch_.copy_up();
+  for (size_t i = 0; i < products.size(); ++i) products[i].weight_.copy_codes(constants[i]);
+  if (products[0].weight_.copied()) constants[0].drop_data();
 }
 
 void Product::read_bias(const Constants& constants) {
@@ -36,7 +49,6 @@ void Product::read_branch(const Constants& constants, const Kernels& kernels) {
   const Factors factors(constants, LowRank::kDown, out_features(), in_features());
   if (kernels.rounds) {
     integer_branch_ = IntegerBranchStore(factors, weight_.sizes(), kernels.integers);
-    if (kernels.copy) integer_branch_.copy();
   } else {
     branch_ = BranchStore(factors, out_features(), in_features());
   }

@@ -23,6 +23,9 @@ class Product {
  public:
   Product(const Constants& constants, int bits, bool low_rank, const Kernels& kernels);
 
+  // Copies what is read at every call to huge pages, where there are any. `products` are all of a node, `constants` theirs.
+  static void copy(std::vector<Product>& products, const std::vector<Constants>& constants);
+
   int64_t out_features() const { return weight_.sizes().out_features; }
   int64_t in_features() const { return weight_.sizes().in_features; }
   int64_t groups() const { return weight_.sizes().groups; }
