@@ -1,7 +1,9 @@
 // Drives the inner loops of the int8 mode. A few tokens read each code once and multiply as they go (memory bound). More
 // tokens decode a slice of a panel to bytes in the L1 cache, plane by plane, and multiply that.
 
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "kernels/dispatch.h"
 #include "kernels/integer.h"
@@ -14,11 +16,20 @@ constexpr int64_t kStageTokens = 8;        // tokens that one task rounds
 constexpr int64_t kTaskBytes = 1 << 15;    // codes that one task of a single token reads at least
 constexpr int64_t kSerialWork = 1 << 17;   // multiply-adds below which waking threads costs more than it gains
 constexpr int64_t kFirstBytes = 8192;      // codes to fetch while activations are rounded
+constexpr int64_t kHeld = 4;               // panels of a single token that wait for the error branch
+constexpr int kSpins = 1000;               // looks at a counter before the thread is offered to others; some microseconds
 constexpr int64_t kAlign = 64;
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The first halves of the error branch of a single token, taken and finished by whichever thread comes by: threads need not
+// meet between them and the products, which would cost as much as the smaller ones.
+struct Halves {
+  std::atomic<int64_t> taken{0}, finished{0};
+  int64_t count = 0;
+};
 
 struct Job {
   const IntegerArgs& args;
@@ -28,6 +39,7 @@ struct Job {
   float* ranks[kMostProducts] = {};   // (M, RP * 32) of each product
   int64_t chunks = 1;                 // pieces of kTokenChunk tokens
   int64_t panels = 1;                 // panels per task of a single token
+  Halves* halves = nullptr;           // of a single token
 
   const IntegerWeight& weight() const { return args.products[0].weight; }  // for what all have in common
 };
@@ -118,18 +130,44 @@ void finish_panel(const Job& job, const Place& at, int64_t first, int64_t tokens
   }
 }
 
+// Computes halves that nobody has taken.
+void help(Job& job) {
+  Halves& halves = *job.halves;
+  while (halves.taken.load(std::memory_order_relaxed) < halves.count) {
+    const int64_t index = halves.taken.fetch_add(1, std::memory_order_relaxed);
+    if (index >= halves.count) return;
+    branch_task(&job, index);
+    halves.finished.fetch_add(1, std::memory_order_release);
+  }
+}
+
+bool finished(const Halves& halves) { return halves.finished.load(std::memory_order_acquire) == halves.count; }
+
+// Those that others have taken are being computed, so this ends.
+void wait(const Halves& halves) {
+  for (int spins = 0; !finished(halves); ++spins) {
+    if (spins >= kSpins) std::this_thread::yield();
+  }
+}
+
 void token_task(void* argument, int64_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
+  Job& job = *static_cast<Job*>(argument);
   const int64_t end = least((index + 1) * job.panels, total(job.args, panels_of));
-  alignas(kAlign) float sums[kPanel];
+  help(job);
+  alignas(kAlign) float sums[kHeld][kPanel];
+  int64_t held = 0;  // panels before this one that are not finished
   for (int64_t panel = index * job.panels; panel < end; ++panel) {
     const Place at(job.args, panel, panels_of);
     const IntegerProduct& product = job.args.products[at.product];
     const PanelFactor& up = product.branch.up;
     const int64_t bytes = up.codes == nullptr ? 0 : product.branch.rank * kPanel;
     for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(up.codes + at.panel * bytes + i);  // for the end of this panel
-    multiply_panel(job.kernels, product.weight, at.panel, job.staged, 0, 1, sums);
-    finish_panel(job, at, 0, 1, sums);
+    multiply_panel(job.kernels, product.weight, at.panel, job.staged, 0, 1, sums[held]);
+    ++held;
+    if (panel + 1 == end || held == kHeld) wait(*job.halves);
+    if (!finished(*job.halves)) continue;
+    for (int64_t i = 0; i < held; ++i) finish_panel(job, Place(job.args, panel + 1 - held + i, panels_of), 0, 1, sums[i]);
+    held = 0;
   }
 }
 
@@ -202,13 +240,16 @@ Status integer_linear(const IntegerArgs& args, const IntegerKernels& kernels, co
   if (args.tokens == 1) prefetch_start(weight);
   run(parallel, ceil_div(args.tokens, kStageTokens), inputs * 8, stage_task, job);
   const int64_t rank_panels = total(args, rank_panels_of);
-  run(parallel, rank_panels * job.chunks, inputs * rank_panels * kPanel, branch_task, job);
   const int64_t panels = total(args, panels_of);
   const int64_t work = inputs * panels * kPanel;
   if (args.tokens == 1) {
+    Halves halves;
+    halves.count = rank_panels;
+    job.halves = &halves;
     job.panels = ceil_div(kTaskBytes, weight.blocks() * weight.bits * kWordBytes);
     run(parallel, ceil_div(panels, job.panels), work, token_task, job);
   } else {
+    run(parallel, rank_panels * job.chunks, inputs * rank_panels * kPanel, branch_task, job);
     run(parallel, panels * job.chunks, work, chunk_task, job);
   }
   return Status::kOk;

@@ -30,6 +30,21 @@ std::shared_ptr<const std::vector<float>> shared_ones(size_t count) {
   return held;
 }
 
+void straight_levels(int32_t* levels) {
+  for (int code = 0; code < 256; ++code) levels[code] = code - 128;
+}
+
+// All factors have this table.
+const PlaneTable* straight_table(bool is_signed) {
+  const auto make = [](bool with_sign) {
+    int32_t levels[256];
+    straight_levels(levels);
+    return prepare_table(levels, 8, with_sign);
+  };
+  static const PlaneTable tables[] = {make(false), make(true)};
+  return &tables[is_signed ? 1 : 0];
+}
+
 template <class T>
 HugeCopy copy_of(const std::vector<T>& from) {
   return HugeCopy::of(from.data(), from.size() * sizeof(T));
@@ -101,9 +116,9 @@ IntegerBranchStore::IntegerBranchStore(const Factors& factors, const CodebookWei
   codes_ = to_words(codes, rank, k);
   ones_ = shared_ones(static_cast<size_t>(down_.panels() * down_.groups * kPanel));
   int32_t levels[256];
-  for (int code = 0; code < 256; ++code) levels[code] = code - 128;
+  straight_levels(levels);
   is_signed_ = needs_signed(levels, 256, kernels);
-  table_ = prepare_table(levels, 8, is_signed_);
+  table_ = straight_table(is_signed_);
   up_ = {to_panels(factors.up.codes, weight.out_features, rank), to_panels(factors.up.values, weight.out_features, rank)};
   for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = scales[i] * factors.up.scales[i];
 }
@@ -118,18 +133,13 @@ void IntegerBranchStore::copy_up() {
   if (up_copy_.data() != nullptr) std::vector<int8_t>().swap(up_.codes);
 }
 
-void IntegerBranchStore::copy_rest() {
-  if (middle_.empty()) return;
-  table_copy_ = HugeCopy::of(&table_, sizeof table_);
-  middle_copy_ = copy_of(middle_);
-}
+void IntegerBranchStore::copy_rest() { middle_copy_ = copy_of(middle_); }
 
 IntegerBranch IntegerBranchStore::bind() const {
   IntegerBranch branch;
   branch.rank = static_cast<int64_t>(middle_.size());
   if (branch.rank == 0) return branch;
-  const void* table = table_copy_.data();
-  branch.down = {down_, table == nullptr ? &table_ : static_cast<const PlaneTable*>(table), is_signed_, &kOne, &kZero, false};
+  branch.down = {down_, table_, is_signed_, &kOne, &kZero, false};
   branch.down.weight.codes = codes_.empty() ? static_cast<const uint8_t*>(down_copy_.data()) : codes_.data();
   branch.down.weight.params = ones_->data();
   branch.up = up_.view();

@@ -44,9 +44,9 @@ class IntegerBranchStore {
  private:
   CodebookWeight down_;
   std::vector<uint8_t> codes_;  // empty where there is a copy
-  HugeCopy down_copy_, up_copy_, table_copy_, middle_copy_;
+  HugeCopy down_copy_, up_copy_, middle_copy_;
   std::shared_ptr<const std::vector<float>> ones_;  // parameters of down, (RP, G, 1, 32)
-  PlaneTable table_;
+  const PlaneTable* table_ = nullptr;
   bool is_signed_ = false;
   StoredFactor up_;
   std::vector<float> middle_;
