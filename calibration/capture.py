@@ -122,8 +122,15 @@ def advance(block: nn.Module, call: BlockCall, stream: Tensor) -> None:
 
 
 @torch.no_grad()
-def entering(model: nn.Module, module: nn.Module, tokens: Tensor) -> LayerStatistics:
-    """Return the statistics of what enters a linear module that the model calls once; tokens (sequences, length)."""
+def entering(model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor) -> LayerStatistics:
+    """Return the statistics of what enters a linear module that the model calls once, behind its blocks.
+
+    Args:
+        model: Computes in float32, whatever it is stored in; one block at a time is widened.
+        blocks: Its blocks.
+        module: The linear module, outside of them.
+        tokens: (sequences, length).
+    """
     found = LayerStatistics.empty(module.in_features)  # type: ignore[arg-type]
 
     def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -132,9 +139,10 @@ def entering(model: nn.Module, module: nn.Module, tokens: Tensor) -> LayerStatis
 
     hook = module.register_forward_pre_hook(note)
     try:
-        for batch in torch.split(tokens, batch_size(tokens)):
-            with contextlib.suppress(_StopForwardError):
-                model(input_ids=batch, use_cache=False)
+        with outside_in_float32(model, blocks), _each_in_float32(blocks):
+            for batch in torch.split(tokens, batch_size(tokens)):
+                with contextlib.suppress(_StopForwardError):
+                    model(input_ids=batch, use_cache=False)
     finally:
         hook.remove()
     return found
@@ -190,6 +198,24 @@ def in_float32(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
     finally:
         for tensor, dtype in before:
             tensor.data = tensor.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _each_in_float32(blocks: Blocks) -> Iterator[None]:
+    """Bring every block to float32 while it computes."""
+    with contextlib.ExitStack() as hooks:
+        for block in blocks.modules:
+            widened = hooks.enter_context(contextlib.ExitStack())
+
+            def widen(module: nn.Module, _args: Any, widened: contextlib.ExitStack = widened) -> None:
+                widened.enter_context(in_float32(module))
+
+            def narrow(_module: nn.Module, _args: Any, _output: Any, widened: contextlib.ExitStack = widened) -> None:
+                widened.close()
+
+            hooks.callback(block.register_forward_pre_hook(widen).remove)
+            hooks.callback(block.register_forward_hook(narrow).remove)
+        yield
 
 
 def first(output: Any) -> Tensor:

@@ -187,7 +187,7 @@ class _Run:
         self.reporter.tell("inputs of the output layer", -1)
         some = tokens[: max(1, _TABLE_TOKENS // tokens.shape[1])]
         with self._arithmetic():
-            return capture.entering(self.model, self.tables.head[1], some)
+            return capture.entering(self.model, self.blocks, self.tables.head[1], some)
 
     def _block(
         self, index: int, call: capture.BlockCall, streams: _Streams, state: PartialState, *, solve: bool

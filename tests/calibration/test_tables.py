@@ -64,7 +64,7 @@ def test_what_enters_the_output_layer_is_measured() -> None:
     tokens = torch.arange(64).view(2, 32)
     found = tables.find_tables(model)
     assert found.head is not None
-    inputs = capture.entering(model, found.head[1], tokens)
+    inputs = capture.entering(model, capture.find_blocks(model), found.head[1], tokens)
     hidden = model.model(tokens).last_hidden_state.flatten(0, 1)
     assert inputs.tokens == 64
     torch.testing.assert_close(inputs.gram, (hidden.T @ hidden).detach(), rtol=1e-4, atol=1e-3)
@@ -80,6 +80,19 @@ def test_what_enters_the_output_layer_is_measured() -> None:
         return float((model(ids).logits.detach() - want).norm())
 
     assert error(inputs) != error(None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_a_model_in_half_precision_is_measured_in_float32(family: str) -> None:
+    """Its weights are what they are; nothing else is rounded, and the model is left as it was."""
+    model = tiny_model(family).half()
+    tokens = torch.arange(64).view(2, 32)
+    head = model.get_output_embeddings()
+    measured = capture.entering(model, capture.find_blocks(model), head, tokens)
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float16}
+    model.float()
+    want = capture.entering(model, capture.find_blocks(model), head, tokens)
+    torch.testing.assert_close(measured.gram, want.gram, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
