@@ -13,7 +13,9 @@ namespace {
 
 constexpr int64_t kTokenChunk = 192;       // tokens that share one decoded part; 24 KB of totals
 constexpr int64_t kStageTokens = 8;        // tokens that one task rounds
-constexpr int64_t kTaskBytes = 1 << 15;    // codes that one task of a single token reads at least
+constexpr int64_t kTasks = 64;             // tasks of a single token at most, unless they would read more than that
+constexpr int64_t kLeastBytes = 1 << 15;   // codes that one task of a single token reads at least
+constexpr int64_t kMostBytes = 1 << 18;    // and at most: two threads read 2 to 6 % faster in large pieces than in the least
 constexpr int64_t kSerialWork = 1 << 17;   // multiply-adds below which waking threads costs more than it gains
 constexpr int64_t kFirstBytes = 8192;      // codes to fetch while activations are rounded
 constexpr int64_t kHeld = 4;               // panels of a single token that wait for the error branch
@@ -246,7 +248,9 @@ Status integer_linear(const IntegerArgs& args, const IntegerKernels& kernels, co
     Halves halves;
     halves.count = rank_panels;
     job.halves = &halves;
-    job.panels = ceil_div(kTaskBytes, weight.blocks() * weight.bits * kWordBytes);
+    const int64_t bytes = weight.blocks() * weight.bits * kWordBytes;  // of a panel
+    const int64_t task = panels * bytes / kTasks;
+    job.panels = ceil_div(task < kLeastBytes ? kLeastBytes : least(task, kMostBytes), bytes);
     run(parallel, ceil_div(panels, job.panels), work, token_task, job);
   } else {
     run(parallel, rank_panels * job.chunks, inputs * rank_panels * kPanel, branch_task, job);
