@@ -128,23 +128,6 @@ class Node:
     constants: Mapping[str, Any] = field(default_factory=dict)
 
 
-def lay_out(op_type: str, shapes: Sequence[Mapping[str, Sequence[int]]]) -> tuple[dict[str, list[int]], int]:
-    """Return the attributes that say where the parts lie in the tensor, and its bytes.
-
-    Args:
-        op_type: The operator of each product.
-        shapes: Shapes of the parts of each product by formal name.
-    """
-    places: dict[str, list[int]] = {}
-    end = 0
-    for port in OPERATORS[f"{op_type}{SUFFIX}{len(shapes)}"].parts:
-        for i, product in enumerate(shapes):
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-            places[f"{port}_{i}"] = [start, *product[port]]
-            end = start + math.prod(product[port])
-    return places, end
-
-
 def merge(nodes: Sequence[Node], constants: Mapping[str, Any]) -> tuple[Node, list[tuple[str, Part]]]:
     """Return the node that computes several, which have one op_type and one x, and what its tensor holds.
 
@@ -162,17 +145,21 @@ def merge(nodes: Sequence[Node], constants: Mapping[str, Any]) -> tuple[Node, li
     merged = OPERATORS[f"{op_type}{SUFFIX}{len(nodes)}"]
     data = f"{nodes[0].name}.{DATA}"
     named = [dict(zip(merged.member.constants(), node.inputs[1:], strict=True)) for node in nodes]
-    places, _ = lay_out(op_type, [{port: constants[names[port]].shape for port in merged.parts} for names in named])
-    attributes: dict[str, Any] = dict(places)
+    attributes: dict[str, Any] = {}
+    layout: list[tuple[str, Part]] = []
+    end = 0
+    for port in merged.parts:
+        for i, names in enumerate(named):
+            part = Part(data, -(-end // ALIGNMENT) * ALIGNMENT, tuple(constants[names[port]].shape))
+            attributes[f"{port}_{i}"] = [part.start, *part.shape]
+            layout.append((names[port], part))
+            end = part.end
     for i, (node, names) in enumerate(zip(nodes, named, strict=True)):
         attributes |= {f"{name}_{i}": node.attributes[name] for name in merged.integers}
         attributes |= {f"{port}_{i}": constants[name] for port, name in names.items() if port not in merged.parts}
-    parts = [
-        (names[port], _part(data, places[f"{port}_{i}"])) for port in merged.parts for i, names in enumerate(named)
-    ]
     outputs = tuple(node.outputs[0] for node in nodes)
     name = JOINT.join(node.name for node in nodes)
-    return Node(name, merged.name, (nodes[0].inputs[0], data), outputs, attributes), parts
+    return Node(name, merged.name, (nodes[0].inputs[0], data), outputs, attributes), layout
 
 
 def split(node: Node) -> tuple[Node, ...]:
@@ -215,10 +202,6 @@ def _constants(merged: MergedContract, node: Node, i: int) -> Iterator[tuple[str
             sizes = list(value) if isinstance(value, Sequence) else []
             if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
                 raise ValueError(f"attribute {port}_{i} is {value!r}; it must be a first byte and a shape")
-            yield port, _part(node.inputs[1], sizes)
+            yield port, Part(node.inputs[1], sizes[0], tuple(sizes[1:]))
         else:
             yield port, value
-
-
-def _part(data: str, place: Sequence[int]) -> Part:
-    return Part(data, place[0], tuple(place[1:]))

@@ -24,6 +24,7 @@ const Case kCases[] = {
     {{150}, 20, 130, 6, 2, 16, -1, 0.0F, true}, {{33}, 33, 0, 6, 2, 40, 12, 0.0F, false},
     {{34, 5}, 34, 40, 4, 2, 16, -1, 1.5F, true}, {{65, 2, 30}, 1, 64, 2, 1, 80, -1, 0.0F, true},
     {{700}, 1, 700, 6, 2, 64, -1, 0.0F, false},  // enough work for threads
+    {{2100, 40}, 1, 2100, 4, 2, 16, 300, 1.5F, false},  // many blocks, most of them hidden
 };
 
 constexpr int64_t kPositions = 160;

@@ -88,6 +88,24 @@ def check_all() -> None:
 
 
 @built
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows(kind: str) -> None:
+    """Many blocks of the softmax, some of which a short row or a window hides."""
+    node = Node(heads=6, kv_heads=2, size=16, rotary=False, **KINDS[kind])
+    ours, stock = session(node), session(replace(node, ours=False, body=False), native=False)
+    for name, call in {
+        "one": Call((2100,), 1, 2100),
+        "a few": Call((300,), 5, 300),
+        "batch": Call((2100, 1, 290), 1, 2200),
+        "not in place": Call((1030,), 1, 1029),
+    }.items():
+        feeds = call.feeds(node)
+        check(name, call, ours.run(None, feeds), stock.run(None, feeds))
+        if call.past >= call.total:
+            check(f"{name}, in place", call, run_in_place(ours, feeds), run_in_place(stock, feeds))
+
+
+@built
 def test_threads_change_nothing() -> None:
     """Tasks share no sum: every tile of rows goes through its keys in order."""
     node = Node()

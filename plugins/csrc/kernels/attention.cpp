@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kPanelRows = 48;          // rows of queries of a head from which transposing its keys pays
 constexpr int64_t kSerialWork = 1 << 18;    // multiply-adds below which waking threads costs more than it gains
+constexpr int64_t kSerialFew = 1 << 15;     // the same where few rows wait for keys and values from memory
 constexpr int64_t kVector = 16;             // rows of tiles are whole vectors of every instruction set
 constexpr float kLog2E = 1.44269504F;
 
@@ -44,8 +45,8 @@ Head head_of(const AttentionArgs& args, int64_t index) {
   return {row, index % args.kv_heads, before, args.kv_heads};
 }
 
-void run(const Parallel& parallel, int64_t count, int64_t work, void (*task)(void*, int64_t), Job& job) {
-  if (count > 1 && work >= kSerialWork && parallel.run != nullptr) {
+void run(const Parallel& parallel, int64_t count, bool worth, void (*task)(void*, int64_t), Job& job) {
+  if (count > 1 && worth && parallel.run != nullptr) {
     parallel.run(parallel.pool, count, task, &job);
     return;
   }
@@ -202,10 +203,10 @@ Status attention(const AttentionArgs& args, const AttentionKernels& kernels, con
   const int64_t heads = args.batch * args.kv_heads;
   const int64_t work = args.batch * args.tokens * args.heads * args.size * args.total;
   if (few_rows(args)) {
-    run(parallel, heads, work, head_task, job);
+    run(parallel, heads, work >= kSerialFew, head_task, job);
   } else {
-    run(parallel, heads * job.blocks, work, block_task, job);
-    run(parallel, heads * job.tiles, work, tile_task, job);
+    run(parallel, heads * job.blocks, work >= kSerialWork, block_task, job);
+    run(parallel, heads * job.tiles, work >= kSerialWork, tile_task, job);
   }
   return Status::kOk;
 }
