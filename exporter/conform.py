@@ -61,7 +61,7 @@ def check_proto(model: onnx.ModelProto) -> list[str]:
             continue
         for part in parts:
             which = f" ({part.name})" if len(parts) > 1 else ""
-            found = [*_check_places(part, model), *_check_node(part, values)]
+            found = [*_check_places(part, values), *_check_node(part, values)]
             problems += [f"{where}{which}: {problem}" for problem in found]
     return problems
 
@@ -84,6 +84,7 @@ class _Values:
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
         self.initializers = constants(graph)
+        self.stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}  # with several constants in one
         infos = [*graph.input, *graph.output, *graph.value_info]
         self._infos = {info.name: info.type.tensor_type for info in infos}
 
@@ -147,13 +148,12 @@ def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
     yield from _check_sizes(sizes, attributes)
 
 
-def _check_places(node: merged.Node, model: onnx.ModelProto) -> Iterator[str]:
+def _check_places(node: merged.Node, values: _Values) -> Iterator[str]:
     """Check that the tensor of a merged node holds what the node says is there."""
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for name, part in node.constants.items():
         if not isinstance(part, merged.Part):
             continue
-        held = sizes.get(part.data, ())
+        held = values.stored.get(part.data, ())
         if len(held) != 1 or part.end > held[0]:
             yield f"{name} ends at byte {part.end} of {part.data!r}, which is {held or 'not an initializer'}"
 

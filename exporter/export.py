@@ -146,7 +146,8 @@ def export(
     Of a model with a vision tower (LLaVA) this is the language model alone; its nodes have the names that the language
     model has alone (``model.layers.0...`` for ``model.language_model.layers.0...``).
 
-    Memory: the largest single tensor; all others are read from the memory-mapped checkpoint and written one by one.
+    Memory: the constants of one node, or the largest tensor; all others are read from the memory-mapped checkpoint and
+    written one by one.
 
     Args:
         checkpoint_dir: What ``rankbook quantize`` wrote.

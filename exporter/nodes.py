@@ -26,8 +26,10 @@ def node_parts(node: onnx.NodeProto) -> tuple[merged.Node, ...]:
 def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """Return the constants of a graph by name, those of merged nodes one by one instead of the tensor that holds them.
 
-    Nothing is read from data files. Damaged nodes count as having none.
+    Nothing is read from data files. Damaged nodes, and attributes that are no tensors, count as having none.
     """
+    import onnx
+
     stored = {tensor.name: tensor for tensor in graph.initializer}
     found: dict[str, onnx.TensorProto] = {}
     held: set[str] = set()
@@ -39,12 +41,11 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
         except ValueError:
             continue
         for name, value in parts:
-            if isinstance(value, merged.Part):
-                if value.data in stored:
-                    found[name] = _cut(stored[value.data], name, value)
-                    held.add(value.data)
-            else:
-                found[name] = type(value)()
+            if isinstance(value, merged.Part) and value.data in stored:
+                found[name] = _cut(stored[value.data], name, value)
+                held.add(value.data)
+            elif isinstance(value, onnx.TensorProto):
+                found[name] = onnx.TensorProto()
                 found[name].CopyFrom(value)
                 found[name].name = name
     return {name: tensor for name, tensor in stored.items() if name not in held} | found
@@ -56,7 +57,7 @@ def _cut(data: onnx.TensorProto, name: str, part: merged.Part) -> onnx.TensorPro
 
     tensor = onnx.TensorProto(name=name, data_type=data.data_type, dims=part.shape)
     if data.data_location != onnx.TensorProto.EXTERNAL:
-        tensor.raw_data = data.raw_data[part.start : part.end]
+        tensor.raw_data = onnx.numpy_helper.to_array(data).tobytes()[part.start : part.end]
         return tensor
     tensor.data_location = onnx.TensorProto.EXTERNAL
     entries = {item.key: item.value for item in data.external_data}

@@ -84,6 +84,23 @@ def test_a_damaged_node_is_reported(folder: Path, tmp_path: Path) -> None:
         onnx_file.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("levels_0", 3, "port 'levels' (model.layers.0.mlp.gate_proj.levels) must be an initializer"),
+        ("codes_1", [0, 1 << 20, 2], "up_proj.codes ends at byte 2097152"),
+        ("codes_1", [5], "attribute codes_1 is [5]; it must be a first byte and a shape"),
+    ],
+)
+def test_a_damaged_constant_is_reported(folder: Path, attribute: str, value: object, message: str) -> None:
+    model = graph_of(folder / "ort")
+    node = next(node for node in model.graph.node if node.op_type == "CodebookMatMul4Merged2")
+    kept = [item for item in node.attribute if item.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(attribute, value)])
+    assert any(message in problem for problem in conform.check_proto(model))
+
+
 def test_what_differs_stays_alone(folder: Path) -> None:
     """Another width, another group size; the others are merged."""
     model = ir.load(folder / "standard" / "model.onnx")

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int64_t kTokenChunk = 192;       // tokens that share one decoded part; 24 KB of totals
 constexpr int64_t kStageTokens = 8;        // tokens that one task rounds
-constexpr int64_t kTasks = 64;             // tasks of a single token at most, unless they would read more than that
-constexpr int64_t kLeastBytes = 1 << 15;   // codes that one task of a single token reads at least
-constexpr int64_t kMostBytes = 1 << 18;    // and at most: two threads read 2 to 6 % faster in large pieces than in the least
+constexpr int64_t kTasks = 64;             // tasks of a single token, where each then reads within these bounds
+constexpr int64_t kLeastBytes = 1 << 15;   // codes of one task: two threads read 2 to 6 % faster in large pieces,
+constexpr int64_t kMostBytes = 1 << 18;    // many threads need many
 constexpr int64_t kSerialWork = 1 << 17;   // multiply-adds below which waking threads costs more than it gains
 constexpr int64_t kFirstBytes = 8192;      // codes to fetch while activations are rounded
 constexpr int64_t kHeld = 4;               // panels of a single token that wait for the error branch

@@ -133,7 +133,7 @@ void IntegerBranchStore::copy_up() {
   if (up_copy_.data() != nullptr) std::vector<int8_t>().swap(up_.codes);
 }
 
-void IntegerBranchStore::copy_rest() { middle_copy_ = copy_of(middle_); }
+void IntegerBranchStore::copy_middle() { middle_copy_ = copy_of(middle_); }
 
 IntegerBranch IntegerBranchStore::bind() const {
   IntegerBranch branch;

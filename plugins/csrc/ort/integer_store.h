@@ -34,10 +34,10 @@ class IntegerBranchStore {
   IntegerBranchStore() = default;
   IntegerBranchStore(const Factors& factors, const CodebookWeight& weight, const IntegerKernels& kernels);
 
-  // Moves an int8 factor to huge pages, where there are any, or copies what is read beside them.
+  // Moves an int8 factor to huge pages, where there are any; or copies the scales between the two.
   void copy_down();
+  void copy_middle();
   void copy_up();
-  void copy_rest();
 
   IntegerBranch bind() const;
 

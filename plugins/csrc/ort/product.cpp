@@ -24,7 +24,7 @@ Product::Product(const Constants& constants, int bits, bool low_rank, const Kern
 void Product::copy(std::vector<Product>& products, const std::vector<Constants>& constants) {
   for (Product& each : products) {
     if (each.integer_weight_) each.integer_weight_->copy();
-    each.integer_branch_.copy_rest();
+    each.integer_branch_.copy_middle();
   }
   for (Product& each : products) each.integer_branch_.copy_down();
   for (size_t i = 0; i < products.size(); ++i) products[i].weight_.copy_params(constants[i]);
