@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ACTIVATIONS = ("none", "static8", "static8-asymmetric", "token8", "token8-symmetric", "mxint8", "mxint6")
-"""What ``--activations`` takes, see `rankbook.calibration.activations`."""
+"""What ``--activations`` takes, see `rankbook.calibration.activations.inputs`."""
 RANGES = ("minmax", "percentile", "mse")
 """How a static range is chosen, what ``--activation-range`` takes."""
 KV_BITS = (0, 8, 4)

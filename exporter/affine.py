@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.record import unpack_params
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import unpack_params
 from rankbook.plugins import layout
 
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import contract
 
 _TYPES = {torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.INT8, torch.float16: ir.DataType.FLOAT16}

@@ -14,9 +14,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
-from rankbook.calibration.activations import ActivationConfig
-from rankbook.calibration.checkpoint import MANIFEST, Checkpoint, language_view, open_checkpoint
-from rankbook.calibration.files import check_replaceable, replaced_folder
+from rankbook.calibration.activations.inputs import ActivationConfig
+from rankbook.calibration.checkpoint.files import check_replaceable, replaced_folder
+from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, language_view, open_checkpoint
 from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers

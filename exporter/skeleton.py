@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.checkpoint import Checkpoint, CheckpointError
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.linear import replace_module
+from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
+from rankbook.calibration.model.packed_modules import replace_module
+from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import attention, emit
 from rankbook.plugins import contract
 

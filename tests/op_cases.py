@@ -10,10 +10,10 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
-from rankbook.exporter.bodies import functions
+from rankbook.exporter.bodies.codebook import functions
 from rankbook.exporter.functions import OPSET
 from rankbook.plugins import contract, reference
 from tests.calibration.records import FORMS, random_record

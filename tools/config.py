@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.files import write_text_atomic
+from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.tools.errors import UsageError
 from rankbook.tools.report import plain
 

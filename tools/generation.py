@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rankbook.tools.backends.base import LanguageModel
 from rankbook.tools.errors import UsageError
+from rankbook.tools.runtimes.base import LanguageModel
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rankbook.tools.backends.base import Logits
+    from rankbook.tools.runtimes.base import Logits
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the first bytes of a character whose other bytes come with the next token."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from rankbook.tools.backends.ort import EXACT_KERNELS, KERNELS
 from rankbook.tools.command import Flags
 from rankbook.tools.errors import UsageError
+from rankbook.tools.runtimes.ort import EXACT_KERNELS, KERNELS
 
 
 def add_kernel_flags(flags: Flags, *, default: str = "auto", exact: bool = False) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankbook.tools.backends.base import LanguageModel
-from rankbook.tools.onnx_file import MODEL_NAME, find_model
+from rankbook.tools.inspect.onnx_file import MODEL_NAME, find_model
+from rankbook.tools.runtimes.base import LanguageModel
 
 
 def is_onnx(source: str | Path) -> bool:
@@ -27,7 +27,7 @@ def open_model(
         source: Hugging Face folder or id, GGUF, checkpoint, exported folder or ``.onnx`` file.
         threads: CPU threads.
         tokenizer: Model whose tokenizer is used instead of the model's own.
-        kernels: For an exported file, see `rankbook.tools.backends.ort.KERNELS`.
+        kernels: For an exported file, see `rankbook.tools.runtimes.ort.KERNELS`.
 
     Raises:
         ValueError: There is no model, or it cannot be read.
@@ -36,15 +36,15 @@ def open_model(
     """
     model: LanguageModel
     if is_onnx(source):
-        from rankbook.tools.backends.ort import OrtModel
+        from rankbook.tools.runtimes.ort import OrtModel
 
         model = OrtModel(Path(source), threads=threads, kernels=kernels)
     else:
-        from rankbook.tools.backends.torch import TorchModel
+        from rankbook.tools.runtimes.torch import TorchModel
 
         model = TorchModel(source, threads=threads)
     if tokenizer is not None:
-        from rankbook.calibration.loading import load_tokenizer
+        from rankbook.calibration.model.loading import load_tokenizer
 
         model.tokenizer = load_tokenizer(tokenizer)
     return model

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
+from rankbook.calibration.methods.base import Method
 
 __all__ = ["METHODS", "BlockProblem", "LayerProblem", "Method"]
 

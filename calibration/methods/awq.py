@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
-from rankbook.calibration.methods.base import LayerProblem, Method
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.methods.base import Method
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class AwqConfig(rtn.RtnConfig):
 
 
 def quantize(problem: LayerProblem, config: AwqConfig) -> QuantizedLinear:
-    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.scaling`)."""
+    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.model.scaling`)."""
     return replace(rtn.quantize(problem, config), method="awq")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankbook.calibration import feedback
+from rankbook.calibration.fitting import feedback
+from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
-from rankbook.calibration.methods.base import LayerProblem, Method
+from rankbook.calibration.methods.base import Method
 from rankbook.calibration.methods.lcq import scaled_gram
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankbook.calibration import feedback, rounding
-from rankbook.calibration.codebooks import LEVEL_DTYPES
-from rankbook.calibration.methods import _lcq_fit, _lcq_store
-from rankbook.calibration.methods._lcq_gradient import GRADIENTS, TrainedCodebooks
-from rankbook.calibration.methods._learned_rounding import LearnedRounding, StepSizes
-from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
-from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
-from rankbook.calibration.record import LEVEL_LIMIT, QuantizedLinear, check_group
+from rankbook.calibration.fitting import codebook_fit as _lcq_fit
+from rankbook.calibration.fitting import codebook_store as _lcq_store
+from rankbook.calibration.fitting import feedback, rounding
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
+from rankbook.calibration.methods.base import Method
+from rankbook.calibration.record.codebooks import LEVEL_DTYPES
+from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, QuantizedLinear, check_group
+from rankbook.calibration.training.learned_rounding import LearnedRounding, StepSizes
+from rankbook.calibration.training.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.training.trained_codebooks import GRADIENTS, TrainedCodebooks
 
 RECIPES = ("rounding", "codebook")
 EFFORTS = ("fast", "default", "high")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rankbook.calibration.error_branch import ERROR_BRANCHES, fit_error_branch
+from rankbook.calibration.fitting.error_branch import ERROR_BRANCHES, fit_error_branch
+from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
-from rankbook.calibration.methods.base import LayerProblem, Method
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.methods.base import Method
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankbook.calibration import rounding
-from rankbook.calibration.codebooks import affine_levels
+from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods import rtn
-from rankbook.calibration.methods._scaled_rounding import Divisors, ScaledRounding
-from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
-from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.methods.base import Method
+from rankbook.calibration.record.codebooks import affine_levels
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.training.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.training.scaled_rounding import Divisors, ScaledRounding
 
 FORMATS = ("affine", "symmetric")
 STEPS = {"fast": 0, "default": 100, "high": 600}

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods import rtn
-from rankbook.calibration.methods._lcq_gradient import TrainedCodebooks
-from rankbook.calibration.methods.base import BlockProblem, LayerProblem, Method
+from rankbook.calibration.methods.base import Method
 from rankbook.calibration.methods.lrq import STEPS
-from rankbook.calibration.reconstruct import TrainableLayer, TrainConfig, train_block
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.training.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.training.trained_codebooks import TrainedCodebooks
 
 _RATE = 1e-2
 """Step size of the official code, for 5120 steps; fewer take larger ones, `_REACH` over their number."""

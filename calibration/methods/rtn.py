@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rankbook.calibration import rounding
-from rankbook.calibration.codebooks import (
+from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.methods.base import Method
+from rankbook.calibration.record.codebooks import (
     FORMATS,
     LEVEL_DTYPES,
     affine_levels,
@@ -18,8 +20,7 @@ from rankbook.calibration.codebooks import (
     nf4_levels,
     symmetric_levels,
 )
-from rankbook.calibration.methods.base import LayerProblem, Method
-from rankbook.calibration.record import GroupParams, QuantizedLinear, check_group
+from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear, check_group
 
 _SHRINK = tuple(1 - 0.04 * step for step in range(16))
 

@@ -12,8 +12,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from rankbook.calibration.activations import StaticRange
-from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.activations.inputs import StaticRange
+from rankbook.calibration.record.layer_meta import LayerMeta
 
 __all__ = ["Dialect", "DialectError", "NodeWriter", "PackedLayer", "check_layers", "lazy_tensor"]
 

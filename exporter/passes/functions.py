@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rankbook.exporter.attention_body import attention_function
-from rankbook.exporter.bodies import functions
-from rankbook.exporter.row_bodies import row_function
+from rankbook.exporter.bodies.attention import attention_function
+from rankbook.exporter.bodies.codebook import functions
+from rankbook.exporter.bodies.rows import row_function
 from rankbook.plugins import attention_contract, contract, row_contract
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from rankbook.calibration.checkpoint import Checkpoint, versions
+from rankbook.calibration.checkpoint.format import Checkpoint, versions
 from rankbook.plugins import contract
 
 FORMAT = "rankbook.format"

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
-from rankbook.calibration.activations import ActivationConfig
-from rankbook.calibration.checkpoint import Checkpoint
+from rankbook.calibration.activations.inputs import ActivationConfig
+from rankbook.calibration.checkpoint.format import Checkpoint
 from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
 from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
 from rankbook.plugins import contract

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.methods.base import BlockProblem, LayerProblem
-from rankbook.calibration.statistics import LayerStatistics
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
+from rankbook.calibration.fitting.statistics import LayerStatistics
 
 
 def inputs(columns: int, tokens: int = 512, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rankbook.calibration.record import LEVEL_LIMIT, Factor, GroupParams, LowRank, QuantizedLinear
+from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, Factor, GroupParams, LowRank, QuantizedLinear
 
 
 def random_record(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rankbook.calibration.methods import BlockProblem, LayerProblem, Method
-from rankbook.calibration.record import GroupParams, QuantizedLinear
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
+from rankbook.calibration.methods import Method
+from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 
 
 @dataclass(frozen=True)

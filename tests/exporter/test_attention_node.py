@@ -10,7 +10,8 @@ import pytest
 from rankbook.exporter import conform
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import attention_contract
-from rankbook.tools import errors, inspection, onnx_file
+from rankbook.tools import errors
+from rankbook.tools.inspect import inspection, onnx_file
 from tests.exporter.checkpoints import make_checkpoint
 
 

@@ -11,18 +11,19 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.loading import load_model
-from rankbook.calibration.methods import METHODS, LayerProblem
-from rankbook.calibration.record import Factor, GroupParams, LowRank, QuantizedLinear
-from rankbook.calibration.statistics import LayerStatistics
+from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.methods import METHODS
+from rankbook.calibration.model.loading import load_model
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import Factor, GroupParams, LowRank, QuantizedLinear
 from rankbook.exporter import dialects
 from rankbook.exporter.affine import AffineLayer, NotAffineError
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.dialects.base import DialectError, NodeWriter, PackedLayer, check_layers
 from rankbook.exporter.dialects.ort import block_size, pack_bits
 from rankbook.exporter.export import ExportOptions, export
-from rankbook.tools.backends import ort
+from rankbook.tools.runtimes import ort
 from tests.calibration.records import random_record
 from tests.exporter.checkpoints import make_checkpoint
 from tests.exporter.compare import worst_error

@@ -13,10 +13,10 @@ import onnx
 import pytest
 import torch
 
-from rankbook.calibration import checkpoint as ck
-from rankbook.calibration.checkpoint import CheckpointError
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.loading import load_model
+from rankbook.calibration.checkpoint import format as ck
+from rankbook.calibration.checkpoint.format import CheckpointError
+from rankbook.calibration.model.loading import load_model
+from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import external
 from rankbook.exporter.export import DATA, MODEL, ExportOptions, export
 from rankbook.plugins import contract

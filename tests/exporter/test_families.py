@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from rankbook.calibration.loading import load_model
+from rankbook.calibration.model.loading import load_model
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.export import ExportOptions, export
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint

@@ -14,9 +14,9 @@ from rankbook.exporter import conform
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.passes.merge import MergeProducts
 from rankbook.plugins import contract
-from rankbook.tools import onnx_file
-from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.errors import UsageError
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes.ort import OrtModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
 

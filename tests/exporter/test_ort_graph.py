@@ -14,9 +14,10 @@ import pytest
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
-from rankbook.tools import errors, onnx_file
-from rankbook.tools.backends.ort import OrtModel
-from rankbook.tools.backends.torch import TorchModel
+from rankbook.tools import errors
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
 

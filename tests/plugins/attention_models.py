@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rankbook.exporter.attention_body import attention_function
+from rankbook.exporter.bodies.attention import attention_function
 from rankbook.plugins import attention_contract, contract, library
 
 Array = npt.NDArray[Any]

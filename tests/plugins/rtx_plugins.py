@@ -17,7 +17,7 @@ def build_all(folder: Path) -> dict[str, dict[str, Any]]:
     import onnx
 
     from rankbook.plugins import contract, layout, library
-    from rankbook.tools.backends import trt
+    from rankbook.tools.runtimes import trt
     from tests.op_cases import case_record, op_model
 
     for bits in layout.BITS:

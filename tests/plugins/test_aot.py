@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import aot, contract
 from tests.op_cases import case_record, expected, numpy_inputs, relative_error

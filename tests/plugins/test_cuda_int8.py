@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
 from rankbook.plugins import integer, layout
 from tests.op_cases import CASES, case_record, numpy_inputs

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.calibration.layer_meta import LayerMeta
-from rankbook.calibration.record import QuantizedLinear
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
 from rankbook.plugins import contract, layout
 from tests.op_cases import case_record, expected, numpy_inputs

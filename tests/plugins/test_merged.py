@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from rankbook.exporter.bodies import functions
+from rankbook.exporter.bodies.codebook import functions
 from rankbook.plugins import contract, library, merged
 from tests.plugins.op_models import Op, OpCase, draw
 from tests.plugins.test_native_integer import session as alone

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from rankbook.plugins import contract, library
-from rankbook.tools import contract_header
+from rankbook.tools.dev import contract_header
 from tests import op_cases
 from tests.plugins.op_models import Array, Op, OpCase, draw
 
@@ -332,7 +332,7 @@ def test_library_exports_only_its_entry_points() -> None:
 def test_contract_header_is_current() -> None:
     """plugins/csrc/contract.h is what the contract generates."""
     assert contract_header.header_path().read_text("utf-8") == contract_header.header_text(), (
-        "stale: run python -m rankbook.tools.contract_header"
+        "stale: run python -m rankbook.tools.dev.contract_header"
     )
 
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rankbook.exporter.row_bodies import row_function
+from rankbook.exporter.bodies.rows import row_function
 from rankbook.plugins import contract, library, row_contract
 from rankbook.plugins.row_contract import ADD_NORM, SWIGLU
 from tests.plugins.test_native_ort import run_in_process

@@ -20,9 +20,9 @@ import onnx
 import pytest
 
 from rankbook.plugins import contract, integer, library, merged
-from rankbook.tools.backends import ort as backend
-from rankbook.tools.backends import trt
 from rankbook.tools.errors import MissingError
+from rankbook.tools.runtimes import ort as backend
+from rankbook.tools.runtimes import trt
 from tests.op_cases import CASES, activations, case_record, expected, op_model, relative_error
 from tests.plugins import emulated
 from tests.plugins.op_models import OpCase, draw

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import contract
 from tests.op_cases import CASES, activations, case_record, expected, relative_error

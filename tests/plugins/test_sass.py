@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 
 from rankbook.plugins import library
-from rankbook.tools import roofline, sass
+from rankbook.tools.dev import roofline, sass
 from rankbook.tools.errors import CommandError
 
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from rankbook.calibration.model import quantize_model
-from rankbook.calibration.options import QuantizeOptions
+from rankbook.calibration.model.driver import quantize_model
+from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import contract, library
-from rankbook.tools import engine
-from rankbook.tools.backends import trt
 from rankbook.tools.demo import PACKAGE, PACKAGE_PIN, find_packaged_model
+from rankbook.tools.deploy import engine
+from rankbook.tools.deploy.profiles import Limits
 from rankbook.tools.errors import UsageError
-from rankbook.tools.profiles import Limits
+from rankbook.tools.runtimes import trt
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
 from tests.plugins.emulated import ROOT
 from tests.tiny import FAMILIES, write_text

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankbook.calibration.layer_meta import LayerMeta
+from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import contract, reference
 from tests.op_cases import CASES, activations, case_record, expected, numpy_inputs, relative_error

@@ -10,9 +10,9 @@ import pytest
 
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.tools import errors
-from rankbook.tools.backends import trt
-from rankbook.tools.backends.ort import OrtModel
-from rankbook.tools.backends.torch import TorchModel
+from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli, stdout_json
@@ -70,7 +70,7 @@ def test_a_cache_of_8_bits_gives_the_same_token_by_token_and_close_logits(work):
     }
     # Prompt and steps read the same codes; float32 sums in another order.
     assert relative(np.stack(rows), whole[7:]) < 1e-4
-    from rankbook.calibration.runtime import override
+    from rankbook.calibration.activations.runtime import override
 
     override(model.model, kind="none", kv_bits=0)
     # Half a step of 127 in keys and values.

@@ -12,13 +12,13 @@ import pytest
 
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
-from rankbook.tools.backends.ort import session
 from rankbook.tools.bench import bandwidth, layer_bench, plot, timing
 from rankbook.tools.bench.exported import packed_size
 from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
 from rankbook.tools.bench.memory import Memory
 from rankbook.tools.bench.model_bench import ModelResult
 from rankbook.tools.bench.subject import ModelSubject
+from rankbook.tools.runtimes.ort import session
 from tests.tools.files import run_cli, stdout_json
 
 built = pytest.mark.skipif(library_unavailable("ort") is not None, reason=str(library_unavailable("ort")))
@@ -150,7 +150,7 @@ def test_sizes_add_up(tmp_path) -> None:
     """Packed bytes are those of the nodes' constants, weights N x K of each layer."""
     import onnx
 
-    from rankbook.tools import onnx_file
+    from rankbook.tools.inspect import onnx_file
 
     model, copies, size = ours(4, 1).model((64, 128), 20_000)
     onnx.save(model, tmp_path / "model.onnx")

@@ -15,9 +15,9 @@ import pytest
 from rankbook.plugins import library
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
-from rankbook.tools.backends import ort as backend
 from rankbook.tools.bench import model_bench
 from rankbook.tools.bench.layers import matmul_nbits, ours
+from rankbook.tools.runtimes import ort as backend
 from tests.tools.files import run_cli, stdout_json
 
 LAYER = ["--shapes", "64x128", "--ranks", 1, "--repeats", 1, "--stream", 1]

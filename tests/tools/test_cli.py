@@ -214,7 +214,7 @@ def test_quantize_has_a_flag_for_every_option():
     """An option that no flag sets would be out of reach from the command line."""
     import dataclasses
 
-    from rankbook.calibration.options import QuantizeOptions
+    from rankbook.calibration.model.options import QuantizeOptions
     from rankbook.tools.commands import quantize
 
     parser = cli._build_parser(discover())[1]["quantize"]

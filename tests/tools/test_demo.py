@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rankbook.tools import demo, errors
-from rankbook.tools.backends import ort, trt
+from rankbook.tools.runtimes import ort, trt
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rankbook.tools import errors, onnx_file
-from rankbook.tools.backends import trt
+from rankbook.tools import errors
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes import trt
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli, stdout_json
 from tests.tools.test_pipeline import _damage

@@ -9,10 +9,11 @@ import onnx
 import pytest
 
 from rankbook.plugins import contract, library
-from rankbook.tools import errors, parity
-from rankbook.tools.backends.ort import OrtModel
-from rankbook.tools.backends.torch import TorchModel
-from rankbook.tools.tolerance import match_settings
+from rankbook.tools import errors
+from rankbook.tools.evaluate import parity
+from rankbook.tools.evaluate.tolerance import match_settings
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
 

@@ -6,10 +6,10 @@ import argparse
 
 import pytest
 
-from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.command import Flags
 from rankbook.tools.errors import UsageError
 from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.runtimes.ort import KERNELS
 
 
 def parse(*arguments: str, exact: bool = False) -> str:

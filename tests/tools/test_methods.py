@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rankbook.calibration.checkpoint import MANIFEST, load_records
+from rankbook.calibration.checkpoint.format import MANIFEST, load_records
 from rankbook.calibration.methods import METHODS
 from rankbook.tools import errors
 from tests.tiny import tiny_model, write_text

@@ -11,11 +11,12 @@ import onnx
 import pytest
 
 from rankbook.plugins.library import unavailable as library_unavailable
-from rankbook.tools import errors, onnx_file
-from rankbook.tools.backends import trt
-from rankbook.tools.backends.ort import OrtModel
-from rankbook.tools.backends.torch import TorchModel
+from rankbook.tools import errors
 from rankbook.tools.generation import Sampling, Stream, continue_ids
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli, stdout_json
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.loading import load_model
+from rankbook.calibration.model.loading import load_model
 from rankbook.tools import errors
-from rankbook.tools.backends import ort
-from rankbook.tools.backends.ort import OrtModel
+from rankbook.tools.runtimes import ort
+from rankbook.tools.runtimes.ort import OrtModel
 from tests.tiny import tiny_tokenizer, write_text
 from tests.tools.files import run_cli, stdout_json
 

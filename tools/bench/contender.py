@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rankbook.tools.backends.base import Tokens
+    from rankbook.tools.runtimes.base import Tokens
 
 
 @dataclass(frozen=True)

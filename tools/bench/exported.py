@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.tools.backends.ort import OrtModel
 from rankbook.tools.bench.contender import Contender, Setting
-from rankbook.tools.onnx_file import OnnxFile, load_graph
+from rankbook.tools.inspect.onnx_file import OnnxFile, load_graph
+from rankbook.tools.runtimes.ort import OrtModel
 
 if TYPE_CHECKING:
-    from rankbook.tools.backends.base import Tokens
+    from rankbook.tools.runtimes.base import Tokens
 
 _CONSTANTS = slice(1, 4)
 """Inputs of MatMulNBits: codes, scales, zero points."""
@@ -22,7 +22,7 @@ class Exported(Contender):
     """An exported folder or file."""
 
     def __init__(self, path: Path, kernels: str, setting: Setting) -> None:
-        """Open it with one of `rankbook.tools.backends.ort.KERNELS`.
+        """Open it with one of `rankbook.tools.runtimes.ort.KERNELS`.
 
         Raises:
             MissingError: ONNX Runtime or the native library is missing.

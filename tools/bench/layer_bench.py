@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from rankbook.tools.backends.ort import NO_FALLBACK, session
 from rankbook.tools.bench.layers import LayerSubject
 from rankbook.tools.bench.timing import interleave, median_ratio, seconds
+from rankbook.tools.runtimes.ort import NO_FALLBACK, session
 
 
 @dataclass(frozen=True)

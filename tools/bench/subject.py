@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankbook.tools import onnx_file
-from rankbook.tools.backends.ort import KERNELS
 from rankbook.tools.bench import peers
 from rankbook.tools.bench.contender import Contender, Setting
 from rankbook.tools.bench.exported import Exported
 from rankbook.tools.errors import UsageError
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes.ort import KERNELS
 
 if TYPE_CHECKING:
-    from rankbook.tools.backends.base import Tokens
+    from rankbook.tools.runtimes.base import Tokens
 
 OURS = "rankbook"
 """The runtime of exported files."""
@@ -29,7 +29,7 @@ class ModelSubject:
 
     Attributes:
         path: Exported folder or file; what a peer opens.
-        kernels: For exported files one of `rankbook.tools.backends.ort.KERNELS`.
+        kernels: For exported files one of `rankbook.tools.runtimes.ort.KERNELS`.
         runtime: `OURS`, or one of `rankbook.tools.bench.peers.PEERS`.
     """
 

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.calibration.files import write_text_atomic
+from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
@@ -65,7 +65,7 @@ def add_flags(flags: Flags) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Measure, report, store."""
-    from rankbook.tools.backends import ort
+    from rankbook.tools.runtimes import ort
 
     if reason := ort.unavailable():
         raise MissingError(reason)
@@ -165,8 +165,8 @@ def _layers(options: argparse.Namespace) -> tuple[Table, list[LayerResult]]:
 
 def _subjects(options: argparse.Namespace) -> list[LayerSubject]:
     from rankbook.plugins import layout
-    from rankbook.tools.backends.ort import use_native
     from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
+    from rankbook.tools.runtimes.ort import use_native
 
     if not set(options.bits) <= set(layout.BITS):
         raise UsageError(f"--bits {options.bits}: choose from {layout.BITS}")

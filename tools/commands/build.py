@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rankbook.tools.backends import trt
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.engine import ENGINE_NAME, BuildOptions, EngineReport, build
+from rankbook.tools.deploy.engine import ENGINE_NAME, BuildOptions, EngineReport, build
+from rankbook.tools.deploy.profiles import Limits
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.profiles import Limits
 from rankbook.tools.report import Table, megabytes
+from rankbook.tools.runtimes import trt
 
 
 def add_flags(flags: Flags) -> None:

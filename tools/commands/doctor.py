@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from rankbook.tools.backends import ort, trt
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.report import Table
+from rankbook.tools.runtimes import ort, trt
 
 
 @dataclass(frozen=True)

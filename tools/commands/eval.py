@@ -16,7 +16,7 @@ from rankbook.tools.report import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rankbook.tools.backends.base import LanguageModel
+    from rankbook.tools.runtimes.base import LanguageModel
 
 
 def add_flags(flags: Flags) -> None:
@@ -96,8 +96,8 @@ def _override(options: argparse.Namespace, model: LanguageModel) -> None:
     """Replace the settings of activations and cache that the flags name."""
     if options.activations is None and options.kv_bits is None:
         return
-    from rankbook.calibration.runtime import override
-    from rankbook.tools.backends.torch import TorchModel
+    from rankbook.calibration.activations.runtime import override
+    from rankbook.tools.runtimes.torch import TorchModel
 
     if not isinstance(model, TorchModel):
         raise UsageError(

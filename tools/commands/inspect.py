@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rankbook.tools.command import Command, Flags, Outcome
-from rankbook.tools.inspection import Inspection, inspect
+from rankbook.tools.inspect.inspection import Inspection, inspect
 from rankbook.tools.report import Table, plain
 
 _SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankbook.calibration.files import write_text_atomic
+from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
@@ -14,9 +14,9 @@ from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
 from rankbook.tools.report import Table, to_json
 
 if TYPE_CHECKING:
-    from rankbook.tools.backends.base import Tokens
-    from rankbook.tools.backends.torch import TorchModel
-    from rankbook.tools.parity import LayerCheck, ParityReport
+    from rankbook.tools.evaluate.parity import LayerCheck, ParityReport
+    from rankbook.tools.runtimes.base import Tokens
+    from rankbook.tools.runtimes.torch import TorchModel
 
 
 def add_flags(flags: Flags) -> None:
@@ -44,10 +44,11 @@ def add_flags(flags: Flags) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Compare, report, decide."""
-    from rankbook.tools import onnx_file, parity
-    from rankbook.tools.backends import ort
-    from rankbook.tools.backends.torch import TorchModel
+    from rankbook.tools.evaluate import parity
+    from rankbook.tools.inspect import onnx_file
     from rankbook.tools.models import find_checkpoint
+    from rankbook.tools.runtimes import ort
+    from rankbook.tools.runtimes.torch import TorchModel
 
     if reason := ort.unavailable():
         raise MissingError(reason)

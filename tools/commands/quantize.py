@@ -13,8 +13,8 @@ from rankbook.tools.errors import UsageError
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
-    from rankbook.calibration.options import QuantizeOptions
-    from rankbook.calibration.report import Progress, QuantizeReport
+    from rankbook.calibration.model.options import QuantizeOptions
+    from rankbook.calibration.model.report import Progress, QuantizeReport
 
 _OPTIONS = (
     "method bits target_bits allocate rank group_size weight_format clip_search error_branch error_rank factor_bits"
@@ -141,8 +141,8 @@ def _add_method_flags(flags: Flags) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Quantize."""
-    from rankbook.calibration.checkpoint import MANIFEST
-    from rankbook.calibration.files import check_replaceable
+    from rankbook.calibration.checkpoint.files import check_replaceable
+    from rankbook.calibration.checkpoint.format import MANIFEST
 
     output: Path = options.output
     check_replaceable(output, MANIFEST)
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> Outcome:
         raise UsageError(f"{output} holds a checkpoint already; give another folder, or --overwrite to replace it")
     import torch
 
-    from rankbook.calibration.model import quantize_model
+    from rankbook.calibration.model.driver import quantize_model
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def _quantize_options(options: argparse.Namespace) -> QuantizeOptions:
-    from rankbook.calibration.options import QuantizeOptions
+    from rankbook.calibration.model.options import QuantizeOptions
 
     values: dict[str, Any] = {name: getattr(options, name) for name in _OPTIONS}
     extra = dict(_parse_option(item) for item in options.method_option)

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from rankbook.plugins import library
-from rankbook.tools import sass
+from rankbook.tools.dev import sass
 from tests.plugins.emulated import CSRC, ROOT
 
 SOURCE = Path(__file__).with_name("kernels.cu")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rankbook.tools.bench.contender import Contender, Setting
 from rankbook.tools.bench.exported import foreign_size
 from rankbook.tools.errors import UsageError
-from rankbook.tools.onnx_file import load_graph
+from rankbook.tools.inspect.onnx_file import load_graph
 
 if TYPE_CHECKING:
-    from rankbook.tools.backends.base import Tokens
+    from rankbook.tools.runtimes.base import Tokens
 
 
 def unavailable() -> str | None:

@@ -18,7 +18,7 @@ from rankbook.tools.bench.contender import Contender, Setting
 from rankbook.tools.errors import MISSING, OK, USAGE, CheckFailedError, UsageError
 
 if TYPE_CHECKING:
-    from rankbook.tools.backends.base import Tokens
+    from rankbook.tools.runtimes.base import Tokens
 
 TYPES = ("F16", "Q8_0", "Q4_0")
 """Types of weights that `requantize` writes."""

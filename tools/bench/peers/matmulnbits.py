@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankbook.tools import onnx_file
-from rankbook.tools.backends.ort import unavailable
 from rankbook.tools.bench.contender import Setting
 from rankbook.tools.bench.exported import Exported
 from rankbook.tools.errors import UsageError
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes.ort import unavailable
 
 __all__ = ["Model", "unavailable"]
 

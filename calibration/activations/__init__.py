@@ -1,0 +1,1 @@
+"""Low-bit activations, keys and values as an evaluation in PyTorch sees them."""

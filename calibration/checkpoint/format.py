@@ -1,0 +1,343 @@
+"""The checkpoint: a Hugging Face folder with packed safetensors and a manifest, read without importing transformers.
+
+* config.json: with quantization_config = {quant_method: rankbook, format_version, layers}
+* model.safetensors: or shards with model.safetensors.index.json; packed layers as <layer>.<part>
+* rankbook.json: the manifest: versions, options, file hashes, stored bits and errors
+* tokenizer and generation_config files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+FORMAT_VERSION = 1
+"""Version of the checkpoint format; a reader refuses every other one."""
+MANIFEST = "rankbook.json"
+"""Name of the manifest, which also marks a folder as ours."""
+QUANT_METHOD = "rankbook"
+"""Value of ``quant_method`` in config.json."""
+SHARD_BYTES = 2 << 30
+"""Largest size of one safetensors file, unless a single tensor is larger."""
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete, of another version or not one of ours."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; tensors are read (memory-mapped) when asked for.
+
+    Attributes:
+        folder: Where it is.
+        config: Contents of config.json.
+        manifest: Contents of rankbook.json.
+        layers: Packed layers by name, those that share another's tensors included.
+        files: File of each tensor by the tensor's full name.
+        stored_names: Name under which a file holds a tensor, where that is another one, see `language_view`.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    layers: Mapping[str, LayerMeta]
+    files: Mapping[str, str]
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+
+    def record(self, name: str) -> QuantizedLinear:
+        """Return the record of a packed layer.
+
+        Raises:
+            KeyError: No such layer.
+            CheckpointError: Its tensors are missing or do not fit.
+        """
+        if name not in self.layers:
+            raise KeyError(f"{self.folder} has no packed layer {name!r}; it has {len(self.layers)} others")
+        owner = self.layers[name].shared_with or name
+        meta = self.layers[owner]
+        try:
+            tensors = {part: self.tensor(f"{owner}.{part}") for part in meta.template()}
+            meta.check(tensors, owner)
+            return QuantizedLinear.unpack(tensors, meta.out_features, meta.in_features, meta.method)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+
+    @property
+    def runtime(self) -> Mapping[str, Any]:
+        """Entries of quantization_config that act at run time, see `rankbook.calibration.activations.runtime`."""
+        entries = self.config.get("quantization_config", {})
+        return {key: entries[key] for key in ("activations", "kv_bits") if entries.get(key)}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one stored tensor by its full name.
+
+        Raises:
+            CheckpointError: There is none, or its file is damaged.
+        """
+        file = self.files.get(name)
+        if file is None:
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {name!r}; the checkpoint is incomplete, write it again"
+            )
+        with _opened(self.folder / file) as stream:
+            tensor: Tensor = stream.get_tensor(self.stored_names.get(name, name))
+            return tensor
+
+    def unquantized(self) -> list[str]:
+        """Return the names of the tensors that belong to no packed layer (norms, embeddings, ...)."""
+        return [name for name in self.files if name.rpartition(".")[0] not in self.layers]
+
+
+@dataclass(frozen=True)
+class CheckpointParts:
+    """What `write_checkpoint` puts into the folder.
+
+    Attributes:
+        config: config.json without its quantization_config.
+        layers: Packed layers.
+        tensors: Every stored tensor by full name, packed ones included; tied ones once.
+        manifest: The caller's part of the manifest; versions and hashes of files are added.
+        save_extras: Called with the temporary folder to add tokenizer and generation config.
+        runtime: Further entries of quantization_config, see `rankbook.calibration.activations.runtime`.
+    """
+
+    config: Mapping[str, Any]
+    layers: Mapping[str, LayerMeta]
+    tensors: Mapping[str, Tensor]
+    manifest: Mapping[str, Any]
+    save_extras: Callable[[Path], None] = lambda _: None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a checkpoint as a whole: ``folder`` holds the complete new one afterwards, or what it held before.
+
+    Raises:
+        FileExistsError: ``folder`` exists and is not one of ours.
+        OSError: Writing failed (disk full, no permission).
+    """
+    with replaced_folder(folder, MANIFEST) as temporary:
+        try:
+            _write_tensors(temporary, parts.tensors, shard_bytes)
+        except SafetensorError as error:  # the library wraps the system's error in its own type
+            raise OSError(f"writing the weights of {folder} failed ({error}); the folder is as it was") from error
+        quantization = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "layers": {name: meta.to_json() for name, meta in parts.layers.items()},
+            **parts.runtime,
+        }
+        _write_json(temporary / "config.json", {**parts.config, "quantization_config": quantization})
+        parts.save_extras(temporary)
+        manifest = {"format_version": FORMAT_VERSION, "versions": versions(), **parts.manifest}
+        manifest["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(temporary.iterdir())
+        }
+        _write_json(temporary / MANIFEST, manifest)
+
+
+def open_checkpoint(folder: str | Path, *, verify: bool = False) -> Checkpoint:
+    """Open a checkpoint.
+
+    Args:
+        folder: What `write_checkpoint` wrote.
+        verify: Also compare the SHA-256 of every file; without it only sizes are compared.
+
+    Raises:
+        CheckpointError: Not a checkpoint, another version, or a file is missing, truncated or changed.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} holds no {MANIFEST}; give a folder written by 'rankbook quantize'")
+    manifest = _read_json(folder / MANIFEST)
+    check_version(manifest.get("format_version"), folder / MANIFEST)
+    _check_files(folder, manifest, verify)
+    config = _read_json(folder / "config.json")
+    quantization = config.get("quantization_config", {})
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder}/config.json has no quantization_config of rankbook; write it again")
+    check_version(quantization.get("format_version"), folder / "config.json")
+    try:
+        layers = {name: LayerMeta.from_json(name, entry) for name, entry in quantization["layers"].items()}
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    return Checkpoint(folder, config, manifest, layers, _tensor_files(folder))
+
+
+_LANGUAGE = "model.language_model."
+"""Where models with a vision tower keep their language model; its own name for the same modules is ``model.``."""
+
+
+def language_name(name: str) -> str:
+    """Return the name of a module or tensor within the language model of a model with a vision tower."""
+    return f"model.{name.removeprefix(_LANGUAGE)}" if name.startswith(_LANGUAGE) else name
+
+
+def language_view(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the language model alone of a checkpoint with a vision tower, under the names it has alone.
+
+    A checkpoint without a vision tower is returned as it is.
+
+    Raises:
+        CheckpointError: The language model lies somewhere else than in LLaVA and its like.
+    """
+    config = checkpoint.config
+    if "vision_config" not in config or "text_config" not in config:
+        return checkpoint
+    inside = {language_name(name): name for name in checkpoint.files if name.startswith((_LANGUAGE, "lm_head."))}
+    if len(inside) < 2:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a model of type {config.get('model_type')!r} keeps its language model in an unknown"
+            f" place (not {_LANGUAGE}*), so it cannot be exported alone"
+        )
+    layers = {
+        language_name(name): replace(meta, shared_with=language_name(meta.shared_with))
+        for name, meta in checkpoint.layers.items()
+    }
+    quantization = dict(config.get("quantization_config", {}))
+    if ranges := quantization.get("activations", {}).get("ranges"):
+        renamed = {language_name(name): found for name, found in ranges.items()}
+        quantization["activations"] = {**quantization["activations"], "ranges": renamed}
+    noted = {language_name(name): entry for name, entry in checkpoint.manifest.get("layers", {}).items()}
+    return replace(
+        checkpoint,
+        config={**config["text_config"], "quantization_config": quantization},
+        manifest={**checkpoint.manifest, "layers": noted},
+        layers=layers,
+        files={name: checkpoint.files[stored] for name, stored in inside.items()},
+        stored_names=inside,
+    )
+
+
+def load_records(folder: str | Path) -> dict[str, QuantizedLinear]:
+    """Return every packed layer of a checkpoint by name; layers that share tensors share the record.
+
+    Raises:
+        CheckpointError: See `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(folder)
+    records = {name: checkpoint.record(name) for name, meta in checkpoint.layers.items() if not meta.shared_with}
+    return {name: records[meta.shared_with or name] for name, meta in checkpoint.layers.items()}
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Return whether ``folder`` looks like one of our checkpoints."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def check_version(version: object, where: Path | str) -> None:
+    """Check a format version.
+
+    Raises:
+        CheckpointError: It is not the one that this version reads.
+    """
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has format version {version!r}; this rankbook reads version {FORMAT_VERSION}:"
+            " quantize the model again, or install the version of rankbook that wrote it"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of rankbook and of the libraries that shape a result."""
+    import importlib.metadata
+    import platform
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed as a package"
+
+    packages = ("rankbook", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / _WEIGHTS, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> None:
+    for name, entry in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write or copy it again")
+        # Small text files may be edited by hand (a chat template, a generation setting); weights may not.
+        if path.suffix == ".safetensors" and path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}: truncated; copy it again"
+            )
+        if verify and path.suffix == ".safetensors" and sha256_file(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} has changed since it was written (SHA-256 differs); copy it again")
+
+
+def _tensor_files(folder: Path) -> dict[str, str]:
+    if (folder / _INDEX).is_file():
+        return dict(_read_json(folder / _INDEX)["weight_map"])
+    with _opened(folder / _WEIGHTS) as stream:
+        return dict.fromkeys(stream.keys(), _WEIGHTS)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """`safe_open` whose errors are `CheckpointError`."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            yield stream
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; it is missing or truncated, copy it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; the checkpoint is damaged, write or copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not an object; the checkpoint is damaged")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def iter_unquantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and tensor of everything that belongs to no packed layer, one at a time."""
+    for name in checkpoint.unquantized():
+        yield name, checkpoint.tensor(name)

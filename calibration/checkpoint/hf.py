@@ -1,0 +1,200 @@
+"""The quantizer that lets ``AutoModelForCausalLM.from_pretrained`` load a checkpoint (``quant_method: rankbook``).
+
+`register` runs while transformers itself is being imported (`rankbook.calibration.checkpoint.hf_hook`), so it may
+import only what transformers has loaded by then: the base classes that it joins with the ones here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from rankbook.calibration.activations import runtime
+from rankbook.calibration.checkpoint.format import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    CheckpointError,
+    check_version,
+    is_checkpoint,
+    open_checkpoint,
+)
+from rankbook.calibration.model.packed_modules import (
+    CodebookEmbedding,
+    CodebookLinear,
+    PackedModule,
+    TiedCodebookLinear,
+    packed_modules,
+    replace_module,
+)
+from rankbook.calibration.record.layer_meta import LayerMeta
+
+
+class ConfigPart:
+    """``quantization_config`` of a checkpoint.
+
+    Attributes:
+        quant_method: ``rankbook``.
+        format_version: Of the checkpoint.
+        layers: Entries of `LayerMeta` by layer name.
+        activations: Entry of `rankbook.calibration.activations.runtime`, or None.
+        kv_bits: Bits of keys and values, 0 where they are left alone.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        layers: dict[str, Any] | None = None,
+        activations: dict[str, Any] | None = None,
+        kv_bits: int = 0,
+        **_: Any,
+    ) -> None:
+        """Check the version and every entry.
+
+        Raises:
+            CheckpointError: Another format version.
+            ValueError: A damaged entry.
+        """
+        check_version(format_version, "quantization_config")
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.layers = layers or {}
+        self.activations = activations
+        self.kv_bits = kv_bits
+        self.metas()
+
+    def metas(self) -> dict[str, LayerMeta]:
+        """Return the packed layers by name."""
+        return {name: LayerMeta.from_json(name, entry) for name, entry in self.layers.items()}
+
+
+class QuantizerPart:
+    """Puts packed modules in the place of dense ones before the weights are read.
+
+    Attributes:
+        quantization_config: Of the checkpoint.
+    """
+
+    requires_calibration = True
+    quantization_config: ConfigPart
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing beyond torch is needed."""
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> Any:
+        _check_folder(getattr(model.config, "_name_or_path", ""))
+        dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.get_default_dtype()
+        install_modules(model, self.quantization_config.metas(), dtype)
+        _check_complete(self.quantization_config.metas(), checkpoint_files or ())
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for module in packed_modules(model).values():
+            if isinstance(module, PackedModule):
+                module.compute_dtype = model.dtype
+        config = self.quantization_config
+        runtime.install(model, {"activations": config.activations, "kv_bits": config.kv_bits})
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in packed_modules(model).items():
+            replace_module(model, name, _dense(module, dtype or model.dtype))
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """``save_pretrained`` writes the packed tensors (without the manifest)."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are integers: there is nothing to train."""
+        return False
+
+
+def register() -> None:
+    """Add the quantizer to the tables of transformers. Safe to call twice."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        config = type("RankbookConfig", (ConfigPart, QuantizationConfigMixin), {"__module__": __name__})
+        quantizer = type("RankbookQuantizer", (QuantizerPart, HfQuantizer), {"__module__": __name__})
+        auto.register_quantization_config(QUANT_METHOD)(config)
+        auto.register_quantizer(QUANT_METHOD)(quantizer)
+
+
+def install_modules(model: Any, metas: dict[str, LayerMeta], dtype: torch.dtype) -> None:
+    """Replace modules of ``model`` by packed ones on the ``meta`` device that compute in ``dtype``.
+
+    Raises:
+        ValueError: The model has no such module.
+    """
+    for name, meta in sorted(metas.items(), key=lambda item: bool(item[1].shared_with)):
+        try:
+            model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(model).__name__} has no layer {name!r}; config.json belongs to another model"
+            ) from error
+        if meta.shared_with:
+            module: nn.Module = TiedCodebookLinear(model.get_submodule(meta.shared_with))
+        elif meta.kind == "embedding":
+            module = CodebookEmbedding(meta, dtype=dtype)
+        else:
+            module = CodebookLinear(meta, dtype=dtype)
+        replace_module(model, name, module.eval())
+    _forget_ties(model, set(metas))
+
+
+def _forget_ties(model: Any, packed: set[str]) -> None:
+    """Packed layers have no ``weight`` to tie; the sharing is in their entries."""
+
+    def keep(ties: dict[str, str]) -> dict[str, str]:
+        return {a: b for a, b in ties.items() if not {a.rpartition(".")[0], b.rpartition(".")[0]} & packed}
+
+    model.all_tied_weights_keys = keep(model.all_tied_weights_keys)
+    if isinstance(model._tied_weights_keys, dict):
+        model._tied_weights_keys = keep(model._tied_weights_keys)
+
+
+def _check_folder(location: str) -> None:
+    """Name a missing or truncated file before the loader stumbles over it."""
+    if location and Path(location).is_dir() and is_checkpoint(location):
+        open_checkpoint(location)
+
+
+def _check_complete(metas: Mapping[str, LayerMeta], files: Sequence[str]) -> None:
+    """Refuse a checkpoint without all packed tensors: the loader would only warn and go on with random numbers."""
+    stored: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as stream:
+            stored |= set(stream.keys())
+    wanted = [f"{n}.{part}" for n, meta in metas.items() if not meta.shared_with for part in meta.template()]
+    if files and (missing := [name for name in wanted if name not in stored]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; write or copy it again"
+        )
+
+
+def _dense(module: Any, dtype: torch.dtype) -> nn.Module:
+    weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    rows, columns = weight.shape
+    if isinstance(module, CodebookEmbedding):
+        if module.meta.scale != 1.0:
+            raise ValueError(
+                "an embedding with a scale cannot be made dense; quantize again without --quantize-embeddings"
+            )
+        return nn.Embedding(rows, columns, _weight=weight, _freeze=True)
+    bias = module.get_buffer("bias") if isinstance(module, PackedModule) and module.meta.bias else None
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return linear

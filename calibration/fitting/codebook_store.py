@@ -1,0 +1,83 @@
+"""From fitted codebooks to the stored record: integer levels, refit on the Gram matrix, 8-bit parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting.codebook_fit import Codebooks, solve_ridge
+from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, GroupParams
+
+
+def round_levels(books: Codebooks, bits: int, level_dtype: str) -> Codebooks:
+    """Round the levels to what is stored; the tables keep their place (shift and scale go to offset and coefficients).
+
+    Integer levels are centred and scaled to fill the allowed range, so that seven bits lose least.
+    """
+    if level_dtype == "float16":
+        return Codebooks(books.levels.half().float(), books.coeffs, books.offset)
+    top = LEVEL_LIMIT[bits] - 1
+    centre = (books.levels.amax(1, True) + books.levels.amin(1, True)) / 2
+    scale = (books.levels - centre).abs().amax(1, True).clamp_min(1e-12) / top
+    levels = ((books.levels - centre) / scale).round()
+    offset = books.offset + torch.einsum("pgn,p->gn", books.coeffs, centre[:, 0])
+    return Codebooks(levels, books.coeffs * scale[..., None], offset)
+
+
+def refit_params(
+    grouped: Tensor, codes: Tensor, books: Codebooks, gram: Tensor, *, offset_only: bool = False
+) -> Codebooks:
+    """Improve coefficients and offset of one group after another for the layer's output error, codes and levels fixed.
+
+    Block coordinate descent on ``tr((W - W_hat) H (W - W_hat).T)``: exact for a group given all the others.
+
+    Args:
+        grouped: Weights (G, group, N).
+        codes: (G, group, N).
+        books: Codebooks to start from.
+        gram: Damped Gram matrix H (K, K).
+        offset_only: Leave the coefficients as they are.
+    """
+    groups, group, rows = grouped.shape
+    coeffs, offset = books.coeffs.clone(), books.offset.clone()
+    residual = (grouped - rounding.lookup(books.tables(), codes)).view(groups * group, rows)
+    for index in range(groups):
+        part = slice(index * group, (index + 1) * group)
+        ones = residual.new_ones(1, group, rows)
+        features = ones if offset_only else torch.cat([books.levels[:, codes[index].long()], ones])
+        weighted = torch.einsum("jk,pkn->pjn", gram[part, part], features)
+        system = torch.einsum("pjn,qjn->npq", features, weighted)
+        right = torch.einsum("pjn,jn->np", features, gram[part] @ residual)
+        change = solve_ridge(system, right).T  # (P + 1 or 1, N)
+        offset[index] += change[-1]
+        coeffs[:, index] += change[:-1] if not offset_only else 0
+        residual[part] -= torch.einsum("pjn,pn->jn", features, change)
+    return Codebooks(books.levels, coeffs, offset)
+
+
+def to_params(books: Codebooks, bits: int) -> GroupParams:
+    """Store coefficients and offset (8, 16 or 32 bits) as the planes of `GroupParams` (N, G, P + 1)."""
+    return GroupParams.quantize(torch.cat([books.coeffs, books.offset[None]]).permute(2, 1, 0).contiguous(), bits)
+
+
+def from_params(params: GroupParams, levels: Tensor) -> Codebooks:
+    """Undo `to_params`: the codebooks that the stored numbers make."""
+    dense = params.dense().permute(2, 1, 0).contiguous()
+    return Codebooks(levels.float(), dense[:-1].contiguous(), dense[-1].contiguous())
+
+
+def quantize_params(grouped: Tensor, codes: Tensor, books: Codebooks, gram: Tensor, bits: int) -> GroupParams:
+    """Store the coefficients first, let the offset make up for their rounding, then store the offset."""
+    stored = from_params(to_params(books, bits), books.levels)
+    refit = refit_params(grouped, codes, Codebooks(stored.levels, stored.coeffs, books.offset), gram, offset_only=True)
+    first, second = to_params(books, bits), to_params(refit, bits)
+    return GroupParams.joined([planes(first, 0, -1), planes(second, -1, None)])
+
+
+def planes(params: GroupParams, first: int, stop: int | None) -> GroupParams:
+    """Return some planes of per-group parameters."""
+    take = slice(first, stop)
+    if params.codes is None or params.step is None or params.base is None:
+        return GroupParams(values=params.values[..., take] if params.values is not None else None)
+    return GroupParams(params.codes[..., take], params.step[..., take], params.base[..., take])

@@ -1,0 +1,110 @@
+"""Codes chosen with error feedback: what one column loses, the columns after it make up for.
+
+GPTQ (Frantar et al. 2023, algorithm 1) onto given codebooks of any shape, with the columns in order of falling input
+energy. The Gram matrix of the inputs says how one column can stand in for another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankbook.calibration.fitting import rounding
+
+_BLOCK = 64
+_DAMPING = 0.01
+
+
+def damped_gram(gram: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Return a Gram matrix (K, K) with ``damping`` times its mean diagonal added, ready to be inverted.
+
+    Inputs that never were active get the mean energy, so that their weights are simply rounded.
+    """
+    gram = gram.float()
+    diagonal = gram.diagonal()
+    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    dead = diagonal <= 0
+    return gram + torch.diag(torch.where(dead, mean, torch.zeros_like(mean)) + damping * mean)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the Gram matrix says about the columns of a layer.
+
+    Attributes:
+        order: Columns in the order of rounding, (K,).
+        factor: Upper Cholesky factor of the inverse Gram matrix in that order, (K, K).
+    """
+
+    order: Tensor
+    factor: Tensor
+
+
+def plan(gram: Tensor, damping: float = _DAMPING, *, by_energy: bool = True) -> Plan:
+    """Prepare rounding with inputs of Gram matrix (K, K): columns of most energy first, or as they stand.
+
+    Raises:
+        ValueError: The matrix holds NaN or infinity.
+    """
+    order = gram.diagonal().argsort(descending=True) if by_energy else torch.arange(len(gram))
+    return Plan(order, inverse_factor(gram, order, damping))
+
+
+def inverse_factor(gram: Tensor, order: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Return the upper Cholesky factor (K, K) of the inverse Gram matrix in the given column order."""
+    ordered = damped_gram(gram, damping)[order][:, order]
+    for extra in (0.0, 0.1, 1.0):
+        lower, failed = torch.linalg.cholesky_ex(damped_gram(ordered, extra) if extra else ordered)
+        if not int(failed):
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return upper
+    raise ValueError("the Gram matrix of the inputs cannot be inverted; it holds NaN or infinity")
+
+
+def assign(grouped: Tensor, tables: Tensor, columns: Plan) -> Tensor:
+    """Choose codes for grouped weights so that the layer's output error is small.
+
+    Args:
+        grouped: Weights (G, group, N) float32.
+        tables: Codebooks (G, L, N) float32.
+        columns: Order and weights of the columns, see `plan`.
+
+    Returns:
+        Codes (G, group, N) uint8.
+    """
+    groups, group, rows = grouped.shape
+    ordered, code_of_rank = rounding.sort_tables(tables)
+    bounds = rounding.midpoints(ordered)
+    order, factor = columns.order, columns.factor
+    work = grouped.reshape(groups * group, rows)[order]
+    ranks = torch.empty_like(work, dtype=torch.uint8)
+    group_of = (order // group).tolist()
+    for start in range(0, len(group_of), _BLOCK):
+        stop = min(start + _BLOCK, len(group_of))
+        errors = _assign_block(work, ranks, ordered, bounds, factor, group_of, range(start, stop))
+        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    result = torch.empty_like(ranks)
+    result[order] = ranks
+    result = result.view(groups, group, rows)
+    return result if code_of_rank is None else code_of_rank.gather(1, result.long()).to(torch.uint8)
+
+
+def _assign_block(
+    work: Tensor, ranks: Tensor, tables: Tensor, bounds: Tensor, factor: Tensor, group_of: list[int], columns: range
+) -> Tensor:
+    """Round the columns of one block in turn, each error spread over the rest of the block; return the errors."""
+    errors = torch.empty(len(columns), work.shape[1])
+    for place, column in enumerate(columns):
+        index = group_of[column]
+        value = work[column]
+        rank = rounding.search(value[None, None], bounds[index][None])[0]
+        ranks[column] = rank[0]
+        error = (value - tables[index].gather(0, rank.long())[0]) / factor[column, column]
+        errors[place] = error
+        rest = slice(column + 1, columns.stop)
+        work[rest].addr_(factor[column, rest], error, alpha=-1)
+    return errors

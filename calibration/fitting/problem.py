@@ -1,0 +1,50 @@
+"""What a method is given: one linear layer, or one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rankbook.calibration.fitting.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One linear layer to quantize.
+
+    Attributes:
+        name: Name of the layer within its block, e.g. ``self_attn.q_proj``.
+        weight: (N, K) float32.
+        bias: (N,) or None.
+        statistics: Of the layer's calibration inputs.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    statistics: LayerStatistics
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One transformer block whose output is to be reproduced with quantized weights.
+
+    Attributes:
+        block: The block in float32 with its original weights; must be left as it was found.
+        layers: The problems of its linear layers by name (`nn.Module.get_submodule` names within the block).
+        inputs: Outputs of the quantized prefix, (sequences, length, hidden).
+        targets: Outputs of the original block on the original stream, the same shape.
+        forward: ``forward(block, x)`` with x (batch, length, hidden) returns the block's output, gradients included.
+        seed: For batch order; the same seed gives the same result.
+        progress: Called with the fraction done, 0 to 1.
+    """
+
+    block: nn.Module
+    layers: Mapping[str, LayerProblem]
+    inputs: Tensor
+    targets: Tensor
+    forward: Callable[[nn.Module, Tensor], Tensor]
+    seed: int = 0
+    progress: Callable[[float], None] = lambda _: None

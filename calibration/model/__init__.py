@@ -1,0 +1,1 @@
+"""A whole model: loading, running it block by block, choosing and replacing layers, resuming."""

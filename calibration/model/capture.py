@@ -1,0 +1,376 @@
+"""Running a model block by block: finding its decoder blocks, their inputs, and the statistics of their layers.
+
+Nothing here knows a family: the blocks are the longest list of equal modules, and how each one is called is recorded
+while the model itself runs with its blocks short-circuited. Blocks run one at a time, in float32; within a context of
+autocast their matrix products take its dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.model.packed_modules import PackedModule
+
+TOKENS_PER_BATCH = 4096
+"""Tokens that run through a block at once: bounds the working set, large enough for full speed on a CPU."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls one block: every argument but the hidden state, recorded for one sequence.
+
+    Attributes:
+        args: Further positional arguments.
+        kwargs: Keyword arguments.
+        repeats: Paths of the tensors whose first dimension counts sequences, and how many rows each has for one.
+        keyword: Name under which the hidden state is passed, empty if it is the first positional argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    repeats: frozenset[tuple[Any, ...]]
+    keyword: str = ""
+
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Return the block's output for x (batch, length, hidden); gradients flow."""
+
+        def grow(path: tuple[Any, ...], value: Any) -> Any:
+            return _repeat(value, x.shape[0]) if path in self.repeats else value
+
+        args = _map(grow, self.args, ("args",))
+        kwargs = _map(grow, self.kwargs, ("kwargs",))
+        output = block(**{self.keyword: x}, **kwargs) if self.keyword else block(x, *args, **kwargs)
+        return first(output)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The decoder blocks of a model.
+
+    Attributes:
+        name: Name of the list within the model, e.g. ``model.layers``.
+        modules: The blocks.
+    """
+
+    name: str
+    modules: Sequence[nn.Module]
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """Return the decoder blocks of a causal language model: the outermost module list as long as its layer count.
+
+    Raises:
+        ValueError: There is none.
+    """
+    config = getattr(model, "config", None)
+    wanted = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(name, module) for name, module in lists if len(module) == wanted and len(module) > 0]
+    # A vision tower may have as many blocks, and need not lie deeper than the language model.
+    fitting = [item for item in fitting if not is_vision(item[0])]
+    if not fitting:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {wanted} blocks; only decoder-only models are supported"
+        )
+    fitting.sort(key=lambda item: (item[0].count("."), -sum(p.numel() for p in item[1].parameters())))
+    name, modules = fitting[0]
+    return Blocks(name, list(modules))
+
+
+def is_vision(name: str) -> bool:
+    """Return whether a module belongs to the vision tower of a model that has one (LLaVA and its like)."""
+    return any(part.startswith(("vision", "visual")) for part in name.split("."))
+
+
+def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor) -> list[BlockCall]:
+    """Record how the model calls each of its blocks, for windows as long as tokens (sequences, length).
+
+    Raises:
+        ValueError: The calls depend on the tokens, so that blocks cannot run apart from the model.
+    """
+    one = tokens[:1]
+    two = torch.cat([one.flip(1), one])
+    with outside_in_float32(model, blocks):
+        single, pair = _run_stubbed(model, blocks, one), _run_stubbed(model, blocks, two)
+    return [_merge(a, b, f"{blocks.name}.{i}") for i, (a, b) in enumerate(zip(single[0], pair[0], strict=True))]
+
+
+def first_inputs(model: nn.Module, blocks: Blocks, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what enters the first block, (sequences, length, hidden) in ``dtype``."""
+    batches = torch.split(tokens, batch_size(tokens))
+    with outside_in_float32(model, blocks):
+        return torch.cat([_run_stubbed(model, blocks, batch, stop_early=True)[1].to(dtype) for batch in batches])
+
+
+def batch_size(stream: Tensor) -> int:
+    """Return how many sequences of stream (sequences, length, ...) run at once."""
+    return max(1, TOKENS_PER_BATCH // stream.shape[1])
+
+
+@torch.no_grad()
+def advance(block: nn.Module, call: BlockCall, stream: Tensor) -> None:
+    """Replace stream (sequences, length, hidden) by the block's output, in place."""
+    for batch in torch.split(stream, batch_size(stream)):
+        batch.copy_(call(block, batch.float()))
+
+
+@torch.no_grad()
+def entering(model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor) -> LayerStatistics:
+    """Return the statistics of what enters a linear module that the model calls once, behind its blocks.
+
+    Args:
+        model: Computes in float32, whatever it is stored in; one block at a time is widened.
+        blocks: Its blocks.
+        module: The linear module, outside of them.
+        tokens: (sequences, length).
+    """
+    found = LayerStatistics.empty(module.in_features)  # type: ignore[arg-type]
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.update(args[0])
+        raise _StopForwardError
+
+    hook = module.register_forward_pre_hook(note)
+    try:
+        with outside_in_float32(model, blocks), _each_in_float32(blocks):
+            for batch in torch.split(tokens, batch_size(tokens)):
+                with contextlib.suppress(_StopForwardError):
+                    model(input_ids=batch, use_cache=False)
+    finally:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[str]) -> dict[str, LayerStatistics]:
+    """Return the statistics of the inputs of the named layers while the stream runs through the block.
+
+    Layers that are given the same tensor (q, k and v; gate and up) share one statistics object.
+    """
+    collector = _Collector(block, layers)
+    try:
+        for batch in torch.split(stream, batch_size(stream)):
+            call(block, batch.float())
+            collector.end_batch()
+    finally:
+        collector.remove()
+    return collector.result()
+
+
+@contextlib.contextmanager
+def outside_in_float32(model: nn.Module, blocks: Blocks) -> Iterator[None]:
+    """Compute in float32 what surrounds the blocks (norms, positions, projections), without copying large tables.
+
+    Embeddings keep their dtype and their output is widened, which is exact.
+    """
+    inside = {id(module) for block in blocks.modules for module in block.modules()}
+    tables = [m for m in model.modules() if _is_table(model, m)]
+    others = [m for m in model.modules() if id(m) not in inside and not _is_table(model, m)]
+    hooks = [m.register_forward_hook(lambda _m, _i, output: output.float()) for m in tables]
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in others:
+                stack.enter_context(in_float32(module, recurse=False))
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def in_float32(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
+    """Bring the floating tensors of a module to float32 and back afterwards; packed layers are data and stay."""
+    before: list[tuple[Tensor, torch.dtype]] = []
+    modules = [m for m in (module.modules() if recurse else [module]) if not isinstance(m, PackedModule)]
+    for tensor in [t for m in modules for t in (*m.parameters(False), *m.buffers(False))]:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            before.append((tensor, tensor.dtype))
+            tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _each_in_float32(blocks: Blocks) -> Iterator[None]:
+    """Bring every block to float32 while it computes."""
+    with contextlib.ExitStack() as hooks:
+        for block in blocks.modules:
+            widened = hooks.enter_context(contextlib.ExitStack())
+
+            def widen(module: nn.Module, _args: Any, widened: contextlib.ExitStack = widened) -> None:
+                widened.enter_context(in_float32(module))
+
+            def narrow(_module: nn.Module, _args: Any, _output: Any, widened: contextlib.ExitStack = widened) -> None:
+                widened.close()
+
+            hooks.callback(block.register_forward_pre_hook(widen).remove)
+            hooks.callback(block.register_forward_hook(narrow).remove)
+        yield
+
+
+def first(output: Any) -> Tensor:
+    """Return the hidden state of a block's output, which may stand first in a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
+
+
+class _StopForwardError(Exception):
+    """Ends the model's forward once the blocks have been called."""
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def _replaced_forwards(blocks: Blocks, stub: Callable[..., Any]) -> Iterator[None]:
+    previous = [block.__dict__.get("forward") for block in blocks.modules]
+    try:
+        for block in blocks.modules:
+            block.__dict__["forward"] = stub
+        yield
+    finally:
+        for block, forward in zip(blocks.modules, previous, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _run_stubbed(
+    model: nn.Module, blocks: Blocks, tokens: Tensor, *, stop_early: bool = False
+) -> tuple[list[_Call], Tensor]:
+    """Run the model with blocks that return their input; give their calls and what entered the first one."""
+    calls: list[_Call] = []
+    last = 1 if stop_early else len(blocks.modules)
+    forward = blocks.modules[0].forward
+    rest: list[Any] = []
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        if len(calls) == last:
+            raise _StopForwardError
+        if len(calls) == 1:  # older classes return a tuple; only a real call tells
+            with in_float32(blocks.modules[0]):
+                output = forward(*args, **kwargs)
+            rest.extend(output[1:] if isinstance(output, tuple) else [None])
+            rest.insert(0, isinstance(output, tuple))
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *rest[1:]) if rest[0] else hidden
+
+    with _replaced_forwards(blocks, stub), torch.no_grad(), contextlib.suppress(_StopForwardError):
+        model(input_ids=tokens, use_cache=False)
+    if len(calls) != last:
+        raise ValueError(
+            f"{type(model).__name__} called {len(calls)} of its {last} blocks; it cannot run block by block"
+        )
+    args, kwargs = calls[0]
+    return calls, args[0] if args else kwargs["hidden_states"]
+
+
+def _merge(single: _Call, pair: _Call, name: str) -> BlockCall:
+    """Compare the calls for one and for two sequences: what doubled counts sequences, the rest must be equal."""
+    (args, kwargs), (args2, kwargs2) = single, pair
+    keyword = "" if args else "hidden_states"
+    args, args2 = args[1:], args2[1:]
+    kwargs = {key: value for key, value in kwargs.items() if key != keyword}
+    others = dict(_leaves(args2, ("args",))) | dict(_leaves(kwargs2, ("kwargs",)))
+    repeats = set()
+    for path, value in [*_leaves(args, ("args",)), *_leaves(kwargs, ("kwargs",))]:
+        other = others.get(path)
+        if not isinstance(other, Tensor) or (other.shape == value.shape and not torch.equal(other, value)):
+            raise ValueError(
+                f"{name} is called with {path[-1]!r} that depends on the tokens; this model is not supported"
+            )
+        if other.shape != value.shape:
+            if not torch.equal(other, _repeat(value, 2)):
+                raise ValueError(f"{name} is called with {path[-1]!r} that differs between sequences; not supported")
+            repeats.add(path)
+    return BlockCall(_map(_widen, args, ("args",)), _map(_widen, kwargs, ("kwargs",)), frozenset(repeats), keyword)
+
+
+def _widen(_: tuple[Any, ...], value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _repeat(value: Tensor, times: int) -> Tensor:
+    if value.shape[0] == 1:
+        return value.expand(times, *value.shape[1:])
+    return value.repeat(times, *[1] * (value.ndim - 1))
+
+
+def _map(function: Callable[[tuple[Any, ...], Tensor], Any], value: Any, path: tuple[Any, ...]) -> Any:
+    """Apply a function of path and tensor to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(path, value)
+    if isinstance(value, dict):
+        return {key: _map(function, item, (*path, key)) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map(function, item, (*path, i)) for i, item in enumerate(value))
+    return value
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Tensor]]:
+    found: list[tuple[tuple[Any, ...], Tensor]] = []
+    _map(lambda where, tensor: found.append((where, tensor)), value, path)
+    return found
+
+
+def _is_table(model: Any, module: nn.Module) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return isinstance(module, (nn.Embedding, PackedModule)) or module is head
+
+
+class _Collector:
+    """Forward pre-hooks that fill statistics, once per distinct input tensor."""
+
+    def __init__(self, block: nn.Module, layers: Sequence[str]) -> None:
+        self._statistics: dict[str, LayerStatistics] = {}
+        self._owner: dict[str, str] = {}
+        self._seen: list[tuple[Tensor, int, str]] = []
+        self._modules: dict[str, Any] = {name: block.get_submodule(name) for name in layers}
+        self._hooks = [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, module in self._modules.items()
+        ]
+
+    def _of(self, name: str) -> LayerStatistics:
+        if name not in self._statistics:  # made when needed: those of a wide layer are large, and many layers share
+            width = self._modules[name].weight.shape[1]
+            self._statistics[name] = LayerStatistics.empty(int(width))
+        return self._statistics[name]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else kwargs["input"]
+            # The tensors are kept until the batch ends, so that an address is never seen twice by chance.
+            owner = next((o for seen, version, o in self._seen if seen is x and version == x._version), name)
+            known = self._owner.setdefault(name, owner)
+            if known == name:
+                self._seen.append((x, x._version, name))
+                self._of(name).update(x)
+            elif owner != known:  # a layer whose input was shared in an earlier batch is given its own now
+                raise RuntimeError(f"layer {name} shares its input with {known} in one batch and not in another")
+
+        return observe
+
+    def end_batch(self) -> None:
+        """Forget the tensors of the batch."""
+        self._seen.clear()
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def result(self) -> dict[str, LayerStatistics]:
+        """Return the statistics by layer, shared ones under each of their names."""
+        return {name: self._of(self._owner.get(name, name)) for name in self._modules}

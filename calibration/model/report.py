@@ -1,0 +1,157 @@
+"""What a quantization run tells its caller while it works and when it is done."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One progress message.
+
+    Attributes:
+        stage: What is being done, in a few words.
+        block: Index of the block, -1 before the first.
+        blocks: Number of blocks.
+        fraction: Share of the whole work done, 0 to 1.
+        eta_s: Seconds left, or None before there is an estimate.
+        peak_rss_bytes: Peak resident memory of the process so far, memory-mapped weights included.
+    """
+
+    stage: str
+    block: int
+    blocks: int
+    fraction: float
+    eta_s: float | None
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One packed layer.
+
+    Attributes:
+        meta: Shapes and types.
+        stored_bits: Bits of each part; empty for a layer that shares another's tensors.
+        error: Squared output error on the calibration inputs relative to the squared output, or None without inputs.
+    """
+
+    meta: LayerMeta
+    stored_bits: Mapping[str, int]
+    error: float | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per original weight; 0 for shared layers."""
+        return sum(self.stored_bits.values()) / (self.meta.out_features * self.meta.in_features)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of the manifest."""
+        return {"bits_per_weight": self.bits_per_weight, "stored_bits": dict(self.stored_bits), "error": self.error}
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """The result of a run.
+
+    Attributes:
+        output_dir: The checkpoint.
+        layers: Packed layers by full name.
+        totals: Sums for ``linear``, ``embeddings`` and ``lm_head``, see `totals`.
+        left_alone: Names of weights that stay as they are, with the reason.
+        scaled: Names of layers whose inputs were scaled before quantization.
+        calibration: Where the calibration tokens came from.
+        seconds: Wall time of this run (of the last part, after a resume).
+        resumed_at: Blocks that an earlier, interrupted run had finished.
+        peak_rss_bytes: Peak resident memory of the process.
+    """
+
+    output_dir: Path
+    layers: Mapping[str, LayerReport]
+    totals: Mapping[str, Any]
+    left_alone: Mapping[str, str]
+    scaled: tuple[str, ...]
+    calibration: str
+    seconds: float
+    resumed_at: int
+    peak_rss_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the linear layers."""
+        return float(self.totals["linear"]["bits_per_weight"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        values = {**asdict(self), "output_dir": str(self.output_dir)}
+        return {
+            **values,
+            "layers": {n: {**layer.meta.to_json(), **layer.to_json()} for n, layer in self.layers.items()},
+        }
+
+
+@dataclass
+class Reporter:
+    """Turns the position in the work into `Progress` messages.
+
+    Attributes:
+        blocks: Number of blocks.
+        listener: Who is told.
+        skipped: Blocks that were finished before this run; they do not count for the estimate.
+    """
+
+    blocks: int
+    listener: Callable[[Progress], None] | None = None
+    skipped: int = 0
+    _start: float = field(default_factory=time.monotonic)
+
+    def tell(self, stage: str, block: int, share: float = 0.0) -> None:
+        """Report that ``share`` (0 to 1) of a block is done."""
+        if self.listener is None:
+            return
+        done = max(0.0, block + share)
+        work = done - self.skipped
+        elapsed = time.monotonic() - self._start
+        eta = elapsed / work * (self.blocks - done) if work > 0 else None
+        self.listener(Progress(stage, block, self.blocks, done / self.blocks, eta, peak_rss_bytes()))
+
+    def start(self, skipped: int) -> None:
+        """Begin the estimate at a block."""
+        self.skipped, self._start = skipped, time.monotonic()
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def totals(layers: Mapping[str, LayerReport], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Sum stored bits over the linear layers of the blocks; ``tables`` adds ``embeddings`` and ``lm_head``."""
+    parts: dict[str, int] = {}
+    for layer in layers.values():
+        for part, bits in layer.stored_bits.items():
+            parts[part] = parts.get(part, 0) + bits
+    weights = sum(layer.meta.out_features * layer.meta.in_features for layer in layers.values())
+    stored = sum(parts.values())
+    linear = {"weights": weights, "stored_bits": stored, "bits_per_weight": stored / weights, "parts": parts}
+    return {"linear": linear, **tables}
+
+
+def output_error(problem_weight: Any, record: QuantizedLinear, gram: Any) -> float | None:
+    """Return ``|X (W - W')^T|^2 / |X W^T|^2`` from the Gram matrix ``X^T X``; None where no input was seen."""
+    weight = problem_weight.float()
+    energy = float(((weight @ gram) * weight).sum())
+    if energy <= 0:
+        return None
+    change = weight - record.weight(with_low_rank=True)
+    return float(((change @ gram) * change).sum()) / energy

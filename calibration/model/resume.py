@@ -1,0 +1,162 @@
+"""Finished blocks of a run on disk, so that an interrupted run goes on where it stopped, with an identical result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+_STATE, _TOKENS = "state.json", "tokens.safetensors"
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One finished block.
+
+    Attributes:
+        records: By full layer name.
+        errors: Relative output errors by full layer name.
+        tensors: New values of other parameters of the block by full name (norms that carry an input scaling).
+        scaled: Full names of the layers whose inputs are scaled.
+    """
+
+    records: Mapping[str, QuantizedLinear]
+    errors: Mapping[str, float | None]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scaled: Sequence[str] = ()
+
+
+class PartialState:
+    """The folder ``.<output>.partial`` beside the output: what an interrupted run has finished."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        """Open the state of an interrupted run, or begin a new one.
+
+        Args:
+            output: The folder of the final result.
+            fingerprint: Everything that shapes the result: options, hashes of model and text, versions.
+            resume: Keep what is there; without it, an earlier state is removed.
+
+        Raises:
+            ValueError: ``resume`` with another fingerprint; the message names what differs.
+        """
+        output = output.absolute()
+        self.folder = output.with_name(f".{output.name}.partial")
+        if not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        if (self.folder / _STATE).is_file():
+            _compare(_read_state(self.folder / _STATE), json.loads(json.dumps(fingerprint)), self.folder)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(self.folder / _STATE, json.dumps(fingerprint, indent=1))
+
+    def finished(self) -> int:
+        """Return how many blocks are finished, counted from the first."""
+        count = 0
+        while self._path(count).is_file():
+            count += 1
+        return count
+
+    def save(self, index: int, result: BlockResult) -> None:
+        """Store a finished block; a reader never sees half of one."""
+        tensors = {f"{name}.{part}": t for name, record in result.records.items() for part, t in record.pack().items()}
+        layers = {name: LayerMeta.of(record).to_json() for name, record in result.records.items()}
+        others = {"tensors": list(result.tensors), "scaled": list(result.scaled)}
+        metadata = {
+            "layers": json.dumps(layers),
+            "errors": json.dumps(dict(result.errors)),
+            "others": json.dumps(others),
+        }
+        tensors |= {name: tensor.contiguous() for name, tensor in result.tensors.items()}
+        self._write(self._path(index), tensors, metadata)
+
+    def load(self, index: int) -> BlockResult:
+        """Return a finished block.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        try:
+            with safe_open(self._path(index), framework="pt") as stream:
+                metadata = stream.metadata()
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self._path(index)} is damaged ({error}); start again without --resume") from error
+        records = {}
+        for name, entry in json.loads(metadata["layers"]).items():
+            meta = LayerMeta.from_json(name, entry)
+            parts = {part: tensors[f"{name}.{part}"] for part in meta.template()}
+            records[name] = QuantizedLinear.unpack(parts, meta.out_features, meta.in_features, meta.method)
+        others = json.loads(metadata["others"])
+        changed = {name: tensors[name] for name in others["tensors"]}
+        return BlockResult(records, json.loads(metadata["errors"]), changed, others["scaled"])
+
+    def tokens(self) -> tuple[Tensor, str] | None:
+        """Return the calibration tokens (sequences, length) of the interrupted run and their description, if stored."""
+        path = self.folder / _TOKENS
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as stream:
+            return stream.get_tensor("tokens").long(), str(stream.metadata()["description"])
+
+    def save_tokens(self, tokens: Tensor, description: str) -> None:
+        """Store the calibration tokens."""
+        self._write(self.folder / _TOKENS, {"tokens": tokens.to(torch.int32)}, {"description": description})
+
+    def remove(self) -> None:
+        """Remove the folder: the result is complete."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_file(dict(tensors), temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"writing {path} failed ({error}); free some space and go on with --resume") from error
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    a, b = _flatten(before), _flatten(now)
+    different = [
+        f"{key} was {a.get(key)!r}, now {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"the interrupted run in {folder} cannot go on: {'; '.join(different)}. Give the same model and options,"
+            " or start again without --resume"
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

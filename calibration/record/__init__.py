@@ -1,0 +1,1 @@
+"""One quantized layer, whatever method made it: its values, its packed form, what describes it."""

@@ -1,0 +1,306 @@
+"""The central record: one quantized linear layer, whatever method made it.
+
+Letters: N out features, K in features, G groups, P planes (the rank of the codebook matrix), Q parameter planes
+(P, or P + 1 with an offset), R rank of the error branch, b bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rankbook.calibration.record.group_params import GroupParams, check_tensor
+from rankbook.plugins import layout
+
+__all__ = [
+    "LEVEL_LIMIT",
+    "Factor",
+    "GroupParams",
+    "LowRank",
+    "QuantizedLinear",
+    "allowed_groups",
+    "check_group",
+]
+
+GROUP_MULTIPLE = 16
+"""Group sizes are multiples of this (what one tensor-core step covers) or the whole row."""
+MIN_GROUP, MAX_GROUP = 16, 256
+LEVEL_LIMIT = {2: 64, 3: 64, 4: 64, 8: 128}
+"""Integer levels lie in [-limit, limit - 1]: 7 bits are exact in every kernel, 8-bit codes need all 256 levels."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of the error branch: ``values``, or int8 ``codes`` with one scale per rank.
+
+    Attributes:
+        codes: (rows, columns) int8, or None.
+        scale: Broadcastable to codes, float32, or None.
+        values: (rows, columns) float16 or float32, or None.
+    """
+
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+    values: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.values is None) == (self.codes is None or self.scale is None):
+            raise ValueError("a factor needs either codes and scale, or values; give exactly one form")
+
+    @classmethod
+    def quantize(cls, values: Tensor, bits: int, rank_axis: int) -> Factor:
+        """Store a factor in 8 bits (symmetric, one scale per entry of ``rank_axis``) or in 16.
+
+        Raises:
+            ValueError: Another number of bits.
+        """
+        if bits in (16, 32):
+            return cls(values=values.to(torch.float16 if bits == 16 else torch.float32).contiguous())
+        if bits != 8:
+            raise ValueError(f"error-branch factors in {bits} bits are not supported; choose 8, 16 or 32")
+        peak = values.float().abs().amax(1 - rank_axis, keepdim=True)
+        scale = (peak / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((values.float() / scale).round().clamp(-127, 127).to(torch.int8), scale)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, columns)."""
+        return (self.codes if self.values is None else self.values).shape  # type: ignore[union-attr]
+
+    def dense(self) -> Tensor:
+        """Return the factor as float32 (rows, columns)."""
+        if self.codes is not None and self.scale is not None:
+            return self.codes.float() * self.scale
+        return self.values.float()  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The error branch: adds ``(x @ down.T) @ up.T`` (LQER, Zhang et al. 2024, equation 7).
+
+    Attributes:
+        down: (R, K).
+        up: (N, R).
+    """
+
+    down: Factor
+    up: Factor
+
+    def __post_init__(self) -> None:
+        if self.down.shape[0] != self.up.shape[1]:
+            raise ValueError(f"down has rank {self.down.shape[0]} and up has rank {self.up.shape[1]}; they must agree")
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.down.shape[0])
+
+    def dense(self) -> Tensor:
+        """Return ``up @ down``, float32 (N, K)."""
+        return self.up.dense() @ self.down.dense()
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer whose weight is looked up in one codebook per group.
+
+    ``table[n, g, c] = sum_p coeffs[n, g, p] * levels[p, c] + offset[n, g]`` and ``w[n, k] = table[n, k // group,
+    codes[n, k]]``: the codebooks of all groups form a matrix of rank P plus an offset (LCQ, Cai et al. 2024, ``C =
+    S^T V - B`` with coeffs = S, levels = V, offset = -B).
+
+    Attributes:
+        codes: (N, K) uint8, each below ``2**bits``.
+        bits: 2, 3, 4 or 8.
+        levels: (P, 2**bits) int8 within `LEVEL_LIMIT`, or float16.
+        params: Coefficients of the P planes and, with ``has_offset``, the offset: (N, G, P or P + 1).
+        has_offset: Whether the last plane of ``params`` is the offset.
+        bias: (N,) or None.
+        low_rank: The error branch, or None.
+        method: Name of the method that made the record.
+    """
+
+    codes: Tensor
+    bits: int
+    levels: Tensor
+    params: GroupParams
+    has_offset: bool
+    bias: Tensor | None = None
+    low_rank: LowRank | None = None
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        if self.bits not in layout.BITS:
+            raise ValueError(f"{self.bits} bits per code are not supported; choose one of {layout.BITS}")
+        check_tensor("codes", self.codes, (torch.uint8,), 2)
+        if self.codes.numel() == 0 or int(self.codes.max()) >= 1 << self.bits:
+            raise ValueError(f"codes must be non-empty and below {1 << self.bits} for {self.bits} bits")
+        self._check_levels()
+        check_group(self.in_features, self.group)
+        rows, groups, planes = self.params.shape
+        if rows != self.out_features or groups * self.group != self.in_features:
+            raise ValueError(
+                f"params have shape {tuple(self.params.shape)}; codes have shape {tuple(self.codes.shape)}"
+            )
+        if planes != self.planes + self.has_offset:
+            raise ValueError(
+                f"params have {planes} planes; {self.planes} rows of levels"
+                f"{' and an offset' if self.has_offset else ''} ask for {self.planes + self.has_offset}"
+            )
+        if self.bias is not None and tuple(self.bias.shape) != (rows,):
+            raise ValueError(f"bias has shape {tuple(self.bias.shape)}; it must be ({rows},)")
+        if self.low_rank is not None and (
+            self.low_rank.up.shape[0] != rows or self.low_rank.down.shape[1] != self.in_features
+        ):
+            raise ValueError("the error branch does not fit the layer: up must be (N, R) and down (R, K)")
+
+    def _check_levels(self) -> None:
+        check_tensor("levels", self.levels, (torch.int8, torch.float16), 2)
+        if self.levels.shape[1] != 1 << self.bits:
+            raise ValueError(f"levels have {self.levels.shape[1]} columns; {self.bits} bits ask for {1 << self.bits}")
+        limit = LEVEL_LIMIT[self.bits]
+        if self.levels.dtype == torch.int8 and (self.levels.min() < -limit or self.levels.max() > limit - 1):
+            raise ValueError(f"integer levels must lie in [{-limit}, {limit - 1}] for {self.bits} bits")
+        if not torch.isfinite(self.levels.float()).all():
+            raise ValueError("levels hold NaN or infinity")
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return int(self.codes.shape[1])
+
+    @property
+    def planes(self) -> int:
+        """P, the rank of the codebook matrix without its offset."""
+        return int(self.levels.shape[0])
+
+    @property
+    def group(self) -> int:
+        """Weights of one row that share a codebook."""
+        return self.in_features // max(1, int(self.params.shape[1]))
+
+    def tables(self) -> Tensor:
+        """Return the codebooks of all groups, float32 (N, G, 2**bits)."""
+        params = self.params.dense()
+        table = params[..., : self.planes] @ self.levels.float()
+        return table + params[..., self.planes :] if self.has_offset else table
+
+    def weight(self, *, with_low_rank: bool = False) -> Tensor:
+        """Return the decoded weight, float32 (N, K), optionally with the error branch folded in."""
+        grouped = self.codes.view(self.out_features, -1, self.group).long()
+        weight = self.tables().gather(2, grouped).view(self.out_features, self.in_features)
+        if with_low_rank and self.low_rank is not None:
+            weight = weight + self.low_rank.dense()
+        return weight
+
+    def with_low_rank(self, low_rank: LowRank | None) -> QuantizedLinear:
+        """Return the record with another error branch."""
+        return replace(self, low_rank=low_rank)
+
+    def stored_bits(self) -> dict[str, int]:
+        """Return the stored bits of each part, padding included, exactly as the packed tensors hold them."""
+        packed = self.pack()
+        return {name: 8 * t.numel() * t.element_size() for name, t in packed.items() if name != "bias"}
+
+    def bits_per_weight(self) -> float:
+        """Return stored bits per original weight, every side datum counted, bias left out (it is not quantized)."""
+        return sum(self.stored_bits().values()) / self.codes.numel()
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return the packed tensors that checkpoints, torch modules and ONNX files hold (see `unpack`)."""
+        tensors = {"codes": torch.from_numpy(layout.pack_codes(self.codes.cpu().numpy(), self.bits))}
+        tensors["levels"] = self.levels
+        tensors |= _pack_params(self.params)
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        if self.low_rank is not None:
+            for name, factor in (("down", self.low_rank.down), ("up", self.low_rank.up)):
+                tensors |= _pack_factor(name, factor)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def unpack(
+        cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int, method: str = ""
+    ) -> QuantizedLinear:
+        """Undo `pack`.
+
+        Raises:
+            ValueError: Tensors that do not belong to an (out_features, in_features) layer.
+            KeyError: A tensor is missing.
+        """
+        packed = tensors["codes"]
+        codes = torch.from_numpy(layout.unpack_codes(packed.cpu().numpy(), out_features, in_features))
+        levels = tensors["levels"]
+        params = unpack_params(tensors, out_features)
+        low_rank = None
+        if "down_scale" in tensors:
+            low_rank = LowRank(_unpack_factor("down", tensors), _unpack_factor("up", tensors))
+        return cls(
+            codes=codes,
+            bits=int(packed.shape[2]),
+            levels=levels,
+            params=params,
+            has_offset=int(params.shape[2]) > int(levels.shape[0]),
+            bias=tensors.get("bias"),
+            low_rank=low_rank,
+            method=method,
+        )
+
+
+def check_group(in_features: int, group: int) -> None:
+    """Check that ``group`` can cut rows of ``in_features`` weights.
+
+    Raises:
+        ValueError: It cannot; the message names the group sizes that can.
+    """
+    if group not in allowed_groups(in_features):
+        allowed = ", ".join(map(str, allowed_groups(in_features)))
+        raise ValueError(
+            f"group size {group} cannot cut rows of {in_features} weights; choose one of {allowed}"
+            f" ({in_features} means one group per row), or 'auto'"
+        )
+
+
+def allowed_groups(in_features: int) -> list[int]:
+    """Return the group sizes for rows of ``in_features``: divisors, multiples of 16 up to 256, and the whole row."""
+    sizes = [g for g in range(MIN_GROUP, MAX_GROUP + 1, GROUP_MULTIPLE) if in_features % g == 0]
+    return sizes if in_features in sizes else [*sizes, in_features]
+
+
+def _pack_params(params: GroupParams) -> dict[str, Tensor]:
+    if params.codes is not None and params.step is not None and params.base is not None:
+        return {
+            "params": torch.from_numpy(layout.pack_rows(params.codes.cpu().numpy())),
+            "step": params.step[:, None, :, None],
+            "base": params.base[:, None, :, None],
+        }
+    values = torch.from_numpy(layout.pack_rows(params.values.cpu().numpy()))  # type: ignore[union-attr]
+    ones = torch.ones(1, 1, 1, 1, dtype=torch.int8)
+    return {"params": ones, "step": values, "base": torch.zeros(1, 1, 1, 1)}
+
+
+def unpack_params(tensors: Mapping[str, Tensor], rows: int) -> GroupParams:
+    """Return the group parameters of a layer with N = ``rows`` from its packed ``params``, ``step`` and ``base``."""
+    params, step, base = tensors["params"], tensors["step"], tensors["base"]
+    if params.numel() == 1 and step.numel() > 1:
+        return GroupParams(values=torch.from_numpy(layout.unpack_rows(step.cpu().numpy(), rows)))
+    codes = torch.from_numpy(layout.unpack_rows(params.cpu().numpy(), rows))
+    return GroupParams(codes, step[:, 0, :, 0].contiguous(), base[:, 0, :, 0].contiguous())
+
+
+def _pack_factor(name: str, factor: Factor) -> dict[str, Tensor]:
+    if factor.codes is not None and factor.scale is not None:
+        return {name: factor.codes, f"{name}_scale": factor.scale}
+    return {name: torch.ones(1, 1, dtype=torch.int8), f"{name}_scale": factor.values}  # type: ignore[dict-item]
+
+
+def _unpack_factor(name: str, tensors: Mapping[str, Tensor]) -> Factor:
+    codes, scale = tensors[name], tensors[f"{name}_scale"]
+    return Factor(values=scale) if codes.numel() == 1 and scale.numel() > 1 else Factor(codes, scale)

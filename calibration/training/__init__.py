@@ -1,0 +1,1 @@
+"""Training of quantized layers by the output of their block."""

@@ -1,0 +1,1 @@
+"""The operators in standard ONNX, one file for each kind."""

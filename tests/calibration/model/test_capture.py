@@ -1,0 +1,145 @@
+"""Running block by block gives what the model itself computes, for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rankbook.calibration.model import capture
+from tests.tiny import FAMILIES, tiny_model
+
+
+def tokens(sequences: int = 5, length: int = 20) -> torch.Tensor:
+    """Random bytes; longer than the sliding windows of 8."""
+    return torch.randint(0, 256, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Inputs of every block and output of the last one, seen by hooks on the model itself."""
+    seen: list[torch.Tensor] = []
+    blocks = capture.find_blocks(model).modules
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(capture.first(out).detach())))
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stream_through_the_blocks_is_that_of_the_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "TOKENS_PER_BATCH", 40)  # batches of 2, 2 and 1 sequences
+    model, ids = tiny_model(family), tokens()
+    blocks = capture.find_blocks(model)
+    calls = capture.record_calls(model, blocks, ids)
+    stream = capture.first_inputs(model, blocks, ids, torch.float32)
+    for want, block, call in zip(hidden_states(model, ids), blocks.modules, calls, strict=False):
+        # Batches of another size add up in another order: float32 rounding, well below 1e-5 of values near 1.
+        assert torch.allclose(stream, want, atol=1e-5)
+        capture.advance(block, call, stream)
+    assert torch.allclose(stream, hidden_states(model, ids)[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_bfloat16_runs_in_float32_and_is_left_as_it_was(family: str) -> None:
+    model, ids = tiny_model(family).to(torch.bfloat16), tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    blocks = capture.find_blocks(model)
+    calls = capture.record_calls(model, blocks, ids)
+    stream = capture.first_inputs(model, blocks, ids, torch.float32)
+    for block, call in zip(blocks.modules, calls, strict=True):
+        with capture.in_float32(block):
+            capture.advance(block, call, stream)
+    after = model.state_dict()
+    assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
+    want = hidden_states(model.float(), ids)[-1]
+    # The weights are the same; what differs is Gemma's factor sqrt(hidden), which bfloat16 rounds to 8 bits.
+    assert torch.allclose(stream, want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+
+
+def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> None:
+    model, ids = tiny_model("llama"), tokens()
+    blocks = capture.find_blocks(model)
+    calls = capture.record_calls(model, blocks, ids)
+    stream = capture.first_inputs(model, blocks, ids, torch.float32)
+    block: Any = blocks.modules[0]
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    statistics = capture.collect(block, calls[0], stream, names)
+    x = block.input_layernorm(stream).reshape(-1, 48)
+    q, k, v = (statistics[f"self_attn.{name}_proj"] for name in "qkv")
+    assert q is k is v
+    assert q.tokens == 100
+    assert torch.allclose(q.gram, x.T @ x, rtol=1e-5, atol=1e-4)
+    assert statistics["mlp.gate_proj"] is statistics["mlp.up_proj"]
+    assert statistics["mlp.gate_proj"] is not q
+    assert statistics["mlp.down_proj"].gram.shape == (80, 80)
+    assert not block.self_attn.q_proj._forward_pre_hooks
+
+
+def test_an_input_that_is_changed_in_place_is_not_shared() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total: torch.Tensor = self.a(x)
+            total += self.b(x.add_(1))
+            return total
+
+    call = capture.BlockCall((), {}, frozenset())
+    statistics = capture.collect(Block(), call, torch.randn(2, 3, 16), ["a", "b"])
+    assert statistics["a"] is not statistics["b"]
+
+
+def test_a_layer_that_is_never_called_has_no_tokens() -> None:
+    block = nn.Sequential(nn.Linear(16, 16))
+    block.add_module("unused", nn.Linear(8, 8))
+    block.forward = block[0].forward  # type: ignore[method-assign]
+    statistics = capture.collect(block, capture.BlockCall((), {}, frozenset()), torch.randn(1, 2, 16), ["0", "unused"])
+    assert statistics["unused"].tokens == 0
+    assert statistics["unused"].gram.shape == (8, 8)
+
+
+def test_gradients_flow_through_a_call() -> None:
+    model, ids = tiny_model("gemma2"), tokens()
+    blocks = capture.find_blocks(model)
+    calls = capture.record_calls(model, blocks, ids)
+    x = capture.first_inputs(model, blocks, ids, torch.float32)[:3].requires_grad_()
+    (gradient,) = torch.autograd.grad(calls[1](blocks.modules[1], x).square().sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_per_sequence_arguments_grow_with_the_batch() -> None:
+    single = ((torch.zeros(1, 4, 8),), {"bias": torch.arange(3.0)[:, None], "scale": torch.ones(1, 1), "flag": True})
+    pair = (
+        (torch.zeros(2, 4, 8),),
+        {"bias": torch.arange(3.0)[:, None].repeat(2, 1), "scale": torch.ones(1, 1), "flag": True},
+    )
+    call = capture._merge(single, pair, "block")
+    seen: dict[str, Any] = {}
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor]:
+            seen.update(kwargs)
+            return (x,)
+
+    call(Block(), torch.zeros(4, 4, 8))
+    assert seen["bias"].shape == (12, 1)
+    assert seen["scale"].shape == (1, 1)
+    assert seen["flag"] is True
+
+
+def test_arguments_that_depend_on_the_tokens_are_an_error() -> None:
+    single = ((torch.zeros(1, 4, 8),), {"per_layer": torch.zeros(1, 4)})
+    pair = ((torch.zeros(2, 4, 8),), {"per_layer": torch.ones(2, 4)})
+    with pytest.raises(ValueError, match="per_layer"):
+        capture._merge(single, pair, "block")
+
+
+def test_a_model_without_blocks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="decoder-only"):
+        capture.find_blocks(nn.Sequential(nn.Linear(2, 2)))

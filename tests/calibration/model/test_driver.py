@@ -1,0 +1,318 @@
+"""The driver: resuming, memory, what is left alone, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rankbook.calibration.checkpoint.format import MANIFEST, load_records
+from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.methods import METHODS, Method
+from rankbook.calibration.model import capture
+from rankbook.calibration.model.driver import quantize_model
+from rankbook.calibration.model.loading import load_model
+from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.model.report import Progress
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from tests.calibration import toy_method
+from tests.tiny import tiny_model, write_text
+
+ROOT = Path(__file__).parents[3]
+AUTO: Any = AutoModelForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "toy", toy_method.TOY)
+    monkeypatch.setitem(METHODS, "trained-toy", toy_method.TRAINED_TOY)
+
+
+def options(folder: Path, **changes: Any) -> QuantizeOptions:
+    """Small settings; writes the calibration text."""
+    text = folder / "text.txt"
+    if not text.exists():
+        write_text(text)
+    values = {"method": "trained-toy", "bits": 4, "calib": str(text), "calib_sequences": 4, "calib_length": 16}
+    return QuantizeOptions(**{**values, **changes})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything a run writes but the manifest, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from rankbook.calibration.methods import METHODS
+from rankbook.calibration.model.driver import quantize_model
+from tests.calibration.model import test_driver, toy_method
+METHODS["trained-toy"] = toy_method.TRAINED_TOY
+folder = Path(sys.argv[1])
+def die(step):
+    if step.block == int(sys.argv[2]) and step.stage == "training":
+        os._exit(9)
+quantize_model(folder / "model", folder / "out", test_driver.options(folder), progress=die)
+"""
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_killed_run_goes_on_with_the_same_result(tmp_path: Path, block: int) -> None:
+    tiny_model("gemma2", tmp_path / "model", num_hidden_layers=4)
+    chosen = options(tmp_path)
+    quantize_model(tmp_path / "model", tmp_path / "whole", chosen)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / '.pkg'}:{ROOT}",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(block)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 9, done.stderr.decode()
+    assert not (tmp_path / "out").exists()
+    report = quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+    assert report.resumed_at == block
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    whole, resumed = (json.loads((tmp_path / name / MANIFEST).read_text()) for name in ("whole", "out"))
+    assert resumed["layers"] == whole["layers"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_failed_while_writing_the_result_is_finished_without_computing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama", tmp_path / "model")
+    quantize_model(tmp_path / "model", tmp_path / "whole", options(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankbook.calibration.checkpoint.format.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    monkeypatch.setattr("rankbook.calibration.checkpoint.format.save_file", save_file)
+    monkeypatch.setattr("rankbook.calibration.model.capture.advance", None)  # would fail if it were called
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), resume=True)
+    assert report.resumed_at == 2
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def interrupted(folder: Path, chosen: QuantizeOptions) -> None:
+    """Run until the second block and stop."""
+
+    def stop(step: Progress) -> None:
+        if step.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(folder / "model", folder / "out", chosen, progress=stop)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        # Two blocks: both streams pass the first, that of the targets the second too.
+        ({"effort": "fast"}, [False]),
+        ({"method_options": {"steps": 1, "compute": "float32"}}, [False] * 3),
+        ({"method_options": {"steps": 1, "compute": "bfloat16"}}, [True] * 3),
+    ],
+    ids=str,
+)
+def test_streams_are_those_that_training_needs_in_its_arithmetic(
+    changes: dict[str, Any], wanted: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama", tmp_path / "model")
+    found = []
+    advance = capture.advance
+
+    def watched(*args: Any) -> None:
+        found.append(torch.is_autocast_enabled("cpu"))
+        advance(*args)
+
+    monkeypatch.setattr(capture, "advance", watched)
+    quantize_model(tmp_path / "model", tmp_path / "q", options(tmp_path, method="lcq", rank=1, **changes))
+    assert found == wanted
+
+
+def test_rounded_inputs_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path, activations="static8", scale_inputs="smoothquant")
+    quantize_model(tmp_path / "model", tmp_path / "whole", chosen)
+    interrupted(tmp_path, chosen)
+    quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_resume_refuses_other_options_and_another_model(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path)
+    interrupted(tmp_path, chosen)
+    with pytest.raises(ValueError, match=r"options\.bits was 4, now 3"):
+        quantize_model(tmp_path / "model", tmp_path / "out", replace(chosen, bits=3), resume=True)
+    (tmp_path / "text.txt").write_text("Another text of more than a few letters.")
+    with pytest.raises(ValueError, match="calibration was"):
+        quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+    tiny_model("llama", tmp_path / "model", seed=1)
+    with pytest.raises(ValueError, match="model was"):
+        quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+
+
+def test_a_damaged_state_is_named_and_a_fresh_start_ignores_it(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    interrupted(tmp_path, options(tmp_path))
+    block = tmp_path / ".out.partial" / "block-00000.safetensors"
+    block.write_bytes(block.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"block-00000\.safetensors is damaged"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), resume=True)
+    assert quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path)).resumed_at == 0
+
+
+def test_resume_of_a_run_on_sampled_text_keeps_the_text(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path, calib=None)
+    quantize_model(tmp_path / "model", tmp_path / "whole", chosen)
+    interrupted(tmp_path, chosen)
+    report = quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
+    assert "sampled from the model itself" in report.calibration
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_weights_are_memory_mapped_and_one_block_at_a_time_is_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    model, _ = load_model(tmp_path / "model")
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    ranges = [tuple(int(part, 16) for part in line[0].split("-")) for line in maps]
+    for name, parameter in model.named_parameters():
+        assert any(low <= parameter.data_ptr() < high for low, high in ranges), f"{name} is a copy"
+
+    wide: list[set[torch.dtype]] = []
+    monkeypatch.setattr("rankbook.calibration.model.driver.load_model", lambda _: (model, None))
+
+    def spy(problem: LayerProblem, config: Any) -> QuantizedLinear:
+        wide.append({p.dtype for block in model.model.layers for p in list(block.parameters())[:1]})
+        blocks = [block.input_layernorm.weight.dtype for block in model.model.layers]
+        assert blocks.count(torch.float32) == 1
+        return toy_method.quantize(problem, config)
+
+    monkeypatch.setitem(METHODS, "toy", Method("toy", toy_method.ToyConfig, spy))
+    quantize_model(
+        tmp_path / "model", tmp_path / "out", QuantizeOptions(method="toy", calib_sequences=2, calib_length=8)
+    )
+    assert len(wide) == 14
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_progress_reaches_one_and_names_every_block(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    steps: list[Progress] = []
+    quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), progress=steps.append)
+    fractions = [step.fraction for step in steps]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert {step.block for step in steps} >= {0, 1}
+    assert all(step.peak_rss_bytes > 1 << 20 for step in steps)
+    assert all(step.eta_s is not None and step.eta_s >= 0 for step in steps[-4:])
+
+
+def test_manifest_accounts_for_every_stored_bit(tmp_path: Path) -> None:
+    tiny_model("qwen3", tmp_path / "model")
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    packed = sum(8 * tensor.nbytes for name, tensor in stored.items() if name.rpartition(".")[0] in report.layers)
+    totals = manifest["totals"]
+    assert totals["linear"]["stored_bits"] == packed == sum(totals["linear"]["parts"].values())
+    assert totals["linear"]["bits_per_weight"] == report.bits_per_weight
+    assert totals["embeddings"]["bits_per_weight"] == 32
+    assert totals["lm_head"]["shared_with"] == "model.embed_tokens"
+    assert manifest["options"] == options(tmp_path).to_json()
+    assert QuantizeOptions.from_json(manifest["options"]) == options(tmp_path)
+    assert set(manifest["layers"]) == set(load_records(tmp_path / "out"))
+    json.dumps(report.to_json())
+
+
+def test_skipped_and_unknown_layers_are_left_alone_and_listed(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model = AUTO.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    chosen = options(tmp_path, calib=None, skip=("*.1.self_attn.q_proj",))
+    report = quantize_model(tmp_path / "model", tmp_path / "out", chosen)
+    assert report.left_alone["model.layers.1.self_attn.q_proj"] == "skipped by option"
+    assert "Experts" in report.left_alone["model.layers.0.mlp.experts"]
+    assert len(report.layers) == 7
+    loaded, _ = load_model(tmp_path / "out")
+    before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
+    assert torch.equal(before["model.layers.0.mlp.experts.down_proj"], after["model.layers.0.mlp.experts.down_proj"])
+
+
+def test_a_model_with_nothing_to_quantize(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=259, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    AUTO.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no layer of GPT2LMHeadModel is left to quantize"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, calib=None))
+
+
+def damage(folder: Path, name: str) -> None:
+    """Put one NaN into a tensor of a saved model."""
+    tensors: Mapping[str, Tensor] = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = torch.nan
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_nan_is_named_and_the_earlier_output_stays(tmp_path: Path, name: str) -> None:
+    tiny_model("llama", tmp_path / "model")
+    quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    before = files(tmp_path / "out")
+    damage(tmp_path / "model", name)
+    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    assert files(tmp_path / "out") == before
+
+
+def test_a_group_size_that_does_not_fit_is_refused_before_work_begins(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    steps: list[Progress] = []
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj: group size 48 .* choose one of 16, 80"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, group_size=48), progress=steps.append)
+    assert not steps
+
+
+def test_other_bad_input(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="is empty"):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    tiny_model("qwen3", tmp_path / "tied")
+    mixed = options(tmp_path, quantize_lm_head=4, quantize_embeddings=8)
+    with pytest.raises(ValueError, match="cannot both be had"):
+        quantize_model(tmp_path / "tied", tmp_path / "out", mixed)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        quantize_model(tmp_path / "model", tmp_path / "notes", options(tmp_path))
+    write_text(tmp_path / "text.txt")
+    quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_model(tmp_path / "out", tmp_path / "again", options(tmp_path))

@@ -1,0 +1,134 @@
+"""What counts as a model, and clear words for what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rankbook.calibration.methods import METHODS
+from rankbook.calibration.model.driver import quantize_model
+from rankbook.calibration.model.loading import Source, load_model, load_tokenizer, model_hash, resolve
+from rankbook.calibration.model.options import QuantizeOptions
+from tests.calibration import toy_method
+from tests.tiny import tiny_model
+
+
+def write_gguf(path: Path) -> None:
+    """Write a random one-block llama with a byte-level tokenizer as GGUF."""
+    gguf = pytest.importorskip("gguf")
+    hidden, wide, vocabulary = 32, 64, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(wide)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(ord("0") + i) for i in range(vocabulary - 1)), "ab"])
+    writer.add_token_types([1] * vocabulary)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    generator = np.random.default_rng(0)
+    shapes = {"token_embd": (vocabulary, hidden), "output": (vocabulary, hidden), "blk.0.ffn_down": (hidden, wide)}
+    shapes |= {f"blk.0.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{name}": (wide, hidden) for name in ("gate", "up")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", 0.1 * generator.standard_normal(shape).astype(np.float32))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_kinds_of_source(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "hf")
+    assert resolve(tmp_path / "hf") == Source(str(tmp_path / "hf"))
+    assert resolve("owner/name") == Source("owner/name")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert resolve(tmp_path / "a.gguf") == resolve(tmp_path) == Source(str(tmp_path), "a.gguf")
+    (tmp_path / "hf" / "rankbook.json").write_text("{}")
+    assert resolve(tmp_path / "hf").packed
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neither a config\.json nor a \.gguf"):
+        resolve(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        resolve(tmp_path / "nowhere")
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a file but not a \.gguf"):
+        resolve(tmp_path / "model.bin")
+    for name in "ab":
+        (tmp_path / f"{name}.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\)"):
+        resolve(tmp_path)
+
+
+def test_damaged_models(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
+        load_model(tmp_path / "model")
+    weights.unlink()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model" / "pytorch_model.bin")  # pickled weights are not read
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path / "model")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path / "broken.gguf")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.warns(UserWarning, match="tokenizer of .* cannot be read"):
+        assert load_tokenizer(tmp_path) is None
+
+
+def test_native_dtype_is_kept_and_can_be_changed(tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert tokenizer is None
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    assert load_model(tmp_path, torch.float32)[0].dtype == torch.float32
+
+
+def test_hash_follows_weights_and_configuration(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path)
+    before = model_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("of no matter")
+    assert model_hash(tmp_path) == before
+    tiny_model("llama", tmp_path, seed=1)
+    assert model_hash(tmp_path) != before
+
+
+def test_gguf_is_quantized_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "toy", toy_method.TOY)
+    (tmp_path / "model").mkdir()
+    write_gguf(tmp_path / "model" / "tiny.gguf")
+    assert load_tokenizer(tmp_path / "model")("012").input_ids == [0, 1, 2]
+    model, _ = load_model(tmp_path / "model" / "tiny.gguf")
+    options = QuantizeOptions(method="toy", bits=8, calib_sequences=2, calib_length=8)
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options)
+    assert len(report.layers) == 7
+    loaded, tokenizer = load_model(tmp_path / "out")
+    assert tokenizer("012").input_ids == [0, 1, 2]
+    ids = torch.arange(10)[None]
+    a, b = model(ids).logits, loaded(ids).logits
+    assert (a - b).norm() < 0.02 * a.norm()  # 8-bit weights: about 0.4 % error each

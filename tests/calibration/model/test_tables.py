@@ -1,0 +1,147 @@
+"""Embedding and output layer: rounding in pieces, and every combination of tied and wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.methods import METHODS
+from rankbook.calibration.model import capture, tables
+from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.model.packed_modules import CodebookEmbedding, CodebookLinear, TiedCodebookLinear
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pieces_give_what_one_call_gives(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 64)
+    weight = torch.randn(259, 48)
+    options = QuantizeOptions(method="rtn")
+    record = tables.quantize_table("table", weight, torch.ones(259), bits, options)
+    rtn = METHODS["rtn"]
+    problem = LayerProblem("table", weight, None, LayerStatistics.empty(48))
+    whole = rtn.quantize(problem, rtn.config_type(bits=bits, group_size=48))
+    assert torch.equal(record.weight(), whole.weight())
+    assert record.bias is not None
+
+
+def correlated_inputs(size: int) -> LayerStatistics:
+    """Statistics of inputs that move together, as hidden states do."""
+    found = LayerStatistics.empty(size)
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(4, size, generator=generator)
+    found.update(torch.randn(500, 4, generator=generator) @ common + 0.3 * torch.randn(500, size, generator=generator))
+    return found
+
+
+@pytest.mark.parametrize(("method", "written"), [("rtn", "gptq"), ("lcq", "lcq")])
+def test_four_bits_are_fitted_to_what_enters(method: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less error in the output than rounding to nearest; every piece of a large table has the same levels."""
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 64)
+    weight, inputs = torch.randn(150, 48, generator=torch.Generator().manual_seed(1)), correlated_inputs(48)
+    options = QuantizeOptions(method=method, group_size=16)
+
+    def error(record: QuantizedLinear) -> float:
+        off = record.weight() - weight
+        return float(torch.einsum("nk,kj,nj->", off, inputs.gram, off))
+
+    rtn = METHODS["rtn"]
+    problem = LayerProblem("table", weight, None, inputs)
+    rounded = rtn.quantize(problem, rtn.config_type(bits=4, group_size=16))
+    fitted = tables.quantize_table("table", weight, None, 4, options, inputs)
+    assert fitted.method == written
+    assert error(fitted) < 0.1 * error(rounded)  # 0.044 and 0.035 here
+
+
+def test_what_enters_the_output_layer_is_measured() -> None:
+    """The Gram matrix is that of the last norm's output; a tied table is fitted to it."""
+    model = tiny_model("qwen3")
+    tokens = torch.arange(64).view(2, 32)
+    found = tables.find_tables(model)
+    assert found.head is not None
+    inputs = capture.entering(model, capture.find_blocks(model), found.head[1], tokens)
+    hidden = model.model(tokens).last_hidden_state.flatten(0, 1)
+    assert inputs.tokens == 64
+    torch.testing.assert_close(inputs.gram, (hidden.T @ hidden).detach(), rtol=1e-4, atol=1e-3)
+    options = QuantizeOptions(method="lcq", quantize_lm_head=4)
+    assert tables.wants_statistics(found, options)
+    assert not tables.wants_statistics(found, QuantizeOptions(method="lcq", quantize_lm_head=8))
+    ids = torch.arange(10)[None]
+    want = model(ids).logits.detach()
+
+    def error(statistics: LayerStatistics | None) -> float:
+        model = tiny_model("qwen3")
+        tables.quantize_embedding(model, tables.find_tables(model), options, statistics)
+        return float((model(ids).logits.detach() - want).norm())
+
+    assert error(inputs) != error(None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_a_model_in_half_precision_is_measured_in_float32(family: str) -> None:
+    """Its weights are what they are; nothing else is rounded, and the model is left as it was."""
+    model = tiny_model(family).half()
+    tokens = torch.arange(64).view(2, 32)
+    head = model.get_output_embeddings()
+    measured = capture.entering(model, capture.find_blocks(model), head, tokens)
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float16}
+    model.float()
+    want = capture.entering(model, capture.find_blocks(model), head, tokens)
+    torch.testing.assert_close(measured.gram, want.gram, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("embeddings", "head"), [(8, 0), (0, 8), (4, 4)])
+def test_combinations(family: str, embeddings: int, head: int) -> None:
+    model = tiny_model(family)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    options = QuantizeOptions(method="rtn", quantize_embeddings=embeddings, quantize_lm_head=head)
+    found = tables.find_tables(model)
+    assert found.tied == tied == (family == "qwen3")
+    tables.check_tables(found, options)
+    ids = torch.arange(10)[None]
+    want = model(ids).logits
+    metas = tables.quantize_embedding(model, found, options) | tables.quantize_head(model, found, options)
+    if tied:  # one record for both, whichever was asked for
+        assert isinstance(model.model.embed_tokens, CodebookEmbedding)
+        assert isinstance(model.lm_head, TiedCodebookLinear)
+        assert metas["lm_head"].shared_with == "model.embed_tokens"
+    else:
+        assert isinstance(model.model.embed_tokens, CodebookEmbedding if embeddings else nn.Embedding)
+        assert isinstance(model.lm_head, CodebookLinear if head else nn.Linear)
+        assert set(metas) == {n for n, w in (("model.embed_tokens", embeddings), ("lm_head", head)) if w}
+    bits = max(embeddings, head)
+    # Rounding to b bits over a range of about 5 standard deviations: an error of 5 / (sqrt(12) 2^b) of the weights.
+    assert (model(ids).logits - want).norm() < 4 * 5 / (12**0.5 * 2**bits) * want.norm()
+
+
+def test_scaled_embeddings_keep_their_factor() -> None:
+    model = tiny_model("gemma2")
+    ids = torch.arange(10)[None]
+    want = model.model.embed_tokens(ids)
+    options = QuantizeOptions(method="rtn", quantize_embeddings=8)
+    tables.quantize_embedding(model, tables.find_tables(model), options)
+    assert (model.model.embed_tokens(ids) - want).norm() < 0.02 * want.norm()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    found = tables.find_tables(model)
+    with pytest.raises(ValueError, match="4 and 8 bits cannot both be had"):
+        tables.check_tables(found, QuantizeOptions(method="rtn", quantize_embeddings=4, quantize_lm_head=8))
+
+    class Odd(nn.Embedding):
+        pass
+
+    model.model.embed_tokens.__class__ = Odd
+    with pytest.raises(ValueError, match="embeddings of type Odd cannot be quantized"):
+        tables.check_tables(found, QuantizeOptions(method="rtn", quantize_embeddings=4))
+    headless = tables.Tables(found.embedding, None, tied=False)
+    with pytest.raises(ValueError, match="no plain output layer"):
+        tables.check_tables(headless, QuantizeOptions(method="rtn", quantize_lm_head=8))

@@ -1,0 +1,71 @@
+"""`inspect` describes everything that the tools write, and says clearly what it does not know."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+from onnx import helper
+
+from rankbook.tools import errors
+from rankbook.tools.inspect.inspection import inspect
+from tests.tools.files import chain_model, run_cli, stdout_json
+
+
+def test_an_onnx_file_shows_its_layers(tmp_path, capsys):
+    path = chain_model(tmp_path / "onnx")
+    assert run_cli("inspect", path.parent, "--json") == 0
+    report = stdout_json(capsys)
+    assert report["kind"] == "onnx"
+    assert [layer["name"] for layer in report["layers"]] == [f"layers.{index}.proj" for index in range(3)]
+    layer = report["layers"][0]
+    assert (layer["bits"], layer["out_features"], layer["in_features"], layer["group"]) == (3, 64, 64, 32)
+    assert layer["method"] == "lcq"
+    assert report["bits_per_weight"] == pytest.approx(layer["stored_bits"])
+    assert report["facts"]["metadata"] == {"rankbook.method": "lcq"}
+
+
+def test_a_plain_model_shows_dense_layers(tmp_path):
+    header = {
+        "b.10.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [0, 16]},
+        "b.2.weight": {"dtype": "BF16", "shape": [4, 2], "data_offsets": [16, 32]},
+        "norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [32, 48]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(48))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    found = inspect(tmp_path)
+    assert found.kind == "model"
+    assert [(layer.name, layer.bits) for layer in found.layers] == [("b.2", 16), ("b.10", 16)]
+
+
+def test_a_file_that_is_not_ours_is_a_clear_sentence(tmp_path, capsys):
+    node = helper.make_node("Relu", ["x"], ["y"])
+    ports = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    onnx.save(helper.make_model(helper.make_graph([node], "g", ports[:1], ports[1:])), tmp_path / "other.onnx")
+    assert run_cli("inspect", tmp_path / "other.onnx") == errors.USAGE
+    assert "not a file of rankbook" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "model.onnx").write_bytes(b"\xff" * 100), "not a readable ONNX model"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b""), "empty graph"),
+        (lambda folder: (folder / "model.onnx.data").unlink(), "is missing"),
+        (lambda folder: (folder / "model.onnx.data").write_bytes(b"short"), "truncated"),
+        (lambda folder: (folder / "model.onnx").unlink(), "nothing that rankbook knows"),
+    ],
+)
+def test_damaged_files_are_named(damage, said, tmp_path, capsys):
+    path = chain_model(tmp_path / "onnx", nodes=1)
+    damage(path.parent)
+    assert run_cli("inspect", path.parent) == errors.USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_an_engine_without_its_description_is_refused(tmp_path, capsys):
+    (tmp_path / "model.engine").write_bytes(b"x")
+    assert run_cli("inspect", tmp_path / "model.engine") == errors.USAGE
+    assert "engine.json" in capsys.readouterr().err

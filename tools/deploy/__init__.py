@@ -1,0 +1,1 @@
+"""Engines: building them, their shapes, logs and commands."""

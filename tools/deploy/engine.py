@@ -1,0 +1,388 @@
+"""Builds a TensorRT engine from an exported file in a child process and verifies what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
+from rankbook.plugins import library
+from rankbook.tools.deploy import engine_commands, engine_log
+from rankbook.tools.deploy.profiles import Limits, Shapes, make_profiles
+from rankbook.tools.errors import CheckFailedError, MissingError, UsageError
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
+from rankbook.tools.report import plain
+from rankbook.tools.runtimes import trt
+
+ENGINE_NAME = "model.engine"
+TIMING_CACHE_NAME = "timing.cache"
+"""Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
+MANIFEST_NAME = "engine.json"
+"""Describes the engine beside it and marks the folder as ours."""
+WEIGHTS_SLACK = 1.05
+"""Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
+WEIGHTS_SLACK_BYTES = 1 << 20
+"""... and by this (lookup tables of the bodies, shape constants)."""
+
+_LOG_TYPES = {"INT8": "Int8", "INT4": "Int4"}
+"""Element types of codes in the builder's log by their names in ONNX."""
+
+
+class ParserRefusedError(CheckFailedError):
+    """TensorRT's parser does not take the graph."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        target: ``rtx`` or ``trt``.
+        capabilities: Compute capabilities, e.g. ``SM86``; empty means the present GPU (trt only).
+        limits: Shapes to serve.
+        workspace_bytes: Bound of the builder's workspace, or None.
+        keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
+        plugins: Put our kernels into the engine where the plugin library is built; the function bodies otherwise.
+        self_contained: Store the plugin library in the engine, so that it runs where the library is not installed.
+        aot: Store the kernels as PTX in the engine instead of using the library (trt only, `rankbook.plugins.aot`).
+    """
+
+    target: str = "rtx"
+    capabilities: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
+    limits: Limits = field(default_factory=Limits)
+    workspace_bytes: int | None = None
+    keep_files: bool = False
+    plugins: bool = True
+    self_contained: bool = False
+    aot: bool = False
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            UsageError: Options that exclude each other.
+            MissingError: The PTX is not built.
+        """
+        if not self.aot:
+            return
+        if self.target == "rtx":
+            raise UsageError(
+                "TensorRT-RTX has no plugins of the form --plugins aot; give --target trt, or --self-contained to store"
+                " the plugin library in the engine"
+            )
+        if self.self_contained or not self.plugins:
+            other = "--self-contained" if self.self_contained else "--no-plugins"
+            raise UsageError(f"--plugins aot and {other} contradict each other; give one of them")
+        from rankbook.plugins import aot
+
+        if reason := aot.unavailable():
+            raise MissingError(reason)
+
+    def form(self) -> str:
+        """Return where the kernels are, for people."""
+        if self.aot:
+            return "PTX in the engine"
+        return "library in the engine" if self.self_contained else "library loaded from its file"
+
+    def plugin_library(self) -> Path | None:
+        """Return the plugin library to build with, or None for the function bodies."""
+        usable = self.plugins and not self.aot and library.unavailable("trt") is None
+        return library.library("trt") if usable else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about the engine and whether it holds."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What ``engine.json`` holds.
+
+    Attributes:
+        source: The ONNX file, with its SHA-256.
+        engine_bytes: Size of the engine file.
+        weights_bytes: Weights in the engine by the builder's count.
+        stored_bytes: Bytes of the tensors in the ONNX file.
+        constant_bytes: Bytes of the engine's constants by element type.
+        layers: Engine layers by kind, over all profiles.
+        profiles: Smallest, typical and largest shape of each input, by profile.
+        checks: What was verified.
+        self_contained: Whether the engine holds the plugin library.
+        plugin_form: Where the kernels are, for people.
+        commands: The same build with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
+        seconds: Wall time of the child process.
+    """
+
+    target: str
+    version: str
+    source: dict[str, Any]
+    capabilities: tuple[str, ...]
+    engine_bytes: int
+    engine_sha256: str
+    weights_bytes: int
+    stored_bytes: int
+    constant_bytes: dict[str, int]
+    activation_bytes: int
+    network_layers: int
+    plugin_layers: int
+    layers: dict[str, int]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    profiles: dict[str, Shapes]
+    checks: tuple[Check, ...]
+    self_contained: bool
+    plugin_form: str
+    commands: dict[str, str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def build(
+    source: Path, output: Path, options: BuildOptions, progress: Callable[[float, str | None], None]
+) -> EngineReport:
+    """Build and verify an engine; ``output`` gets the new engine as a whole or stays as it was.
+
+    Args:
+        source: An ``.onnx`` file or an exported folder.
+        output: Folder to write ``model.engine`` and ``engine.json`` to.
+        options: What to build.
+        progress: Called with the fraction done and the builder's phase.
+
+    Raises:
+        UsageError: The source is not usable.
+        CheckFailedError: The builder failed.
+        FileExistsError: ``output`` holds something else than an engine.
+    """
+    options.check()
+    model = onnx_file.read(source)
+    onnx_file.require_ours(model)
+    onnx_file.require_standard(model)
+    profiles = make_profiles(model.inputs, options.limits)
+    with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
+        plugins = options.plugin_library()
+        engine = folder / ENGINE_NAME
+        if options.self_contained and plugins is None:
+            raise UsageError(f"--self-contained stores the plugin library, but {_why_no_plugins(options)}")
+        request = {
+            "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
+            "onnx": str(model.path),
+            "engine": str(engine),
+            "log": str(work / "build.log"),
+            "capabilities": list(options.capabilities),
+            "profiles": list(profiles.values()),
+            "workspace_bytes": options.workspace_bytes,
+            "plugins": [str(plugins)] if plugins else [],
+            "aot": options.aot,
+            "self_contained": options.self_contained,
+            # TensorRT-RTX measures nothing while it builds.
+            "timing_cache": [str(f / TIMING_CACHE_NAME) for f in (output, folder)] if options.target == "trt" else None,
+        }
+        result, graph = _build_either_way(model, request, work, progress)
+        log = engine_log.read(work / "build.log")
+        report = _report(model, options, profiles, {**result, "graph": graph}, log, sha256_file(engine))
+        (folder / MANIFEST_NAME).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _why_no_plugins(options: BuildOptions) -> str:
+    return library.unavailable("trt") or "plugins are switched off" if options.plugins else "--no-plugins leaves it out"
+
+
+def _build_either_way(
+    model: OnnxFile, request: dict[str, Any], work: Path, progress: Callable[[float, str | None], None]
+) -> tuple[dict[str, Any], Path]:
+    """Build from the file as it is or, where the parser refuses its functions, from the graph without functions."""
+    try:
+        return run_worker(request, work, progress), model.path
+    except ParserRefusedError:
+        if request["plugins"] and all(map(has_plugin, model.nodes)):  # no function is expanded: another reason
+            raise
+        graph = inline_bodies(model, work)
+        return run_worker({**request, "onnx": str(graph)}, work, progress), graph
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
+    if keep:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rankbook-build-") as temporary:
+        yield Path(temporary)
+
+
+def inline_bodies(model: OnnxFile, folder: Path) -> Path:
+    """Write the graph with the bodies of our nodes expanded; weights stay where they are, reached through links.
+
+    TensorRT's parser names a DequantizeLinear layer after its node and may refuse a name twice, that is the second use
+    of one function; `rankbook.exporter.functions` has a way around it that depends on the parser's version. Expanded
+    nodes get names of their own.
+    """
+    import onnx
+    import onnx.inliner
+
+    inlined = onnx.inliner.inline_local_functions(onnx_file.load_graph(model.path))
+    for index, node in enumerate(inlined.graph.node):
+        if node.op_type == "DequantizeLinear":
+            node.name = f"{node.name or 'dequantize'}_{index}"
+    target = folder / "inlined.onnx"
+    target.write_bytes(inlined.SerializeToString())
+    for name in model.data_files:
+        link = folder / name
+        if not link.exists():
+            link.symlink_to((model.path.parent / name).resolve())
+    return target
+
+
+def run_worker(request: dict[str, Any], folder: Path, progress: Callable[[float, str | None], None]) -> dict[str, Any]:
+    """Run `rankbook.tools.deploy.rtx_worker` on a request and return its result.
+
+    Raises:
+        CheckFailedError: The builder reported an error or its process died.
+    """
+    path = folder / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="rankbook-libraries-") as libraries, tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, "-m", "rankbook.tools.deploy.rtx_worker", str(path)]
+        environment = trt.rtx_environment(Path(libraries))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        try:
+            last = _follow(process, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        errors.seek(0)
+        if last.get("errno") is not None:
+            raise OSError(last["errno"], last["error"])
+        if "parser refused" in last.get("error", ""):
+            raise ParserRefusedError(f"{last['error']}; --keep-files keeps the builder's log")
+        if "result" not in last:
+            reason = (
+                last.get("error") or _last_lines(errors.read()) or f"its process ended with code {process.returncode}"
+            )
+            raise CheckFailedError(f"building the engine failed: {reason}; --keep-files keeps the builder's log")
+    path.unlink()
+    result: dict[str, Any] = last["result"]
+    return result
+
+
+def _follow(process: subprocess.Popen[str], progress: Callable[[float, str | None], None]) -> dict[str, Any]:
+    """Read events until the process closes its output; return the last one."""
+    last: dict[str, Any] = {}
+    for line in process.stdout or ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # something that the library printed
+        if "progress" in event:
+            progress(event["progress"], event["phase"])
+        else:
+            last = event
+    process.wait()
+    return last
+
+
+def _last_lines(text: str, count: int = 3) -> str:
+    return " ".join(text.strip().splitlines()[-count:])
+
+
+def _report(
+    model: OnnxFile,
+    options: BuildOptions,
+    profiles: dict[str, Shapes],
+    result: dict[str, Any],
+    log: engine_log.EngineLog,
+    sha256: str,
+) -> EngineReport:
+    source = {"path": str(model.path), "sha256": sha256_file(model.path), "metadata": model.metadata}
+    return EngineReport(
+        target=options.target,
+        version=result["version"],
+        source=source,
+        capabilities=options.capabilities,
+        engine_bytes=result["engine_bytes"],
+        engine_sha256=sha256,
+        weights_bytes=log.weights_bytes,
+        stored_bytes=model.initializer_bytes,
+        constant_bytes=log.constant_bytes(),
+        activation_bytes=log.activation_bytes,
+        network_layers=result["network_layers"],
+        plugin_layers=result["plugin_layers"],
+        layers=dict(log.layers),
+        inputs=result["inputs"],
+        outputs=result["outputs"],
+        profiles=profiles,
+        checks=(*verify(model, profiles, result, log), verify_plugins(model, options, result)),
+        self_contained=options.self_contained,
+        plugin_form=options.form(),
+        commands=_commands(result["graph"], options, profiles),
+        seconds=result["seconds"],
+    )
+
+
+def verify(
+    model: OnnxFile, profiles: dict[str, Shapes], result: dict[str, Any], log: engine_log.EngineLog
+) -> tuple[Check, ...]:
+    """Compare the engine with the file: names, profiles, and that packed weights stayed packed."""
+    names = [item["name"] for item in result["inputs"]], [item["name"] for item in result["outputs"]]
+    codes, held = model.code_bytes, log.constant_bytes()
+    packed = all(held.get(_LOG_TYPES.get(dtype, dtype), 0) >= size for dtype, size in codes.items())
+    bound = int(model.initializer_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
+    return (
+        Check("inputs", sorted(names[0]) == sorted(model.inputs), f"{len(names[0])} of {len(model.inputs)}"),
+        Check("outputs", sorted(names[1]) == sorted(model.outputs), f"{len(names[1])} of {len(model.outputs)}"),
+        Check(
+            "engine inputs",
+            set(log.inputs) <= set(model.inputs) and bool(log.inputs),
+            f"{len(log.inputs)} named in the log",
+        ),
+        Check("engine outputs", sorted(log.outputs) == sorted(model.outputs), f"{len(log.outputs)} named in the log"),
+        Check("profiles", result["profiles"] == len(profiles), f"{result['profiles']} of {len(profiles)}"),
+        Check("codes stayed packed", packed and bool(codes), f"bytes of constants {held}; of the file's codes {codes}"),
+        Check("weights", 0 < log.weights_bytes <= bound, f"{log.weights_bytes} bytes, at most {bound} allowed"),
+        Check("engine layers", sum(log.layers.values()) > 0, f"{sum(log.layers.values())} layers"),
+    )
+
+
+def has_plugin(node: CustomNode) -> bool:
+    """Say whether the plugin library knows the operator of a node; of others the parser takes the body."""
+    from rankbook.plugins import contract  # with numpy, for which --help does not wait
+
+    return node.op_type in contract.plugin_names()
+
+
+def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any]) -> Check:
+    """Compare the plugin layers with the nodes that there are plugins for; none where the bodies are built."""
+    wanted = sum(has_plugin(node) for node in model.nodes) if options.plugin_library() else 0
+    if options.aot:
+        from rankbook.plugins import aot
+
+        wanted = sum(node.op_type in aot.names() for node in model.nodes)
+    return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
+
+
+def _commands(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> dict[str, str]:
+    if options.aot:  # neither tool can register plugins of this form
+        return {}
+    plugins = options.plugin_library()
+    build = engine_commands.Build(
+        graph, ENGINE_NAME, options.target, options.capabilities, profiles, plugins, options.self_contained
+    )
+    return {"trtexec": engine_commands.trtexec(build), "polygraphy": engine_commands.polygraphy(build)}

@@ -1,0 +1,72 @@
+"""Command lines of other tools that build the engine that `rankbook build` builds."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankbook.tools.deploy import polygraphy_network
+from rankbook.tools.deploy.profiles import Shapes
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build.
+
+    Attributes:
+        graph: The ONNX file.
+        engine: Where the engine goes.
+        target: ``rtx`` or ``trt``.
+        capabilities: Compute capabilities, rtx only, e.g. ``SM86``.
+        profiles: Smallest, typical and largest shape of each input, by profile.
+        plugins: The plugin library, or None.
+        self_contained: Store the library in the engine.
+    """
+
+    graph: Path
+    engine: str
+    target: str
+    capabilities: tuple[str, ...]
+    profiles: dict[str, Shapes]
+    plugins: Path | None
+    self_contained: bool
+
+
+def trtexec(build: Build) -> str:
+    """Return the command for ``trtexec``, which is ``tensorrt_rtx`` in TensorRT-RTX."""
+    parts = ["tensorrt_rtx" if build.target == "rtx" else "trtexec", f"--onnx={build.graph}"]
+    parts.append(f"--saveEngine={build.engine}")
+    if build.target == "rtx":
+        parts.append(f"--computeCapabilities={','.join(name.removeprefix('SM') for name in build.capabilities)}")
+    else:
+        parts.append("--timingCacheFile=timing.cache")
+    if build.plugins is not None:
+        # One flag stores the library and loads it, the other only loads it.
+        flag = "setPluginsToSerialize" if build.self_contained else "dynamicPlugins"
+        parts.append(f"--{flag}={build.plugins}")
+    for index, shapes in enumerate(build.profiles.values()):
+        parts.append(f"--profile={index}")
+        for bound, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
+            sizes = [f"{name}:{'x'.join(map(str, bounds[bound]))}" for name, bounds in shapes.items()]
+            parts.append(f"--{flag}={','.join(sizes)}")
+    return shlex.join(parts)
+
+
+def polygraphy(build: Build) -> str:
+    """Return the command for ``polygraphy convert``.
+
+    Its ``--plugins`` opens a library but does not register what it holds, so with plugins polygraphy runs a script of
+    ours that does. An engine that holds the library cannot be made this way.
+    """
+    parts = ["polygraphy", "convert", str(build.graph), "--convert-to", "trt", "-o", build.engine]
+    settings = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if build.target == "rtx" else []
+    if build.plugins is not None:
+        parts[2:5] = [polygraphy_network.__file__, "--model-type", "trt-network-script", "--convert-to", "trt"]
+        settings.append(f"{polygraphy_network.MODEL_VARIABLE}={shlex.quote(str(build.graph))}")
+        settings.append(f"{polygraphy_network.LIBRARY_VARIABLE}={shlex.quote(str(build.plugins))}")
+    for shapes in build.profiles.values():
+        for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
+            parts.append(flag)
+            parts += [f"{name}:[{','.join(map(str, bounds[index]))}]" for name, bounds in shapes.items()]
+    return " ".join([*settings, shlex.join(parts)])

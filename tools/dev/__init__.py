@@ -1,0 +1,1 @@
+"""For the developers of this project; not in the wheel."""

@@ -1,0 +1,1 @@
+"""Comparing runtimes: parity, greedy continuations, tolerances."""

@@ -1,0 +1,396 @@
+"""Checks that an exported file computes what its checkpoint computes: whole, node by node and layer by layer.
+
+Four comparisons through polygraphy: the logits of PyTorch and of ONNX Runtime on the same tokens, the same with a
+cache filled token by token, each kind of custom node against the numpy reference, and the output of every custom node
+against the torch module of the same name, which shows where an error begins and how it grows. A fifth one, on request,
+continues prompts greedily with both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankbook.tools.evaluate.greedy import GreedyCheck, compare_greedy
+from rankbook.tools.evaluate.node_model import session_with_outputs, single_node
+from rankbook.tools.evaluate.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
+from rankbook.tools.evaluate.tolerance import (
+    ROUNDED_TOLERANCE,
+    default_tolerance,
+    exact_tolerance,
+    match_settings,
+    rounds_inside,
+)
+from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
+from rankbook.tools.runtimes import ort, reference
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
+
+if TYPE_CHECKING:
+    from rankbook.tools.runtimes.base import Tokens
+
+CACHED_TOKENS = 4
+"""Tokens that the check of the cache feeds one by one."""
+
+
+@dataclass(frozen=True)
+class OperatorCheck:
+    """One kind of custom node (operator and shapes) against the numpy reference.
+
+    Attributes:
+        op_type: The operator.
+        node: The node that stands for its kind.
+        nodes: How many nodes are of this kind.
+        shape: (N, K).
+        error: Largest difference relative to the largest value.
+        passed: Whether it is within tolerance.
+    """
+
+    op_type: str
+    node: str
+    nodes: int
+    shape: tuple[int, int]
+    error: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The output of one custom node against the torch module of the same name.
+
+    Attributes:
+        name: The layer.
+        error: Difference relative to the largest value, with the errors of all layers before it.
+        passed: Whether it is within tolerance.
+    """
+
+    name: str
+    error: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The verdict and what it rests on.
+
+    Attributes:
+        model: The exported file.
+        checkpoint: What it was compared with.
+        tolerance: Largest relative difference that passes.
+        tokens: Shape of the tokens compared, (batch, length).
+        problems: What the file's structure violates; empty if it is in order.
+        logits: Whole-model agreement, or None if the file could not run.
+        top1_agreement: Share of positions where both pick the same token.
+        cached: Agreement of cached decoding, or None if the file has no cache.
+        operators: Custom nodes against the numpy reference.
+        layers: Custom nodes against torch modules, in graph order.
+        first_bad_layer: Name of the first layer out of tolerance, or None.
+        own_error: Error of that layer alone, fed with the torch module's input; small if the error is older.
+        greedy: Prompts continued by both, if asked for.
+        passed: Whether everything passed.
+    """
+
+    model: str
+    checkpoint: str
+    tolerance: float
+    tokens: tuple[int, int]
+    problems: tuple[str, ...] = ()
+    logits: Agreement | None = None
+    top1_agreement: float | None = None
+    cached: Agreement | None = None
+    operators: tuple[OperatorCheck, ...] = ()
+    layers: tuple[LayerCheck, ...] = ()
+    first_bad_layer: str | None = None
+    own_error: float | None = None
+    greedy: tuple[GreedyCheck, ...] = ()
+    passed: bool = field(default=False)
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """What to check.
+
+    Attributes:
+        tolerance: Largest relative difference, or None for the default of the file's activation type.
+        every_node: Check every custom node against the reference, not one of each kind.
+        layers: Compare layer by layer.
+        greedy: Tokens to continue each prompt by with both; 0 for none.
+        threads: CPU threads.
+        seed: Of random inputs.
+    """
+
+    tolerance: float | None = None
+    every_node: bool = False
+    layers: bool = True
+    greedy: int = 0
+    threads: int | None = None
+    seed: int = 0
+
+
+def check(
+    model: OrtModel, torch_model: TorchModel, tokens: Tokens, options: ParityOptions, note: Callable[[float, str], None]
+) -> ParityReport:
+    """Run every comparison.
+
+    Args:
+        model: The exported file.
+        torch_model: The checkpoint that it was made from.
+        tokens: (batch, length) int64, at least `CACHED_TOKENS` + 1 long.
+        options: What to check.
+        note: Called with the fraction done and the name of the step.
+    """
+    from rankbook.exporter.conform import check_model
+
+    file = model.file
+    tolerance = options.tolerance or default_tolerance(file)
+    match_settings(file, torch_model)
+    note(0.0, "structure")
+    problems = tuple(check_model(file.path))
+    note(0.1, "logits")
+    logits, top1 = compare_logits(model, torch_model, tokens, tolerance)
+    note(0.3, "cached decoding")
+    cached = compare_cached(model, torch_model, tokens[:1], tolerance)
+    note(0.5, "operators")
+    operators = compare_operators(model, options.tolerance or exact_tolerance(file), options)
+    note(0.7, "layers")
+    depth = bisect(model, torch_model, tokens, tolerance, options) if options.layers else Depth()
+    greedy: tuple[GreedyCheck, ...] = ()
+    if options.greedy:
+        greedy = compare_greedy(
+            torch_model, model, options.greedy, tolerance, lambda share: note(0.8 + 0.2 * share, "greedy")
+        )
+    verdicts = [logits.passed, cached is None or cached.passed]
+    verdicts += [item.passed for item in operators] + [item.passed for item in depth.layers]
+    verdicts += [item.passed for item in greedy]
+    return ParityReport(
+        model=str(file.path),
+        checkpoint=torch_model.name.removeprefix("torch "),
+        tolerance=tolerance,
+        tokens=(int(tokens.shape[0]), int(tokens.shape[1])),
+        problems=problems,
+        logits=logits,
+        top1_agreement=top1,
+        cached=cached,
+        operators=operators,
+        layers=depth.layers,
+        first_bad_layer=depth.first_bad_layer,
+        own_error=depth.own_error,
+        greedy=greedy,
+        passed=all(verdicts) and not problems,
+    )
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where an error begins; see the fields of the same names of `ParityReport`."""
+
+    layers: tuple[LayerCheck, ...] = ()
+    first_bad_layer: str | None = None
+    own_error: float | None = None
+
+
+def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float, options: ParityOptions) -> Depth:
+    """Compare layer by layer and find the first one out of tolerance."""
+    captured = capture_layers(torch_model, tokens)
+    layers = compare_layers(model, captured, tokens, tolerance, options)
+    if rounds_inside(model.file):
+        layers = tuple(_judged_alone(model, layer, captured) for layer in layers)
+    bad = next((layer.name for layer in layers if not layer.passed), None)
+    return Depth(layers, bad, None if bad is None else _own_error(model, bad, captured, tolerance))
+
+
+def _judged_alone(model: OrtModel, layer: LayerCheck, captured: Captured) -> LayerCheck:
+    """Pass a layer that is right on the input of its torch module, however far its own input has drifted.
+
+    Where every layer rounds its input, one last digit that differs moves a value by a whole step, and the steps add up
+    with depth: 0.1 of the largest value in SmolLM2-135M, whose logits differ by 0.03. Alone a layer must be exact.
+    """
+    if layer.passed:
+        return layer
+    own = _own_error(model, layer.name, captured, ROUNDED_TOLERANCE)
+    return replace(layer, passed=own is not None and own <= exact_tolerance(model.file))
+
+
+def compare_logits(
+    model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float
+) -> tuple[Agreement, float]:
+    """Compare the logits of the whole model without a cache; also return how often the best token is the same."""
+    feeds = model.feeds(tokens)
+    seen: dict[str, Array] = {}
+
+    def infer_torch(values: Any) -> dict[str, Array]:
+        scores = torch_model.logits(np.asarray(values["input_ids"]))
+        seen["torch"] = scores[:, -1:] if model.last_only else scores
+        return {"logits": seen["torch"]}
+
+    selected = SelectedOutputs(_Recording(model.session, seen), {"logits": "logits"})
+    first = function_runner("torch", {"input_ids": tokens}, infer_torch)
+    (agreement,) = compare(first, ort_runner("onnxruntime", lambda: selected), [feeds], tolerance)
+    same = float((seen["torch"].argmax(-1) == seen["onnxruntime"].argmax(-1)).mean())
+    return agreement, same
+
+
+class _Recording:
+    """A session that keeps the last value of its first output."""
+
+    def __init__(self, session: Any, seen: dict[str, Array]) -> None:
+        self._session, self._seen = session, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, names: Sequence[str], feeds: Any) -> Any:
+        """Run the session."""
+        values = self._session.run(names, feeds)
+        self._seen["onnxruntime"] = np.asarray(values[0], np.float32)
+        return values
+
+
+def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Agreement | None:
+    """Compare decoding with a cache, token by token, with the logits that PyTorch computes without one."""
+    if not any(name.startswith("past_key_values") for name in model.file.inputs):
+        return None
+    prompt = tokens[:, :-CACHED_TOKENS]
+
+    def infer_torch(values: Any) -> dict[str, Array]:
+        return {"logits": torch_model.logits(np.asarray(values["input_ids"]))[0, -CACHED_TOKENS - 1 :]}
+
+    def infer_ort(values: Any) -> dict[str, Array]:
+        rows = [model.start(prompt)]
+        rows += [model.step(int(token)) for token in values["input_ids"][0, -CACHED_TOKENS:]]
+        return {"logits": np.stack(rows)}
+
+    inputs = {"input_ids": tokens}
+    first = function_runner("torch without a cache", inputs, infer_torch)
+    second = function_runner("onnxruntime with a cache", inputs, infer_ort)
+    (agreement,) = compare(first, second, [inputs], tolerance)
+    return agreement
+
+
+def compare_operators(model: OrtModel, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
+    """Compare custom nodes, each alone in ONNX Runtime, with the numpy reference on random inputs."""
+    file = model.file
+    kinds: dict[tuple[Any, ...], list[CustomNode]] = {}
+    for node in file.nodes:
+        shapes = tuple(file.initializers[name].shape for name in node.inputs if name in file.initializers)
+        key = (node.name,) if options.every_node else (node.op_type, node.attributes.get("offset"), shapes)
+        kinds.setdefault(key, []).append(node)
+    checks = []
+    for nodes in kinds.values():
+        node = nodes[0]
+        rng = np.random.default_rng(options.seed)
+        agreement = compare_node(model, node, random_inputs(file, node, rng), tolerance)
+        shape = int(node.attributes.get("out_features", 0)), int(node.attributes.get("in_features", 0))
+        checks.append(OperatorCheck(node.op_type, node.name, len(nodes), shape, agreement.error, agreement.passed))
+    return tuple(checks)
+
+
+def random_inputs(file: OnnxFile, node: CustomNode, rng: np.random.Generator) -> dict[str, Array]:
+    """Return random values for the inputs of a node that are not constants: 5 rows of activations or of indices."""
+    inputs: dict[str, Array] = {}
+    for formal, actual in node.ports().items():
+        if actual in file.initializers:
+            continue
+        if formal == "indices":
+            inputs[formal] = rng.integers(0, int(node.attributes["out_features"]), (1, 5))
+        else:
+            inputs[formal] = rng.standard_normal((1, 5, int(node.attributes["in_features"]))).astype(_activation(file))
+    return inputs
+
+
+def _activation(file: OnnxFile) -> Any:
+    import ml_dtypes
+
+    return {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(file.metadata.get("rankbook.dtype", ""), np.float32)
+
+
+def compare_node(model: OrtModel, node: CustomNode, inputs: dict[str, Array], tolerance: float) -> Agreement:
+    """Compare one node in ONNX Runtime with the numpy reference."""
+    file = model.file
+    constants = reference.constants(file, node)
+
+    def infer(values: Any) -> dict[str, Array]:
+        return {"y": reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})}
+
+    serialized = single_node(file, node, constants, inputs)
+    runner = ort_runner(
+        f"onnxruntime {node.name}", lambda: ort.session(serialized, native=model.native, cuda=model.cuda)
+    )
+    (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
+    return agreement
+
+
+@dataclass
+class Captured:
+    """Inputs and outputs of torch modules by name, in the order of their calls."""
+
+    inputs: dict[str, Array] = field(default_factory=dict)
+    outputs: dict[str, Array] = field(default_factory=dict)
+
+
+def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
+    """Run the torch model once and keep what goes into and comes out of every packed layer."""
+    from rankbook.calibration.checkpoint.format import language_name
+    from rankbook.calibration.model.packed_modules import CodebookEmbedding, packed_modules
+
+    captured = Captured()
+    hooks = []
+
+    def remember(name: str, scale: float) -> Callable[..., None]:
+        def hook(_: Any, inputs: Any, output: Any) -> None:
+            captured.inputs[name] = inputs[0].detach().numpy()
+            # The factor of a scaled embedding is a node of its own in the graph.
+            captured.outputs[name] = (output.detach().float() / scale).numpy()
+
+        return hook
+
+    for stored, module in packed_modules(torch_model.model).items():
+        name = language_name(stored)  # the file of a model with a vision tower holds its language model alone
+        scale = float(module.meta.scale) if isinstance(module, CodebookEmbedding) else 1.0
+        hooks.append(module.register_forward_hook(remember(name, scale)))
+    try:
+        torch_model.logits(tokens)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return captured
+
+
+def compare_layers(
+    model: OrtModel, captured: Captured, tokens: Tokens, tolerance: float, options: ParityOptions
+) -> tuple[LayerCheck, ...]:
+    """Compare the output of every packed layer with that of the torch module of its name, in graph order."""
+    outputs = {name: output for name, output in model.file.outputs_of.items() if name in captured.outputs}
+    if not outputs:
+        return ()
+    session = session_with_outputs(
+        model.file, list(outputs.values()), threads=options.threads, native=model.native, cuda=model.cuda
+    )
+    selected = SelectedOutputs(session, outputs)
+    # With `--logits last` the output layer sees the last position only.
+    expected = {
+        name: captured.outputs[name][:, -1:] if model.last_only and name == "lm_head" else captured.outputs[name]
+        for name in outputs
+    }
+    first = function_runner("torch layers", {"input_ids": tokens}, lambda _: expected)
+    agreements = compare(first, ort_runner("onnxruntime layers", lambda: selected), [model.feeds(tokens)], tolerance)
+    return tuple(LayerCheck(item.name, item.error, item.passed) for item in agreements)
+
+
+def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float) -> float | None:
+    """Feed one node with the input of its torch module: is the layer wrong, or what it was given?"""
+    file = model.file
+    node = next((node for node in file.nodes if node.name == name), None)
+    if node is None:  # a layer of another dialect is more than one node
+        return None
+    formal = next(formal for formal, actual in node.ports().items() if actual not in file.initializers)
+    values = captured.inputs[name]
+    inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
+    serialized = single_node(file, node, reference.constants(file, node), inputs)
+    expected = {"y": captured.outputs[name]}
+    runner = ort_runner(f"onnxruntime {name}", lambda: ort.session(serialized, native=model.native, cuda=model.cuda))
+    (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
+    return agreement.error

@@ -1,0 +1,305 @@
+"""What a model, a checkpoint, an exported file or an engine is made of, as one kind of report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankbook.tools.deploy.engine import ENGINE_NAME, MANIFEST_NAME
+from rankbook.tools.errors import UsageError
+from rankbook.tools.inspect import onnx_file
+from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
+
+_ELEMENT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8, "BOOL": 8}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with a weight matrix.
+
+    Attributes:
+        name: Dotted name of the torch module.
+        method: Quantization method, or the element type of a layer that is not quantized.
+        bits: Bits of a code, or of an element.
+        out_features: N.
+        in_features: K.
+        group: Weights of a row that share a codebook, or None.
+        planes: Rank of the codebook matrix, or None.
+        error_rank: Rank of the error branch, 0 without one.
+        stored_bits: Stored bits per weight, side data included.
+        error: Relative output error on the calibration data, or None where it is not known.
+        operator: Operator of ours that computes it in an exported file; one that ends in A8 rounds its input.
+    """
+
+    name: str
+    method: str
+    bits: int
+    out_features: int
+    in_features: int
+    group: int | None = None
+    planes: int | None = None
+    error_rank: int = 0
+    stored_bits: float | None = None
+    error: float | None = None
+    operator: str | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: ``checkpoint``, ``onnx``, ``engine``, ``model`` or ``gguf``.
+        path: Where.
+        layers: Layers with a weight matrix.
+        facts: Whatever else it says about itself.
+    """
+
+    kind: str
+    path: str
+    layers: tuple[Layer, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits per weight over all quantized layers."""
+        known = [layer for layer in self.layers if layer.stored_bits is not None and layer.group is not None]
+        weights = sum(layer.out_features * layer.in_features for layer in known)
+        bits = sum((layer.stored_bits or 0) * layer.out_features * layer.in_features for layer in known)
+        return bits / weights if weights else None
+
+
+def inspect(path: Path) -> Inspection:
+    """Describe whatever ``path`` is.
+
+    Raises:
+        UsageError: It is none of the things that can be described.
+    """
+    from rankbook.calibration.checkpoint.format import is_checkpoint
+
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give a checkpoint, an exported file or folder, an engine or a model")
+    if path.suffix == ".engine" or (path / MANIFEST_NAME).is_file():
+        return _engine(path if path.is_dir() else path.parent)
+    if is_checkpoint(path):
+        return _checkpoint(path)
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx")) and not (path / "config.json").is_file()):
+        return _onnx(path)
+    if (path / onnx_file.MODEL_NAME).is_file():
+        return _onnx(path)
+    if path.suffix == ".gguf" or (path.is_dir() and len(list(path.glob("*.gguf"))) == 1):
+        return _gguf(path if path.is_file() else next(path.glob("*.gguf")))
+    if (path / "config.json").is_file():
+        return _model(path)
+    raise UsageError(
+        f"{path} is nothing that rankbook knows; give a checkpoint, an exported file or folder, an engine folder,"
+        " a Hugging Face model or a GGUF file"
+    )
+
+
+def _checkpoint(path: Path) -> Inspection:
+    from rankbook.calibration.checkpoint.format import open_checkpoint
+
+    opened = open_checkpoint(path)
+    errors = opened.manifest.get("layers", {})
+    layers = []
+    for name, meta in opened.layers.items():
+        tensors = {part: tensor for part, tensor in meta.template().items() if part != "bias"}
+        bits = 0 if meta.shared_with else 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        layer = Layer(
+            name=name,
+            method=meta.method,
+            bits=meta.bits,
+            out_features=meta.out_features,
+            in_features=meta.in_features,
+            group=meta.group,
+            planes=meta.planes,
+            error_rank=meta.rank,
+            stored_bits=bits / (meta.out_features * meta.in_features),
+            error=_error(errors.get(name)),
+        )
+        layers.append(layer)
+    facts = {key: value for key, value in opened.manifest.items() if key not in ("layers", "files")}
+    facts["files"] = {name: entry["bytes"] for name, entry in opened.manifest.get("files", {}).items()}
+    return Inspection("checkpoint", str(path), tuple(layers), facts)
+
+
+def _error(entry: Any) -> float | None:
+    value = entry.get("error") if isinstance(entry, Mapping) else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _onnx(path: Path) -> Inspection:
+    model = onnx_file.read(path)
+    onnx_file.require_ours(model)
+    facts = {
+        "file_bytes": model.file_bytes,
+        "stored_bytes": model.initializer_bytes,
+        "opset": model.opset,
+        "inputs": model.inputs,
+        "outputs": model.outputs,
+        "metadata": model.metadata,
+    }
+    noted = onnx_file.noted_layers(model.metadata)
+    ours = {node.name: node for node in model.nodes}
+    try:
+        layers = tuple(
+            _onnx_layer(model, ours[name], _noted(model, noted, name))
+            if name in ours
+            else _other(model, name, noted[name])
+            for name in model.outputs_of
+        )
+    except KeyError as error:
+        raise UsageError(
+            f"{model.path}: a node lacks {error}; the file is damaged or of another version: export it again"
+        ) from None
+    return Inspection("onnx", str(model.path), layers, facts)
+
+
+def _noted(model: OnnxFile, noted: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the exporter wrote about a layer: its method and its error."""
+    return {"method": model.metadata.get("rankbook.method", ""), **noted.get(name, {})}
+
+
+def _other(model: OnnxFile, name: str, entry: Mapping[str, Any]) -> Layer:
+    """A layer in operators that are not ours: what the exporter wrote about it, and the tensors under its name."""
+    held = {part: item for part, item in model.initializers.items() if part.rpartition(".")[0] == name}
+    stored = sum(item.bytes for part, item in held.items() if not part.endswith(".bias"))
+    rows, columns = int(entry["out_features"]), int(entry["in_features"])
+    return Layer(
+        name=name,
+        method=str(entry["method"]),
+        bits=int(entry["bits"]),
+        out_features=rows,
+        in_features=columns,
+        group=int(entry["group"]),
+        planes=int(entry["planes"]),
+        error_rank=int(entry.get("rank", 0)),
+        stored_bits=8 * stored / (rows * columns),
+        error=_error(entry),
+    )
+
+
+def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Layer:
+    from rankbook.plugins import contract
+
+    operator = contract.OPERATORS.get(node.op_type)
+    if operator is None:
+        known = ", ".join(contract.OPERATORS)
+        raise UsageError(
+            f"{model.path}: node {node.name} is a {node.op_type}, which is none of {known}: export it again"
+        )
+    held = {formal: model.initializers[name] for formal, name in node.ports().items() if name in model.initializers}
+    rows, columns = int(node.attributes["out_features"]), int(node.attributes["in_features"])
+    plain = held["params"].shape == (1, 1, 1, 1)
+    groups, planes = held["step" if plain else "params"].shape[1:3]
+    down = held.get("down")
+    rank = (held["down_scale"].shape[0] if down.shape == (1, 1) else down.shape[0]) if down else 0
+    stored = sum(item.bytes for formal, item in held.items() if formal != "bias")
+    return Layer(
+        name=node.name,
+        method=str(noted["method"]),
+        bits=operator.bits,
+        out_features=rows,
+        in_features=columns,
+        group=columns // groups,
+        planes=planes - int(node.attributes["offset"]),
+        error_rank=rank,
+        stored_bits=8 * stored / (rows * columns),
+        error=_error(noted),
+        operator=node.op_type,
+    )
+
+
+def _engine(path: Path) -> Inspection:
+    manifest = path / MANIFEST_NAME
+    try:
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} holds an engine without {MANIFEST_NAME}; build it with `rankbook build`") from None
+    except ValueError as error:
+        raise UsageError(f"{manifest} is damaged ({error}); build the engine again") from None
+    engine = path / ENGINE_NAME
+    if not engine.is_file() or engine.stat().st_size != facts.get("engine_bytes"):
+        raise UsageError(f"{engine} is missing or does not have the size that {MANIFEST_NAME} states; build it again")
+    # The layers of an engine are fused kernels; the file that it was built from says what they compute.
+    source = Path(facts["source"]["path"])
+    layers = _onnx(source).layers if source.is_file() else ()
+    return Inspection("engine", str(engine), layers, facts)
+
+
+def _model(path: Path) -> Inspection:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    layers: list[Layer] = []
+    for file in sorted(path.glob("*.safetensors")):
+        layers += _dense_layers(_safetensors_header(file).items())
+    layers.sort(key=lambda layer: _natural(layer.name))
+    if not layers:
+        raise UsageError(f"{path} has a config.json but no readable .safetensors weights; give a complete model folder")
+    facts = {
+        key: config[key] for key in ("model_type", "architectures", "hidden_size", "num_hidden_layers") if key in config
+    }
+    return Inspection("model", str(path), tuple(layers), facts)
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Read names, types and shapes: eight bytes of length, then JSON."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > path.stat().st_size:
+            raise UsageError(f"{path} is truncated or not a safetensors file; copy it again")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError:
+            raise UsageError(f"{path} is not a safetensors file; copy it again") from None
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _dense_layers(tensors: Iterable[tuple[str, Any]]) -> list[Layer]:
+    return [
+        Layer(
+            name=name.removesuffix(".weight"),
+            method=entry["dtype"],
+            bits=_ELEMENT_BITS.get(entry["dtype"], 0),
+            out_features=entry["shape"][0],
+            in_features=entry["shape"][1],
+            stored_bits=float(_ELEMENT_BITS.get(entry["dtype"], 0)),
+        )
+        for name, entry in tensors
+        if len(entry["shape"]) == 2
+    ]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _gguf(path: Path) -> Inspection:
+    from importlib.util import find_spec
+
+    from rankbook.tools.errors import MissingError
+
+    if find_spec("gguf") is None:
+        raise MissingError(f"{path} is a GGUF file and the package gguf is not installed: pip install gguf")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is not a readable GGUF file: {error}") from None
+    layers = []
+    for tensor in reader.tensors:
+        if len(tensor.shape) != 2:
+            continue
+        columns, rows = (int(size) for size in tensor.shape)
+        stored = 8 * int(tensor.n_bytes) / math.prod((rows, columns))
+        kind = tensor.tensor_type.name
+        layers.append(Layer(tensor.name, kind, round(stored), rows, columns, stored_bits=stored))
+    layers.sort(key=lambda layer: _natural(layer.name))
+    return Inspection("gguf", str(path), tuple(layers), {"file_bytes": path.stat().st_size})

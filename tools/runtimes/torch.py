@@ -1,0 +1,68 @@
+"""PyTorch: a Hugging Face model, a GGUF file or one of our checkpoints."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankbook.tools.runtimes.base import LanguageModel
+
+if TYPE_CHECKING:
+    from rankbook.tools.runtimes.base import Logits, Tokens
+
+
+def unavailable() -> str | None:
+    """Return why PyTorch cannot be used here, or None."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed: pip install rankbook" if missing else None
+
+
+class TorchModel(LanguageModel):
+    """A causal language model in PyTorch on the CPU, evaluated in float32."""
+
+    def __init__(self, source: str | Path, *, threads: int | None = None) -> None:
+        """Load a model; packed layers keep their decoded weights, so that a step costs what it costs densely.
+
+        Raises:
+            ValueError: There is no model, or it cannot be read.
+        """
+        import torch
+
+        from rankbook.calibration.model.loading import load_model
+        from rankbook.calibration.model.packed_modules import materialize_all
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.model, self.tokenizer = load_model(source, torch.float32)
+        materialize_all(self.model)
+        self.name = f"torch {source}"
+        self._cache: Any = None
+
+    def logits(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary)."""
+        import torch
+
+        with torch.inference_mode():
+            scores: Logits = self.model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+        return scores
+
+    def start(self, tokens: Tokens) -> Logits:
+        """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
+        self._cache = None
+        return self._advance(tokens)
+
+    def step(self, token: int) -> Logits:
+        """Continue with one token, return the next logits (vocabulary,)."""
+        import numpy as np
+
+        return self._advance(np.array([[token]], np.int64))
+
+    def _advance(self, tokens: Tokens) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(input_ids=torch.from_numpy(tokens), past_key_values=self._cache, use_cache=True)
+        self._cache = output.past_key_values
+        last: Logits = output.logits[0, -1].float().numpy()
+        return last
