@@ -58,7 +58,8 @@ import os, sys
 from pathlib import Path
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.driver import quantize_model
-from tests.calibration.model import test_driver, toy_method
+from tests.calibration import toy_method
+from tests.calibration.model import test_driver
 METHODS["trained-toy"] = toy_method.TRAINED_TOY
 folder = Path(sys.argv[1])
 def die(step):
