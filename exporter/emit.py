@@ -23,7 +23,7 @@ def operator(meta: LayerMeta, kind: str = "") -> contract.OpContract:
     if not kind and meta.kind == "embedding":
         kind = contract.GATHER
     if not kind:
-        kind = contract.matmul_kind(low_rank=bool(meta.rank), integer=False)
+        kind = contract.matmul_kind(low_rank=bool(meta.rank), int8_activations=False)
     return contract.OPERATORS[contract.op_name(kind, meta.bits)]
 
 

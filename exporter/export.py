@@ -203,14 +203,14 @@ def export(
 def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     """Return the model of a checkpoint; its large tensors are lazy."""
     dialect, dtype = dialects.dialect(options.dialect), DTYPES[options.dtype]
-    rounds = options.activations == "int8"
-    check_layers(dialect, (packed_layer(checkpoint, name, dtype, rounds=rounds) for name in checkpoint.layers))
-    kind = "int8" if rounds else checkpoint.runtime.get("activations", {}).get("kind", "none")
+    int8 = options.activations == "int8"
+    check_layers(dialect, (packed_layer(checkpoint, name, dtype, int8_activations=int8) for name in checkpoint.layers))
+    kind = "int8" if int8 else checkpoint.runtime.get("activations", {}).get("kind", "none")
     skeleton = build(checkpoint, dtype)
     model = trace(skeleton, options.logits, options.inputs)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
-        BindWeights(checkpoint, skeleton, dialect, rounds=rounds),
+        BindWeights(checkpoint, skeleton, dialect, int8_activations=int8),
         *([QuantizeCache()] if options.kv == "int8" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
         UnifyNormTypes(),

@@ -2,7 +2,7 @@
 
 An operator has one name per code width and arity, because the ONNX parser of TensorRT finds model-local functions by
 name only and knows no optional inputs: ``CodebookMatMul3`` multiplies by a matrix of 3-bit codes, exactly, and
-``CodebookMatMul3A8`` rounds x to 8 bits first, with one scale per token and group (`rankbook.plugins.integer`).
+``CodebookMatMul3A8`` rounds x to 8 bits first, with one scale per token and group (`rankbook.plugins.int8`).
 
 Letters in the shapes: N out features, K in features, NP = ceil(N / 32) panels, KB = ceil(K / 32) blocks, b bits,
 L = 2**b levels, G groups (G divides K), Q parameter planes (the last one is the offset where the attribute ``offset``
@@ -24,12 +24,12 @@ PLUGIN_NAMESPACE = "rankbook"
 PLUGIN_VERSION = "1"
 """Version string of the TensorRT plugins."""
 
-INTEGER_SUFFIX = "A8"
+INT8_SUFFIX = "A8"
 """Ends the names of operators that round x to 8 bits."""
 MATMUL, MATMUL_LOW_RANK, GATHER = "CodebookMatMul", "CodebookMatMulLowRank", "CodebookGather"
-MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER = MATMUL + INTEGER_SUFFIX, MATMUL_LOW_RANK + INTEGER_SUFFIX
-KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER, MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER)
-"""Operator kinds; the name of an operator is its kind with its bits at the end, or before `INTEGER_SUFFIX`."""
+MATMUL_INT8, MATMUL_LOW_RANK_INT8 = MATMUL + INT8_SUFFIX, MATMUL_LOW_RANK + INT8_SUFFIX
+KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER, MATMUL_INT8, MATMUL_LOW_RANK_INT8)
+"""Operator kinds; the name of an operator is its kind with its bits at the end, or before `INT8_SUFFIX`."""
 PLUGIN_KINDS = KINDS
 """Kinds that the TensorRT plugin library has creators for; of others the parser takes the function body."""
 
@@ -102,14 +102,14 @@ class OpContract:
         return op_name(self.kind, self.bits)
 
     @property
-    def integer(self) -> bool:
-        """Whether x is rounded to 8 bits, as `rankbook.plugins.integer` defines."""
-        return self.kind in (MATMUL_INTEGER, MATMUL_LOW_RANK_INTEGER)
+    def int8_activations(self) -> bool:
+        """Whether x is rounded to 8 bits, as `rankbook.plugins.int8` defines."""
+        return self.kind in (MATMUL_INT8, MATMUL_LOW_RANK_INT8)
 
     @property
     def low_rank(self) -> bool:
         """Whether there is an error branch."""
-        return self.kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INTEGER)
+        return self.kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INT8)
 
     def input_names(self) -> tuple[str, ...]:
         """Formal names of the inputs, in order."""
@@ -128,12 +128,12 @@ def op_name(kind: str, bits: int) -> str:
     """
     if kind not in KINDS or bits not in layout.BITS:
         raise ValueError(f"there is no operator {kind!r} for {bits} bits; kinds are {KINDS}, bits are {layout.BITS}")
-    return f"{kind.removesuffix(INTEGER_SUFFIX)}{bits}{INTEGER_SUFFIX * kind.endswith(INTEGER_SUFFIX)}"
+    return f"{kind.removesuffix(INT8_SUFFIX)}{bits}{INT8_SUFFIX * kind.endswith(INT8_SUFFIX)}"
 
 
-def matmul_kind(*, low_rank: bool, integer: bool) -> str:
+def matmul_kind(*, low_rank: bool, int8_activations: bool) -> str:
     """Return the kind of a product with or without an error branch, with or without rounding x to 8 bits."""
-    return (MATMUL_LOW_RANK if low_rank else MATMUL) + INTEGER_SUFFIX * integer
+    return (MATMUL_LOW_RANK if low_rank else MATMUL) + INT8_SUFFIX * int8_activations
 
 
 _WEIGHT = (
@@ -175,7 +175,7 @@ _ATTRIBUTES = (
 def _contract(kind: str, bits: int) -> OpContract:
     if kind == GATHER:
         return OpContract(kind, bits, (_INDICES, *_WEIGHT), (_ROWS,), _ATTRIBUTES)
-    branch = _BRANCH if kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INTEGER) else ()
+    branch = _BRANCH if kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INT8) else ()
     return OpContract(kind, bits, (_X, *_WEIGHT, _BIAS, *branch), (_Y,), _ATTRIBUTES)
 
 

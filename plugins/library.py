@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 ACTIVATIONS = ("fp32", "int8")
-"""Values of the session configuration entry `ACTIVATIONS_ENTRY`; int8 is defined in `rankbook.plugins.integer`."""
+"""Values of the session configuration entry `ACTIVATIONS_ENTRY`; int8 is defined in `rankbook.plugins.int8`."""
 ACTIVATIONS_ENTRY = "rankbook.activations"
 
 _FILES = {"ort": "librankbook_ort.so", "ort-cuda": "librankbook_ort_cuda.so", "trt": "librankbook_trt.so"}

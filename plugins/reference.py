@@ -1,6 +1,6 @@
 """Numpy ground truth of each operator: weights are decoded in float32, as by every runtime; products are in float64.
 
-Operators that round x to 8 bits are defined in `rankbook.plugins.integer`.
+Operators that round x to 8 bits are defined in `rankbook.plugins.int8`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rankbook.plugins import contract, integer, layout
+from rankbook.plugins import contract, int8, layout
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -55,8 +55,8 @@ FUNCTIONS: dict[str, Callable[[Mapping[str, Array], Mapping[str, int | str]], Ar
     contract.MATMUL: codebook_matmul,
     contract.MATMUL_LOW_RANK: codebook_matmul,
     contract.GATHER: codebook_gather,
-    contract.MATMUL_INTEGER: integer.codebook_matmul,
-    contract.MATMUL_LOW_RANK_INTEGER: integer.codebook_matmul,
+    contract.MATMUL_INT8: int8.codebook_matmul,
+    contract.MATMUL_LOW_RANK_INT8: int8.codebook_matmul,
 }
 """Ground truth by operator kind."""
 

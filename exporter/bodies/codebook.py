@@ -12,7 +12,7 @@ costs 4 ns a byte and transposing codes 4 ns a code, while Mul, Floor and Sub ru
 
 The padding of rows and columns to whole panels and blocks is decoded too; x is padded with zeros, y is cut.
 
-Operators that round x to 8 bits (`rankbook.plugins.integer`) have the same body behind a rounding of x, of levels that
+Operators that round x to 8 bits (`rankbook.plugins.int8`) have the same body behind a rounding of x, of levels that
 are not whole numbers and of first factors that are not stored as int8, in the float32 operations of the definition, so
 that every rounded number is the same. The integers are multiplied by their scales before the product and not after it:
 the same sum in another order, in float32 throughout, whose results differ by the roundings of a float32 sum alone.
@@ -27,7 +27,7 @@ from functools import cache
 import onnx
 from onnx import TensorProto, helper
 
-from rankbook.exporter.bodies import integer as integer_body
+from rankbook.exporter.bodies import int8 as int8_body
 from rankbook.exporter.functions import FunctionWriter, dequantize_function
 from rankbook.plugins import contract, layout, merged
 
@@ -109,15 +109,15 @@ def _part(writer: FunctionWriter, attribute: str) -> str:
 def _matmul(writer: FunctionWriter, operator: contract.OpContract) -> None:
     node, ints, bits = writer.node, writer.ints, operator.bits
     in_features, out_features = writer.attribute("in_features"), writer.attribute("out_features")
-    x = integer_body.rounded_input(writer, in_features) if operator.integer else "x"
+    x = int8_body.rounded_input(writer, in_features) if operator.int8_activations else "x"
     padded = _padded(writer, x, in_features)  # before the first dequantize, see functions.py
     words = writer.dequantize("codes")  # (NP, KB, b, 32, 4)
     words = node("Transpose", words, perm=[0, 3, 2, 1, 4] if bits == 3 else [0, 3, 1, 2, 4])
     words = node("Reshape", words, ints([0, 0, 3 if bits == 3 else 1, -1]))  # (NP, 32, 1 or 3, units)
     params = node("Transpose", _params(writer), perm=[0, 3, 1, 2])  # (NP, 32, G, Q)
     levels = node("Cast", "levels", to=TensorProto.FLOAT)
-    if operator.integer:
-        levels = integer_body.rounded_levels(writer, levels)
+    if operator.int8_activations:
+        levels = int8_body.rounded_levels(writer, levels)
     table = node("MatMul", params, levels)
     fields = _fields(writer, words, bits)  # (NP, 32, fields, units)
     index = node("Add", fields, _group_starts(writer, in_features, writer.size(fields, 3), writer.size(table, 2), bits))
@@ -126,7 +126,7 @@ def _matmul(writer: FunctionWriter, operator: contract.OpContract) -> None:
     product = node("Slice", product, ints([0]), out_features, ints([1]))
     product = node("Reshape", product, node("Concat", node("Shape", "x", start=0, end=-1), out_features, axis=0))
     if operator.low_rank:
-        product = node("Add", product, _branch(writer, x, rounded=operator.integer))
+        product = node("Add", product, _branch(writer, x, rounded=operator.int8_activations))
     total = node("Add", product, node("CastLike", "bias", x))
     node("CastLike", total, "x", output="y")
 
@@ -255,7 +255,7 @@ def _branch(writer: FunctionWriter, x: str, *, rounded: bool) -> str:
         factor = writer.dequantize(name)
         factor = writer.node("Mul", factor, writer.node("Cast", f"{name}_scale", to=TensorProto.FLOAT))
         if rounded and name == "down":
-            factor = integer_body.rounded_factor(writer, factor)
+            factor = int8_body.rounded_factor(writer, factor)
         factor = writer.node("Transpose", writer.node("CastLike", factor, x), perm=[1, 0])
         value = writer.node("MatMul", value, factor)
     return value

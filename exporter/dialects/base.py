@@ -35,7 +35,7 @@ class PackedLayer:
         dtype: Dtype of the activations.
         input_range: Static range of the input, or None where the input is not quantized.
         symmetric_input: Whether that range is symmetric: INT8 with zero point 0, otherwise UINT8.
-        integer_input: Whether the operator rounds its input to 8 bits, with one scale per token and group.
+        int8_activations: Whether the operator rounds its input to 8 bits, with one scale per token and group.
     """
 
     name: str
@@ -46,7 +46,7 @@ class PackedLayer:
     dtype: torch.dtype = torch.float32
     input_range: StaticRange | None = None
     symmetric_input: bool = True
-    integer_input: bool = False
+    int8_activations: bool = False
 
 
 @dataclass

@@ -92,7 +92,7 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
         "bits": meta.bits,
         "block_size": size,
         # 1: x stays what it is. 4: ONNX Runtime rounds it to 8 bits, with one scale per token and block.
-        "accuracy_level": 4 if layer.integer_input else 1,
+        "accuracy_level": 4 if layer.int8_activations else 1,
     }
     product = writer.op("MatMulNBits", inputs, attributes, domain=DOMAIN)
     product.type = x.type  # ONNX itself does not know the operator, so nothing infers these

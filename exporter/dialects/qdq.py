@@ -23,7 +23,7 @@ def refuse(layer: PackedLayer) -> str:
     """Return why a layer cannot be written as symmetric INT4 or INT8."""
     if layer.embedding:
         return ""
-    if layer.integer_input:
+    if layer.int8_activations:
         return "it has no operator that rounds its own input; use --dialect rankbook or ort, or --activations float"
     meta = layer.meta
     if layer.input_range is not None and not layer.symmetric_input:

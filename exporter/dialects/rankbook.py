@@ -7,7 +7,7 @@ import onnx_ir as ir
 from rankbook.exporter import emit
 from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
 from rankbook.plugins import contract
-from rankbook.plugins.integer import LARGEST_GROUP
+from rankbook.plugins.int8 import LARGEST_GROUP
 
 
 def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
@@ -15,7 +15,7 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
     layer = writer.layer
     kind = contract.GATHER
     if not layer.embedding:  # also where tied to one
-        kind = contract.matmul_kind(low_rank=bool(layer.meta.rank), integer=layer.integer_input)
+        kind = contract.matmul_kind(low_rank=bool(layer.meta.rank), int8_activations=layer.int8_activations)
     op = emit.operator(layer.meta, kind)
     tensors = emit.initializers(layer.meta, op, layer.read, layer.owner)
     constants = [writer.constant(tensors[name]) for name in op.constants()]
@@ -25,7 +25,7 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
 
 def refuse(layer: PackedLayer) -> str:
     """Return why a layer cannot be written so: every checkpoint can be, unless x is to be rounded."""
-    if layer.integer_input and layer.meta.group > LARGEST_GROUP:
+    if layer.int8_activations and layer.meta.group > LARGEST_GROUP:
         return (
             f"its groups of {layer.meta.group} inputs are too long for int8 activations, of which {LARGEST_GROUP} can"
             " be summed up; export with --activations float, or quantize with a smaller --group-size"

@@ -25,9 +25,11 @@ class BindWeights(ir.passes.InPlacePass):
     All large tensors are lazy: they are read when the file is written.
     """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, dialect: Dialect, *, rounds: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, skeleton: Skeleton, dialect: Dialect, *, int8_activations: bool = False
+    ) -> None:
         super().__init__()
-        self._rounds = rounds
+        self._int8_activations = int8_activations
         self._checkpoint = checkpoint
         self._skeleton = skeleton
         self._dialect = dialect
@@ -54,7 +56,9 @@ class BindWeights(ir.passes.InPlacePass):
         layer, x = node.attributes[LAYER].as_string(), node.inputs[0]
         if x is None:
             raise ValueError(f"the placeholder of {layer} has no input")
-        writer = NodeWriter(graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype, rounds=self._rounds))
+        writer = NodeWriter(
+            graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype, int8_activations=self._int8_activations)
+        )
         self._replace(graph, node, self._dialect.lower(writer, writer.quantized_input(x)))
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -98,8 +102,10 @@ class BindWeights(ir.passes.InPlacePass):
         return ir.LazyTensor(load, from_torch_dtype(dtype), ir.Shape(self._checkpoint.tensor(owner).shape), name=owner)
 
 
-def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, rounds: bool = False) -> PackedLayer:
-    """Return a packed layer of a checkpoint as dialects see it; ``rounds`` is for products, not for embeddings."""
+def packed_layer(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, int8_activations: bool = False
+) -> PackedLayer:
+    """Return a packed layer as dialects see it; ``int8_activations`` is for products, not for embeddings."""
     owner = checkpoint.layers[name].shared_with or name
     embedding = checkpoint.layers[name].kind == "embedding"
     meta = checkpoint.layers[owner]
@@ -113,7 +119,7 @@ def packed_layer(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, round
         dtype,
         config.ranges.get(name),
         config.symmetric,
-        rounds and not embedding,
+        int8_activations and not embedding,
     )
 
 

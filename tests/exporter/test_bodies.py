@@ -13,7 +13,7 @@ from tests.exporter.rtx import build, needs_rtx
 from tests.op_cases import CASES, activations, case_record, expected, feeds, op_model, relative_error
 
 KINDS = [(case, kind) for case in CASES for kind in ("", contract.GATHER) if not (kind and "rank" in CASES[case])]
-KINDS += [(case, contract.matmul_kind(low_rank="rank" in CASES[case], integer=True)) for case in CASES]
+KINDS += [(case, contract.matmul_kind(low_rank="rank" in CASES[case], int8_activations=True)) for case in CASES]
 
 
 @pytest.mark.parametrize(("case", "kind"), KINDS)
@@ -48,7 +48,7 @@ def test_half_precision_activations_round_only_the_weight_and_the_product():
     assert relative_error(got, expected(record, x.astype(np.float32))) < 3e-3
 
 
-@pytest.mark.parametrize("kind", [contract.MATMUL_INTEGER, contract.MATMUL_LOW_RANK_INTEGER])
+@pytest.mark.parametrize("kind", [contract.MATMUL_INT8, contract.MATMUL_LOW_RANK_INT8])
 def test_a_body_that_rounds_has_the_extremes_of_the_definition(kind):
     """Halves go to even, zeros and tiny groups vanish, a NaN or an infinity spoils its row and no other."""
     record = random_record(rank=5 if "LowRank" in kind else 0)  # groups of 16
@@ -65,15 +65,15 @@ def test_a_body_that_rounds_has_the_extremes_of_the_definition(kind):
 
 def test_half_precision_with_rounding_is_float32_inside():
     record = random_record(bits=4, in_features=64, group=32, rank=3)
-    model = op_model(record, contract.MATMUL_LOW_RANK_INTEGER, "float16")
+    model = op_model(record, contract.MATMUL_LOW_RANK_INT8, "float16")
     x = activations(record).astype(np.float16)
     (got,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     assert got.dtype == np.float16
     # Both round a float32 result to 11 bits, at worst to either side of a tie.
-    assert relative_error(got, expected(record, x, contract.MATMUL_LOW_RANK_INTEGER)) <= 2**-10
+    assert relative_error(got, expected(record, x, contract.MATMUL_LOW_RANK_INT8)) <= 2**-10
 
 
-@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INTEGER])
+@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INT8])
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_weights_stay_packed_in_the_optimized_graph(bits, kind, tmp_path):
     record = random_record(256, 512, bits=bits, group=256, planes=1)
@@ -94,7 +94,7 @@ def test_tensorrt_rtx_builds_the_body_and_keeps_weights_packed(kind, tmp_path):
     rank = 4 if contract.OPERATORS[contract.op_name(kind, 4)].low_rank else 0
     exact = kind in (contract.MATMUL, contract.MATMUL_LOW_RANK)
     # The codes of A8 operators are decoded by the same nodes as those of the others.
-    for bits in (3, 8) if contract.OPERATORS[contract.op_name(kind, 4)].integer else layout.BITS:
+    for bits in (3, 8) if contract.OPERATORS[contract.op_name(kind, 4)].int8_activations else layout.BITS:
         record = random_record(512, 512, bits=bits, group=128, planes=1, rank=rank)
         for dtype in contract.FLOATS if exact else ("float32",) if kind == contract.GATHER else ("float16",):
             path = tmp_path / f"{kind}{bits}{dtype}.onnx"

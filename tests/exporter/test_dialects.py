@@ -88,16 +88,16 @@ def run_layer(name: str, record: QuantizedLinear, x: Any) -> Any:
     return ort.session(ir.to_proto(model).SerializeToString()).run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize(("rounds", "level"), [(False, 1), (True, 4)])
-def test_int8_activations_are_a_level_of_accuracy_or_refused(rounds, level):
+@pytest.mark.parametrize(("int8", "level"), [(False, 1), (True, 4)])
+def test_int8_activations_are_a_level_of_accuracy_or_refused(int8, level):
     graph = ir.from_onnx_text(
         '<ir_version: 11, opset_import: ["" : 23]> g (float[b,s,48] x) => (float[b,s,48] y) { y = Identity (x) }'
     ).graph
     record = quantized(bits=4, weight_format="symmetric")
-    layer = PackedLayer("a.b", "a.b", LayerMeta.of(record), False, record.pack().__getitem__, integer_input=rounds)
+    layer = PackedLayer("a.b", "a.b", LayerMeta.of(record), False, record.pack().__getitem__, int8_activations=int8)
     product = dialects.dialect("ort").lower(NodeWriter(graph, layer), graph.inputs[0])[0]
     assert product.attributes["accuracy_level"].as_int() == level
-    assert ("--activations float" in dialects.dialect("qdq").refuse(layer)) == rounds
+    assert ("--activations float" in dialects.dialect("qdq").refuse(layer)) == int8
 
 
 @pytest.fixture(scope="module")

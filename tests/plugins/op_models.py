@@ -41,7 +41,7 @@ class OpCase:
         """Name of the operator."""
         kind = self.kind
         if kind != contract.GATHER:
-            kind = contract.matmul_kind(low_rank=bool(self.rank), integer=kind == contract.MATMUL_INTEGER)
+            kind = contract.matmul_kind(low_rank=bool(self.rank), int8_activations=kind == contract.MATMUL_INT8)
         return contract.op_name(kind, self.bits)
 
 

@@ -22,12 +22,12 @@ def test_names_of_operators_are_unique_and_ports_are_too():
 
 def test_products_that_round_x_have_the_ports_of_those_that_do_not():
     """Names end in A8 behind the bits, so that one file reads as 4-bit codes and 8-bit activations."""
-    assert contract.op_name(contract.MATMUL_LOW_RANK_INTEGER, 8) == "CodebookMatMulLowRank8A8"
+    assert contract.op_name(contract.MATMUL_LOW_RANK_INT8, 8) == "CodebookMatMulLowRank8A8"
     for low_rank in (False, True):
-        kinds = [contract.matmul_kind(low_rank=low_rank, integer=integer) for integer in (False, True)]
+        kinds = [contract.matmul_kind(low_rank=low_rank, int8_activations=int8) for int8 in (False, True)]
         exact, rounded = (contract.OPERATORS[contract.op_name(kind, 4)] for kind in kinds)
         assert (exact.inputs, exact.attributes) == (rounded.inputs, rounded.attributes)
-        assert (exact.integer, rounded.integer) == (False, True)
+        assert (exact.int8_activations, rounded.int8_activations) == (False, True)
 
 
 def test_an_unknown_operator_is_refused_with_the_known_ones():

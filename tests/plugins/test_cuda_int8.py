@@ -1,4 +1,4 @@
-"""The CUDA kernels for rounded activations, run on the CPU over the emulation, against plugins/integer.py.
+"""The CUDA kernels for rounded activations, run on the CPU over the emulation, against plugins/int8.py.
 
 Dot products are exact integers on both sides. What may differ is the order in which a few hundred float32 terms are
 added, and the last rounding to the type of x; see `check`.
@@ -17,7 +17,7 @@ import torch
 from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
-from rankbook.plugins import integer, layout
+from rankbook.plugins import int8, layout
 from tests.op_cases import CASES, case_record, numpy_inputs
 from tests.plugins import emulated
 from tests.plugins.test_cuda_emulated import EPSILON, TORCH, from_bits, magnitudes, to_bits
@@ -36,7 +36,7 @@ def results(record: QuantizedLinear, x: torch.Tensor, dtype: str) -> tuple[torch
     """Return what the kernels give for x, and what the definition gives in float32."""
     attributes, inputs = emit.attributes(LayerMeta.of(record)), numpy_inputs(record)
     got = emulated.matmul(inputs, attributes, to_bits(x), dtype, int8=True)
-    want = integer.codebook_matmul({"x": x.float().numpy(), **inputs}, attributes)
+    want = int8.codebook_matmul({"x": x.float().numpy(), **inputs}, attributes)
     return from_bits(got, dtype).double(), torch.from_numpy(np.asarray(want)).double()
 
 

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from rankbook.exporter.bodies.codebook import functions
 from rankbook.plugins import contract, library, merged
 from tests.plugins.op_models import Op, OpCase, draw
-from tests.plugins.test_native_integer import session as alone
+from tests.plugins.test_native_int8 import session as alone
 
 built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
 
@@ -134,7 +134,7 @@ def test_a_damaged_node_is_refused(change: dict[str, Any], message: str) -> None
 def test_every_product_is_what_it_is_alone(bits: int, rank: int, tokens: int) -> None:
     """The same numbers to the last bit, exact or rounded, by the session or by the file, with one node or several."""
     case = OpCase(bits=bits, rank=rank, tokens=(tokens,), bias=bool(rank), planes=1 + tokens % 2)
-    for kind in (contract.MATMUL, contract.MATMUL_INTEGER):
+    for kind in (contract.MATMUL, contract.MATMUL_INT8):
         ops = draw_several(replace(case, kind=kind), 2 + tokens % 2)
         model = model_of(ops)
         for activations in ("fp32", "int8"):
@@ -153,7 +153,7 @@ def test_half_activations() -> None:
         np.testing.assert_array_equal(mine, alone(op).run(None, {"x": op.inputs["x"]})[0])
 
 
-@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INTEGER])
+@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INT8])
 def test_the_body_calls_the_bodies_of_the_products(kind: str) -> None:
     """Stock ONNX Runtime; the tolerance is that of a float32 sum of 128 terms in another order."""
     ops = draw_several(OpCase(bits=3, rank=4, kind=kind), 2)

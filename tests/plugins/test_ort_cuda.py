@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from rankbook.plugins import contract, integer, library, merged
+from rankbook.plugins import contract, int8, library, merged
 from rankbook.tools.errors import MissingError
 from rankbook.tools.runtimes import ort as backend
 from rankbook.tools.runtimes import trt
@@ -95,8 +95,8 @@ def test_products_of_rounded_activations(rank: int) -> None:
         "out_features": 40,
         "tokens": (3,),
     }
-    op = draw(OpCase(**sizes, rank=rank, bias=True, kind=contract.MATMUL_INTEGER))
-    want = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+    op = draw(OpCase(**sizes, rank=rank, bias=True, kind=contract.MATMUL_INT8))
+    want = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
     # The sums of groups are exact; they are added up in fp32 in another order.
     assert relative_error(run(driver(), op.model(), op.inputs["x"]), want) < 1e-5
 

@@ -107,7 +107,7 @@ def test_products(case, dtype):
 def test_products_of_rounded_activations(bits, rank, dtype):
     record = case_record("plain", bits=bits, in_features=256, group=128, rank=rank)
     meta = LayerMeta.of(record)
-    name = contract.op_name(contract.matmul_kind(low_rank=rank > 0, integer=True), bits)
+    name = contract.op_name(contract.matmul_kind(low_rank=rank > 0, int8_activations=True), bits)
     for tokens in (1, 6, 40):
         x = np.random.default_rng(tokens).standard_normal((tokens, 256)).astype(dtype)
         y = np.zeros((tokens, record.out_features), dtype)

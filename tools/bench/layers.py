@@ -104,7 +104,7 @@ def ours(
         activations: ``int8`` or ``fp32``.
         gpu: x is fp16, also where it would be fp32 on the CPU; ``int8`` is an operator, not an entry of the session.
     """
-    kind = contract.matmul_kind(low_rank=branch > 0, integer=gpu and activations == "int8")
+    kind = contract.matmul_kind(low_rank=branch > 0, int8_activations=gpu and activations == "int8")
 
     def constants(n: int, k: int, rng: np.random.Generator) -> Constants:
         if k % group:

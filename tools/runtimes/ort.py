@@ -25,7 +25,7 @@ EXACT_KERNELS = ("auto", "bodies", "native", "native-cuda")
 """On the CPU ``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is
 built; ``native-cuda`` is our library on an NVIDIA GPU."""
 KERNELS = (*EXACT_KERNELS, "native-int8")
-"""``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.integer`)."""
+"""``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.int8`)."""
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 """Session configuration entry; with ``1`` a graph of which a node would run on the CPU beside the GPU is refused."""
 _ROOM = 256

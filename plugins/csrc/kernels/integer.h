@@ -1,7 +1,7 @@
 #pragma once
 
 // The int8 mode: activations rounded to 8 bits inside, products in integers, then fp32 in a fixed order. What is computed,
-// to the last bit, stands in plugins/integer.py. Letters as in codebook.h.
+// to the last bit, stands in plugins/int8.py. Letters as in codebook.h.
 
 #include <cstdint>
 
@@ -74,7 +74,7 @@ struct IntegerKernels;  // kernels/dispatch.h
 // Whole-numbered levels (2^b) and their unit: as they are if they are whole and within 255, else rounded to int8.
 float whole_levels(const float* levels, int count, int32_t* out);
 
-// Rounds `count` values to int8 with one scale, which is returned: quantize() of plugins/integer.py.
+// Rounds `count` values to int8 with one scale, which is returned: quantize() of plugins/int8.py.
 float round_row(const float* values, int64_t count, int8_t* out);
 
 // Whether levels of this range fit unsigned tables of the kernels.

@@ -4,7 +4,7 @@
 // row. Which four follows from the width, so that one shift and one mask extract them: stage() brings activations into
 // that order.
 //
-// Compiled without contraction of a * b + c: every rounding is part of the definition (plugins/integer.py).
+// Compiled without contraction of a * b + c: every rounding is part of the definition (plugins/int8.py).
 
 #include <limits>
 

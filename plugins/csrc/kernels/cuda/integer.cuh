@@ -1,4 +1,4 @@
-// Activations rounded to 8 bits, as plugins/integer.py defines: what the integer products need besides the weight.
+// Activations rounded to 8 bits, as plugins/int8.py defines: what the integer products need besides the weight.
 //
 // A kernel of its own rounds x per token and group and leaves in the workspace: the int8 numbers in the order in which
 // the products take them, a scale and a sum for every token and *piece* (a group, or a part of one whose integer sums fit
@@ -91,7 +91,7 @@ RB_DEVICE float larger_magnitude(float a, float largest) {
   return b > largest || b != b ? b : largest;
 }
 
-// `quantize` of plugins/integer.py, once the largest magnitude is known.
+// `quantize` of plugins/int8.py, once the largest magnitude is known.
 struct Rounding {
   static constexpr float kTop = 127.0f, kSmallest = 7.8886090522101181e-31f;  // 2^-100
   static constexpr float kLargest = 3.402823466e+38f;

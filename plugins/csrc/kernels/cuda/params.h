@@ -71,7 +71,7 @@ struct Matmul {
   void* y = nullptr;        // (M, N)
   DataType type = DataType::kFloat32;
   int tokens = 0;
-  bool int8_activations = false;  // x rounded per token and group, as plugins/integer.py defines
+  bool int8_activations = false;  // x rounded per token and group, as plugins/int8.py defines
   void* workspace = nullptr;  // matmul_workspace() bytes, aligned to 256
 };
 

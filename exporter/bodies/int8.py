@@ -1,11 +1,11 @@
-"""The roundings of `rankbook.plugins.integer` in standard ONNX: parts of the bodies of operators that round x."""
+"""The roundings of `rankbook.plugins.int8` in standard ONNX: parts of the bodies of operators that round x."""
 
 from __future__ import annotations
 
 from onnx import TensorProto
 
 from rankbook.exporter.functions import FunctionWriter
-from rankbook.plugins.integer import LARGEST_LEVEL, SMALLEST, TOP
+from rankbook.plugins.int8 import LARGEST_LEVEL, SMALLEST, TOP
 
 
 def rounded_input(writer: FunctionWriter, in_features: str) -> str:
@@ -36,7 +36,7 @@ def rounded_factor(writer: FunctionWriter, factor: str) -> str:
 
 
 def _rounded(writer: FunctionWriter, rows: str) -> str:
-    """Return rows (..., K) as `integer.quantize` rounds them, times their scales; a NaN or infinity gives NaN."""
+    """Return rows (..., K) as `int8.quantize` rounds them, times their scales; a NaN or infinity gives NaN."""
     node = writer.node
     largest = _reduced(writer, "ReduceMax", node("Abs", rows))
     integers = node("Round", node("Mul", rows, node("Div", writer.floats(TOP), largest)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from rankbook.plugins import contract, integer, library
+from rankbook.plugins import contract, int8, library
 from tests.plugins.op_models import Array, Op, OpCase, draw
 from tests.plugins.test_native_ort import cases, relative_error, run_bfloat, run_in_process
 
@@ -39,7 +39,7 @@ def run(op: Op, activations: str = "int8", threads: int = 2) -> Array:
 
 def expected(op: Op) -> Array:
     """Return what the definition says."""
-    return integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+    return int8.run(op.op_type, list(op.inputs.values()), op.attributes)
 
 
 @built
@@ -51,7 +51,7 @@ def test_equals_the_definition(case: OpCase) -> None:
     The session asks for it, or the file: an operator that ends in A8 rounds whatever the session says.
     """
     named = case.seed % 2 == 1
-    op = draw(replace(case, kind=contract.MATMUL_INTEGER) if named else case)
+    op = draw(replace(case, kind=contract.MATMUL_INT8) if named else case)
     assert op.op_type.endswith("A8") == named
     np.testing.assert_array_equal(run(op, "fp32" if named else "int8"), expected(op))
 
@@ -84,7 +84,7 @@ def check_all_widths() -> None:
 
 
 @built
-@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INTEGER])
+@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INT8])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_activations(dtype: str, kind: str) -> None:
     """16 bits in and out, the same arithmetic inside: the result is rounded once, to even."""

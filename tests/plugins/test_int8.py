@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankbook.plugins import contract, integer
+from rankbook.plugins import contract, int8
 from tests.plugins.op_models import OpCase, draw
 
 floats = st.floats(width=32, min_value=-(2.0**40), max_value=2.0**40, allow_subnormal=False)
@@ -28,7 +28,7 @@ def nearest_float32(value: Fraction) -> np.float32:
 def test_fused_rounds_once(a: float, b: float, c: float) -> None:
     """Compared with rational arithmetic, which does not round at all."""
     exact = Fraction(a) * Fraction(b) + Fraction(c)
-    got = integer.fused(*(np.array([value], np.float32) for value in (a, b, c)))[0]
+    got = int8.fused(*(np.array([value], np.float32) for value in (a, b, c)))[0]
     if abs(exact) > Fraction(2) ** -100 or exact == 0:
         assert got == nearest_float32(exact)
 
@@ -37,13 +37,13 @@ def test_fused_where_two_roundings_differ() -> None:
     """The exact value lies 2**-60 below the middle of two floats; rounded to float64 first, it would be the middle."""
     a, b, c = np.array([[2**-12 * (1 + 2**-18)], [2**-12 * (1 - 2**-18)], [1 + 2**-23]], np.float32)
     assert np.float32(float(a[0]) * float(b[0]) + float(c[0])) == np.float32(1 + 2**-22)
-    assert integer.fused(a, b, c)[0] == np.float32(1 + 2**-23)
+    assert int8.fused(a, b, c)[0] == np.float32(1 + 2**-23)
 
 
 def test_quantize() -> None:
     """The largest value becomes 127, halves go to even, errors are below half a step; the scale gives values back."""
     rows = np.array([[127, -127, 0.5, 1.5, 2.5, 0], [1, -2, 0.25, 0, 0, 0]], np.float32)
-    q, scale = integer.quantize(rows)
+    q, scale = int8.quantize(rows)
     np.testing.assert_array_equal(q[0], [127, -127, 0, 2, 2, 0])
     assert scale[0] == 1
     assert np.abs(q * scale[:, None] - rows).max() <= 0.5001 * scale.max()
@@ -52,7 +52,7 @@ def test_quantize() -> None:
 def test_quantize_extremes() -> None:
     """Zeros and tiny rows vanish; infinities and NaNs show in the scale."""
     rows = np.array([[0, 0], [1e-38, 0], [np.inf, 1], [1, np.nan]], np.float32)
-    q, scale = integer.quantize(rows)
+    q, scale = int8.quantize(rows)
     assert not q.any()
     np.testing.assert_array_equal(scale, [0, 0, np.nan, np.nan])
 
@@ -60,7 +60,7 @@ def test_quantize_extremes() -> None:
 def test_levels() -> None:
     """Whole levels stay; others, or a range of more than 255, are rounded to 127 steps."""
     levels = np.array([[0, 255, 3, 4], [-127, 128, 0, 1], [0, 0.5, 1, 0.25], [-200, 200, 0, 0]], np.float32)
-    whole, units = integer.integer_levels(levels)
+    whole, units = int8.integer_levels(levels)
     np.testing.assert_array_equal(whole[:2], levels[:2])
     np.testing.assert_array_equal(units[:2], [1, 1])
     np.testing.assert_array_equal(whole[2], [0, 64, 127, 32])
@@ -74,7 +74,7 @@ def test_near_the_exact_product(bits: int, rank: int) -> None:
     over many terms: well below 2 % of the largest output."""
     op = draw(OpCase(bits=bits, rank=rank, bias=True, offset=bits > 2, planes=2, in_features=256, tokens=(5,)))
     exact = op.expected()
-    got = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+    got = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
     assert got.dtype == exact.dtype
     error = np.abs(got.astype(np.float64) - exact.astype(np.float64)).max() / np.abs(exact).max()
     assert 1e-6 < error < 0.02
@@ -86,7 +86,7 @@ def test_small_integers_are_exact() -> None:
     x = np.random.default_rng(0).integers(-126, 127, op.inputs["x"].shape).astype(np.float32)
     x[:, ::64] = 127
     op.inputs["x"] = x
-    got = integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+    got = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
     np.testing.assert_allclose(got.astype(np.float64), op.expected().astype(np.float64), rtol=2e-5, atol=1e-6)
 
 
@@ -94,4 +94,4 @@ def test_a_gather_has_no_such_mode() -> None:
     """Nothing is multiplied there."""
     op = draw(OpCase(kind=contract.GATHER))
     with pytest.raises(ValueError, match="int8 mode"):
-        integer.run(op.op_type, list(op.inputs.values()), op.attributes)
+        int8.run(op.op_type, list(op.inputs.values()), op.attributes)

@@ -40,8 +40,10 @@ def relative(got: np.ndarray, want: np.ndarray) -> float:
 def test_every_product_rounds_and_no_look_up_does(work: Path) -> None:
     model = onnx.load(work / "int8" / "model.onnx", load_external_data=False)
     kinds = {node.op_type for node in model.graph.node if node.domain == contract.DOMAIN}
-    assert all(contract.OPERATORS[kind].integer or contract.OPERATORS[kind].kind == contract.GATHER for kind in kinds)
-    assert kinds & {contract.op_name(contract.MATMUL_LOW_RANK_INTEGER, 4)}
+    assert all(
+        contract.OPERATORS[kind].int8_activations or contract.OPERATORS[kind].kind == contract.GATHER for kind in kinds
+    )
+    assert kinds & {contract.op_name(contract.MATMUL_LOW_RANK_INT8, 4)}
     plain = onnx.load(work / "float" / "model.onnx", load_external_data=False)
     assert len(plain.graph.node) == len(model.graph.node)
     sizes = [(work / name / "model.onnx.data").stat().st_size for name in ("int8", "float")]
@@ -87,7 +89,7 @@ def test_inspect_names_the_operators(work: Path, capsys: pytest.CaptureFixture[s
     assert run_cli("inspect", work / "int8", "--json") == 0
     report = stdout_json(capsys)
     operators = {layer["operator"] for layer in report["layers"]}
-    assert any(name.endswith(contract.INTEGER_SUFFIX) for name in operators)
+    assert any(name.endswith(contract.INT8_SUFFIX) for name in operators)
     assert report["facts"]["metadata"]["rankbook.activations"] == "int8"
 
 
