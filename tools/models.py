@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankbook.tools.inspect.onnx_file import MODEL_NAME, find_model
+from rankbook.calibration.source import Kind, identify
+from rankbook.tools.inspect.onnx_file import find_model
 from rankbook.tools.runtimes.base import LanguageModel
-
-
-def is_onnx(source: str | Path) -> bool:
-    """Return whether ``source`` is an ``.onnx`` file or a folder that holds an exported model."""
-    path = Path(source)
-    return path.suffix == ".onnx" or (path / MODEL_NAME).is_file() or (path.is_dir() and _only_onnx(path))
-
-
-def _only_onnx(folder: Path) -> bool:
-    return not (folder / "config.json").is_file() and any(folder.glob("*.onnx"))
 
 
 def open_model(
@@ -35,10 +26,11 @@ def open_model(
         MissingError: ONNX Runtime or the native library is needed and not there.
     """
     model: LanguageModel
-    if is_onnx(source):
+    found = identify(source)
+    if found.kind is Kind.ONNX:
         from rankbook.tools.runtimes.ort import OrtModel
 
-        model = OrtModel(Path(source), threads=threads, kernels=kernels)
+        model = OrtModel(found.path, threads=threads, kernels=kernels)
     else:
         from rankbook.tools.runtimes.torch import TorchModel
 

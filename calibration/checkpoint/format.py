@@ -22,11 +22,10 @@ from torch import Tensor
 from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
 from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.source import MANIFEST as MANIFEST
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format; a reader refuses every other one."""
-MANIFEST = "rankbook.json"
-"""Name of the manifest, which also marks a folder as ours."""
 QUANT_METHOD = "rankbook"
 """Value of ``quant_method`` in config.json."""
 SHARD_BYTES = 2 << 30

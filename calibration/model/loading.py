@@ -4,60 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankbook.calibration.checkpoint.files import sha256_file
-from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointError, open_checkpoint
+from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
+from rankbook.calibration.source import LOADABLE, Source, identify
 
 _TOKENIZER_FILES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "spiece.model", "*.tiktoken")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A resolved model.
-
-    Attributes:
-        location: Folder or Hugging Face id.
-        gguf: Name of the GGUF file in the folder, empty without one.
-        packed: Whether it is one of our checkpoints.
-    """
-
-    location: str
-    gguf: str = ""
-    packed: bool = False
 
 
 def resolve(source: str | Path) -> Source:
     """Say what kind of model ``source`` is.
 
     Raises:
-        ValueError: A folder without a model, or a path that does not exist and cannot be an id.
+        ValueError: Nothing that can be loaded.
     """
-    path = Path(source)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(
-                f"{path} is a file but not a .gguf; give a Hugging Face folder, a model id or a .gguf file"
-            )
-        return Source(str(path.parent), path.name)
-    if not path.is_dir():
-        if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-            raise ValueError(f"{source} does not exist; give a Hugging Face folder, a model id or a .gguf file")
-        return Source(str(source))
-    if (path / MANIFEST).is_file():
-        return Source(str(path), packed=True)
-    ggufs = sorted(file.name for file in path.glob("*.gguf"))
-    if (path / "config.json").is_file():
-        return Source(str(path))
-    if len(ggufs) == 1:
-        return Source(str(path), ggufs[0])
-    if ggufs:
-        raise ValueError(f"{path} holds {len(ggufs)} GGUF files ({', '.join(ggufs)}); name the one to use")
-    raise ValueError(f"{path} holds neither a config.json nor a .gguf file; give the folder of a causal language model")
+    return identify(source, LOADABLE)
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

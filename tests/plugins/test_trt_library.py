@@ -17,6 +17,7 @@ import pytest
 
 from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.source import ENGINE_NAME
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import contract, library
 from rankbook.tools.demo import PACKAGE, PACKAGE_PIN, find_packaged_model
@@ -112,7 +113,7 @@ def test_a_self_contained_engine_holds_the_library(tmp_path):
     assert report.passed, report.checks
     assert "--setPluginsToSerialize=" in report.commands["trtexec"]
     # The builder stores the file as it is; its first kilobytes are enough to find it again.
-    stored = (tmp_path / "engine" / engine.ENGINE_NAME).read_bytes()
+    stored = (tmp_path / "engine" / ENGINE_NAME).read_bytes()
     assert library.library("trt").read_bytes()[:4096] in stored
     assert report.engine_bytes > library.library("trt").stat().st_size
 
@@ -137,7 +138,7 @@ def test_the_printed_polygraphy_command_builds_the_engine_with_plugins(tmp_path)
         ["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (tmp_path / engine.ENGINE_NAME).stat().st_size > 0
+    assert (tmp_path / ENGINE_NAME).stat().st_size > 0
 
 
 @needs_rtx

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rankbook.calibration.source import ENGINE_NAME
 from rankbook.tools.command import Command, Flags, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.deploy.engine import ENGINE_NAME, BuildOptions, EngineReport, build
+from rankbook.tools.deploy.engine import BuildOptions, EngineReport, build
 from rankbook.tools.deploy.profiles import Limits
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.report import Table, megabytes

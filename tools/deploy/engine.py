@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
+from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
 from rankbook.plugins import library
 from rankbook.tools.deploy import engine_commands, engine_log
 from rankbook.tools.deploy.profiles import Limits, Shapes, make_profiles
@@ -22,11 +23,8 @@ from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.report import plain
 from rankbook.tools.runtimes import trt
 
-ENGINE_NAME = "model.engine"
 TIMING_CACHE_NAME = "timing.cache"
 """Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
-MANIFEST_NAME = "engine.json"
-"""Describes the engine beside it and marks the folder as ours."""
 WEIGHTS_SLACK = 1.05
 """Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
 WEIGHTS_SLACK_BYTES = 1 << 20
@@ -175,7 +173,7 @@ def build(
     onnx_file.require_ours(model)
     onnx_file.require_standard(model)
     profiles = make_profiles(model.inputs, options.limits)
-    with replaced_folder(output, MANIFEST_NAME) as folder, _workspace(folder, options.keep_files) as work:
+    with replaced_folder(output, ENGINE_MANIFEST) as folder, _workspace(folder, options.keep_files) as work:
         plugins = options.plugin_library()
         engine = folder / ENGINE_NAME
         if options.self_contained and plugins is None:
@@ -197,7 +195,7 @@ def build(
         result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
         report = _report(model, options, profiles, {**result, "graph": graph}, log, sha256_file(engine))
-        (folder / MANIFEST_NAME).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+        (folder / ENGINE_MANIFEST).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
     return report
 
 

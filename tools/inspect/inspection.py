@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankbook.tools.deploy.engine import ENGINE_NAME, MANIFEST_NAME
+from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, Kind, identify
 from rankbook.tools.errors import UsageError
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
@@ -80,26 +80,11 @@ def inspect(path: Path) -> Inspection:
     Raises:
         UsageError: It is none of the things that can be described.
     """
-    from rankbook.calibration.checkpoint.format import is_checkpoint
-
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; give a checkpoint, an exported file or folder, an engine or a model")
-    if path.suffix == ".engine" or (path / MANIFEST_NAME).is_file():
-        return _engine(path if path.is_dir() else path.parent)
-    if is_checkpoint(path):
-        return _checkpoint(path)
-    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx")) and not (path / "config.json").is_file()):
-        return _onnx(path)
-    if (path / onnx_file.MODEL_NAME).is_file():
-        return _onnx(path)
-    if path.suffix == ".gguf" or (path.is_dir() and len(list(path.glob("*.gguf"))) == 1):
-        return _gguf(path if path.is_file() else next(path.glob("*.gguf")))
-    if (path / "config.json").is_file():
-        return _model(path)
-    raise UsageError(
-        f"{path} is nothing that rankbook knows; give a checkpoint, an exported file or folder, an engine folder,"
-        " a Hugging Face model or a GGUF file"
-    )
+    try:
+        found = identify(path, _DESCRIBE)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return _DESCRIBE[found.kind](found.path.parent if found.kind is Kind.ENGINE else found.path)
 
 
 def _checkpoint(path: Path) -> Inspection:
@@ -217,16 +202,16 @@ def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Lay
 
 
 def _engine(path: Path) -> Inspection:
-    manifest = path / MANIFEST_NAME
+    manifest = path / ENGINE_MANIFEST
     try:
         facts = json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{path} holds an engine without {MANIFEST_NAME}; build it with `rankbook build`") from None
+        raise UsageError(f"{path} holds an engine without {ENGINE_MANIFEST}; build it with `rankbook build`") from None
     except ValueError as error:
         raise UsageError(f"{manifest} is damaged ({error}); build the engine again") from None
     engine = path / ENGINE_NAME
     if not engine.is_file() or engine.stat().st_size != facts.get("engine_bytes"):
-        raise UsageError(f"{engine} is missing or does not have the size that {MANIFEST_NAME} states; build it again")
+        raise UsageError(f"{engine} is missing or does not have the size that {ENGINE_MANIFEST} states; build it again")
     # The layers of an engine are fused kernels; the file that it was built from says what they compute.
     source = Path(facts["source"]["path"])
     layers = _onnx(source).layers if source.is_file() else ()
@@ -303,3 +288,12 @@ def _gguf(path: Path) -> Inspection:
         layers.append(Layer(tensor.name, kind, round(stored), rows, columns, stored_bits=stored))
     layers.sort(key=lambda layer: _natural(layer.name))
     return Inspection("gguf", str(path), tuple(layers), {"file_bytes": path.stat().st_size})
+
+
+_DESCRIBE: dict[Kind, Callable[[Path], Inspection]] = {
+    Kind.ENGINE: _engine,
+    Kind.CHECKPOINT: _checkpoint,
+    Kind.ONNX: _onnx,
+    Kind.MODEL: _model,
+    Kind.GGUF: _gguf,
+}

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankbook.calibration.source import Kind, identify
 from rankbook.tools.errors import UsageError
-
-MODEL_NAME = "model.onnx"
-"""Name of the graph in an exported folder."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +115,10 @@ def find_model(path: Path) -> Path:
     Raises:
         UsageError: There is none, or more than one.
     """
-    if path.is_file():
-        if path.suffix != ".onnx":
-            raise UsageError(f"{path} is not an .onnx file; give one, or a folder written by `rankbook export`")
-        return path
-    if not path.is_dir():
-        raise UsageError(f"{path} does not exist; give an .onnx file or a folder written by `rankbook export`")
-    if (path / MODEL_NAME).is_file():
-        return path / MODEL_NAME
-    found = sorted(path.glob("*.onnx"))
-    if len(found) != 1:
-        held = f"{len(found)} .onnx files" if found else "no .onnx file"
-        raise UsageError(f"{path} holds {held}; give one file, or a folder written by `rankbook export`")
-    return found[0]
+    try:
+        return identify(path, {Kind.ONNX}).path
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def load_graph(path: Path) -> Any:

@@ -10,8 +10,9 @@ import torch
 
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.loading import Source, load_model, load_tokenizer, model_hash, resolve
+from rankbook.calibration.model.loading import load_model, load_tokenizer, model_hash, resolve
 from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.source import Kind, Source, identify
 from tests.calibration import toy_method
 from tests.tiny import tiny_model
 
@@ -52,26 +53,64 @@ def write_gguf(path: Path) -> None:
 
 def test_kinds_of_source(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path / "hf")
-    assert resolve(tmp_path / "hf") == Source(str(tmp_path / "hf"))
-    assert resolve("owner/name") == Source("owner/name")
+    assert resolve(tmp_path / "hf") == Source(Kind.MODEL, str(tmp_path / "hf"))
+    assert resolve("owner/name") == Source(Kind.HUB, "owner/name")
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert resolve(tmp_path / "a.gguf") == resolve(tmp_path) == Source(str(tmp_path), "a.gguf")
+    assert resolve(tmp_path / "a.gguf") == resolve(tmp_path) == Source(Kind.GGUF, str(tmp_path), "a.gguf")
     (tmp_path / "hf" / "rankbook.json").write_text("{}")
     assert resolve(tmp_path / "hf").packed
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither a config\.json nor a \.gguf"):
+    with pytest.raises(ValueError, match=r"no config\.json and no \.gguf file"):
         resolve(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         resolve(tmp_path / "nowhere")
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"is a file but not a \.gguf"):
+    with pytest.raises(ValueError, match=r"is a file, but not of a kind .* a \.gguf file"):
         resolve(tmp_path / "model.bin")
     for name in "ab":
         (tmp_path / f"{name}.gguf").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\)"):
+    with pytest.raises(ValueError, match=r"holds 2 \.gguf files \(a\.gguf, b\.gguf\)"):
         resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "file"),
+    [
+        (["engine.json", "model.engine"], Kind.ENGINE, "model.engine"),
+        (["model.onnx", "config.json"], Kind.ONNX, "model.onnx"),
+        (["other.onnx", "config.json"], Kind.ONNX, "other.onnx"),
+        (["other.onnx", "config.json", "model.safetensors"], Kind.MODEL, ""),
+        (["rankbook.json", "config.json", "model.safetensors"], Kind.CHECKPOINT, ""),
+    ],
+)
+def test_a_folder_is_one_thing(files: list[str], kind: Kind, file: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    assert identify(tmp_path) == Source(kind, str(tmp_path), file)
+
+
+def test_what_the_caller_cannot_use_is_not_found(tmp_path: Path) -> None:
+    for name in ("model.onnx", "config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    assert identify(tmp_path).kind is Kind.ONNX
+    assert resolve(tmp_path).kind is Kind.MODEL
+    with pytest.raises(ValueError, match=r"holds no engine\.json; give an engine folder"):
+        identify(tmp_path, {Kind.ENGINE})
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "out/checkpoint", "../x", "a/b/c"])
+def test_a_missing_folder_is_no_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id has an owner, unless the model is in the cache already; the owner is no folder here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(ValueError, match=r"does not exist; .* named owner/name"):
+        identify(name)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
+    if "/" not in name:
+        assert identify(name) == Source(Kind.HUB, name)
 
 
 def test_damaged_models(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rankbook.calibration.source import ENGINE_NAME
 from rankbook.plugins import library
 from rankbook.tools.deploy import engine
 from rankbook.tools.deploy.profiles import Limits
@@ -30,7 +31,7 @@ def test_an_engine_computes_what_onnx_runtime_computes(bits, plugins, tmp_path):
     assert (tmp_path / "engine" / engine.TIMING_CACHE_NAME).is_file()
     if plugins:
         tensorrt.get_plugin_registry().load_library(str(library.library("trt")))  # None if it is loaded already
-    built = EngineFromBytes((tmp_path / "engine" / engine.ENGINE_NAME).read_bytes())
+    built = EngineFromBytes((tmp_path / "engine" / ENGINE_NAME).read_bytes())
     session = ort.session(path)
     for index, lengths in enumerate(((1, 5, 8), (1,))):  # the profiles: prefill, decode
         with TrtRunner(built, optimization_profile=index) as runner:

@@ -55,7 +55,7 @@ def test_a_file_that_is_not_ours_is_a_clear_sentence(tmp_path, capsys):
         (lambda folder: (folder / "model.onnx").write_bytes(b""), "empty graph"),
         (lambda folder: (folder / "model.onnx.data").unlink(), "is missing"),
         (lambda folder: (folder / "model.onnx.data").write_bytes(b"short"), "truncated"),
-        (lambda folder: (folder / "model.onnx").unlink(), "nothing that rankbook knows"),
+        (lambda folder: (folder / "model.onnx").unlink(), "holds no engine.json and no rankbook.json"),
     ],
 )
 def test_damaged_files_are_named(damage, said, tmp_path, capsys):

@@ -1,0 +1,165 @@
+"""What a path or name given as a model is; the one place that decides it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+MANIFEST = "rankbook.json"
+"""Marks a checkpoint."""
+ONNX_NAME = "model.onnx"
+"""Name of the graph in an exported folder."""
+ENGINE_NAME, ENGINE_MANIFEST = "model.engine", "engine.json"
+"""The engine in an engine folder, and the file that marks the folder."""
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+class Kind(Enum):
+    """What a model can be; the value is for messages. A folder that could be several is the first of them."""
+
+    ENGINE = "an engine folder"
+    CHECKPOINT = "a checkpoint"
+    ONNX = "an exported folder or .onnx file"
+    MODEL = "a Hugging Face folder"
+    GGUF = "a .gguf file"
+    HUB = "a model id of the Hugging Face hub"
+
+
+LOADABLE = frozenset({Kind.CHECKPOINT, Kind.MODEL, Kind.GGUF, Kind.HUB})
+"""What PyTorch loads."""
+_MARKS = {
+    Kind.ENGINE: ENGINE_MANIFEST,
+    Kind.CHECKPOINT: MANIFEST,
+    Kind.ONNX: ".onnx file",
+    Kind.MODEL: "config.json",
+    Kind.GGUF: ".gguf file",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found.
+
+    Attributes:
+        kind: What it is.
+        location: Its folder, or its id on the hub.
+        file: Name of the file in the folder that is the model: graph, GGUF or engine; empty for the other kinds.
+    """
+
+    kind: Kind
+    location: str
+    file: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The file, or the folder where the model is more than one file."""
+        return Path(self.location) / self.file
+
+    @property
+    def gguf(self) -> str:
+        """Name of the GGUF file, or empty."""
+        return self.file if self.kind is Kind.GGUF else ""
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is a checkpoint of this project."""
+        return self.kind is Kind.CHECKPOINT
+
+
+def identify(source: str | Path, kinds: Collection[Kind] = frozenset(Kind)) -> Source:
+    """Say what ``source`` is.
+
+    Args:
+        source: A path, or a model id.
+        kinds: What the caller can use; nothing else is looked for.
+
+    Raises:
+        ValueError: It is none of ``kinds``.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, kinds)
+    if path.is_file():
+        return _file(path, kinds)
+    if Kind.HUB in kinds and _may_be_id(str(source)):
+        return Source(Kind.HUB, str(source))
+    hint = "; a model of the Hugging Face hub is named owner/name" if Kind.HUB in kinds else ""
+    raise ValueError(f"{source} does not exist; give {_allowed(kinds)}{hint}")
+
+
+def _folder(path: Path, kinds: Collection[Kind]) -> Source:
+    for kind, look in _LOOKS.items():
+        if kind in kinds and (file := look(path)) is not None:
+            return Source(kind, str(path), file)
+    marks = [mark for kind, mark in _MARKS.items() if kind in kinds]
+    raise ValueError(f"{path} holds no {' and no '.join(marks)}; give {_allowed(kinds)}")
+
+
+def _file(path: Path, kinds: Collection[Kind]) -> Source:
+    kind = {".gguf": Kind.GGUF, ".onnx": Kind.ONNX, ".engine": Kind.ENGINE}.get(path.suffix)
+    if kind in kinds and kind is not None:
+        return Source(kind, str(path.parent), path.name)
+    raise ValueError(f"{path} is a file, but not of a kind that is read here; give {_allowed(kinds)}")
+
+
+def _engine(folder: Path) -> str | None:
+    return ENGINE_NAME if (folder / ENGINE_MANIFEST).is_file() else None
+
+
+def _checkpoint(folder: Path) -> str | None:
+    return "" if (folder / MANIFEST).is_file() else None
+
+
+def _onnx(folder: Path) -> str | None:
+    """The graph of an exported folder, or the only one; not one of several beside a model's own weights."""
+    if (folder / ONNX_NAME).is_file():
+        return ONNX_NAME
+    return _only(folder, "*.onnx") if not any(folder.glob("*.safetensors")) else None
+
+
+def _model(folder: Path) -> str | None:
+    return "" if (folder / "config.json").is_file() else None
+
+
+def _gguf(folder: Path) -> str | None:
+    return _only(folder, "*.gguf")
+
+
+def _only(folder: Path, pattern: str) -> str | None:
+    found = sorted(file.name for file in folder.glob(pattern))
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {len(found)} {pattern[1:]} files ({', '.join(found)}); name the one to use")
+    return found[0] if found else None
+
+
+_LOOKS: dict[Kind, Callable[[Path], str | None]] = {
+    Kind.ENGINE: _engine,
+    Kind.CHECKPOINT: _checkpoint,
+    Kind.ONNX: _onnx,
+    Kind.MODEL: _model,
+    Kind.GGUF: _gguf,
+}
+
+
+def _may_be_id(name: str) -> bool:
+    """Tell an id from a mistyped path without asking the hub."""
+    if not _HUB_ID.fullmatch(name):
+        return False
+    owner, slash, _ = name.partition("/")
+    # An id without an owner is one of the first models; what is not in the cache is more likely a missing folder.
+    return not Path(owner).is_dir() if slash else _is_cached(name)
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _allowed(kinds: Collection[Kind]) -> str:
+    *first, last = [kind.value for kind in Kind if kind in kinds]
+    return f"{', '.join(first)} or {last}" if first else last
