@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration.activations import fake_quant
 from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.calibration.model.patterns import matches
 from rankbook.calibration.settings import ACTIVATIONS, RANGES
 
 PERCENTILE = 99.99
@@ -99,7 +99,7 @@ class ActivationConfig:
 
     def applies(self, layer: str) -> bool:
         """Return whether the input of a layer is quantized."""
-        return self.kind != "none" and not skipped(layer, self.skip)
+        return self.kind != "none" and not matches(layer, self.skip)
 
     def function(self, layer: str) -> Callable[[Tensor], Tensor]:
         """Return what is done to the input (..., K) of a layer.
@@ -115,11 +115,6 @@ class ActivationConfig:
         if self.kind.startswith("mxint"):
             return functools.partial(fake_quant.mxint, width=int(self.kind.removeprefix("mxint")))
         return functools.partial(fake_quant.per_token, bits=8, symmetric=self.symmetric)
-
-
-def skipped(layer: str, patterns: Iterable[str]) -> bool:
-    """Return whether a layer's name matches one of the patterns."""
-    return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def is_static(kind: str) -> bool:

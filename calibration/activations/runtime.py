@@ -19,6 +19,7 @@ from rankbook.calibration.activations import kv_cache
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.calibration.model.patterns import matches
 
 KEYS = ("activations", "kv_bits")
 """Names of the entries."""
@@ -38,14 +39,13 @@ def settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) ->
     """
     entries: dict[str, Any] = {}
     kind, skip = options.activations, tuple(options.activation_skip)
-    used = [name for name in layers if not activations.skipped(name, skip)]
-    if kind != "none" and not used:
-        raise ValueError(f"activation_skip {skip} leaves no layer whose input could be quantized; name fewer")
+    used = [name for name in layers if not matches(name, skip)]
     if activations.is_static(kind):
 
         def run() -> None:
-            for batch in torch.split(tokens, capture.batch_size(tokens)):
-                model(input_ids=batch, use_cache=False, logits_to_keep=1)
+            with capture.within_range(model):
+                for batch in torch.split(tokens, capture.batch_size(tokens)):
+                    model(input_ids=batch, use_cache=False, logits_to_keep=1)
 
         found = activations.calibrate(run, model, used, kind, options.activation_range)
         entries["activations"] = replace(found, skip=skip).to_json()
@@ -74,7 +74,7 @@ def in_block(
         options: See `rankbook.calibration.model.options.QuantizeOptions`.
     """
     kind = options.activations
-    used = [name for name in layers if not activations.skipped(f"{prefix}{name}", options.activation_skip)]
+    used = [name for name in layers if not matches(f"{prefix}{name}", options.activation_skip)]
     wanted = activations.is_static(kind) if options.activation_training is None else options.activation_training
     if kind == "none" or not wanted or not used:
         yield

@@ -79,7 +79,7 @@ def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
     if not bool(torch.isfinite(magnitude).all()):
         raise ValueError(
-            f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model"
+            f"the inputs of {problem.name} hold NaN or infinity: the model overflows even in float32; convert it again"
         )
     floored = magnitude.float().clamp_min(1e-4)
     return floored / (floored.min() * floored.max()).sqrt()
@@ -95,7 +95,7 @@ def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) ->
     gram = problem.statistics.gram.float()
     if not bool(torch.isfinite(gram).all()):
         raise ValueError(
-            f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model"
+            f"the inputs of {problem.name} hold NaN or infinity: the model overflows even in float32; convert it again"
         )
     mean = gram.diagonal().mean()
     if float(mean) <= 0:

@@ -131,7 +131,7 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     gram = problem.statistics.gram.float()
     if not bool(torch.isfinite(gram).all()):
         raise ValueError(
-            f"the input statistics of {problem.name} hold NaN or infinity; check the calibration text and model"
+            f"the inputs of {problem.name} hold NaN or infinity: the model overflows even in float32; convert it again"
         )
     if not bool(torch.isfinite(problem.weight).all()):
         raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")

@@ -218,6 +218,8 @@ def sensitivities(
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
+    if damaged := [name for name, found in fisher.items() if not bool(torch.isfinite(found).all())]:
+        raise ValueError(f"the gradients of {damaged[0]} overflow, so a budget cannot be spent; give --bits instead")
     return {
         name: Sensitivity(found, _spectrum(sketches[name], found) if spectra else torch.empty(0))
         for name, found in fisher.items()
@@ -242,7 +244,7 @@ def _spectrum(sketch: Tensor, fisher: Tensor) -> Tensor:
     shift = 1e-6 * inner.diagonal().mean()
     lower, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2 + shift * torch.eye(len(inner)).double())
     if int(failed):
-        raise ValueError("the inputs of a layer hold NaN or infinity; check the model and the calibration text")
+        raise ValueError("the inputs or gradients of a layer hold NaN or infinity; give --bits without a budget")
     half = torch.linalg.solve_triangular(lower, sketch.double().T, upper=False)
     eigenvalues: Tensor = torch.linalg.eigvalsh(half @ half.T).flip(0)
     return (eigenvalues / total).float()

@@ -8,6 +8,7 @@ autocast their matrix products take its dtype.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,11 +103,48 @@ def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor) -> list[Block
     return [_merge(a, b, f"{blocks.name}.{i}") for i, (a, b) in enumerate(zip(single[0], pair[0], strict=True))]
 
 
-def first_inputs(model: nn.Module, blocks: Blocks, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what enters the first block, (sequences, length, hidden) in ``dtype``."""
-    batches = torch.split(tokens, batch_size(tokens))
+@dataclass
+class Stream:
+    """What flows from block to block.
+
+    Attributes:
+        values: (sequences, length, hidden) in the model's dtype, in float32 once a value is beyond that dtype's range.
+    """
+
+    values: Tensor
+
+    def write(self, begin: int, batch: Tensor, what: str) -> None:
+        """Put a batch of new values, float32, in the place of those from sequence ``begin`` on.
+
+        Raises:
+            ValueError: They are not finite.
+        """
+        peak = float(batch.abs().max())
+        if not math.isfinite(peak):
+            raise ValueError(
+                f"{what} computes NaN or infinity in float32: the weights are damaged or were converted wrongly;"
+                " download or convert the model again"
+            )
+        if peak > torch.finfo(self.values.dtype).max:
+            self.values = self.values.float()
+        self.values[begin : begin + len(batch)].copy_(batch)
+
+
+def first_inputs(model: nn.Module, blocks: Blocks, tokens: Tensor, dtype: torch.dtype) -> Stream:
+    """Return what enters the first block, in ``dtype`` if it holds that.
+
+    Raises:
+        ValueError: It is not finite.
+    """
+    stream, begin = Stream(torch.empty(0, dtype=dtype)), 0
     with outside_in_float32(model, blocks):
-        return torch.cat([_run_stubbed(model, blocks, batch, stop_early=True)[1].to(dtype) for batch in batches])
+        for tokens_of_batch in torch.split(tokens, batch_size(tokens)):
+            batch = _run_stubbed(model, blocks, tokens_of_batch, stop_early=True)[1]
+            if begin == 0:
+                stream.values = torch.empty(*tokens.shape, batch.shape[-1], dtype=dtype)
+            stream.write(begin, batch, "what stands before the blocks")
+            begin += len(batch)
+    return stream
 
 
 def batch_size(stream: Tensor) -> int:
@@ -115,10 +153,15 @@ def batch_size(stream: Tensor) -> int:
 
 
 @torch.no_grad()
-def advance(block: nn.Module, call: BlockCall, stream: Tensor) -> None:
-    """Replace stream (sequences, length, hidden) by the block's output, in place."""
-    for batch in torch.split(stream, batch_size(stream)):
-        batch.copy_(call(block, batch.float()))
+def advance(block: nn.Module, call: BlockCall, stream: Stream, name: str = "the block") -> None:
+    """Replace what is in a stream by the block's output.
+
+    Raises:
+        ValueError: The output is not finite; the message names the block ``name``.
+    """
+    size = batch_size(stream.values)
+    for begin in range(0, len(stream.values), size):
+        stream.write(begin, call(block, stream.values[begin : begin + size].float()), name)
 
 
 @torch.no_grad()
@@ -162,6 +205,14 @@ def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[
     finally:
         collector.remove()
     return collector.result()
+
+
+def within_range(model: Any) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which a whole model runs whose activations may leave the range of fp16.
+
+    Matrix products take bf16 there, sums with what they give are in float32; other models run as they are.
+    """
+    return torch.autocast("cpu", torch.bfloat16) if model.dtype == torch.float16 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from rankbook.calibration.model.report import (
     Progress,
     QuantizeReport,
     Reporter,
+    in_float,
     output_error,
     peak_rss_bytes,
     totals,
@@ -61,6 +62,7 @@ def quantize_model(
     Memory: the weights once (memory-mapped, in their own dtype), one block in float32, and two streams of calibration
     activations (sequences, length, hidden) in the model's dtype: the original model's, which gives the targets, and the
     quantized prefix's, which gives the inputs and statistics. Methods without a training stage need only the second.
+    Where activations leave the range of fp16, the streams become float32.
 
     Args:
         source: Hugging Face folder or id, folder with one GGUF, or .gguf file.
@@ -98,7 +100,7 @@ def quantize_model(
 
 @dataclass(frozen=True)
 class _Streams:
-    """Calibration activations (sequences, length, hidden) in the model's dtype, moved from block to block in place.
+    """Calibration activations, moved from block to block in place.
 
     Attributes:
         inputs: Of the quantized prefix.
@@ -106,8 +108,8 @@ class _Streams:
         end: Number of blocks that the streams must pass; 0 where no block is left to quantize.
     """
 
-    inputs: Tensor
-    targets: Tensor | None
+    inputs: capture.Stream
+    targets: capture.Stream | None
     end: int
 
 
@@ -146,7 +148,8 @@ class _Run:
         targets = self._first_inputs(tokens) if self._trains() else None  # before the embedding may change
         last = self._last_inputs(tokens)
         packed = tables.quantize_embedding(self.model, self.tables, self.options, last)
-        inputs = targets.clone() if targets is not None and not packed else self._first_inputs(tokens)
+        same = None if packed else targets
+        inputs = self._first_inputs(tokens) if same is None else capture.Stream(same.values.clone())
         # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
         streams = _Streams(inputs, targets, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
@@ -162,7 +165,8 @@ class _Run:
         self.reporter.tell("spending the budget", -1)
         prefix = self.blocks.name
         names = [f"{prefix}.{i}.{name}" for i, layers in enumerate(self.selection.layers) for name in layers]
-        return allocate(self.model, names, tokens, self.options)
+        with capture.within_range(self.model):
+            return allocate(self.model, names, tokens, self.options)
 
     def _trains(self) -> bool:
         """Return whether blocks are trained."""
@@ -178,7 +182,7 @@ class _Run:
         compute = getattr(self.options.method_config(), "compute", "float32") if self._trains() else "float32"
         return arithmetic(compute_dtype(compute))
 
-    def _first_inputs(self, tokens: Tensor) -> Tensor:
+    def _first_inputs(self, tokens: Tensor) -> capture.Stream:
         dtype = next(self.blocks.modules[0].parameters()).dtype
         return capture.first_inputs(self.model, self.blocks, tokens, dtype)
 
@@ -201,7 +205,7 @@ class _Run:
         with capture.in_float32(block):
             if streams.targets is not None and index < streams.end:
                 with self._arithmetic():
-                    capture.advance(block, call, streams.targets)
+                    capture.advance(block, call, streams.targets, f"block {prefix[:-1]} of the original model")
             if solve:
                 state.save(index, self._solve(index, call, streams))
             result = state.load(index)  # also when just solved: what is on disk is what the next block sees
@@ -213,7 +217,7 @@ class _Run:
                 self.model.get_parameter(name).data = tensor.float()
             if index + 1 < streams.end:
                 with self._rounded_inputs(index, call, streams), self._arithmetic():
-                    capture.advance(block, call, streams.inputs)
+                    capture.advance(block, call, streams.inputs, f"block {prefix[:-1]}")
             for module in modules.values():
                 module.dematerialize()
         self.scaled += result.scaled
@@ -225,8 +229,8 @@ class _Run:
         block, prefix, names = self.blocks.modules[index], f"{self.blocks.name}.{index}.", self.selection.layers[index]
         method, options = METHODS[self.options.method], self.options
         with self._arithmetic():
-            statistics = capture.collect(block, call, streams.inputs, names)
-        scaled = self._scale_inputs(block, lambda: call(block, streams.inputs[:1].float()), statistics)
+            statistics = capture.collect(block, call, streams.inputs.values, names)
+        scaled = self._scale_inputs(block, lambda: call(block, streams.inputs.values[:1].float()), statistics)
         problems = {name: _problem(block, name, statistics[name]) for name in names}
         share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
         with torch.random.fork_rng(devices=[]):
@@ -240,7 +244,8 @@ class _Run:
             if method.refine is not None and streams.targets is not None and problems:
                 progress = _refine_progress(self.reporter, index)
                 seed = options.seed + index
-                whole = BlockProblem(block, problems, streams.inputs, streams.targets, call, seed, progress)
+                given, wanted = streams.inputs.values, streams.targets.values
+                whole = BlockProblem(block, problems, given, wanted, call, seed, progress)
                 with self._rounded_inputs(index, call, streams):
                     records = method.refine(whole, records, options.method_config())
         errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
@@ -258,7 +263,7 @@ class _Run:
             return nullcontext()
 
         def run() -> None:
-            for batch in torch.split(streams.inputs, capture.batch_size(streams.inputs)):
+            for batch in torch.split(streams.inputs.values, capture.batch_size(streams.inputs.values)):
                 call(block, batch.float())
 
         return runtime.in_block(block, f"{self.blocks.name}.{index}.", names, run, self.options)
@@ -289,9 +294,12 @@ class _Run:
             entries["lm_head"] = self._table_entry(self.tables.head)
             if self.tables.tied:
                 entries["lm_head"] = {"name": self.tables.head[0], "shared_with": self.tables.embedding[0]}
+        layers = {**self.table_layers, **self.layers}
+        entries["blocks"] = in_float(self.blocks.modules, self.layers.values())
+        entries["model"] = in_float([self.model], layers.values())
         return QuantizeReport(
             output_dir=output,
-            layers={**self.table_layers, **self.layers},
+            layers=layers,
             totals=totals(self.layers, entries),
             left_alone=self.selection.left_alone,
             scaled=tuple(self.scaled),
@@ -363,9 +371,10 @@ def _calibration(state: PartialState, tokenizer: Any, model: Any, options: Quant
     if (stored := state.tokens()) is not None:
         return CalibrationData(*stored)
     length = min(options.calib_length, getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
-    data = calibration_batches(
-        tokenizer, options.calib, sequences=options.calib_sequences, length=length, seed=options.seed, model=model
-    )
+    with capture.within_range(model):
+        data = calibration_batches(
+            tokenizer, options.calib, sequences=options.calib_sequences, length=length, seed=options.seed, model=model
+        )
     state.save_tokens(data.tokens, data.description)
     return data
 

@@ -72,6 +72,7 @@ class QuantizeOptions:
     quantize_lm_head: int = _option(0, "Bits of the output layer: 8 or 4; 0 leaves it alone.")
     quantize_embeddings: int = _option(0, "Bits of the embedding: 8 or 4; 0 leaves it alone.")
     skip: tuple[str, ...] = _option((), "Names of layers to leave alone; * and ? are wildcards.")
+    allow_partial: bool = _option(False, "Quantize a model of whose blocks less than half of the weights can be.")
     method_options: Mapping[str, Any] = field(default_factory=dict, metadata={"help": "Further options of the method."})
 
     def __post_init__(self) -> None:

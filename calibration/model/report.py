@@ -5,13 +5,18 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+SKIPPED, OUTSIDE = "skipped by option", "outside the decoder blocks"
+"""Ends of the reasons in `QuantizeReport.left_alone` that are no surprise."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class QuantizeReport:
     Attributes:
         output_dir: The checkpoint.
         layers: Packed layers by full name.
-        totals: Sums for ``linear``, ``embeddings`` and ``lm_head``, see `totals`.
+        totals: Sums for ``linear``, ``embeddings`` and ``lm_head``, see `totals`; of the ``blocks`` and the whole
+            ``model`` the weights that stay in float, see `in_float`.
         left_alone: Names of weights that stay as they are, with the reason.
         scaled: Names of layers whose inputs were scaled before quantization.
         calibration: Where the calibration tokens came from.
@@ -89,6 +95,20 @@ class QuantizeReport:
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the linear layers."""
         return float(self.totals["linear"]["bits_per_weight"])
+
+    @property
+    def unknown(self) -> str:
+        """What of the blocks stays in float without having been skipped by option; empty where nothing does."""
+        found: dict[str, list[str]] = {}
+        for name, reason in self.left_alone.items():
+            if not reason.endswith((SKIPPED, OUTSIDE)):
+                found.setdefault(reason, []).append(name)
+        if not found:
+            return ""
+        each = [f"{len(names)} such as {names[0]} ({reason})" for reason, names in found.items()]
+        return (
+            f"{self.totals['blocks']['float_share']:.1%} of the weights in the blocks stay in float: {', '.join(each)}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -145,6 +165,25 @@ def totals(layers: Mapping[str, LayerReport], tables: Mapping[str, Any]) -> dict
     stored = sum(parts.values())
     linear = {"weights": weights, "stored_bits": stored, "bits_per_weight": stored / weights, "parts": parts}
     return {"linear": linear, **tables}
+
+
+def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dict[str, Any]:
+    """Return how many weights of modules stay in float besides packed layers, their share, and stored bits of all.
+
+    Weights are the elements of parameters with two dimensions or more, each counted once.
+    """
+    left = {id(p): p for module in modules for p in module.parameters() if p.ndim >= 2}.values()
+    own = [layer for layer in layers if not layer.meta.shared_with]
+    count = sum(parameter.numel() for parameter in left)
+    weights = count + sum(layer.meta.out_features * layer.meta.in_features for layer in own)
+    bits = sum(8 * parameter.nbytes for parameter in left) + sum(sum(layer.stored_bits.values()) for layer in own)
+    return {
+        "weights": weights,
+        "float_weights": count,
+        "float_share": count / weights,
+        "stored_bits": bits,
+        "bits_per_weight": bits / weights,
+    }
 
 
 def output_error(problem_weight: Any, record: QuantizedLinear, gram: Any) -> float | None:

@@ -77,7 +77,7 @@ class PartialState:
         others = {"tensors": list(result.tensors), "scaled": list(result.scaled)}
         metadata = {
             "layers": json.dumps(layers),
-            "errors": json.dumps(dict(result.errors)),
+            "errors": json.dumps(dict(result.errors), allow_nan=False),
             "others": json.dumps(others),
         }
         tensors |= {name: tensor.contiguous() for name, tensor in result.tensors.items()}

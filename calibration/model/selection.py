@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from rankbook.calibration.model.capture import Blocks
 from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.model.patterns import check_patterns, matches
+from rankbook.calibration.model.report import OUTSIDE, SKIPPED
+
+LEAST_SHARE = 0.5
+"""Share of the blocks' weights that must be quantized, or left alone by option, unless ``allow_partial`` is given."""
 
 
 @dataclass
@@ -29,37 +34,72 @@ def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Select
     """Choose the plain linear layers of the blocks.
 
     Raises:
-        ValueError: The group size fits none of the rows of a layer, or nothing is left to quantize.
+        ValueError: The group size fits none of the rows of a layer, a pattern matches nothing, or nothing or too little
+            is left to quantize.
     """
-    selection = Selection()
-    owners: dict[int, int] = {}
-    for block in blocks.modules:
-        for module in block.modules():
-            owners[id(module)] = owners.get(id(module), 0) + 1
+    selection, others = Selection(), Counter[str]()
+    owners = Counter(id(module) for block in blocks.modules for module in block.modules())
+    counted: set[int] = set()
     for index, block in enumerate(blocks.modules):
         selection.layers.append([])
         for local, module in block.named_modules():
             name = f"{blocks.name}.{index}.{local}"
-            if reason := _reason(name, module, options, shared=owners[id(module)] > 1):
+            if not has_weights(module):
+                continue
+            reason = _reason(name, module, options, shared=owners[id(module)] > 1)
+            if id(module) not in counted:
+                others["" if reason in ("", SKIPPED) else type(module).__name__] += _weights(module)
+            counted.add(id(module))
+            if reason:
                 selection.left_alone[name] = reason
-            elif type(module) is nn.Linear:
+            elif isinstance(module, nn.Linear):
                 _check_group(name, module.in_features, options)
                 selection.layers[-1].append(local)
-    if not any(selection.layers):
-        raise ValueError(f"no layer of {type(model).__name__} is left to quantize; check --skip and the kind of model")
     _note_outside(model, blocks, selection)
+    chosen = [f"{blocks.name}.{index}.{local}" for index, layers in enumerate(selection.layers) for local in layers]
+    check_patterns("skip", options.skip, [name for name, module in model.named_modules() if has_weights(module)])
+    if not chosen:
+        raise ValueError(f"no layer of {type(model).__name__} is left to quantize; check --skip and the kind of model")
+    check_patterns("activation_skip", options.activation_skip, chosen)
+    if options.activations != "none" and all(matches(name, options.activation_skip) for name in chosen):
+        raise ValueError(
+            f"activation_skip {options.activation_skip} leaves no layer whose input could be quantized; name fewer"
+        )
+    if not options.allow_partial:
+        _check_share(model, others)
     return selection
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Return whether a module has weights of its own: parameters of two dimensions or more."""
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
+
+
 def _reason(name: str, module: nn.Module, options: QuantizeOptions, *, shared: bool) -> str:
-    """Return why a module with weights of its own is left alone; empty if it is not, or has none."""
-    if all(parameter.ndim < 2 for parameter in module.parameters(recurse=False)):
-        return ""
+    """Return why a module with weights is left alone; empty if it is not."""
+    if matches(name, options.skip):
+        return SKIPPED
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not a linear layer that rankbook knows"
-    if any(fnmatchcase(name, pattern) for pattern in options.skip):
-        return "skipped by option"
     return "used by more than one block" if shared else ""
+
+
+def _check_share(model: nn.Module, weights: Counter[str]) -> None:
+    """Refuse to quantize the smaller part of a model: ``weights`` by the type that is left out, empty for the rest."""
+    total = weights.total()
+    if weights[""] >= LEAST_SHARE * total:
+        return
+    del weights[""]
+    left = ", ".join(f"{count / total:.1%} in {kind}" for kind, count in weights.most_common())
+    raise ValueError(
+        f"only {1 - weights.total() / total:.1%} of the weights in the blocks of {type(model).__name__} are in linear"
+        f" layers that rankbook can quantize; the rest would stay in float ({left}). Give --allow-partial to quantize"
+        " the smaller part alone"
+    )
 
 
 def _check_group(name: str, in_features: int, options: QuantizeOptions) -> None:
@@ -73,5 +113,5 @@ def _note_outside(model: Any, blocks: Blocks, selection: Selection) -> None:
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     for name, module in model.named_modules():
         outside = not name.startswith(f"{blocks.name}.") and all(module is not table for table in tables)
-        if outside and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
-            selection.left_alone[name] = f"{type(module).__name__} outside the decoder blocks"
+        if outside and has_weights(module):
+            selection.left_alone[name] = f"{type(module).__name__} {OUTSIDE}"

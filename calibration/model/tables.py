@@ -23,6 +23,7 @@ from rankbook.calibration.model.packed_modules import (
     TiedCodebookLinear,
     replace_module,
 )
+from rankbook.calibration.model.patterns import matches
 from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.plugins import layout
@@ -68,6 +69,10 @@ def check_tables(tables: Tables, options: QuantizeOptions) -> None:
             f"embedding and output layer are one tied weight, so {wide[0]} and {wide[1]} bits cannot both be had;"
             " give the same number, or only one of the two"
         )
+    for found, bits in ((tables.head, options.quantize_lm_head), (tables.embedding, options.quantize_embeddings)):
+        if found is not None and bits and matches(found[0], options.skip):
+            flag = "--quantize-lm-head" if found is tables.head else "--quantize-embeddings"
+            raise ValueError(f"skip names {found[0]!r}, which {flag} {bits} asks to quantize; give one of the two")
     if _wants_embedding(tables, options):
         _embedding_scale(tables.embedding[1])
     if options.quantize_lm_head and (tables.head is None or type(tables.head[1]) is not nn.Linear):

@@ -196,8 +196,8 @@ def _gradients(
     dtype = compute_dtype(config.compute)
     weights = {name: nn.Parameter(layer.weight().to(dtype)) for name, layer in layers.items()}
     with swapped_weights(problem.block, weights), torch.enable_grad(), arithmetic(dtype):
-        output = problem.forward(problem.block, problem.inputs[batch])
-        loss = _ERRORS[config.loss](output, problem.targets[batch]).mean()
+        output = problem.forward(problem.block, problem.inputs[batch].float())
+        loss = _ERRORS[config.loss](output, problem.targets[batch].float()).mean()
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if grad is None else grad
@@ -215,6 +215,6 @@ def _loss(
     total = 0.0
     with swapped_weights(problem.block, weights), arithmetic(dtype):
         for batch in batches:
-            output = problem.forward(problem.block, problem.inputs[batch])
-            total += float(_ERRORS[config.loss](output, problem.targets[batch]).sum())
+            output = problem.forward(problem.block, problem.inputs[batch].float())
+            total += float(_ERRORS[config.loss](output, problem.targets[batch].float()).sum())
     return total / max(1, sum(len(batch) for batch in batches) * problem.inputs.shape[1])

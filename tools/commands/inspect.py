@@ -61,6 +61,11 @@ def _summary(found: Inspection) -> str:
     lines = [f"{len(found.layers)} layers with a weight matrix"]
     if found.bits_per_weight is not None:
         lines.append(f"{found.bits_per_weight:.3f} stored bits per weight over the quantized ones")
+    if left := found.facts.get("left_in_float"):
+        largest = ", ".join(left["largest"])
+        lines.append(
+            f"{left['share']:.1%} of the weights are in float" + (f", the largest are {largest}" if largest else "")
+        )
     lines += [f"{key}: {found.facts[key]}" for key in _SHORT if key in found.facts]
     lines += [f"{tool}: {command}" for tool, command in found.facts.get("commands", {}).items()]
     if metadata := found.facts.get("metadata"):

@@ -20,7 +20,7 @@ _OPTIONS = (
     "method bits target_bits allocate rank group_size weight_format clip_search error_branch error_rank factor_bits"
     " param_bits level_dtype effort branch_passes scale_inputs scale_strength calib calib_sequences calib_length seed"
     " quantize_lm_head quantize_embeddings activations activation_range activation_skip"
-    " activation_training kv_bits"
+    " activation_training kv_bits allow_partial"
 ).split()
 """Flags that go to `QuantizeOptions` under their own names."""
 
@@ -88,6 +88,12 @@ def add_flags(flags: Flags) -> None:
         text="keys and values per token and head, before the rotary embedding, in PyTorch; 0 leaves them",
     )
     flags.add("--skip", nargs="+", default=(), metavar="NAME", text="layers to leave alone; * and ? are wildcards")
+    flags.add(
+        "--allow-partial",
+        action="store_true",
+        default=False,
+        text="quantize a model of whose blocks less than half of the weights can be quantized (experts stay in float)",
+    )
     flags.add("--resume", action="store_true", default=False, text="go on at the last finished block of an earlier run")
     flags.add("--overwrite", action="store_true", default=False, text="replace a checkpoint that is already there")
 
@@ -166,6 +172,8 @@ def run(options: argparse.Namespace) -> Outcome:
         report = quantize_model(options.model, output, chosen, resume=options.resume, progress=progress)
     if chosen.calib is None:
         console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
+    if report.unknown:
+        console.log(report.unknown)
     summary = {"bits_per_weight": report.bits_per_weight, "method": chosen.method, **report.to_json()}
     return Outcome(summary, _tables(report), str(output), config_folder=output)
 
@@ -196,10 +204,15 @@ def _tables(report: QuantizeReport) -> list[Table]:
         ("stored bits per weight, linear layers", linear["bits_per_weight"]),
     ]
     rows += [(f"  of which {part}", bits / linear["weights"]) for part, bits in linear["parts"].items()]
-    for name in ("embeddings", "lm_head"):
-        entry = report.totals.get(name, {})
-        bits = entry.get("bits_per_weight")
-        rows.append((f"stored bits per weight, {name}", bits if bits is not None else "shared with the embedding"))
+    for name in ("embeddings", "lm_head", "model"):
+        if entry := report.totals.get(name):
+            what = "whole model" if name == "model" else name
+            rows.append((f"stored bits per weight, {what}", entry.get("bits_per_weight", "shared with the embedding")))
+    for name, what in (
+        ("blocks", "weights of the blocks left in float"),
+        ("model", "weights of the model left in float"),
+    ):
+        rows.append((what, f"{report.totals[name]['float_share']:.1%}"))
     errors = [layer.error for layer in report.layers.values() if layer.error is not None]
     if errors:
         rows.append(("relative output error, mean over layers", sum(errors) / len(errors)))

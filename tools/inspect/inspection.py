@@ -17,6 +17,9 @@ from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
 
 _ELEMENT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8, "BOOL": 8}
 
+_LARGEST = 5
+"""Tensors in float that a report names."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -111,7 +114,20 @@ def _checkpoint(path: Path) -> Inspection:
         layers.append(layer)
     facts = {key: value for key, value in opened.manifest.items() if key not in ("layers", "files")}
     facts["files"] = {name: entry["bytes"] for name, entry in opened.manifest.get("files", {}).items()}
+    facts["left_in_float"] = _left_in_float(path, opened.unquantized(), layers)
     return Inspection("checkpoint", str(path), tuple(layers), facts)
+
+
+def _left_in_float(path: Path, names: Iterable[str], packed: Iterable[Layer]) -> dict[str, Any]:
+    """Return how many weights of a checkpoint are in no packed layer, their share, and those of the largest tensors."""
+    shapes = {
+        name: entry["shape"] for file in path.glob("*.safetensors") for name, entry in _safetensors_header(file).items()
+    }
+    sizes = {name: math.prod(shapes[name]) for name in names if len(shapes.get(name, ())) >= 2}
+    weights = sum(sizes.values())
+    total = weights + sum(layer.out_features * layer.in_features for layer in packed if layer.stored_bits)
+    largest = dict(sorted(sizes.items(), key=lambda item: -item[1])[:_LARGEST])
+    return {"weights": weights, "share": weights / max(1, total), "largest": largest}
 
 
 def _error(entry: Any) -> float | None:

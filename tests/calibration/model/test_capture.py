@@ -38,9 +38,9 @@ def test_stream_through_the_blocks_is_that_of_the_model(family: str, monkeypatch
     stream = capture.first_inputs(model, blocks, ids, torch.float32)
     for want, block, call in zip(hidden_states(model, ids), blocks.modules, calls, strict=False):
         # Batches of another size add up in another order: float32 rounding, well below 1e-5 of values near 1.
-        assert torch.allclose(stream, want, atol=1e-5)
+        assert torch.allclose(stream.values, want, atol=1e-5)
         capture.advance(block, call, stream)
-    assert torch.allclose(stream, hidden_states(model, ids)[-1], atol=1e-5)
+    assert torch.allclose(stream.values, hidden_states(model, ids)[-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +57,7 @@ def test_a_model_in_bfloat16_runs_in_float32_and_is_left_as_it_was(family: str) 
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
     want = hidden_states(model.float(), ids)[-1]
     # The weights are the same; what differs is Gemma's factor sqrt(hidden), which bfloat16 rounds to 8 bits.
-    assert torch.allclose(stream, want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+    assert torch.allclose(stream.values, want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
 
 
 def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> None:
@@ -67,8 +67,8 @@ def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> N
     stream = capture.first_inputs(model, blocks, ids, torch.float32)
     block: Any = blocks.modules[0]
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    statistics = capture.collect(block, calls[0], stream, names)
-    x = block.input_layernorm(stream).reshape(-1, 48)
+    statistics = capture.collect(block, calls[0], stream.values, names)
+    x = block.input_layernorm(stream.values).reshape(-1, 48)
     q, k, v = (statistics[f"self_attn.{name}_proj"] for name in "qkv")
     assert q is k is v
     assert q.tokens == 100
@@ -77,6 +77,28 @@ def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> N
     assert statistics["mlp.gate_proj"] is not q
     assert statistics["mlp.down_proj"].gram.shape == (80, 80)
     assert not block.self_attn.q_proj._forward_pre_hooks
+
+
+def test_a_stream_in_fp16_becomes_float32_where_fp16_does_not_hold() -> None:
+    factors = {"block 0": 2.0, "block 1": 1000.0, "block 2": 0.5}
+    stream = capture.Stream(torch.linspace(1, 60, 5 * 4 * 8).view(5, 4, 8).half())
+    want, call = stream.values.float(), capture.BlockCall((), {}, frozenset())
+    for name, factor in factors.items():
+        block = nn.Linear(8, 8, bias=False)
+        block.weight.data = factor * torch.eye(8)
+        capture.advance(block, call, stream, name)
+        want *= factor
+        assert stream.values.dtype == (torch.float16 if name == "block 0" else torch.float32)
+    assert torch.allclose(stream.values, want, rtol=2**-10)  # what is exact in float32 was rounded to fp16 once
+
+
+def test_values_that_are_not_finite_are_refused_by_the_name_of_the_block() -> None:
+    block = nn.Linear(8, 8, bias=False)
+    block.weight.data = torch.full((8, 8), 3e38)
+    with pytest.raises(ValueError, match=r"model\.layers\.3 computes NaN or infinity"):
+        capture.advance(
+            block, capture.BlockCall((), {}, frozenset()), capture.Stream(torch.ones(1, 2, 8)), "model.layers.3"
+        )
 
 
 def test_an_input_that_is_changed_in_place_is_not_shared() -> None:
@@ -108,7 +130,7 @@ def test_gradients_flow_through_a_call() -> None:
     model, ids = tiny_model("gemma2"), tokens()
     blocks = capture.find_blocks(model)
     calls = capture.record_calls(model, blocks, ids)
-    x = capture.first_inputs(model, blocks, ids, torch.float32)[:3].requires_grad_()
+    x = capture.first_inputs(model, blocks, ids, torch.float32).values[:3].requires_grad_()
     (gradient,) = torch.autograd.grad(calls[1](blocks.modules[1], x).square().sum(), x)
     assert gradient.abs().sum() > 0
 

@@ -27,7 +27,7 @@ from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.report import Progress
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from tests.calibration import toy_method
-from tests.tiny import tiny_model, write_text
+from tests.tiny import tiny_model, tiny_tokenizer, write_text
 
 ROOT = Path(__file__).parents[3]
 AUTO: Any = AutoModelForCausalLM
@@ -254,13 +254,84 @@ def test_skipped_and_unknown_layers_are_left_alone_and_listed(tmp_path: Path) ->
     model = AUTO.from_config(config)
     model.save_pretrained(tmp_path / "model")
     chosen = options(tmp_path, calib=None, skip=("*.1.self_attn.q_proj",))
-    report = quantize_model(tmp_path / "model", tmp_path / "out", chosen)
+    # Each block has 3072 weights in attention, 64 in the router and 9216 in experts.
+    with pytest.raises(ValueError, match=r"only 24\.9% of the weights .* \(74\.6% in MixtralExperts, 0\.5% in Mixtral"):
+        quantize_model(tmp_path / "model", tmp_path / "out", chosen)
+    report = quantize_model(tmp_path / "model", tmp_path / "out", replace(chosen, allow_partial=True))
+    packed = 2 * 3072 - 1024
+    assert report.totals["blocks"]["float_share"] == 1 - packed / (2 * (3072 + 64 + 9216))
+    assert report.totals["model"]["float_weights"] == 2 * (3072 + 64 + 9216) - packed + 2 * 259 * 32
+    assert report.unknown.startswith("79.3% of the weights in the blocks stay in float: 2 such as model.layers.0.mlp.")
+    assert "2 such as model.layers.0.mlp.experts (MixtralExperts is not a linear layer" in report.unknown
     assert report.left_alone["model.layers.1.self_attn.q_proj"] == "skipped by option"
     assert "Experts" in report.left_alone["model.layers.0.mlp.experts"]
     assert len(report.layers) == 7
     loaded, _ = load_model(tmp_path / "out")
     before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
     assert torch.equal(before["model.layers.0.mlp.experts.down_proj"], after["model.layers.0.mlp.experts.down_proj"])
+
+
+def test_experts_that_the_user_skips_are_no_surprise(tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, skip=("*.mlp.*", "*.q_proj")))
+    assert report.unknown == ""
+    assert report.totals["blocks"]["float_share"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"skip": ("down_proj",)}, r"skip 'down_proj' matches none .*write '\*\.down_proj'"),
+        ({"activations": "static8", "activation_skip": ("re:.*o_proj",)}, "activation_skip 're:.*o_proj' matches none"),
+        ({"activations": "static8", "activation_skip": ("*",)}, "leaves no layer whose input"),
+        ({"skip": ("lm_head",), "quantize_lm_head": 8}, "skip names 'lm_head', which --quantize-lm-head"),
+    ],
+)
+def test_patterns_are_checked_before_work_begins(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    tiny_model("llama", tmp_path / "model")
+    steps: list[Progress] = []
+    with pytest.raises(ValueError, match=message):
+        quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, **changes), progress=steps.append)
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "rtn"},
+        {"method": "gptq"},
+        {"method": "rtn", "activations": "static8", "calib": None},
+        {"method": "lcq", "rank": 1, "method_options": {"steps": 2, "compute": "float32"}},
+        {
+            "method": "lrq",
+            "method_options": {"steps": 2, "compute": "bfloat16"},
+            "error_branch": "qera",
+            "error_rank": 2,
+        },
+        {"method": "rtn", "target_bits": 5.0},
+    ],
+    ids=str,
+)
+def test_fp16_weights_whose_activations_leave_fp16(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The residual stream passes 65,504 after the first block, as in models trained in bfloat16; no file holds NaN."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 200.0
+        model.model.layers[0].self_attn.v_proj.weight[:, 3] = 1000.0
+        model.model.layers[0].self_attn.o_proj.weight[3] = 1.0
+    model.half().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        states = model.float()(input_ids=ids, output_hidden_states=True).hidden_states
+    assert float(states[1].abs().max()) > 65_504
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, **changes))
+    errors = {name: layer.error for name, layer in report.layers.items()}
+    assert all(error is not None and 0 <= error < 1 for error in errors.values()), errors
+    json.loads((tmp_path / "out" / MANIFEST).read_text(), parse_constant=pytest.fail)
+    json.loads((tmp_path / "out" / "config.json").read_text(), parse_constant=pytest.fail)
+    loaded, _ = load_model(tmp_path / "out", torch.float32)
+    assert bool(torch.isfinite(loaded(input_ids=ids).logits).all())
 
 
 def test_a_model_with_nothing_to_quantize(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Parts:
         found = capture.find_blocks(self.model)
         self.block = found.modules[0]
         call = capture.record_calls(self.model, found, TOKENS)[0]
-        x = capture.first_inputs(self.model, found, TOKENS, torch.float32)
+        x = capture.first_inputs(self.model, found, TOKENS, torch.float32).values
         self.names = [name for name, module in self.block.named_modules() if type(module) is nn.Linear]
         self.statistics = capture.collect(self.block, call, x, self.names)
         self.run = lambda: call(self.block, x[:1])

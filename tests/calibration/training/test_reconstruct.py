@@ -155,3 +155,13 @@ def test_wrong_values_are_refused() -> None:
         train_block(empty, {}, {}, CONFIG)
     with pytest.raises(ValueError, match="at least 1"):
         train_block(problem, {}, {}, TrainConfig(steps=0))
+
+
+def test_streams_in_fp16_are_judged_in_float32() -> None:
+    """Squares of fp16 values above 256 are beyond fp16: without widening, their tokens count for nothing."""
+    problem = problems.block()
+    targets = (problem.targets * (1000 / problem.targets.abs().max())).half()
+    half = dataclasses.replace(problem, inputs=problem.inputs.half(), targets=targets)
+    wide = dataclasses.replace(half, inputs=half.inputs.float(), targets=half.targets.float())
+    losses = [train_block(p, _start(p), {}, dataclasses.replace(CONFIG, steps=1)).loss_before for p in (half, wide)]
+    assert losses[0] == losses[1]
