@@ -163,5 +163,7 @@ def test_streams_in_fp16_are_judged_in_float32() -> None:
     targets = (problem.targets * (1000 / problem.targets.abs().max())).half()
     half = dataclasses.replace(problem, inputs=problem.inputs.half(), targets=targets)
     wide = dataclasses.replace(half, inputs=half.inputs.float(), targets=half.targets.float())
-    losses = [train_block(p, _start(p), {}, dataclasses.replace(CONFIG, steps=1)).loss_before for p in (half, wide)]
+    losses = [
+        train_block(p, _start(p), _layers(p, 1), dataclasses.replace(CONFIG, steps=1)).loss_before for p in (half, wide)
+    ]
     assert losses[0] == losses[1]
