@@ -20,11 +20,12 @@ from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, languag
 from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
+from rankbook.exporter.options import ExportOptions as ExportOptions
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.gates import FuseGates
 from rankbook.exporter.passes.group_query import GroupQueryAttention
-from rankbook.exporter.passes.kv_cache import CACHES, QuantizeCache
+from rankbook.exporter.passes.kv_cache import QuantizeCache
 from rankbook.exporter.passes.merge import MergeProducts
 from rankbook.exporter.passes.metadata import AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
@@ -34,7 +35,7 @@ from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.weights import BindWeights, packed_layer
 from rankbook.exporter.skeleton import Skeleton, build
-from rankbook.exporter.trace import INPUTS, LOGITS, trace
+from rankbook.exporter.trace import trace
 from rankbook.plugins import contract
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -42,59 +43,8 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Dtypes of activations and of weights that are not quantized."""
 
-ACTIVATIONS = ("float", "int8")
-"""What products of packed layers compute with; ``float`` is what the checkpoint says: exact, or its static ranges."""
-GRAPHS = ("standard", "ort")
-"""Operators of everything but packed layers: of ONNX, which every runtime knows, or of ONNX Runtime."""
-
 Progress = Callable[[str, int, int], None]
 """Called with a stage, steps done and steps in all."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What the file is to be.
-
-    Attributes:
-        dtype: One of `DTYPES`.
-        logits: One of `rankbook.exporter.trace.LOGITS`.
-        dialect: In which operators the packed layers are written, one of `rankbook.exporter.dialects.names`.
-        activations: One of `ACTIVATIONS`: what products of packed layers compute with. ``int8`` rounds their input
-            inside the operator, with one scale per token and group.
-        graph: One of `GRAPHS`: the operators of everything but packed layers. ``ort`` takes ONNX Runtime's own for
-            attention and normalization, which no other runtime knows.
-        kv: Type of the cache, one of `rankbook.exporter.passes.kv_cache.CACHES`.
-        inputs: One of `rankbook.exporter.trace.INPUTS`: token numbers, or embedded tokens (batch, sequence, hidden), as
-            a model with a vision tower needs them.
-        weights_only: Leave out the checkpoint's settings of activations and cache.
-
-    Raises:
-        ValueError: At construction, for a value that does not exist; the message names those that do.
-    """
-
-    dtype: str = "fp32"
-    logits: str = "last"
-    dialect: str = NATIVE
-    activations: str = "float"
-    graph: str = "standard"
-    kv: str = "float"
-    inputs: str = "ids"
-    weights_only: bool = False
-
-    def __post_init__(self) -> None:
-        allowed = {"dtype": DTYPES, "logits": LOGITS, "dialect": dialects.names(), "activations": ACTIVATIONS}
-        allowed |= {"graph": GRAPHS, "kv": CACHES, "inputs": INPUTS}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
-        if self.graph == "ort" and self.kv == "int8":
-            raise ValueError("graph 'ort' has a cache in the type of the activations; give kv float, or graph standard")
-
-    def metadata(self) -> dict[str, str]:
-        """Return what is written into the file about them."""
-        return {
-            f"rankbook.{name}": getattr(self, name) for name in ("dtype", "logits", "dialect", "graph", "kv", "inputs")
-        }
 
 
 @dataclass(frozen=True)

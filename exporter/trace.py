@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.exporter.functions import OPSET
+from rankbook.exporter.options import INPUTS, LOGITS
 from rankbook.exporter.skeleton import Skeleton
 
-LOGITS = ("last", "all")
-"""Whether the logits of the last position or of all positions are an output."""
-INPUTS = {"ids": "input_ids", "embeds": "inputs_embeds"}
-"""What tokens are given as, and the name of the input: numbers, or embedded ones (with image features among them)."""
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 """Sizes of the example; none is 0 or 1, which torch.export would take for constants."""
 

@@ -26,12 +26,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from rankbook.plugins.widths import BITS as BITS
+
 PANEL = 32
 """Output rows that share one panel."""
 BLOCK = 32
 """Inputs covered by one block of ``bits`` words per row."""
-BITS = (2, 3, 4, 8)
-"""Code widths that the layout defines."""
 
 _WORD_BYTES = 4
 

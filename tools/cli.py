@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from rankbook.tools import config, errors
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools import config, errors, flags
+from rankbook.tools.command import Command, Outcome
 from rankbook.tools.commands import discover
 from rankbook.tools.errors import UsageError
+from rankbook.tools.flags import Flag
 
 DESCRIPTION = "Quantize LLMs with low-rank codebooks, export one ONNX file, run it and check it everywhere."
 EPILOG = """exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 missing dependency or device
@@ -80,17 +80,13 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> int:
     commands = discover()
-    parser, flags = _build_parser(commands)
-    # argparse passes the placeholder of an absent positional through its type.
-    given = {
-        name: value for name, value in vars(parser.parse_args(arguments)).items() if str(value) != argparse.SUPPRESS
-    }
+    parser, known = _build_parser(commands, arguments)
+    given = vars(parser.parse_args(arguments))
     verb = given.pop("verb", None)
     if verb is None:
         parser.print_help()
         return errors.USAGE
-    values = _resolve(verb, given, flags)
-    options = argparse.Namespace(**values)
+    options = _resolve(commands[verb], given, known)
     # Bars of other libraries would mix with ours and fill log files; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     if options.quiet:
@@ -99,53 +95,46 @@ def _run(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         outcome = commands[verb].run(options)
     if outcome.config_folder is not None:
-        config.write_resolved(outcome.config_folder, verb, values)
+        config.write_resolved(outcome.config_folder, verb, known[verb], options)
     _print(outcome, as_json=options.json)
     return errors.OK if outcome.passed else errors.CHECK_FAILED
 
 
-def _build_parser(commands: dict[str, Command]) -> tuple[_Parser, dict[str, Flags]]:
+def _build_parser(
+    commands: dict[str, Command], arguments: Sequence[str] = ()
+) -> tuple[_Parser, dict[str, dict[str, Flag]]]:
+    """Return the parser, whose help may depend on ``arguments``, and the flags of every verb by the names of fields."""
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="rankbook", description=DESCRIPTION, epilog=EPILOG, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"rankbook {version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=_Parser)
-    flags = {}
+    known = {name: flags.flags_of(command.options) for name, command in commands.items()}
+    helped = arguments[:1] if {"-h", "--help"} & {*arguments} else ()
     for name, command in commands.items():
+        more = command.more_help(arguments) if name in helped else ""
         sub = verbs.add_parser(
             name,
             help=command.summary,
+            usage=flags.usage(name, known[name]),
+            add_help=False,
             description=command.summary[0].upper() + command.summary[1:] + ".",
-            epilog=f"example:\n  {command.example}",
+            epilog="\n\n".join(filter(None, [more, f"example:\n  {command.example}"])).replace("%", "%%"),
             formatter_class=form,
             allow_abbrev=False,
         )
-        flags[name] = Flags(sub)
-        command.add_flags(flags[name])
-        _add_common(flags[name])
-    return parser, flags
+        flags.add_flags(sub, known[name])
+    return parser, known
 
 
-def _add_common(flags: Flags) -> None:
-    flags.add("--seed", type=int, default=0, text="seed of everything random", metavar="N")
-    flags.add("--threads", type=int, text="CPU threads to use; all cores when not given", metavar="N")
-    flags.add("--config", type=Path, text="YAML or TOML file with values for these flags", metavar="FILE")
-    flags.add("--json", action="store_true", default=False, text="print the report as JSON on stdout")
-    flags.add("--quiet", action="store_true", default=False, text="no progress and no log lines on stderr")
-    flags.add("--debug", action="store_true", default=False, text="show tracebacks (also RANKBOOK_DEBUG=1)")
-
-
-def _resolve(verb: str, given: dict[str, Any], flags: dict[str, Flags]) -> dict[str, Any]:
-    """Defaults, overridden by the configuration file, overridden by flags."""
-    mine = flags[verb]
-    chosen: dict[str, Any] = {}
-    if "config" in given:
-        actions = {name: item.actions for name, item in flags.items()}
-        chosen = config.select(config.read(given["config"]), verb, actions, str(given["config"]))
-    values = mine.defaults | chosen | given
-    missing = [shown for name, shown in mine.required.items() if values.get(name) in (None, [])]
-    if missing:
-        raise UsageError(f"{', '.join(missing)} is missing; `rankbook {verb} --help` shows an example")
-    return values
+def _resolve(command: Command, given: dict[str, Any], known: dict[str, dict[str, Flag]]) -> Any:
+    """Return the options of a verb: defaults, overridden by the configuration file, overridden by flags."""
+    mine = known[command.name]
+    # argparse passes the placeholder of an absent positional argument through.
+    values = {name: mine[name].collected(value) for name, value in given.items() if value != argparse.SUPPRESS}
+    if "config" in values:
+        chosen = config.select(config.read(values["config"]), command.name, known, str(values["config"]))
+        values = chosen | values
+    return flags.make(command.options, command.name, mine, values)
 
 
 def _print(outcome: Outcome, *, as_json: bool) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankbook.calibration.option import COMMON, Seeded, Threaded, option
 from rankbook.tools.report import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Seeded, Threaded):
+    """Options of every verb; those of one verb derive from them."""
+
+    config: Path | None = option(None, "YAML or TOML file with values for these flags", metavar="FILE", group=COMMON)
+    json: bool = option(False, "print the report as JSON on stdout", group=COMMON)
+    quiet: bool = option(False, "no progress and no log lines on stderr", group=COMMON)
+    debug: bool = option(False, "show tracebacks (also RANKBOOK_DEBUG=1)", group=COMMON)
 
 
 @dataclass(frozen=True)
@@ -30,39 +40,6 @@ class Outcome:
     config_folder: Path | None = None
 
 
-class Flags:
-    """Collects the flags of one verb; a configuration file may set the same ones by name."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
-        self.actions: dict[str, argparse.Action] = {}
-        self.defaults: dict[str, Any] = {}
-        self.required: dict[str, str] = {}
-
-    def add(self, *names: str, text: str, default: Any = None, required: bool = False, **options: Any) -> None:
-        """Add a flag or a positional argument (which a configuration file may then supply).
-
-        Args:
-            names: As `argparse.ArgumentParser.add_argument` takes them.
-            text: One phrase; the default is appended to it.
-            default: Value without flag and configuration entry.
-            required: Whether flag or configuration must set it.
-            options: Passed on to argparse.
-        """
-        if not names[0].startswith("-"):
-            options.setdefault("nargs", "?")
-        elif required:
-            text += " (required)"
-        if default not in (None, False, (), []):
-            shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
-            text += f" (default: {shown})"
-        action = self._parser.add_argument(*names, help=text.replace("%", "%%"), default=argparse.SUPPRESS, **options)
-        self.actions[action.dest] = action
-        self.defaults[action.dest] = default
-        if required:
-            self.required[action.dest] = names[0] if names[0].startswith("-") else str(action.metavar or action.dest)
-
-
 @dataclass(frozen=True)
 class Command:
     """One verb: a module in `rankbook.tools.commands` that ends in ``COMMAND = Command(...)``.
@@ -71,12 +48,14 @@ class Command:
         name: The verb.
         summary: One line for the list of verbs.
         example: A command line that works, shown by ``--help``.
-        add_flags: Declares the flags.
-        run: Does the work; gets the resolved values as attributes.
+        options: Frozen dataclass, derived from `Common`: flags, configuration keys and help come from its fields.
+        run: Does the work.
+        more_help: Paragraph for the end of ``--help``, which may depend on the arguments given beside it.
     """
 
     name: str
     summary: str
     example: str
-    add_flags: Callable[[Flags], None]
-    run: Callable[[argparse.Namespace], Outcome]
+    options: type[Common]
+    run: Callable[[Any], Outcome]
+    more_help: Callable[[Sequence[str]], str] = lambda _: ""

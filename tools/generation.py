@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rankbook.calibration.option import Seeded, option
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes.base import LanguageModel
 
@@ -20,20 +21,14 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
+class Sampling(Seeded):
+    """How the next token is chosen."""
 
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: Sample among the most likely tokens that together have this probability.
-        seed: Of the sampling.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = option(0.0, "0 is greedy", metavar="T")
+    top_p: float = option(1.0, "sample from the smallest set with this probability", metavar="P")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.temperature < 0:
             raise UsageError(f"temperature {self.temperature} is negative; 0 is greedy, 1 samples as the model says")
         if not 0 < self.top_p <= 1:

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import feedback
 from rankbook.calibration.record.quantized_linear import Factor, LowRank, QuantizedLinear
+from rankbook.calibration.settings import ERROR_BRANCHES as ERROR_BRANCHES
 
 if TYPE_CHECKING:  # the methods import this module
     from rankbook.calibration.fitting.problem import LayerProblem
-
-ERROR_BRANCHES = ("none", "lqer", "l2qer", "qera-diag", "qera")
-"""What ``--error-branch`` takes."""
 
 _EXACT_SIZE = 2048
 """Up to this many rows or columns singular vectors come from an eigendecomposition, above from random projections."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 
@@ -14,7 +15,7 @@ from rankbook.calibration.record.quantized_linear import QuantizedLinear
 class AwqConfig(rtn.RtnConfig):
     """Options of AWQ: those of rounding to nearest."""
 
-    clip_search: bool = field(default=True, metadata={"help": "Search the range of each group by weighted error."})
+    clip_search: bool = option(True, "search the range of each group by weighted error")
 
 
 def quantize(problem: LayerProblem, config: AwqConfig) -> QuantizedLinear:

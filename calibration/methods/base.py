@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+_SOURCE = re.compile(r"\s*\(([^()]*arXiv[^()]*)\)")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Method:
 
     Attributes:
         name: What ``--method`` takes.
-        config_type: Frozen dataclass of its options; every field has a default.
+        config_type: Frozen dataclass of its options, fields made with `rankbook.calibration.option.option`.
         quantize: ``quantize(problem, config)`` solves one layer in closed form.
         refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
             where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
@@ -34,3 +38,18 @@ class Method:
     scale_inputs: str = "none"
     feedback: bool = False
     rank_is_stored: bool = False
+
+    @property
+    def summary(self) -> str:
+        """What it does, in one line: the first line of its module, without name and source."""
+        name, _, text = _SOURCE.sub("", self._first_line()).partition(":")
+        return (text or name).strip().rstrip(".")
+
+    @property
+    def source(self) -> str:
+        """The paper it comes from, as the first line of its module names it in brackets; empty without one."""
+        found = _SOURCE.search(self._first_line())
+        return found.group(1) if found else ""
+
+    def _first_line(self) -> str:
+        return (sys.modules[self.config_type.__module__].__doc__ or "").strip().partition("\n")[0]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rankbook.calibration.methods import lrq
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import option
 
 
 @dataclass(frozen=True)
 class FlexRoundConfig(lrq.LrqConfig):
     """Options of FlexRound: those of LRQ, the rank being without effect."""
 
-    full_rank: bool = field(default=True, metadata={"help": "A full scaling matrix; without it this is LRQ."})
+    full_rank: bool = option(True, "a full scaling matrix; without it this is LRQ")
 
 
 METHOD = Method("flexround", FlexRoundConfig, lrq.quantize, lrq.refine, FlexRoundConfig.trains)

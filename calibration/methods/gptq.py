@@ -6,13 +6,14 @@ official code), so that columns can be taken in order of falling input energy wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rankbook.calibration.fitting import feedback
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.methods.lcq import scaled_gram
+from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 
@@ -20,8 +21,8 @@ from rankbook.calibration.record.quantized_linear import QuantizedLinear
 class GptqConfig(rtn.RtnConfig):
     """Options of GPTQ: those of rounding to nearest, and of the order of columns."""
 
-    act_order: bool = field(default=True, metadata={"help": "Round columns of most input energy first."})
-    damping: float = field(default=0.01, metadata={"help": "Share of the mean input energy added to the Gram matrix."})
+    act_order: bool = option(True, "round columns of most input energy first")
+    damping: float = option(0.01, "share of the mean input energy added to the Gram matrix")
 
 
 def quantize(problem: LayerProblem, config: GptqConfig) -> QuantizedLinear:

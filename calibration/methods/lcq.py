@@ -7,7 +7,7 @@ the paper: the closed form, the training recipe and the storage are this project
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,65 +17,52 @@ from rankbook.calibration.fitting import codebook_store as _lcq_store
 from rankbook.calibration.fitting import feedback, rounding
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.codebooks import LEVEL_DTYPES
-from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, QuantizedLinear, check_group
+from rankbook.calibration.record.quantized_linear import QuantizedLinear, check_group
+from rankbook.calibration.settings import EFFORTS
 from rankbook.calibration.training.learned_rounding import LearnedRounding, StepSizes
-from rankbook.calibration.training.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.training.reconstruct import COMPUTE, TrainableLayer, TrainConfig, train_block
 from rankbook.calibration.training.trained_codebooks import GRADIENTS, TrainedCodebooks
+from rankbook.plugins.widths import BITS
 
 RECIPES = ("rounding", "codebook")
-EFFORTS = ("fast", "default", "high")
 STEPS = {"default": 100, "high": 600}
 """Training steps per block of each effort that trains."""
 
 
 @dataclass(frozen=True)
-class LcqConfig:
+class LcqConfig(Options):
     """Options of LCQ."""
 
-    bits: int = field(default=3, metadata={"help": "Bits per code: 2, 3, 4 or 8."})
-    group_size: int = field(default=64, metadata={"help": "Weights of one row that share a codebook."})
-    rank: int = field(default=2, metadata={"help": "Planes of the codebook matrix, 1 to 2**bits - 1."})
-    param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
-    level_dtype: str = field(default="int8", metadata={"help": "Storage of the levels: int8 (7 bits used) or float16."})
-    effort: str = field(
-        default="default", metadata={"help": "fast: closed form alone; default, high: trained by block."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the batch order in training."})
-    fit_rounds: int = field(default=10, metadata={"help": "Alternations of the activation-weighted least squares."})
-    feedback_rounds: int = field(
-        default=2, metadata={"help": "Rounds of codes by error feedback and refit; 0 for none."}
-    )
-    damping: float = field(default=0.01, metadata={"help": "Share of the mean input energy added to the Gram matrix."})
-    steps: int = field(default=0, metadata={"help": "Training steps per block; 0 takes what the effort asks for."})
-    recipe: str = field(default="rounding", metadata={"help": "Training: rounding (learned rounding) or codebook."})
-    gradient: str = field(
-        default="straight-through", metadata={"help": "Gradient of recipe codebook: straight-through or assignment."}
-    )
-    batch: int = field(default=1, metadata={"help": "Calibration sequences per training step."})
-    compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
-    rounding_step: float = field(default=0.5, metadata={"help": "Twice the reach of learned rounding, in level gaps."})
-    coeff_step: float = field(default=0.05, metadata={"help": "Twice the reach of the coefficients, relative."})
-    offset_step: float = field(default=0.03, metadata={"help": "Twice the reach of the offsets, in level gaps."})
-    level_step: float = field(default=0.01, metadata={"help": "Twice the reach of the levels, relative to their mean."})
+    bits: int = option(3, "bits of a code", choices=BITS)
+    group_size: int = option(64, "weights of one row that share a codebook")
+    rank: int = option(2, "planes of the codebook matrix, 1 to 2**bits - 1")
+    param_bits: int = option(8, "bits of each number of a group: 8 or 16")
+    level_dtype: str = option("int8", "storage of the levels; int8 uses 7 bits", choices=tuple(LEVEL_DTYPES))
+    effort: str = option("default", "fast: closed form alone; default, high: trained by block", choices=EFFORTS)
+    seed: int = option(0, "seed of the batch order in training")
+    fit_rounds: int = option(10, "alternations of the activation-weighted least squares")
+    feedback_rounds: int = option(2, "rounds of codes by error feedback and refit; 0 for none", least=0)
+    damping: float = option(0.01, "share of the mean input energy added to the Gram matrix")
+    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
+    recipe: str = option("rounding", "training: learned rounding, or of the codebooks", choices=RECIPES)
+    gradient: str = option("straight-through", "gradient of recipe codebook", choices=GRADIENTS)
+    batch: int = option(1, "calibration sequences per training step", least=1)
+    compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
+    rounding_step: float = option(0.5, "twice the reach of learned rounding, in level gaps")
+    coeff_step: float = option(0.05, "twice the reach of the coefficients, relative")
+    offset_step: float = option(0.03, "twice the reach of the offsets, in level gaps")
+    level_step: float = option(0.01, "twice the reach of the levels, relative to their mean")
 
     def __post_init__(self) -> None:
-        if self.bits not in LEVEL_LIMIT:
-            raise ValueError(f"{self.bits} bits are not supported; choose one of {', '.join(map(str, LEVEL_LIMIT))}")
+        super().__post_init__()
         if not 1 <= self.rank < 1 << self.bits:
             raise ValueError(
                 f"rank {self.rank} is not possible at {self.bits} bits; choose 1 to {(1 << self.bits) - 1}"
             )
-        if self.level_dtype not in LEVEL_DTYPES:
-            raise ValueError(f"level_dtype {self.level_dtype!r} is unknown; choose one of {', '.join(LEVEL_DTYPES)}")
         if self.param_bits not in (8, 16):
             raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe {self.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"gradient {self.gradient!r} is unknown; choose one of {', '.join(GRADIENTS)}")
-        if self.effort not in EFFORTS:
-            raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(EFFORTS)}")
 
 
 def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = None) -> QuantizedLinear:

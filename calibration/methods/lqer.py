@@ -5,36 +5,30 @@ With ``error_branch="qera"`` or ``"qera-diag"`` it is QERA (Zhang et al. 2024, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from rankbook.calibration.fitting.error_branch import ERROR_BRANCHES, fit_error_branch
+from rankbook.calibration.fitting.error_branch import fit_error_branch
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.settings import ERROR_BRANCHES, FORMATS
 
 
 @dataclass(frozen=True)
 class LqerConfig(rtn.RtnConfig):
     """Options of the LQER family: those of rounding to nearest, and the branch."""
 
-    group_size: int = field(default=32, metadata={"help": "Weights of one row that share an exponent or scale."})
-    format: str = field(default="mxint", metadata={"help": "Levels: affine, symmetric, nf4, mxint."})
-    error_branch: str = field(default="l2qer", metadata={"help": f"Error branch: {', '.join(ERROR_BRANCHES)}."})
-    error_rank: int = field(default=32, metadata={"help": "Rank of the error branch."})
-    factor_bits: int = field(default=8, metadata={"help": "Bits of the branch's factors: 8 or 16."})
-    passes: int = field(
-        default=1, metadata={"help": "Rounds of rounding what the branch leaves, then fitting it again."}
-    )
+    group_size: int = option(32, "weights of one row that share an exponent or scale")
+    format: str = option("mxint", "fixed levels", choices=FORMATS)
+    error_branch: str = option("l2qer", "kind of the error branch", choices=ERROR_BRANCHES)
+    error_rank: int = option(32, "rank of the error branch", least=0)
+    factor_bits: int = option(8, "bits of the branch's factors: 8 or 16")
+    passes: int = option(1, "rounds of rounding what the branch leaves, then fitting it again", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.error_branch not in ERROR_BRANCHES:
-            raise ValueError(
-                f"error branch {self.error_branch!r} is unknown; choose one of {', '.join(ERROR_BRANCHES)}"
-            )
-        if self.error_rank < 0 or self.passes < 1:
-            raise ValueError(f"error_rank {self.error_rank} and passes {self.passes} must be at least 0 and 1")
         if self.factor_bits not in (8, 16, 32):
             raise ValueError(f"factor_bits {self.factor_bits} is not supported; choose 8 or 16")
 

@@ -7,7 +7,7 @@ few steps and the relative loss are this project's; ``compat`` goes back to the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.codebooks import affine_levels
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.training.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.settings import EFFORTS
+from rankbook.calibration.training.reconstruct import COMPUTE, TrainableLayer, TrainConfig, train_block
 from rankbook.calibration.training.scaled_rounding import Divisors, ScaledRounding
+from rankbook.plugins.widths import BITS
 
-FORMATS = ("affine", "symmetric")
+UNIFORM = ("affine", "symmetric")
 STEPS = {"fast": 0, "default": 100, "high": 600}
 """Training steps per block of each effort; 0 is rounding to nearest."""
 _COMPAT_STEPS, _COMPAT_BATCH, _COMPAT_RATE = 5000, 2, 5e-4
@@ -30,38 +33,33 @@ _NARROW, _WIDE = 4096, 8192
 
 
 @dataclass(frozen=True)
-class LrqConfig:
+class LrqConfig(Options):
     """Options of LRQ."""
 
-    bits: int = field(default=3, metadata={"help": "Bits per code: 2, 3, 4 or 8."})
-    group_size: int = field(default=64, metadata={"help": "Weights of one row that share a scale."})
-    rank: int = field(default=0, metadata={"help": "Rank of the scaling matrices; 0 takes min(N, K) / 4."})
-    format: str = field(default="affine", metadata={"help": f"Levels: {' or '.join(FORMATS)}."})
-    clip_search: bool = field(default=True, metadata={"help": "Search the range of each group before training."})
-    param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
-    effort: str = field(default="default", metadata={"help": "fast: no training; default, high: trained by block."})
-    seed: int = field(default=0, metadata={"help": "Seed of the batch order and of the scaling matrices."})
-    steps: int = field(default=0, metadata={"help": "Training steps per block; 0 takes what the effort asks for."})
-    batch: int = field(default=1, metadata={"help": "Calibration sequences per training step."})
-    compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
-    rate: float = field(default=0.0, metadata={"help": "Step size of the scaling matrices; 0 goes by the steps."})
-    scale_rate: float = field(default=0.0, metadata={"help": "Step size of the grid's scales; 0 goes by the steps."})
-    full_rank: bool = field(default=False, metadata={"help": "A full scaling matrix: FlexRound."})
-    compat: bool = field(
-        default=False,
-        metadata={
-            "help": "As the released code: its range search, rank 1024 or 2048, FlexRound for some shapes, 5000 steps"
-            " of 2 sequences with one step size, plain squared error."
-        },
+    bits: int = option(3, "bits of a code", choices=BITS)
+    group_size: int = option(64, "weights of one row that share a scale")
+    rank: int = option(0, "rank of the scaling matrices; 0 takes min(N, K) / 4")
+    format: str = option("affine", "evenly spaced levels", choices=UNIFORM)
+    clip_search: bool = option(True, "search the range of each group before training")
+    param_bits: int = option(8, "bits of each number of a group: 8 or 16")
+    effort: str = option("default", "fast: no training; default, high: trained by block", choices=EFFORTS)
+    seed: int = option(0, "seed of the batch order and of the scaling matrices")
+    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
+    batch: int = option(1, "calibration sequences per training step", least=1)
+    compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
+    rate: float = option(0.0, "step size of the scaling matrices; 0 goes by the steps")
+    scale_rate: float = option(0.0, "step size of the grid's scales; 0 goes by the steps")
+    full_rank: bool = option(False, "a full scaling matrix: FlexRound")
+    compat: bool = option(
+        False,
+        "as the released code: its range search, rank 1024 or 2048, FlexRound for some shapes, 5000 steps"
+        " of 2 sequences with one step size, plain squared error",
     )
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"weight format {self.format!r} is not uniform; choose one of {', '.join(FORMATS)}")
+        super().__post_init__()
         if self.rank < 0:
             raise ValueError(f"rank {self.rank} is negative; choose at least 1, or 0 for min(N, K) / 4")
-        if self.effort not in STEPS:
-            raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(STEPS)}")
         if self.compat and self.format != "affine":
             raise ValueError("compat is the released code, which is asymmetric; leave the format at affine")
         self.grid()

@@ -8,14 +8,16 @@ The equivalent transformation, which the official scripts for weight-only LLaMA 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.methods.lrq import STEPS
+from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.training.reconstruct import TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.settings import EFFORTS
+from rankbook.calibration.training.reconstruct import COMPUTE, TrainableLayer, TrainConfig, train_block
 from rankbook.calibration.training.trained_codebooks import TrainedCodebooks
 
 _RATE = 1e-2
@@ -27,19 +29,17 @@ _REACH = 3.0
 class OmniQuantConfig(rtn.RtnConfig):
     """Options of learned clipping: those of asymmetric rounding to nearest, and of training."""
 
-    clip_search: bool = field(default=True, metadata={"help": "Search the range of each group before training."})
-    effort: str = field(default="default", metadata={"help": "fast: no training; default, high: trained by block."})
-    steps: int = field(default=0, metadata={"help": "Training steps per block; 0 takes what the effort asks for."})
-    rate: float = field(default=0.0, metadata={"help": "Step size of the ranges' logits; 0 goes by the steps."})
-    batch: int = field(default=1, metadata={"help": "Calibration sequences per training step."})
-    compute: str = field(default="auto", metadata={"help": "Arithmetic of training: auto, float32 or bfloat16."})
+    clip_search: bool = option(True, "search the range of each group before training")
+    effort: str = option("default", "fast: no training; default, high: trained by block", choices=EFFORTS)
+    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
+    rate: float = option(0.0, "step size of the ranges' logits; 0 goes by the steps")
+    batch: int = option(1, "calibration sequences per training step", least=1)
+    compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format != "affine":
             raise ValueError(f"weight format {self.format!r} cannot be clipped on two sides; leave it at affine")
-        if self.effort not in STEPS:
-            raise ValueError(f"effort {self.effort!r} is unknown; choose one of {', '.join(STEPS)}")
 
     def training_steps(self) -> int:
         """Return the training steps per block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.codebooks import (
-    FORMATS,
     LEVEL_DTYPES,
     affine_levels,
     check_format,
@@ -21,29 +21,30 @@ from rankbook.calibration.record.codebooks import (
     symmetric_levels,
 )
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear, check_group
+from rankbook.calibration.settings import EFFORTS, FORMATS
+from rankbook.plugins.widths import BITS
 
 _SHRINK = tuple(1 - 0.04 * step for step in range(16))
 
 
 @dataclass(frozen=True)
-class RtnConfig:
+class RtnConfig(Options):
     """Options of rounding to nearest."""
 
-    bits: int = field(default=4, metadata={"help": "Bits per code: 2, 3, 4 or 8."})
-    group_size: int = field(default=64, metadata={"help": "Weights of one row that share a scale."})
-    format: str = field(default="affine", metadata={"help": f"Levels: {', '.join(FORMATS)}."})
-    clip_search: bool = field(default=False, metadata={"help": "Search the range of each group by weighted error."})
-    param_bits: int = field(default=8, metadata={"help": "Bits of each per-group number: 8 or 16."})
-    level_dtype: str = field(default="int8", metadata={"help": "Storage of NF4 levels: int8 (7 bits used) or float16."})
-    effort: str = field(default="default", metadata={"help": "Accepted for uniformity; rounding has one effort."})
-    seed: int = field(default=0, metadata={"help": "Accepted for uniformity; rounding is deterministic."})
+    bits: int = option(4, "bits of a code", choices=BITS)
+    group_size: int = option(64, "weights of one row that share a scale")
+    format: str = option("affine", "fixed levels", choices=FORMATS)
+    clip_search: bool = option(False, "search the range of each group by weighted error")
+    param_bits: int = option(8, "bits of each number of a group: 8 or 16")
+    level_dtype: str = option("int8", "storage of NF4 levels; int8 uses 7 bits", choices=tuple(LEVEL_DTYPES))
+    effort: str = option("default", "accepted for uniformity; rounding has one effort", choices=EFFORTS)
+    seed: int = option(0, "accepted for uniformity; rounding is deterministic")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_format(self.format, self.bits)
         if self.param_bits not in (8, 16, 32):
             raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
-        if self.level_dtype not in LEVEL_DTYPES:
-            raise ValueError(f"level_dtype {self.level_dtype!r} is unknown; choose one of {', '.join(LEVEL_DTYPES)}")
 
 
 def quantize(problem: LayerProblem, config: RtnConfig) -> QuantizedLinear:

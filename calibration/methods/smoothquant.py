@@ -5,20 +5,23 @@ The weights are symmetric; the point of the method is that the activations can b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
+from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.settings import FORMATS
+from rankbook.plugins.widths import BITS
 
 
 @dataclass(frozen=True)
 class SmoothQuantConfig(rtn.RtnConfig):
     """Options of SmoothQuant: those of rounding to nearest."""
 
-    bits: int = field(default=8, metadata={"help": "Bits per code: 2, 3, 4 or 8."})
-    format: str = field(default="symmetric", metadata={"help": "Levels: affine, symmetric, nf4, mxint."})
+    bits: int = option(8, "bits of a code", choices=BITS)
+    format: str = option("symmetric", "fixed levels", choices=FORMATS)
 
 
 def quantize(problem: LayerProblem, config: SmoothQuantConfig) -> QuantizedLinear:

@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import rtn
-
-SCALINGS = ("none", "awq", "smoothquant")
-"""What ``--scale-inputs`` takes."""
+from rankbook.calibration.settings import SCALINGS
 
 Chooser = Callable[[Sequence[LayerProblem]], Tensor]
 """Returns the scale (K,) of layers that share their input."""

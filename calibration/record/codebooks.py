@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT
-
-FORMATS = ("affine", "symmetric", "nf4", "mxint")
-"""What ``--weight-format`` takes."""
+from rankbook.calibration.settings import FORMATS
 
 LEVEL_DTYPES = {"int8": torch.int8, "float16": torch.float16}
 

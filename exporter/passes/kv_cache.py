@@ -7,8 +7,6 @@ from collections.abc import MutableSequence
 import numpy as np
 import onnx_ir as ir
 
-CACHES = ("float", "int8")
-"""Types of the cache, what ``--kv`` takes; ``float`` is the type of the activations."""
 PAST, PRESENT, SCALE = "past_key_values.", "present.", "_scale"
 """Names of the tensors: ``past_key_values.0.key`` and its ``past_key_values.0.key_scale``."""
 _SMALLEST = {ir.DataType.FLOAT16: 1e-7}

@@ -22,7 +22,7 @@ from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import contract, library
 from rankbook.tools.demo import PACKAGE, PACKAGE_PIN, find_packaged_model
 from rankbook.tools.deploy import engine
-from rankbook.tools.deploy.profiles import Limits
+from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes import trt
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
@@ -96,7 +96,7 @@ def test_there_are_kernels_for_every_width():
 @pytest.mark.trt
 def test_every_node_becomes_one_plugin_layer(tmp_path):
     model = chain_model(tmp_path / "onnx")
-    options = engine.BuildOptions(capabilities=("SM80", "SM120"), limits=Limits(1, 8, 16))
+    options = BuildOptions(compute_capability=("SM80", "SM120"), max_batch=1, max_sequence=8, max_context=16)
     report = engine.build(model, tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
     assert report.plugin_layers == 3
@@ -108,7 +108,9 @@ def test_every_node_becomes_one_plugin_layer(tmp_path):
 @pytest.mark.trt
 def test_a_self_contained_engine_holds_the_library(tmp_path):
     model = chain_model(tmp_path / "onnx", nodes=1)
-    options = engine.BuildOptions(capabilities=("SM80",), limits=Limits(1, 8, 16), self_contained=True)
+    options = BuildOptions(
+        compute_capability=("SM80",), max_batch=1, max_sequence=8, max_context=16, self_contained=True
+    )
     report = engine.build(model, tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
     assert "--setPluginsToSerialize=" in report.commands["trtexec"]
@@ -120,7 +122,7 @@ def test_a_self_contained_engine_holds_the_library(tmp_path):
 
 def test_self_contained_without_plugins_is_refused(tmp_path):
     model = chain_model(tmp_path / "onnx", nodes=1)
-    options = engine.BuildOptions(plugins=False, self_contained=True)
+    options = BuildOptions(no_plugins=True, self_contained=True)
     with pytest.raises(UsageError, match="--no-plugins leaves it out"):
         engine.build(model, tmp_path / "engine", options, lambda *_: None)
 
@@ -130,7 +132,7 @@ def test_self_contained_without_plugins_is_refused(tmp_path):
 def test_the_printed_polygraphy_command_builds_the_engine_with_plugins(tmp_path):
     """Also in a process of its own, with the environment that a user of the wheel must set as well (see README)."""
     model = chain_model(tmp_path / "onnx", nodes=2)
-    options = engine.BuildOptions(capabilities=("SM80",), limits=Limits(1, 8, 16))
+    options = BuildOptions(compute_capability=("SM80",), max_batch=1, max_sequence=8, max_context=16)
     command = engine.build(model, tmp_path / "engine", options, lambda *_: None).commands["polygraphy"]
     environment = trt.rtx_environment(tmp_path / "libraries")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -145,7 +147,7 @@ def test_the_printed_polygraphy_command_builds_the_engine_with_plugins(tmp_path)
 @pytest.mark.trt
 def test_the_bodies_are_built_on_request(tmp_path):
     model = chain_model(tmp_path / "onnx", nodes=1)
-    options = engine.BuildOptions(capabilities=("SM80",), limits=Limits(1, 8, 16), plugins=False)
+    options = BuildOptions(compute_capability=("SM80",), max_batch=1, max_sequence=8, max_context=16, no_plugins=True)
     report = engine.build(model, tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
     assert report.plugin_layers == 0
@@ -170,7 +172,9 @@ def test_every_family_becomes_an_engine_with_one_layer_per_node(family, tmp_path
     """Whole tiny models, half precision, for every kind of GPU at once."""
     checkpoint = make_checkpoint(tmp_path, family, **FAMILY_OPTIONS[family])
     exported = export(checkpoint, tmp_path / "onnx", ExportOptions(dtype="fp16"))
-    options = engine.BuildOptions(capabilities=("SM80", "SM86", "SM89", "SM120"), limits=Limits(2, 8, 16))
+    options = BuildOptions(
+        compute_capability=("SM80", "SM86", "SM89", "SM120"), max_batch=2, max_sequence=8, max_context=16
+    )
     report = engine.build(tmp_path / "onnx", tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
     assert report.plugin_layers == exported.layers > 0
@@ -186,7 +190,9 @@ def test_a_real_model_becomes_an_engine_with_one_layer_per_node(tmp_path):
     options = QuantizeOptions(method="rtn", bits=4, group_size=64, calib=str(text), calib_sequences=1, calib_length=16)
     quantize_model(find_packaged_model(), tmp_path / "checkpoint", options)
     exported = export(tmp_path / "checkpoint", tmp_path / "onnx", ExportOptions(dtype="fp16"))
-    chosen = engine.BuildOptions(capabilities=("SM80", "SM86", "SM89", "SM120"), limits=Limits(1, 64, 128))
+    chosen = BuildOptions(
+        compute_capability=("SM80", "SM86", "SM89", "SM120"), max_batch=1, max_sequence=64, max_context=128
+    )
     report = engine.build(tmp_path / "onnx", tmp_path / "engine", chosen, lambda *_: None)
     assert report.passed, report.checks
     assert report.plugin_layers == exported.layers == 30 * 7

@@ -114,7 +114,7 @@ def test_layers_from_the_command_line(tmp_path, capsys) -> None:
     ("flags", "words"),
     [
         (["--shapes", "64"], "4096x14336"),
-        (["--bits", "5"], "choose from"),
+        (["--bits", "5"], "choose one of 2, 3, 4, 8"),
         (["--repeats", "0"], "at least 1"),
         (["no/such/model"], "does not exist"),
         (["--shapes", "64x100", "--stream", "1"], "do not divide"),

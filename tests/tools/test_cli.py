@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import errno
 import os
 import resource
@@ -10,19 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.option import argument, option
 from rankbook.tools import cli, config, errors
-from rankbook.tools.command import Command, Outcome
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.commands import ORDER, discover
 from tests.tools.files import run_cli, stdout_json
 
+SHOWN = ("source", "size", "names", "fast", "seed")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_nine_verbs_are_there_in_order():
+def test_the_verbs_are_there_in_order():
     assert tuple(discover())[: len(ORDER)] == ORDER
 
 
@@ -111,29 +117,37 @@ def test_debug_shows_the_traceback(tmp_path):
         run_cli("inspect", tmp_path / "nothing", "--debug")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Echo(Common):
+    """Options of every kind."""
+
+    source: str = argument("where from", metavar="SOURCE")
+    size: int = option(1, "how much", choices=(1, 2, 3), group="sizes")
+    names: tuple[str, ...] = option((), "which")
+    fast: bool | None = option(None, "how")
+    tokens: tuple[int, ...] = option((1,), "how many", flags=("--tokens", "--rows"), least=1)
+    pairs: Mapping[str, Any] = option({}, "more", metavar="KEY=VALUE", flags=("--pair",))
+    output: Path | None = option(None, "where to", flags=("-o", "--output"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other(Common):
+    """Options of another verb."""
+
+    colour: str | None = option(None, "of the other verb")
+
+
 @pytest.fixture
 def echo(monkeypatch):
     """A verb that reports what it was given."""
 
-    def add_flags(flags):
-        flags.add("source", metavar="SOURCE", required=True, text="where from")
-        flags.add("--size", type=int, choices=(1, 2, 3), default=1, text="how much")
-        flags.add("--names", nargs="+", default=(), text="which")
-        flags.add("--fast", action=argparse.BooleanOptionalAction, text="how")
-        flags.add("-o", "--output", type=Path, text="where to")
-
     def run(options):
         sys.stdout.write("noise of a library")
-        return Outcome(
-            {k: getattr(options, k) for k in ("source", "size", "names", "fast", "seed")}, config_folder=options.output
-        )
-
-    def other(flags):
-        flags.add("--colour", text="of the other verb")
+        return Outcome({k: getattr(options, k) for k in SHOWN}, config_folder=options.output)
 
     commands = {
-        "echo": Command("echo", "repeat", "rankbook echo x", add_flags, run),
-        "other": Command("other", "else", "rankbook other", other, run),
+        "echo": Command("echo", "repeat", "rankbook echo x", Echo, run),
+        "other": Command("other", "else", "rankbook other", Other, run),
     }
     monkeypatch.setattr(cli, "discover", lambda: commands)
 
@@ -171,6 +185,9 @@ class TestConfiguration:
             ("fast: 1", "give true or false"),
             ("[1, 2]", "must map names"),
             ("a: [", "not valid YAML"),
+            ("siz: 2", "did you mean size?"),
+            ("echo: {rows: 2, tokens: 3}", "tokens and rows are one option"),
+            ("pair: x", "x' has no value; write KEY=VALUE"),
         ],
     )
     def test_mistakes_in_a_file_are_named(self, text, said, tmp_path, capsys):
@@ -179,11 +196,41 @@ class TestConfiguration:
         assert run_cli("echo", "x", "--config", path) == errors.USAGE
         assert said in capsys.readouterr().err
 
+    @pytest.mark.parametrize("flags", [["--rows", 2, 3], ["--tokens", 2, "--rows", 3]])
+    def test_one_option_has_two_names_and_a_repeated_flag_adds(self, flags, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(sys.modules[__name__], "SHOWN", ("tokens",))
+        assert run_cli("echo", "x", *flags, "--json") == 0
+        assert stdout_json(capsys) == {"tokens": [2, 3]}
+        (tmp_path / "c.yaml").write_text("rows: [2, 3]")
+        assert run_cli("echo", "x", "--config", tmp_path / "c.yaml", "--json") == 0
+        assert stdout_json(capsys) == {"tokens": [2, 3]}
+        assert run_cli("echo", "x", "--rows", 0) == errors.USAGE
+        assert "tokens is 0; give at least 1" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("text", ["pair: [a-b=2, 'c=[x]']", "echo: {pair: {a-b: 2, c: [x]}}"])
+    def test_pairs_come_from_flags_lists_and_mappings(self, text, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(sys.modules[__name__], "SHOWN", ("pairs",))
+        want = {"pairs": {"a_b": 2, "c": ["x"]}}
+        assert run_cli("echo", "x", "--pair", "a-b=2", "--pair", "c=[x]", "-o", tmp_path, "--json") == 0
+        assert stdout_json(capsys) == want
+        (tmp_path / "c.yaml").write_text(text)
+        for path in ("c.yaml", "rankbook-echo.yaml"):
+            assert run_cli("echo", "x", "--config", tmp_path / path, "--json") == 0
+            assert stdout_json(capsys) == want
+
+    def test_help_groups_options_and_shows_defaults(self, capsys):
+        with pytest.raises(SystemExit):
+            run_cli("echo", "--help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert "usage: rankbook echo SOURCE [flags]" in text
+        assert "sizes: --size {1,2,3} how much (default: 1)" in text
+        assert text.index("options: SOURCE where from") < text.index("sizes:") < text.index("every verb:")
+
     def test_the_resolved_configuration_repeats_the_run(self, tmp_path, capsys):
         assert run_cli("echo", "x", "--size", 2, "--names", "a", "b", "-o", tmp_path, "--json") == 0
         first = stdout_json(capsys)
         written = tmp_path / "rankbook-echo.yaml"
-        assert set(config.read(written)["echo"]) == {"source", "size", "names", "output", "seed"}
+        assert set(config.read(written)["echo"]) == {"source", "size", "names", "tokens", "pair", "output", "seed"}
         assert run_cli("echo", "--config", written, "--json") == 0
         assert stdout_json(capsys) == first
 
@@ -200,9 +247,7 @@ def test_a_polite_kill_ends_like_an_interrupt(monkeypatch, capsys):
         finally:
             cleaned.append(True)
 
-    monkeypatch.setattr(
-        cli, "discover", lambda: {"wait": Command("wait", "wait", "rankbook wait", lambda _: None, run)}
-    )
+    monkeypatch.setattr(cli, "discover", lambda: {"wait": Command("wait", "wait", "rankbook wait", Common, run)})
     before = signal.getsignal(signal.SIGTERM)
     assert run_cli("wait") == errors.INTERRUPTED
     assert cleaned == [True]
@@ -212,15 +257,8 @@ def test_a_polite_kill_ends_like_an_interrupt(monkeypatch, capsys):
 
 def test_quantize_has_a_flag_for_every_option():
     """An option that no flag sets would be out of reach from the command line."""
-    import dataclasses
-
-    from rankbook.calibration.model.options import QuantizeOptions
-    from rankbook.tools.commands import quantize
-
-    parser = cli._build_parser(discover())[1]["quantize"]
-    names = {field.name for field in dataclasses.fields(QuantizeOptions)} - {"method_options"}
-    assert names <= set(parser.defaults)
-    assert names - {"skip"} == set(quantize._OPTIONS)
-    defaults = QuantizeOptions()
-    for name in names - {"skip"}:
-        assert parser.defaults[name] == getattr(defaults, name), name
+    found = cli._build_parser(discover())[1]["quantize"]
+    for item in dataclasses.fields(QuantizeOptions):
+        assert found[item.name].flags[0].startswith("--")
+        assert found[item.name].keys[0] == found[item.name].flags[0][2:].replace("-", "_")
+        assert found[item.name].option.about.text

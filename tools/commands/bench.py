@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.calibration.option import argument, option
+from rankbook.plugins.widths import BITS
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table, to_json
 
 if TYPE_CHECKING:
@@ -25,53 +27,53 @@ CUDA_PEER_BITS = (4, 8)
 """Widths of ONNX Runtime's MatMulNBits on a GPU."""
 
 
-def add_flags(flags: Flags) -> None:
-    """Declare the flags."""
-    flags.add(
-        "models",
-        nargs="*",
+LAYERS, MODELS = "single layers", "exported models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(KernelOptions, Common):
+    """Options of the verb."""
+
+    models: tuple[str, ...] = argument(
+        "exported folders or .onnx files, MODEL@KERNELS to choose kernels; single layers when none is given",
+        default=(),
         metavar="MODEL",
-        default=[],
-        text="exported folders or .onnx files, MODEL@KERNELS to choose kernels; single layers when none is given",
     )
-    add_kernel_flags(flags)
-    flags.add(
-        "--device",
+    device: str = option(
+        "cpu",
+        "cuda: everything on an NVIDIA GPU, models with the kernels native-cuda, layers with x in fp16",
         choices=("cpu", "cuda"),
-        default="cpu",
-        text="cuda: everything on an NVIDIA GPU, models with the kernels native-cuda, layers with x in fp16",
     )
-    flags.add("--repeats", type=int, default=15, metavar="N", text="turns; every subject runs once in each")
-    flags.add("--prompt", type=int, default=64, metavar="N", text="models: tokens before decoding begins")
-    flags.add("--steps", type=int, default=32, metavar="N", text="models: tokens decoded in a turn")
-    flags.add("--prefill", type=int, default=512, metavar="N", text="models: tokens of the prefill; 0 leaves it out")
-    flags.add("--shapes", nargs="+", default=["4096x4096", "4096x14336"], metavar="NxK", text="layers: sizes")
-    flags.add("--bits", nargs="+", type=int, default=[4, 3, 2], metavar="B", text="layers: bits per code")
-    flags.add("--ranks", nargs="+", type=int, default=[1, 2], metavar="R", text="layers: planes of the codebooks")
-    flags.add("--branch", type=int, default=0, metavar="R", text="layers: also with an error branch of this rank")
-    flags.add("--group-size", type=int, default=64, metavar="G", text="layers: inputs per group")
-    flags.add("--rows", nargs="+", type=int, default=[1], metavar="M", text="layers: rows of x; 1 is decoding")
-    flags.add(
-        "--peers",
-        nargs="+",
-        default=[],
+    repeats: int = option(15, "turns; every subject runs once in each", metavar="N", least=1)
+    peers: tuple[str, ...] = option(
+        (),
+        "layers: matmulnbits (the default), fp32 or none; models: genai=DIR, llamacpp=FILE.gguf, matmulnbits=DIR",
         metavar="PEER",
-        text="layers: matmulnbits (the default), fp32 or none; models: genai=DIR, llamacpp=FILE.gguf, matmulnbits=DIR",
     )
-    flags.add("--exact", action="store_true", default=False, text="layers: also with fp32 activations")
-    flags.add("--stream", type=int, default=160, metavar="MB", text="layers: read at least this much per run")
-    flags.add("-o", "--output", type=Path, metavar="DIR", text="write bench.json, bench.md and, for models, bench.png")
+    output: Path | None = option(
+        None, "write bench.json, bench.md and, for models, bench.png", metavar="DIR", flags=("-o", "--output")
+    )
+    prompt: int = option(64, "tokens before decoding begins", metavar="N", least=1, group=MODELS)
+    steps: int = option(32, "tokens decoded in a turn", metavar="N", least=1, group=MODELS)
+    prefill: int = option(512, "tokens of the prefill; 0 leaves it out", metavar="N", least=0, group=MODELS)
+    shapes: tuple[str, ...] = option(("4096x4096", "4096x14336"), "sizes", metavar="NxK", group=LAYERS)
+    bits: tuple[int, ...] = option((4, 3, 2), "bits of a code", choices=BITS, metavar="B", group=LAYERS)
+    ranks: tuple[int, ...] = option((1, 2), "planes of the codebooks", metavar="R", least=1, group=LAYERS)
+    branch: int = option(0, "also with an error branch of this rank", metavar="R", least=0, group=LAYERS)
+    group_size: int = option(64, "inputs per group", metavar="G", group=LAYERS)
+    tokens: tuple[int, ...] = option(
+        (1,), "tokens of x; 1 is decoding", metavar="M", least=1, flags=("--tokens", "--rows"), group=LAYERS
+    )
+    exact: bool = option(False, "also with fp32 activations", group=LAYERS)
+    stream: int = option(160, "read at least this much per run", metavar="MB", least=1, group=LAYERS)
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def run(options: Bench) -> Outcome:
     """Measure, report, store."""
     from rankbook.tools.runtimes import ort
 
     if reason := ort.unavailable():
         raise MissingError(reason)
-    for name in ("repeats", "prompt", "steps", "stream"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} is {getattr(options, name)}; give at least 1")
     if cuda := _kernels(options) == "native-cuda":
         ort.use_native("native-cuda")
     report: dict[str, Any] = {"machine": _machine("ort-cuda" if cuda else "ort")}
@@ -84,13 +86,13 @@ def run(options: argparse.Namespace) -> Outcome:
         f"plain read from memory, {threads} threads: {rate / 1e9:.1f} GB/s"
         for threads, rate in report["bandwidth"].items()
     ]
-    text = "\n".join([*lines, *(_store(options, report, table, lines) if options.output else [])])
+    text = "\n".join([*lines, *(_store(options.output, report, table, lines) if options.output else [])])
     return Outcome(report, [table], text)
 
 
-def _kernels(options: argparse.Namespace) -> str:
+def _kernels(options: Bench) -> str:
     """Return one of `KERNELS`, with ``--device`` taken into account."""
-    kernels = chosen_kernels(options)
+    kernels = options.chosen_kernels()
     if options.device == "cpu":
         return kernels
     if kernels not in ("auto", "native-cuda"):
@@ -98,7 +100,7 @@ def _kernels(options: argparse.Namespace) -> str:
     return "native-cuda"
 
 
-def _threads(options: argparse.Namespace) -> tuple[int, ...]:
+def _threads(options: Bench) -> tuple[int, ...]:
     """The given number, or one and all of those this process may run on; one beside a GPU."""
     if options.threads or _kernels(options) == "native-cuda":
         return (options.threads or 1,)
@@ -126,19 +128,19 @@ def _lines(path: str) -> list[str]:
     return file.read_text("utf-8").splitlines() if file.is_file() else []
 
 
-def _bandwidth(options: argparse.Namespace) -> dict[int, float]:
+def _bandwidth(options: Bench) -> dict[int, float]:
     from rankbook.tools.bench.bandwidth import read_bandwidth
 
     return {threads: read_bandwidth(threads) for threads in _threads(options)}
 
 
-def _layers(options: argparse.Namespace) -> tuple[Table, list[LayerResult]]:
+def _layers(options: Bench) -> tuple[Table, list[LayerResult]]:
     from rankbook.tools.bench.layer_bench import LayerOptions, measure_layers
 
     settings = LayerOptions(
         subjects=tuple(_subjects(options)),
         shapes=tuple(_shape(text) for text in options.shapes),
-        tokens=tuple(options.rows),
+        tokens=options.tokens,
         threads=_threads(options),
         repeats=options.repeats,
         stream=options.stream * 1_000_000,
@@ -159,17 +161,14 @@ def _layers(options: argparse.Namespace) -> tuple[Table, list[LayerResult]]:
         )
         for item in results
     ]
-    columns = ("layer", "N x K", "rows", "threads", "µs", "GB/s", "peer", "times as fast")
+    columns = ("layer", "N x K", "tokens", "threads", "µs", "GB/s", "peer", "times as fast")
     return Table("single layers, medians", columns, rows), results
 
 
-def _subjects(options: argparse.Namespace) -> list[LayerSubject]:
-    from rankbook.plugins import layout
+def _subjects(options: Bench) -> list[LayerSubject]:
     from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
     from rankbook.tools.runtimes.ort import use_native
 
-    if not set(options.bits) <= set(layout.BITS):
-        raise UsageError(f"--bits {options.bits}: choose from {layout.BITS}")
     kernels = _kernels(options)
     if kernels == "bodies":
         raise UsageError("single layers measure the native library; give an exported model to measure the bodies")
@@ -199,7 +198,7 @@ def _shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _models(options: argparse.Namespace) -> tuple[Table, list[ModelResult]]:
+def _models(options: Bench) -> tuple[Table, list[ModelResult]]:
     from rankbook.tools.bench.model_bench import ModelOptions, measure_models
     from rankbook.tools.bench.subject import ModelSubject
 
@@ -250,26 +249,26 @@ def _model_table(results: list[ModelResult], references: tuple[str, ...]) -> Tab
     return Table("models, medians", (*columns, "file, MB", "RSS beyond Python, MB", "to the file"), rows)
 
 
-def _store(options: argparse.Namespace, report: dict[str, Any], table: Table, lines: list[str]) -> list[str]:
+def _store(folder: Path, report: dict[str, Any], table: Table, lines: list[str]) -> list[str]:
     """Write the files; returns what to say about them."""
     from rankbook.tools.bench import plot
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(options.output / "bench.json", to_json(report) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / "bench.json", to_json(report) + "\n")
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    write_text_atomic(options.output / "bench.md", "\n\n".join([machine, table.markdown(), *lines]) + "\n")
+    write_text_atomic(folder / "bench.md", "\n\n".join([machine, table.markdown(), *lines]) + "\n")
     if "models" not in report:
-        return [f"stored in {options.output}"]
+        return [f"stored in {folder}"]
     if reason := plot.unavailable():
-        return [f"stored in {options.output}, without a plot: {reason}"]
-    plot.draw(report["models"], options.output / "bench.png")
-    return [f"stored in {options.output}"]
+        return [f"stored in {folder}, without a plot: {reason}"]
+    plot.draw(report["models"], folder / "bench.png")
+    return [f"stored in {folder}"]
 
 
 COMMAND = Command(
     name="bench",
     summary="measure the speed of single layers or of exported models beside their peers",
     example="rankbook bench model-onnx@native-int8 --peers genai=genai-int4 llamacpp=model.gguf -o bench",
-    add_flags=add_flags,
+    options=Bench,
     run=run,
 )

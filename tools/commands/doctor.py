@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.report import Table
 from rankbook.tools.runtimes import ort, trt
 
@@ -56,11 +55,7 @@ _PACKAGES = (
 _DISTRIBUTIONS = {"yaml": "PyYAML"}
 
 
-def add_flags(flags: Flags) -> None:
-    """No flags of its own."""
-
-
-def run(_: argparse.Namespace) -> Outcome:
+def run(_: Common) -> Outcome:
     """Look around; the verdict is no only if something that rankbook cannot work without is missing."""
     findings = [*_packages(), *_runtimes(), *_devices(), *_native()]
     missing = [finding.name for finding in findings if finding.needed and not finding.found]
@@ -188,6 +183,6 @@ COMMAND = Command(
     name="doctor",
     summary="list runtimes, devices, headers and versions, and what each missing piece would enable",
     example="rankbook doctor --json",
-    add_flags=add_flags,
+    options=Common,
     run=run,
 )

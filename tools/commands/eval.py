@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.option import argument, option, required
 from rankbook.calibration.settings import ACTIVATIONS, KV_BITS
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
-from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
@@ -19,53 +19,46 @@ if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import LanguageModel
 
 
-def add_flags(flags: Flags) -> None:
-    """Declare the flags."""
-    flags.add(
-        "model",
+@dataclass(frozen=True, kw_only=True)
+class Eval(KernelOptions, Common):
+    """Options of the verb."""
+
+    model: str = argument(
+        "Hugging Face model, GGUF, checkpoint, exported folder or .onnx (exported with --logits all)",
         metavar="MODEL_OR_FILE",
-        required=True,
-        text="Hugging Face model, GGUF, checkpoint, exported folder or .onnx (exported with --logits all)",
     )
-    flags.add("--text", metavar="FILE", required=True, text=".txt, .jsonl or a datasets name to evaluate on")
-    flags.add("--context", type=int, default=512, metavar="N", text="tokens per window; windows do not overlap")
-    flags.add(
-        "--max-tokens", type=int, metavar="N", text="tokens to evaluate on, rounded up to windows; all without it"
+    text: str = required(".txt, .jsonl or a datasets name to evaluate on", metavar="FILE")
+    context: int = option(512, "tokens per window; windows do not overlap", metavar="N", least=2)
+    max_tokens: int | None = option(
+        None, "tokens to evaluate on, rounded up to windows; all without it", metavar="N", least=1
     )
-    flags.add("--reference", metavar="MODEL", text="unquantized model for KL divergence and top-1 agreement")
-    flags.add("--batch", type=int, default=1, metavar="N", text="windows per call")
-    add_kernel_flags(flags)
-    dynamic = [kind for kind in ACTIVATIONS if not kind.startswith("static")]
-    flags.add(
-        "--activations",
-        choices=dynamic,
-        text="quantize the inputs of linear layers so, whatever the checkpoint says (PyTorch models only)",
+    reference: str | None = option(None, "unquantized model for KL divergence and top-1 agreement", metavar="MODEL")
+    batch: int = option(1, "windows per call", metavar="N", least=1)
+    activations: str | None = option(
+        None,
+        "quantize the inputs of linear layers so, whatever the checkpoint says (PyTorch models only)",
+        choices=tuple(kind for kind in ACTIVATIONS if not kind.startswith("static")),
     )
-    flags.add(
-        "--kv-bits",
-        type=int,
+    kv_bits: int | None = option(
+        None,
+        "quantize keys and values per token and head so, whatever the checkpoint says (PyTorch models only)",
         choices=KV_BITS,
-        text="quantize keys and values per token and head so, whatever the checkpoint says (PyTorch models only)",
     )
-    flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model")
+    tokenizer: str | None = option(None, "take the tokenizer from this model", metavar="MODEL")
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def run(options: Eval) -> Outcome:
     """Evaluate."""
     from rankbook.calibration.data import read_text
     from rankbook.calibration.evaluate import evaluate
     from rankbook.tools.models import open_model
 
-    for name, least in (("context", 2), ("batch", 1), ("max_tokens", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
     # A wrong path should not cost the time of loading a model.
     text = read_text(options.text)
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
-        kernels = chosen_kernels(options)
+        kernels = options.chosen_kernels()
         model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=kernels)
         _override(options, model)
         reference = None
@@ -92,7 +85,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome({"model": options.model, **asdict(result)}, [table])
 
 
-def _override(options: argparse.Namespace, model: LanguageModel) -> None:
+def _override(options: Eval, model: LanguageModel) -> None:
     """Replace the settings of activations and cache that the flags name."""
     if options.activations is None and options.kv_bits is None:
         return
@@ -107,7 +100,7 @@ def _override(options: argparse.Namespace, model: LanguageModel) -> None:
     override(model.model, kind=options.activations, kv_bits=options.kv_bits)
 
 
-def _windows(options: argparse.Namespace, model: LanguageModel, text: str) -> Tensor:
+def _windows(options: Eval, model: LanguageModel, text: str) -> Tensor:
     from rankbook.calibration.data import token_windows
 
     if model.tokenizer is None:
@@ -126,6 +119,6 @@ COMMAND = Command(
     name="eval",
     summary="measure perplexity, KL divergence and top-1 agreement of a model on any runtime",
     example="rankbook eval q --text eval.txt --context 512 --max-tokens 20480 --reference MODEL --json",
-    add_flags=add_flags,
+    options=Eval,
     run=run,
 )

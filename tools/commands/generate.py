@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.calibration.option import argument, option
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console, peak_rss
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation import Sampling, Stream, generate
-from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.models import open_model
 
 
-def add_flags(flags: Flags) -> None:
-    """Declare the flags."""
-    flags.add(
-        "model", metavar="MODEL", required=True, text="checkpoint, Hugging Face model, GGUF, exported folder or .onnx"
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling, KernelOptions, Common):
+    """Options of the verb."""
+
+    model: str = argument("checkpoint, Hugging Face model, GGUF, exported folder or .onnx", metavar="MODEL")
+    prompt: str | None = option(
+        None, "prompt; read from stdin when not given", metavar="TEXT", flags=("-p", "--prompt")
     )
-    flags.add("-p", "--prompt", metavar="TEXT", text="prompt; read from stdin when not given")
-    flags.add("--chat", action="store_true", default=False, text="wrap the prompt in the model's chat template")
-    flags.add("--max-new-tokens", type=int, default=128, metavar="N", text="most tokens to generate")
-    flags.add("--temperature", type=float, default=0.0, metavar="T", text="0 is greedy")
-    flags.add(
-        "--top-p", type=float, default=1.0, metavar="P", text="sample from the smallest set with this probability"
-    )
-    flags.add("--tokenizer", metavar="MODEL", text="take the tokenizer from this model when MODEL has none")
-    add_kernel_flags(flags)
-    flags.add("--ignore-eos", action="store_true", default=False, text="go on after the end token")
+    chat: bool = option(False, "wrap the prompt in the model's chat template")
+    max_new_tokens: int = option(128, "most tokens to generate", metavar="N")
+    tokenizer: str | None = option(None, "take the tokenizer from this model when MODEL has none", metavar="MODEL")
+    ignore_eos: bool = option(False, "go on after the end token")
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def run(options: Generate) -> Outcome:
     """Generate; the text goes to stdout as it comes, tokens per second to stderr."""
-    sampling = Sampling(options.temperature, options.top_p, options.seed)
     console = Console(quiet=options.quiet)
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     model = open_model(
-        options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=chosen_kernels(options)
+        options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=options.chosen_kernels()
     )
     if model.tokenizer is None:
         raise UsageError(f"{options.model} has no tokenizer; name a model that has it: --tokenizer MODEL")
@@ -45,7 +42,7 @@ def run(options: argparse.Namespace) -> Outcome:
         if not options.json:
             print(piece, end="", flush=True)
 
-    stream = Stream(model, sampling, options.max_new_tokens, stop_at_end=not options.ignore_eos, show=show)
+    stream = Stream(model, options, options.max_new_tokens, stop_at_end=not options.ignore_eos, show=show)
     result = generate(stream, prompt, chat=options.chat)
     if not options.json:
         print(flush=True)
@@ -61,6 +58,6 @@ COMMAND = Command(
     name="generate",
     summary="stream text from a checkpoint, a Hugging Face model or an exported file",
     example="rankbook generate onnx --prompt 'The capital of France is' --max-new-tokens 40",
-    add_flags=add_flags,
+    options=Generate,
     run=run,
 )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.calibration.option import argument
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.inspect.inspection import Inspection, inspect
 from rankbook.tools.report import Table, plain
 
 _SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version")
 
 
-def add_flags(flags: Flags) -> None:
-    """Declare the flags."""
-    text = "checkpoint, exported folder, .onnx file, engine folder, Hugging Face folder or GGUF"
-    flags.add("path", type=Path, metavar="ANY", required=True, text=text)
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Common):
+    """Options of the verb."""
+
+    path: Path = argument(
+        "checkpoint, exported folder, .onnx file, engine folder, Hugging Face folder or GGUF", metavar="ANY"
+    )
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def run(options: Inspect) -> Outcome:
     """Describe it."""
     found = inspect(options.path)
     report = {**plain(found), "bits_per_weight": found.bits_per_weight}
@@ -81,6 +85,6 @@ COMMAND = Command(
     name="inspect",
     summary="show the layers of a checkpoint, an exported file, an engine or a plain model",
     example="rankbook inspect onnx --json",
-    add_flags=add_flags,
+    options=Inspect,
     run=run,
 )

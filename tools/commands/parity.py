@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
-from rankbook.tools.command import Command, Flags, Outcome
+from rankbook.calibration.option import WHERE, argument, option
+from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.evaluate.options import ParityOptions
+from rankbook.tools.kernel_options import ExactKernelOptions
 from rankbook.tools.report import Table, to_json
 
 if TYPE_CHECKING:
@@ -19,30 +21,24 @@ if TYPE_CHECKING:
     from rankbook.tools.runtimes.torch import TorchModel
 
 
-def add_flags(flags: Flags) -> None:
-    """Declare the flags."""
-    flags.add("model", type=Path, metavar="MODEL", required=True, text="exported folder or .onnx file")
-    flags.add(
-        "--checkpoint", type=Path, metavar="DIR", text="what it was exported from; found by itself if it is still there"
+@dataclass(frozen=True, kw_only=True)
+class Parity(ParityOptions, ExactKernelOptions, Common):
+    """Options of the verb: those of the checks, and where things are."""
+
+    model: Path = argument("exported folder or .onnx file", metavar="MODEL", group=WHERE)
+    checkpoint: Path | None = option(
+        None, "what it was exported from; found by itself if it is still there", metavar="DIR", group=WHERE
     )
-    flags.add("--text", type=Path, metavar="FILE", text="take the tokens from this text; random tokens without it")
-    flags.add("--tokens", type=int, default=32, metavar="N", text="tokens to compare on, in each of two rows")
-    flags.add(
-        "--tolerance",
-        type=float,
-        metavar="X",
-        text="largest difference relative to the largest value; by type if not given",
+    text: Path | None = option(
+        None, "take the tokens from this text; random tokens without it", metavar="FILE", group=WHERE
     )
-    add_kernel_flags(flags, default="bodies", exact=True)
-    flags.add("--every-node", action="store_true", default=False, text="check every custom node, not one of each kind")
-    flags.add("--no-layers", action="store_true", default=False, text="leave out the comparison layer by layer")
-    flags.add(
-        "--greedy", type=int, default=0, metavar="N", text="also continue five prompts by N tokens with both, greedily"
+    output: Path | None = option(
+        None, "also write the report to this JSON file", metavar="FILE", flags=("-o", "--output"), group=WHERE
     )
-    flags.add("-o", "--output", type=Path, metavar="FILE", text="also write the report to this JSON file")
+    tokens: int = option(32, "tokens to compare on, in each of two sequences", metavar="N")
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def run(options: Parity) -> Outcome:
     """Compare, report, decide."""
     from rankbook.tools.evaluate import parity
     from rankbook.tools.inspect import onnx_file
@@ -61,18 +57,10 @@ def run(options: argparse.Namespace) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress("parity") as progress:
         progress(0.0, "loading")
-        model = ort.OrtModel(options.model, threads=options.threads, kernels=chosen_kernels(options))
+        model = ort.OrtModel(options.model, threads=options.threads, kernels=options.chosen_kernels())
         torch_model = TorchModel(checkpoint, threads=options.threads)
         tokens = _tokens(options, torch_model)
-        settings = parity.ParityOptions(
-            tolerance=options.tolerance,
-            every_node=options.every_node,
-            layers=not options.no_layers,
-            greedy=options.greedy,
-            threads=options.threads,
-            seed=options.seed,
-        )
-        report = parity.check(model, torch_model, tokens, settings, progress)
+        report = parity.check(model, torch_model, tokens, options, progress)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(options.output, to_json(report) + "\n")
@@ -80,7 +68,7 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(report, _tables(report), _verdict(report), passed=report.passed, config_folder=folder)
 
 
-def _tokens(options: argparse.Namespace, model: TorchModel) -> Tokens:
+def _tokens(options: Parity, model: TorchModel) -> Tokens:
     import numpy as np
 
     if options.text is None:
@@ -147,6 +135,6 @@ COMMAND = Command(
     name="parity",
     summary="check an exported file against its checkpoint: whole, node by node, layer by layer",
     example="rankbook parity onnx --text text.txt --json",
-    add_flags=add_flags,
+    options=Parity,
     run=run,
 )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
 from rankbook.plugins import library
 from rankbook.tools.deploy import engine_commands, engine_log
-from rankbook.tools.deploy.profiles import Limits, Shapes, make_profiles
-from rankbook.tools.errors import CheckFailedError, MissingError, UsageError
+from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.deploy.profiles import Shapes, make_profiles
+from rankbook.tools.errors import CheckFailedError, UsageError
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.report import plain
@@ -36,64 +37,6 @@ _LOG_TYPES = {"INT8": "Int8", "INT4": "Int4"}
 
 class ParserRefusedError(CheckFailedError):
     """TensorRT's parser does not take the graph."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What to build.
-
-    Attributes:
-        target: ``rtx`` or ``trt``.
-        capabilities: Compute capabilities, e.g. ``SM86``; empty means the present GPU (trt only).
-        limits: Shapes to serve.
-        workspace_bytes: Bound of the builder's workspace, or None.
-        keep_files: Keep the builder's log, and the graph that it parsed if that is not the file itself.
-        plugins: Put our kernels into the engine where the plugin library is built; the function bodies otherwise.
-        self_contained: Store the plugin library in the engine, so that it runs where the library is not installed.
-        aot: Store the kernels as PTX in the engine instead of using the library (trt only, `rankbook.plugins.aot`).
-    """
-
-    target: str = "rtx"
-    capabilities: tuple[str, ...] = ("SM80", "SM86", "SM89", "SM120")
-    limits: Limits = field(default_factory=Limits)
-    workspace_bytes: int | None = None
-    keep_files: bool = False
-    plugins: bool = True
-    self_contained: bool = False
-    aot: bool = False
-
-    def check(self) -> None:
-        """Refuse what contradicts itself.
-
-        Raises:
-            UsageError: Options that exclude each other.
-            MissingError: The PTX is not built.
-        """
-        if not self.aot:
-            return
-        if self.target == "rtx":
-            raise UsageError(
-                "TensorRT-RTX has no plugins of the form --plugins aot; give --target trt, or --self-contained to store"
-                " the plugin library in the engine"
-            )
-        if self.self_contained or not self.plugins:
-            other = "--self-contained" if self.self_contained else "--no-plugins"
-            raise UsageError(f"--plugins aot and {other} contradict each other; give one of them")
-        from rankbook.plugins import aot
-
-        if reason := aot.unavailable():
-            raise MissingError(reason)
-
-    def form(self) -> str:
-        """Return where the kernels are, for people."""
-        if self.aot:
-            return "PTX in the engine"
-        return "library in the engine" if self.self_contained else "library loaded from its file"
-
-    def plugin_library(self) -> Path | None:
-        """Return the plugin library to build with, or None for the function bodies."""
-        usable = self.plugins and not self.aot and library.unavailable("trt") is None
-        return library.library("trt") if usable else None
 
 
 @dataclass(frozen=True)
@@ -200,7 +143,9 @@ def build(
 
 
 def _why_no_plugins(options: BuildOptions) -> str:
-    return library.unavailable("trt") or "plugins are switched off" if options.plugins else "--no-plugins leaves it out"
+    return (
+        "--no-plugins leaves it out" if options.no_plugins else library.unavailable("trt") or "plugins are switched off"
+    )
 
 
 def _build_either_way(

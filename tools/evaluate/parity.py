@@ -16,6 +16,7 @@ import numpy as np
 
 from rankbook.tools.evaluate.greedy import GreedyCheck, compare_greedy
 from rankbook.tools.evaluate.node_model import session_with_outputs, single_node
+from rankbook.tools.evaluate.options import ParityOptions
 from rankbook.tools.evaluate.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
 from rankbook.tools.evaluate.tolerance import (
     ROUNDED_TOLERANCE,
@@ -109,27 +110,6 @@ class ParityReport:
     passed: bool = field(default=False)
 
 
-@dataclass(frozen=True)
-class ParityOptions:
-    """What to check.
-
-    Attributes:
-        tolerance: Largest relative difference, or None for the default of the file's activation type.
-        every_node: Check every custom node against the reference, not one of each kind.
-        layers: Compare layer by layer.
-        greedy: Tokens to continue each prompt by with both; 0 for none.
-        threads: CPU threads.
-        seed: Of random inputs.
-    """
-
-    tolerance: float | None = None
-    every_node: bool = False
-    layers: bool = True
-    greedy: int = 0
-    threads: int | None = None
-    seed: int = 0
-
-
 def check(
     model: OrtModel, torch_model: TorchModel, tokens: Tokens, options: ParityOptions, note: Callable[[float, str], None]
 ) -> ParityReport:
@@ -156,7 +136,7 @@ def check(
     note(0.5, "operators")
     operators = compare_operators(model, options.tolerance or exact_tolerance(file), options)
     note(0.7, "layers")
-    depth = bisect(model, torch_model, tokens, tolerance, options) if options.layers else Depth()
+    depth = bisect(model, torch_model, tokens, tolerance, options) if not options.no_layers else Depth()
     greedy: tuple[GreedyCheck, ...] = ()
     if options.greedy:
         greedy = compare_greedy(

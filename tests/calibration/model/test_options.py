@@ -42,7 +42,7 @@ def _methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_option_has_a_default_and_help() -> None:
     for item in dataclasses.fields(QuantizeOptions):
-        assert item.metadata["help"]
+        assert item.metadata["about"].text
     assert QuantizeOptions().to_json()["bits"] == 3
 
 

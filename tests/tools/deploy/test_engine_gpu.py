@@ -8,7 +8,7 @@ import pytest
 from rankbook.calibration.source import ENGINE_NAME
 from rankbook.plugins import library
 from rankbook.tools.deploy import engine
-from rankbook.tools.deploy.profiles import Limits
+from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.runtimes import ort, trt
 from tests.tools.files import FEATURES, chain_model
 
@@ -25,7 +25,7 @@ def test_an_engine_computes_what_onnx_runtime_computes(bits, plugins, tmp_path):
     if plugins and library.unavailable("trt"):
         pytest.skip(str(library.unavailable("trt")))
     path = chain_model(tmp_path / "onnx", bits=bits)
-    options = engine.BuildOptions(target="trt", capabilities=(), limits=Limits(2, 8, 16), plugins=plugins)
+    options = BuildOptions(target="trt", max_batch=2, max_sequence=8, max_context=16, no_plugins=not plugins)
     report = engine.build(path, tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
     assert (tmp_path / "engine" / engine.TIMING_CACHE_NAME).is_file()

@@ -1,4 +1,4 @@
-"""The flags that choose what computes packed layers."""
+"""The options that choose what computes packed layers."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import argparse
 
 import pytest
 
-from rankbook.tools.command import Flags
 from rankbook.tools.errors import UsageError
-from rankbook.tools.kernel_flags import add_kernel_flags, chosen_kernels
+from rankbook.tools.flags import add_flags, flags_of
+from rankbook.tools.kernel_options import ExactKernelOptions, KernelOptions
 from rankbook.tools.runtimes.ort import KERNELS
 
 
 def parse(*arguments: str, exact: bool = False) -> str:
     """Parse a command line of these flags alone."""
+    kind = ExactKernelOptions if exact else KernelOptions
     parser = argparse.ArgumentParser(exit_on_error=False)
-    flags = Flags(parser)
-    add_kernel_flags(flags, exact=exact)
-    return chosen_kernels(argparse.Namespace(**{**flags.defaults, **vars(parser.parse_args(arguments))}))
+    add_flags(parser, flags_of(kind))
+    return kind(**vars(parser.parse_args(arguments))).chosen_kernels()
 
 
 def test_choices() -> None:
     """Each name is itself, nothing is auto, and --no-native is the bodies, also beside a flag that says the same."""
     assert parse() == "auto"
+    assert parse(exact=True) == "bodies"
     assert [parse("--kernels", name) for name in KERNELS] == list(KERNELS)
     assert parse("--no-native") == parse("--no-native", "--kernels", "bodies") == "bodies"
 

@@ -1,0 +1,123 @@
+"""What a user chooses about an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankbook.calibration.option import Options, option
+from rankbook.plugins import library
+from rankbook.tools.deploy.profiles import Limits
+from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.runtimes import trt
+
+
+@dataclass(frozen=True)
+class BuildOptions(Options):
+    """What to build."""
+
+    target: str = option("rtx", "TensorRT-RTX (no GPU needed) or TensorRT", choices=("rtx", "trt"))
+    compute_capability: tuple[str, ...] = option(
+        ("SM80", "SM86", "SM89", "SM120"),
+        f"GPUs to build for, of {', '.join(trt.RTX_CAPABILITIES)}; rtx only",
+        metavar="SM",
+    )
+    max_batch: int = option(1, "largest batch", metavar="N", least=1)
+    max_sequence: int = option(512, "longest prompt of one call, in tokens", metavar="N", least=1)
+    max_context: int = option(1024, "longest context with the cache, in tokens", metavar="N", least=1)
+    workspace: int | None = option(None, "bound of the builder's workspace, in MiB", metavar="MIB")
+    plugins: str = option(
+        "library",
+        "kernels from the plugin library, or as PTX inside the engine (trt only; never tried on a GPU)",
+        choices=("library", "aot"),
+    )
+    no_plugins: bool = option(
+        False, "build the function bodies even where the plugin library is built (`make native-cuda`)"
+    )
+    self_contained: bool = option(
+        False, "store the plugin library in the engine (loading it needs runtime.engine_host_code_allowed = True)"
+    )
+    keep_files: bool = option(False, "keep the builder's log (and an inlined graph)")
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Compute capabilities to build for, e.g. ``SM86``; empty is the present GPU (trt).
+
+        Raises:
+            UsageError: TensorRT-RTX does not build for one.
+        """
+        return capabilities(self.compute_capability) if self.target == "rtx" else ()
+
+    @property
+    def limits(self) -> Limits:
+        """Shapes to serve.
+
+        Raises:
+            ValueError: They contradict each other.
+        """
+        return Limits(self.max_batch, self.max_sequence, self.max_context)
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """Bound of the builder's workspace, or None."""
+        return self.workspace * 2**20 if self.workspace else None
+
+    @property
+    def aot(self) -> bool:
+        """Whether the kernels are stored as PTX in the engine (`rankbook.plugins.aot`)."""
+        return self.plugins == "aot"
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            UsageError: Options that exclude each other, or compute capabilities that do not exist.
+            ValueError: Limits that contradict each other.
+            MissingError: The PTX is not built.
+        """
+        _ = self.capabilities, self.limits
+        if not self.aot:
+            return
+        if self.target == "rtx":
+            raise UsageError(
+                "TensorRT-RTX has no plugins of the form --plugins aot; give --target trt, or --self-contained to store"
+                " the plugin library in the engine"
+            )
+        if self.self_contained or self.no_plugins:
+            other = "--self-contained" if self.self_contained else "--no-plugins"
+            raise UsageError(f"--plugins aot and {other} contradict each other; give one of them")
+        from rankbook.plugins import aot
+
+        if reason := aot.unavailable():
+            raise MissingError(reason)
+
+    def form(self) -> str:
+        """Return where the kernels are, for people."""
+        if self.aot:
+            return "PTX in the engine"
+        return "library in the engine" if self.self_contained else "library loaded from its file"
+
+    def plugin_library(self) -> Path | None:
+        """Return the plugin library to build with, or None for the function bodies."""
+        usable = not self.no_plugins and not self.aot and library.unavailable("trt") is None
+        return library.library("trt") if usable else None
+
+
+def capabilities(names: Sequence[str]) -> tuple[str, ...]:
+    """Return compute capabilities as ``SM86``, from ``86``, ``8.6``, ``sm86`` and comma-separated lists of these.
+
+    Raises:
+        UsageError: TensorRT-RTX does not build for one, or none is named.
+    """
+    wanted = [part for name in names for part in name.replace(",", " ").split()]
+    found = tuple(
+        dict.fromkeys("SM" + name.upper().removeprefix("SM").removeprefix("_").replace(".", "") for name in wanted)
+    )
+    unknown = [name for name in found if name not in trt.RTX_CAPABILITIES]
+    if unknown or not found:
+        allowed = ", ".join(trt.RTX_CAPABILITIES)
+        raise UsageError(
+            f"--compute-capability {', '.join(unknown) or '(none)'} is not available; choose from {allowed}"
+        )
+    return found
