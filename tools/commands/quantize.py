@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rankbook.calibration.checkpoint.files import check_replaceable
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.option import WHERE, argument, option, part, required
+from rankbook.calibration.source import MANIFEST
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -29,9 +31,6 @@ class Quantize(QuantizeOptions, Common):
     overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
 
     def __post_init__(self) -> None:
-        from rankbook.calibration.checkpoint.files import check_replaceable
-        from rankbook.calibration.checkpoint.format import MANIFEST
-
         # Before the methods, and with them torch, are loaded: a mistake should not cost seconds.
         check_replaceable(self.output, MANIFEST)
         if (self.output / MANIFEST).is_file() and not (self.overwrite or self.resume):
