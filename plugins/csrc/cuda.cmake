@@ -59,7 +59,7 @@ install(FILES $<TARGET_OBJECTS:rankbook_aot> DESTINATION rankbook/plugins/lib CO
 # ------------------------------------------------------------------------------------------------ ONNX Runtime
 # A second file, for it holds machine code for every GPU and is ten times as large.
 if(RANKBOOK_ORT_INCLUDE)
-  rankbook_add_ort_library(rankbook_ort_cuda ort/cuda_ops.cpp)
+  rankbook_add_ort_library(rankbook_ort_cuda shims/ort_cuda/cuda_ops.cpp)
   target_link_libraries(rankbook_ort_cuda PRIVATE rankbook_cuda_kernels)
   target_include_directories(rankbook_ort_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   set_target_properties(rankbook_ort_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
@@ -76,13 +76,14 @@ if(NOT RANKBOOK_TRT_INCLUDE)
 endif()
 message(STATUS "TensorRT headers: ${RANKBOOK_TRT_INCLUDE}")
 
-add_library(rankbook_trt MODULE trt/creator.cpp trt/operator.cpp trt/plugin.cpp)
+add_library(rankbook_trt MODULE
+  shims/trt/creator.cpp shims/trt/operator.cpp shims/trt/plugin.cpp)
 target_link_libraries(rankbook_trt PRIVATE rankbook_flags rankbook_cuda_kernels)
 target_include_directories(rankbook_trt SYSTEM PRIVATE ${RANKBOOK_TRT_INCLUDE} ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-set_target_properties(rankbook_trt PROPERTIES CUDA_RUNTIME_LIBRARY Static LINK_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/trt/exports.map)
+set_target_properties(rankbook_trt PROPERTIES CUDA_RUNTIME_LIBRARY Static LINK_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/shims/trt/exports.map)
 if(NOT RANKBOOK_SANITIZE)
   target_link_options(rankbook_trt PRIVATE -static-libstdc++ -static-libgcc)
 endif()
 target_link_options(rankbook_trt PRIVATE
-  LINKER:--version-script,${CMAKE_CURRENT_SOURCE_DIR}/trt/exports.map LINKER:--gc-sections)
+  LINKER:--version-script,${CMAKE_CURRENT_SOURCE_DIR}/shims/trt/exports.map LINKER:--gc-sections)
 install(TARGETS rankbook_trt LIBRARY DESTINATION rankbook/plugins/lib COMPONENT native)

@@ -14,7 +14,7 @@
 
 #include "check_attention.h"
 #include "check_rows.h"
-#include "kernels/dispatch.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace {
 
@@ -142,11 +142,11 @@ double largest_error(const Case& c, const Layer& layer, const PanelKernels& kern
 }
 
 // The same layer in the int8 mode; levels are made whole numbers first.
-std::vector<float> run_integers(const Case& c, const Layer& layer, const IntegerKernels& kernels, const std::vector<float>& x,
+std::vector<float> run_int8(const Case& c, const Layer& layer, const Int8Kernels& kernels, const std::vector<float>& x,
                                 const std::vector<float>& bias) {
   const int width = 1 << c.bits;
   std::vector<int32_t> levels(layer.levels.size());
-  IntegerWeight weight;
+  Int8Weight weight;
   weight.weight = layer.weight;
   std::vector<float> step = layer.step;
   std::vector<float> base = layer.base;
@@ -169,7 +169,7 @@ std::vector<float> run_integers(const Case& c, const Layer& layer, const Integer
   weight.base = base.data();
   weight.per_panel = true;
 
-  IntegerBranch branch;
+  Int8Branch branch;
   branch.rank = c.rank;
   const int64_t words = ceil_div(c.rank, kPanel) * layer.weight.blocks() * kBlock * kPanel;
   std::vector<uint8_t> down(static_cast<size_t>(words), 0x80);
@@ -201,25 +201,25 @@ std::vector<float> run_integers(const Case& c, const Layer& layer, const Integer
 
   std::vector<float> y(static_cast<size_t>(c.tokens * c.n));
   std::vector<float> again(y.size());
-  const IntegerProduct products[] = {{weight, branch, bias.data(), y.data()}, {weight, branch, bias.data(), again.data()}};
-  IntegerArgs args{products, 2, x.data(), c.tokens};
-  const auto bytes = static_cast<size_t>(integer_workspace(args));
+  const Int8Product products[] = {{weight, branch, bias.data(), y.data()}, {weight, branch, bias.data(), again.data()}};
+  Int8Args args{products, 2, x.data(), c.tokens};
+  const auto bytes = static_cast<size_t>(int8_workspace(args));
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), std::free);
   args.workspace = static_cast<uint8_t*>(workspace.get());
-  const bool done = integer_linear(args, kernels, {nullptr, run_threads}) == Status::kOk;
+  const bool done = int8_linear(args, kernels, {nullptr, run_threads}) == Status::kOk;
   if (!done || again != y) y.assign(y.size(), NAN);
   return y;
 }
 
 // Every instruction set gives the bits of the portable kernels (what those must be, the tests in Python say).
-bool integers_agree(const Case& c, const Layer& layer) {
+bool int8_agrees(const Case& c, const Layer& layer) {
   const std::vector<float> x = reals(c.tokens * c.k, 1.0F);
   const std::vector<float> bias = reals(c.n, 1.0F);
-  const std::vector<float> want = run_integers(c, layer, select_integer_kernels(Isa::kPortable), x, bias);
+  const std::vector<float> want = run_int8(c, layer, *kPortableSet.int8, x, bias);
   bool same = true;
   for (const float value : want) same = same && std::isfinite(value);
   for (const Isa isa : all_isas()) {
-    same = same && run_integers(c, layer, select_integer_kernels(isa), x, bias) == want;
+    same = same && run_int8(c, layer, *select_kernels(isa).int8, x, bias) == want;
   }
   return same;
 }
@@ -237,16 +237,17 @@ int main() {
   };
   int failures = 0;
   for (const Case& c : cases) {
-    if (integers_agree(c, Layer(c))) continue;
+    if (int8_agrees(c, Layer(c))) continue;
     std::fprintf(stderr, "int8 mode: %d bits, %d planes, N %ld, K %ld, M %ld: instruction sets differ\n", c.bits, c.planes,
                  static_cast<long>(c.n), static_cast<long>(c.k), static_cast<long>(c.tokens));
     ++failures;
   }
   for (const Isa isa : all_isas()) {
-    failures += check_attention(select_attention_kernels(isa), {nullptr, run_threads});
-    failures += check_rows(select_row_kernels(isa));
-    const PanelKernels& kernels = select_kernels(isa);
-    std::printf("%s %s\n", kernels.name, select_integer_kernels(isa).name);
+    const KernelSet set = select_kernels(isa);
+    failures += check_attention(*set.attention, {nullptr, run_threads});
+    failures += check_rows(*set.rows);
+    const PanelKernels& kernels = *set.packed;
+    std::printf("%s %s\n", kernels.name, set.int8->name);
     for (const Case& c : cases) {
       const Layer layer(c);
       const double error = largest_error(c, layer, kernels);

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "kernels/dispatch.h"
+#include "kernels/cpu/dispatch.h"
 
 // Runs the kernels on rows on buffers of exactly their size and compares them with plain loops in double. Returns how many
 // sizes differ, having said which.

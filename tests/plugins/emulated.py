@@ -114,10 +114,8 @@ def build_for_gpu(architecture: str = "native") -> Path:
 
 
 def _files() -> list[Path]:
-    folders = ("kernels/cuda", "emulation", "emulation/include", "trt", "ort", ".")
-    return sorted(
-        p for folder in folders for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")
-    )
+    kinds = (".h", ".cuh", ".cu", ".cpp")
+    return sorted(p for p in CSRC.rglob("*") if p.suffix in kinds and "cpu" not in p.parts)
 
 
 def compiler() -> str | None:

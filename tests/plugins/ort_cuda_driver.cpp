@@ -6,7 +6,7 @@
 #include <string>
 
 #include "contract.h"
-#include "ort/cuda_ops.h"
+#include "shims/ort_cuda/cuda_ops.h"
 #include "emulation/simt.h"
 
 #define RB_EXPORT extern "C" __attribute__((visibility("default")))

@@ -55,8 +55,9 @@ def driver() -> Path:
     """Build the operators over the emulation."""
     headers = ort_headers()
     assert headers is not None
-    ours = ["ort/cuda_ops.cpp", "ort/constants.cpp", "ort/huge_pages.cpp", "kernels/codebook_linear.cpp"]
-    sources = [*emulated.SOURCES, *ours, str(Path(__file__).with_name("ort_cuda_driver.cpp"))]
+    shims = ["shims/ort_cuda/cuda_ops.cpp", "shims/ort/constants.cpp", "shims/ort/huge_pages.cpp"]
+    sources = [*emulated.SOURCES, *shims, "kernels/cpu/packed/linear.cpp"]
+    sources.append(str(Path(__file__).with_name("ort_cuda_driver.cpp")))
     return emulated.build("rankbook_ort_cuda_emulated", sources, [headers])
 
 

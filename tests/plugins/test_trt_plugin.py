@@ -48,7 +48,7 @@ pytestmark = [
 def driver() -> c.CDLL:
     headers = trt_headers()
     assert headers is not None
-    sources = [*emulated.SOURCES, "trt/creator.cpp", "trt/operator.cpp", "trt/plugin.cpp"]
+    sources = [*emulated.SOURCES, *(f"shims/trt/{name}.cpp" for name in ("creator", "operator", "plugin"))]
     sources.append(str(Path(__file__).parent / "trt_driver.cpp"))
     includes = [headers, emulated.CSRC / "emulation" / "include"]
     lib = c.CDLL(str(emulated.build("rankbook_trt_emulated", sources, includes)))

@@ -1,0 +1,83 @@
+#include "kernels/cpu/dispatch.h"
+
+#if defined(RANKBOOK_X86)
+#include <cpuid.h>
+#elif defined(RANKBOOK_ARM)
+#include <sys/auxv.h>
+#endif
+
+namespace rankbook {
+namespace {
+
+#if defined(RANKBOOK_X86)
+
+// The builtins ask the operating system too: a processor with AVX-512 whose kernel does not save it counts as without.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+
+#if defined(RANKBOOK_AVXVNNI)
+
+// Older compilers do not know the name: leaf 7, subleaf 1, bit 4 of eax.
+bool has_avx_vnni() {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1U) != 0;
+}
+
+#endif
+
+#elif defined(RANKBOOK_ARM)
+
+// Headers of old systems do not know the name HWCAP_ASIMDDP.
+bool has_dot_product() { return (getauxval(AT_HWCAP) >> 20 & 1U) != 0; }
+
+#endif
+
+struct Candidate {
+  Isa isa;
+  bool (*runs)();
+  const KernelSet& set;
+};
+
+// From the least to the best.
+const Candidate kCandidates[] = {
+#if defined(RANKBOOK_X86)
+    {Isa::kAvx2, has_avx2, kAvx2Set},
+#if defined(RANKBOOK_AVXVNNI)
+    {Isa::kAvxVnni, has_avx_vnni, kAvxVnniSet},
+#endif
+    {Isa::kAvx512, has_avx512, kAvx512Set},
+    {Isa::kAvx512, has_avx512_vnni, kAvx512VnniSet},
+#elif defined(RANKBOOK_ARM)
+    {Isa::kNeon, [] { return true; }, kNeonSet},
+    {Isa::kDotProd, has_dot_product, kDotProdSet},
+#else
+    {Isa::kPortable, [] { return true; }, kPortableSet},
+#endif
+};
+
+}  // namespace
+
+KernelSet select_kernels(Isa limit) {
+  KernelSet best = kPortableSet;
+  for (const Candidate& candidate : kCandidates) {
+    if (candidate.isa > limit || !candidate.runs()) continue;
+    const KernelSet& set = candidate.set;
+    if (set.packed != nullptr) best.packed = set.packed;
+    if (set.int8 != nullptr) best.int8 = set.int8;
+    if (set.attention != nullptr) best.attention = set.attention;
+    if (set.rows != nullptr) best.rows = set.rows;
+  }
+  return best;
+}
+
+}  // namespace rankbook

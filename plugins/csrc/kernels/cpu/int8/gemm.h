@@ -1,0 +1,273 @@
+#pragma once
+
+// Several tokens against one panel of 32 rows. A slice of the panel (some groups, or a part of a long one) is decoded to
+// bytes in the L1 cache, plane by plane, and multiplied with all tokens: a tile of tokens and rows at a time, with its
+// integer sums and its totals in registers.
+
+#include <utility>
+
+#include "kernels/cpu/int8/codes.h"
+
+namespace rankbook {
+namespace {
+namespace int8_loops {
+
+inline constexpr int kSliceBlocks = 16;    // of one plane each: 16 KB of entries
+inline constexpr int64_t kAhead = 8192;    // bytes of codes to prefetch ahead: a third faster than none
+
+// ---------------------------------------------------------------------------------------------- decoding
+
+// Neighbouring blocks of one plane of one group.
+struct Part {
+  const uint8_t* entries;  // (blocks, 8, 32, 4)
+  const int8_t* x;         // staged activations of token 0
+  const int32_t* sums;     // (M) of the group
+  const float* scales;     // (M) of the group
+  const float* shifted;    // (M) of the group
+  int64_t blocks;
+  int32_t centre;
+  bool first, last;        // of the group and plane
+  bool shifts;             // the offset is added with this part
+  alignas(64) float value[kPanel];
+  alignas(64) float offset[kPanel];
+};
+
+struct Slice {
+  Part parts[kSliceBlocks];
+  int count = 0;
+  int64_t blocks = 0;
+  alignas(64) uint8_t entries[kSliceBlocks * 8 * kWordBytes];
+};
+
+template <int kBits, int... kIndex>
+void decode_blocks(const uint8_t* from, const PlaneLevels<kBits>& levels, int64_t blocks, uint8_t* out,
+                   std::integer_sequence<int, kIndex...>) {
+  for (int64_t block = 0; block < blocks; ++block, from += kBits * kWordBytes, out += 8 * kWordBytes) {
+    RANKBOOK_UNROLL
+    for (int64_t line = 0; line < kBits * kWordBytes; line += 64) __builtin_prefetch(from + kAhead + line);
+    RANKBOOK_UNROLL
+    for (int vector = 0; vector < kPanelVectors; ++vector) {
+      const Block<kBits> words(from + vector * kLanes * 4);
+      uint8_t* to = out + vector * kLanes * 4;
+      (Bytes::store(to + kIndex * kWordBytes, levels.template entry<kIndex>(words.template index<kIndex>())), ...);
+    }
+  }
+}
+
+// Entries of blocks [block, block + blocks) of one plane, out (blocks, 8, 32, 4).
+void decode(const Int8Weight& weight, int64_t panel, int plane, int64_t block, int64_t blocks, uint8_t* out) {
+  constexpr auto kAll = std::make_integer_sequence<int, 8>{};
+  const CodebookWeight& w = weight.weight;
+  const uint8_t* from = codes_of(w, panel) + block * w.bits * kWordBytes;
+  const PlaneTable& table = weight.tables[plane];
+  switch (w.bits) {
+    case 2:
+      return decode_blocks(from, PlaneLevels<2>(table), blocks, out, kAll);
+    case 3:
+      return decode_blocks(from, PlaneLevels<3>(table), blocks, out, kAll);
+    case 4:
+      return decode_blocks(from, PlaneLevels<4>(table), blocks, out, kAll);
+    default:
+      return decode_blocks(from, PlaneLevels<8>(table), blocks, out, kAll);
+  }
+}
+
+// Appends blocks [block, block + blocks) of a group and plane, which fit.
+void append(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t group, int plane, int64_t block,
+            int64_t blocks, Slice& slice) {
+  const CodebookWeight& w = weight.weight;
+  const int64_t all = weight.group_blocks();
+  Part& part = slice.parts[slice.count++];
+  uint8_t* entries = slice.entries + slice.blocks * 8 * kWordBytes;
+  slice.blocks += blocks;
+  decode(weight, panel, plane, first_block(weight, group) + block, blocks, entries);
+  part.entries = entries;
+  part.x = x.codes + (group * x.tokens * all + block) * kBlock;
+  part.sums = x.sums + group * x.tokens;
+  part.scales = x.scales + group * x.tokens;
+  part.shifted = x.shifts + group * x.tokens;
+  part.blocks = blocks;
+  part.centre = weight.tables[plane].centre;
+  part.first = block == 0;
+  part.last = block + blocks == all;
+  part.shifts = w.has_offset && plane == w.planes - 1;
+  if (part.last) values(weight, panel, group, plane, part.value);
+  if (part.last && part.shifts) values(weight, panel, group, w.planes, part.offset);
+}
+
+// ---------------------------------------------------------------------------------------------- products
+
+template <int kTokens>
+struct TileSums {
+  static constexpr int kVectors = 2;
+  static constexpr int kChains = kTokens <= 2 ? Bytes::chains(2) : 1;  // several hide the latency of the dot product
+  I sum[kTokens][kVectors][kChains];
+  I total(int token, int vector) const {
+    I out = sum[token][vector][0];
+    RANKBOOK_UNROLL
+    for (int chain = 1; chain < kChains; ++chain) out = Bytes::add(out, sum[token][vector][chain]);
+    return out;
+  }
+};
+
+// The integer sums of one part. A block at a time: a loop of a few turns is predicted better than one of many.
+template <int kTokens, bool kSigned>
+inline void dot_part(int64_t blocks, const int8_t* x, int64_t stride, const uint8_t* w, TileSums<kTokens>& sums) {
+  constexpr int kVectors = TileSums<kTokens>::kVectors;
+  constexpr int kChains = TileSums<kTokens>::kChains;
+  for (int64_t block = 0; block < blocks; ++block, w += 8 * kWordBytes, x += kBlock) {
+    RANKBOOK_UNROLL
+    for (int lane = 0; lane < 8; ++lane) {
+      I entries[kVectors];
+      RANKBOOK_UNROLL
+      for (int v = 0; v < kVectors; ++v) entries[v] = Bytes::load(w + lane * kWordBytes + v * kLanes * 4);
+      RANKBOOK_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const I input = broadcast(x + t * stride + lane * 4);
+        RANKBOOK_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          I& sum = sums.sum[t][v][lane % kChains];
+          sum = dot<kSigned>(sum, entries[v], input);
+        }
+      }
+    }
+  }
+}
+
+// Where the sums of a part begin: at the share of the centre, or where the part before left them.
+template <int kTokens>
+inline void begin_part(const Part& part, int64_t token, const int32_t* partial, TileSums<kTokens>& sums) {
+  const int32_t* inputs = part.sums + token;
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    const I start = Bytes::set(part.centre * inputs[t]);
+    RANKBOOK_UNROLL
+    for (int v = 0; v < TileSums<kTokens>::kVectors; ++v) {
+      sums.sum[t][v][0] = start;
+      RANKBOOK_UNROLL
+      for (int chain = 1; chain < TileSums<kTokens>::kChains; ++chain) sums.sum[t][v][chain] = Bytes::set(0);
+    }
+  }
+  if (part.first) return;
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    RANKBOOK_UNROLL
+    for (int v = 0; v < TileSums<kTokens>::kVectors; ++v) {
+      sums.sum[t][v][0] = Bytes::load(reinterpret_cast<const uint8_t*>(partial + t * kPanel + v * kLanes));
+    }
+  }
+}
+
+// Adds what a group and plane gives, the offset too with the last plane.
+template <int kTokens, class Totals>
+inline void end_group(const Part& part, int64_t token, int row, const TileSums<kTokens>& sums, Totals& total) {
+  constexpr int kVectors = TileSums<kTokens>::kVectors;
+  const float* scales = part.scales + token;
+  F value[kVectors];
+  RANKBOOK_UNROLL
+  for (int v = 0; v < kVectors; ++v) value[v] = Simd::load(part.value + row + v * kLanes);
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    const F scale = Simd::set(scales[t]);
+    RANKBOOK_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      total[t][v] = fused(multiply(Bytes::to_float(sums.total(t, v)), scale), value[v], total[t][v]);
+    }
+  }
+  if (!part.shifts) return;
+  const float* shifts = part.shifted + token;
+  RANKBOOK_UNROLL
+  for (int v = 0; v < kVectors; ++v) value[v] = Simd::load(part.offset + row + v * kLanes);
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    const F shift = Simd::set(shifts[t]);
+    RANKBOOK_UNROLL
+    for (int v = 0; v < kVectors; ++v) total[t][v] = fused(shift, value[v], total[t][v]);
+  }
+}
+
+template <int kTokens, bool kSigned>
+void gemm_tile(const Slice& slice, int64_t stride, int64_t token, int row, int32_t* partial, float* out) {
+  constexpr int kVectors = TileSums<kTokens>::kVectors;
+  F total[kTokens][kVectors];
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    RANKBOOK_UNROLL
+    for (int v = 0; v < kVectors; ++v) total[t][v] = Simd::load(out + t * kPanel + v * kLanes);
+  }
+  const Part* const end = slice.parts + slice.count;
+  for (const Part* part = slice.parts; part < end; ++part) {
+    TileSums<kTokens> sums;
+    begin_part(*part, token, partial, sums);
+    dot_part<kTokens, kSigned>(part->blocks, part->x + token * stride, stride, part->entries + row * 4, sums);
+    if (part->last) {
+      end_group(*part, token, row, sums, total);
+      continue;
+    }
+    RANKBOOK_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      RANKBOOK_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        Bytes::store(reinterpret_cast<uint8_t*>(partial + t * kPanel + v * kLanes), sums.total(t, v));
+      }
+    }
+  }
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    RANKBOOK_UNROLL
+    for (int v = 0; v < kVectors; ++v) Simd::store(out + t * kPanel + v * kLanes, total[t][v]);
+  }
+}
+
+using Tile = void (*)(const Slice&, int64_t, int64_t, int, int32_t*, float*);
+
+template <bool kSigned, int... kIndex>
+Tile pick_tile(int64_t tokens, std::integer_sequence<int, kIndex...>) {
+  static constexpr Tile kAll[] = {gemm_tile<kIndex + 1, kSigned>...};
+  return kAll[tokens - 1];
+}
+
+// total (tokens, 32) += slice @ x, in tiles of nearly the same number of tokens.
+void multiply_slice(const Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial,
+                    float* total) {
+  constexpr auto kAll = std::make_integer_sequence<int, Bytes::kTokens>{};
+  const int64_t tiles = ceil_div(tokens, Bytes::kTokens);
+  int64_t token = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t count = (tokens - token) / (tiles - tile);
+    Tile run = pick_tile<false>(count, kAll);
+    if constexpr (Bytes::kSignedTables) {
+      if (is_signed) run = pick_tile<true>(count, kAll);
+    }
+    for (int row = 0; row < kPanel; row += 2 * kLanes) {
+      run(slice, stride, first + token, row, partial + token * kPanel + row, total + token * kPanel + row);
+    }
+    token += count;
+  }
+}
+
+void gemm(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens, int32_t* partial,
+          float* total) {
+  const int64_t all = weight.group_blocks();
+  Slice slice;
+  const auto flush = [&] {
+    multiply_slice(slice, weight.is_signed, all * kBlock, first, tokens, partial, total);
+    slice.count = 0;
+    slice.blocks = 0;
+  };
+  std::memset(total, 0, static_cast<size_t>(tokens * kPanel) * sizeof *total);
+  for (int64_t group = 0; group < weight.weight.groups; ++group) {
+    for (int plane = 0; plane < weight.weight.planes; ++plane) {
+      for (int64_t block = 0; block < all; block += kSliceBlocks) {
+        const int64_t count = all - block < kSliceBlocks ? all - block : kSliceBlocks;
+        if (slice.blocks + count > kSliceBlocks) flush();
+        append(weight, panel, x, group, plane, block, count, slice);
+      }
+    }
+  }
+  if (slice.count > 0) flush();
+}
+
+}  // namespace int8_loops
+}  // namespace
+}  // namespace rankbook

@@ -1,0 +1,13 @@
+// NEON, which every aarch64 has.
+#define RANKBOOK_NEON
+
+#include "kernels/cpu/attention/kernels.h"
+#include "kernels/cpu/int8/kernels.h"
+#include "kernels/cpu/packed/kernels.h"
+#include "kernels/cpu/rows/kernels.h"
+
+namespace rankbook {
+
+const KernelSet kNeonSet = {&packed_loops::kKernels, &int8_loops::kKernels, &attention_loops::kKernels, &row_loops::kKernels};
+
+}  // namespace rankbook

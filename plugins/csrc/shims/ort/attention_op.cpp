@@ -1,0 +1,189 @@
+#include "shims/ort/attention_op.h"
+
+#include <cmath>
+#include <memory>
+#include <string>
+
+#include "contract.h"
+#include "kernels/cpu/attention/attention.h"
+#include "shims/ort/constants.h"
+#include "shims/ort/guarded.h"
+#include "shims/ort/pool.h"
+#include "shims/ort/sizes.h"
+
+namespace rankbook::ort {
+namespace {
+
+using Attention = contract::Attention;
+
+class AttentionKernel {
+ public:
+  AttentionKernel(const OrtKernelInfo* info, const AttentionKernels& kernels);
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
+    return guarded([&] { compute(Ort::KernelContext(context)); });
+  }
+
+ private:
+  void read_tables(const Constants& constants);
+  void compute(const Ort::KernelContext& context) const;
+  void read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const;
+  Ort::ConstValue input(const Ort::KernelContext& context, size_t index, const Sizes& sizes) const;
+  [[noreturn]] void fail(const std::string& sentence) const {
+    throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
+  }
+
+  std::string node_;
+  const AttentionKernels& kernels_;
+  AttentionArgs fixed_;  // what all calls share
+};
+
+float float_attribute(const Ort::ConstKernelInfo& info, const Constants& constants, const char* name) {
+  float value = 0.0F;
+  try {
+    value = info.GetAttribute<float>(name);
+  } catch (const Ort::Exception&) {
+    constants.fail(std::string("the float attribute ") + name + " is missing");
+  }
+  if (!(value >= 0.0F) || std::isinf(value)) {
+    constants.fail(std::string("attribute ") + name + " is " + std::to_string(value) + "; it must be 0 or a positive number");
+  }
+  return value;
+}
+
+AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKernels& kernels) : kernels_(kernels) {
+  const Constants constants(info, Attention::kInputs, Attention::kName);
+  const Ort::ConstKernelInfo read(info);
+  node_ = constants.node();
+  fixed_.heads = constants.attribute(Attention::kNumHeads, 1);
+  fixed_.kv_heads = constants.attribute(Attention::kKvNumHeads, 1);
+  fixed_.window = constants.attribute(Attention::kLocalWindowSize, -1);
+  fixed_.scale = float_attribute(read, constants, Attention::kScale);
+  fixed_.softcap = float_attribute(read, constants, Attention::kSoftcap);
+  if (fixed_.heads % fixed_.kv_heads != 0) {
+    fail("kv_num_heads = " + std::to_string(fixed_.kv_heads) + " does not divide num_heads = " + std::to_string(fixed_.heads));
+  }
+  if (fixed_.window == 0) fail("attribute local_window_size is 0; it must be positive, or -1 for all keys");
+  const int64_t rotary = constants.attribute(Attention::kDoRotary, 0);
+  const size_t count = read.GetInputCount();
+  const size_t expected = rotary == 1 ? size_t{Attention::kInputCount} : size_t{Attention::kCos};
+  if (rotary > 1 || count != expected) {
+    fail("do_rotary is " + std::to_string(rotary) + " with " + std::to_string(count) + " inputs; it must be 1 with " +
+         std::to_string(Attention::kInputCount) + " inputs, or 0 with " + std::to_string(Attention::kCos));
+  }
+  if (rotary == 1) read_tables(constants);
+}
+
+// Tables stay where ONNX Runtime has them: initializers live as long as their session.
+void AttentionKernel::read_tables(const Constants& constants) {
+  const std::vector<int64_t> shape = constants.shape(Attention::kCos);
+  if (shape.size() != 2 || shape[0] < 1 || shape[1] < 1 || shape[1] * 2 % Attention::kRotaryStep != 0) {
+    fail("cos has shape " + describe(shape) + "; it must be rows of half a head, whose size is a multiple of " +
+         std::to_string(Attention::kRotaryStep) + " here");
+  }
+  constants.expect(Attention::kSin, {shape});
+  for (const size_t table : {size_t{Attention::kCos}, size_t{Attention::kSin}}) {
+    constants.expect_type(table, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+  }
+  fixed_.positions = shape[0];
+  fixed_.size = shape[1] * 2;
+  fixed_.cos = constants.tensor(Attention::kCos).GetTensorData<float>();
+  fixed_.sin = constants.tensor(Attention::kSin).GetTensorData<float>();
+}
+
+Ort::ConstValue AttentionKernel::input(const Ort::KernelContext& context, size_t index, const Sizes& sizes) const {
+  const Ort::ConstValue value = context.GetInput(index);
+  const Sizes found(value);
+  if (!(found == sizes)) {
+    fail(std::string(Attention::kInputs[index]) + " has shape " + found.text() + "; it must have shape " + sizes.text());
+  }
+  return value;
+}
+
+void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const {
+  const Ort::ConstValue query = context.GetInput(Attention::kQuery);
+  const Sizes shape(query);
+  const int64_t width = args.heads * (args.positions > 0 ? args.size : kHeadStep);
+  if (shape.axes != 3 || shape.at[2] % width != 0 || shape.at[2] == 0 || (args.positions > 0 && shape.at[2] != width)) {
+    fail("the last of three sizes of query must be num_heads times the size of a head, twice the width of cos if there is one"
+         " and a multiple of 8; it has " + std::to_string(shape.axes) + " axes, the last of " + std::to_string(shape.at[2]));
+  }
+  args.batch = shape.at[0];
+  args.tokens = shape.at[1];
+  args.size = shape.at[2] / args.heads;
+  args.query = query.GetTensorData<float>();
+  const Sizes fresh{args.batch, args.tokens, args.kv_heads * args.size};
+  args.key = input(context, Attention::kKey, fresh).GetTensorData<float>();
+  args.value = input(context, Attention::kValue, fresh).GetTensorData<float>();
+  const Ort::ConstValue past = context.GetInput(Attention::kPastKey);
+  const Sizes buffer(past);
+  const Sizes wanted{args.batch, args.kv_heads, buffer.at[2], args.size};
+  if (!(buffer == wanted)) fail("past_key has shape " + buffer.text() + "; it must have shape " + wanted.text());
+  args.past = buffer.at[2];
+  args.past_key = past.GetTensorData<float>();
+  args.past_value = input(context, Attention::kPastValue, wanted).GetTensorData<float>();
+  args.last = input(context, Attention::kSeqlensK, {args.batch}).GetTensorData<int32_t>();
+  const Ort::ConstValue total = context.GetInput(Attention::kTotalSequenceLength);
+  if (total.GetTensorTypeAndShapeInfo().GetElementCount() != 1) fail("total_sequence_length must be one number");
+  args.total = *total.GetTensorData<int32_t>();
+  args.present = args.total > args.past ? args.total : args.past;
+  if (args.positions > 0) {
+    args.position_ids = input(context, Attention::kPositionIds, {args.batch, args.tokens}).GetTensorData<int64_t>();
+  }
+}
+
+void AttentionKernel::compute(const Ort::KernelContext& context) const {
+  AttentionArgs args = fixed_;
+  read_inputs(context, args);
+  if (args.scale == 0.0F) args.scale = 1.0F / std::sqrt(static_cast<float>(args.size));
+  const int64_t output[] = {args.batch, args.tokens, args.heads * args.size};
+  const int64_t present[] = {args.batch, args.kv_heads, args.present, args.size};
+  args.output = context.GetOutput(Attention::kOutput, output, 3).GetTensorMutableData<float>();
+  args.present_key = context.GetOutput(Attention::kPresentKey, present, 4).GetTensorMutableData<float>();
+  args.present_value = context.GetOutput(Attention::kPresentValue, present, 4).GetTensorMutableData<float>();
+  const int64_t floats = attention_workspace(args);
+  const std::unique_ptr<float[]> workspace(floats > 0 ? new float[static_cast<size_t>(floats)] : nullptr);
+  args.workspace = workspace.get();
+  switch (attention(args, kernels_, pool_of(context))) {
+    case Status::kOk:
+      return;
+    case Status::kBadIndex:
+      fail("a position lies outside [0, " + std::to_string(args.positions) + "), the rows of cos");
+    case Status::kUnsupported:
+      fail("heads of " + std::to_string(args.size) + " numbers; they must be a multiple of " + std::to_string(kHeadStep) +
+           " up to " + std::to_string(kLargestHead));
+    default:
+      fail("seqlens_k and total_sequence_length = " + std::to_string(args.total) + " do not fit " +
+           std::to_string(args.tokens) + " new tokens in rows of " + std::to_string(args.past) +
+           " past positions; several tokens continue a cache in a batch of one only");
+  }
+}
+
+struct Op : Ort::CustomOpBase<Op, AttentionKernel, true> {
+  const AttentionKernels& kernels;
+
+  explicit Op(const AttentionKernels& kernels_) : kernels(kernels_) {}
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded([&] { *kernel = new AttentionKernel(info, kernels); });
+  }
+  const char* GetName() const { return Attention::kName; }
+  size_t GetInputTypeCount() const { return Attention::kInputCount; }
+  ONNXTensorElementDataType GetInputType(size_t input) const {
+    if (input == Attention::kPositionIds) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    const bool length = input == Attention::kSeqlensK || input == Attention::kTotalSequenceLength;
+    return length ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t input) const {
+    return input >= Attention::kCos ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  }
+  size_t GetOutputTypeCount() const { return Attention::kOutputCount; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+};
+
+static_assert(Attention::kLargestHead == kLargestHead && Attention::kHeadStep == kHeadStep);
+
+}  // namespace
+
+void add_attention(Ort::CustomOpDomain& domain, const AttentionKernels& kernels) { domain.Add(new Op(kernels)); }
+
+}  // namespace rankbook::ort

@@ -1,0 +1,143 @@
+#pragma once
+
+// Reads the constant inputs of a node into what the kernels take, and says in a sentence what does not fit.
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/packed/codebook.h"
+#include "shims/ort/api.h"
+#include "shims/ort/huge_pages.h"
+
+namespace rankbook::ort {
+
+// Where a constant lies: in which input of the node, from which byte on.
+struct Place {
+  size_t input = 0;
+  size_t start = 0;
+
+  const void* in(const Ort::KernelContext& context) const {
+    return static_cast<const uint8_t*>(context.GetInput(input).GetTensorRawData()) + start;
+  }
+};
+
+// The constants of one product by their position among the inputs of an operator of one product, wherever they lie in the
+// node. Every check throws Ort::Exception with the node's name in it.
+class Constants {
+ public:
+  // `names` are those of the inputs of an operator of one product. In a merged node (plugins/merged.py) this is number
+  // `product` of it.
+  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product = kAlone);
+  static constexpr int kAlone = -1;
+
+  int64_t attribute(const char* name, int64_t low) const;
+  Ort::ConstValue tensor(size_t input) const;
+  std::vector<int64_t> shape(size_t input) const;
+  std::vector<float> floats(size_t input) const;  // any of float32, float16, bfloat16, int8
+  void expect_count(size_t inputs) const;
+  void expect(size_t input, const std::vector<std::vector<int64_t>>& shapes) const;
+  void expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const;
+  [[noreturn]] void fail(const std::string& sentence) const;
+
+  // Gives the pages of a merged node's tensor back, once nothing reads it: pages that two parts share, and those that the
+  // system brought along, are still there.
+  void drop_data() const;
+
+  bool is_attribute(size_t input) const;  // and has no place
+  Place place(size_t input) const;
+  std::string name(size_t input) const { return names_[input] + suffix_; }
+  const std::string& node() const { return node_; }
+
+ private:
+  Ort::ConstValue input(size_t position, const std::string& name) const;
+  Ort::Value part(size_t input) const;
+
+  Ort::ConstKernelInfo info_;
+  const char* const* names_;
+  std::string node_;  // "CodebookMatMul3 'model.layers.0.q_proj'"
+  std::string suffix_;
+  mutable std::map<size_t, Ort::Value> held_;  // of a merged node
+};
+
+std::string describe(const std::vector<int64_t>& shape);
+
+// A weight whose small parts are owned here. Codes and params stay where ONNX Runtime has them, or are copied once.
+class WeightStore {
+ public:
+  // `codes` is the position of that input; levels, params, step and base follow it.
+  WeightStore(const Constants& constants, int bits, size_t codes);
+
+  // Copies one of them to huge pages, where there are any.
+  void copy_params(const Constants& constants);
+  void copy_codes(const Constants& constants);
+  bool copied() const { return codes_.data() != nullptr; }
+
+  // The weight with its pointers into the copies, or into the inputs of this call.
+  CodebookWeight bind(const Ort::KernelContext& context) const;
+
+  const CodebookWeight& sizes() const { return weight_; }  // without pointers
+  const std::vector<float>& levels() const { return levels_; }
+  const std::vector<float>& step() const { return step_; }
+  const std::vector<float>& base() const { return base_; }
+
+ private:
+  void read_params(const Constants& constants);
+  void fit_lines();
+
+  size_t codes_input_, params_input_;  // params, or step where that holds the values themselves
+  Place codes_place_, params_place_;
+  CodebookWeight weight_;
+  std::vector<float> levels_, slopes_, step_, base_;
+  HugeCopy codes_, params_;
+};
+
+// One factor of the error branch as the file has it, (rows, columns): codes with scales, or values with scales of one.
+struct Factor {
+  std::vector<int8_t> codes;
+  std::vector<float> values;
+  std::vector<float> scales;  // one per rank
+};
+
+// Both factors. `down` is the position of that input; down_scale, up and up_scale follow it.
+struct Factors {
+  int64_t rank = 0;
+  Factor down, up;
+  Factors(const Constants& constants, size_t down, int64_t out_features, int64_t in_features);
+};
+
+// (rows, columns) to (ceil(rows / 32), columns, 32), zero-padded.
+template <class T>
+std::vector<T> to_panels(const std::vector<T>& from, int64_t rows, int64_t columns) {
+  std::vector<T> out(static_cast<size_t>(from.empty() ? 0 : ceil_div(rows, kPanel) * columns * kPanel));
+  for (int64_t row = 0; row < rows && !from.empty(); ++row) {
+    T* to = out.data() + row / kPanel * columns * kPanel + row % kPanel;
+    for (int64_t column = 0; column < columns; ++column) to[column * kPanel] = from[static_cast<size_t>(row * columns + column)];
+  }
+  return out;
+}
+
+// A factor in panel order.
+struct StoredFactor {
+  std::vector<int8_t> codes;
+  std::vector<float> values;
+  PanelFactor view() const {
+    return codes.empty() ? PanelFactor{nullptr, values.data()} : PanelFactor{codes.data(), nullptr};
+  }
+};
+
+// The error branch, its factors brought into panel order: R * (32-padded N + K) bytes, or four times that if not int8.
+class BranchStore {
+ public:
+  BranchStore() = default;
+  BranchStore(const Factors& factors, int64_t out_features, int64_t in_features);
+
+  LowRankBranch bind() const;
+
+ private:
+  int64_t rank_ = 0;
+  StoredFactor down_, up_;
+  std::vector<float> middle_;
+};
+
+}  // namespace rankbook::ort

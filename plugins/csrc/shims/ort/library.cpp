@@ -1,0 +1,111 @@
+// The entry points of the library: what onnxruntime looks for, and a description for `rankbook doctor`.
+
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <string>
+
+#include "contract.h"
+#include "shims/ort/attention_op.h"
+#include "shims/ort_cuda/cuda_ops.h"
+#include "shims/ort/ops.h"
+#include "shims/ort/row_ops.h"
+
+namespace {
+
+using rankbook::Isa;
+
+constexpr const char* kActivations = "rankbook.activations";
+constexpr const char* kMemory = "rankbook.memory";
+
+// RANKBOOK_NATIVE_ISA, one of kIsaNames, forbids better instruction sets, so that tests reach every kernel.
+bool read_limit(Isa& limit) {
+  const char* wanted = std::getenv("RANKBOOK_NATIVE_ISA");
+  limit = Isa::kBest;
+  if (wanted == nullptr) return true;
+  for (size_t i = 0; i < std::size(rankbook::kIsaNames); ++i) {
+    limit = static_cast<Isa>(i);
+    if (std::strcmp(wanted, rankbook::kIsaNames[i]) == 0) return true;
+  }
+  return false;
+}
+
+// Which of two values a configuration entry of the session has; the first one where it has none.
+OrtStatus* read_entry(const OrtSessionOptions* options, const OrtApi& api, const char* key, const char* first,
+                      const char* second, bool& is_second) {
+  int present = 0;
+  is_second = false;
+  if (OrtStatus* status = api.HasSessionConfigEntry(options, key, &present)) return status;
+  if (present == 0) return nullptr;
+  char value[16] = {};
+  size_t size = sizeof value;
+  OrtStatus* status = api.GetSessionConfigEntry(options, key, value, &size);
+  is_second = status == nullptr && std::strcmp(value, second) == 0;
+  if (status == nullptr && (is_second || std::strcmp(value, first) == 0)) return nullptr;
+  if (status != nullptr) api.ReleaseStatus(status);
+  const std::string message = std::string("the session configuration entry ") + key + " must be " + first + " or " + second;
+  return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
+}
+
+OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
+  Isa limit = Isa::kPortable;
+  if (!read_limit(limit)) {
+    std::string message = "RANKBOOK_NATIVE_ISA must be one of";
+    for (const char* name : rankbook::kIsaNames) message += std::string(" ") + name;
+    return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
+  }
+  const rankbook::KernelSet kernels = rankbook::select_kernels(limit);
+  bool rounds = false;
+  bool mapped = false;
+  if (OrtStatus* status = read_entry(options, api, kActivations, "fp32", "int8", rounds)) return status;
+  if (OrtStatus* status = read_entry(options, api, kMemory, "huge", "mapped", mapped)) return status;
+  try {
+    // Never destroyed: sessions may outlive static destruction.
+    const auto make = [&](bool rounding, bool copy) {
+      auto* made = new Ort::CustomOpDomain(rankbook::contract::kDomain);
+      rankbook::ort::add_operators(
+          *made, {*kernels.packed, *kernels.int8, rounding, copy});
+      rankbook::ort::add_cuda_operators(*made);
+      if (!rankbook::ort::serves_gpu()) {  // where it does, the bodies run on the GPU
+        rankbook::ort::add_attention(*made, *kernels.attention);
+        rankbook::ort::add_row_operators(*made, *kernels.rows);
+      }
+      return made;
+    };
+    static Ort::CustomOpDomain* const domains[] = {make(false, false), make(true, false), make(false, true), make(true, true)};
+    return api.AddCustomOpDomain(options, *domains[(rounds ? 1 : 0) + (mapped ? 0 : 2)]);
+  } catch (const std::exception& error) {
+    return api.CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr) {
+    static const std::string message = "rankbook's library needs ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +
+                                       " or newer; this is " + base->GetVersionString();
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+  }
+  Ort::InitApi(api);
+  return register_operators(options, *api);
+}
+
+// Which kernels this processor gets, the ONNX Runtime API version asked for, the bytes that sessions hold as copies at the
+// moment, and what CUDA says, as JSON; valid until the same thread asks again.
+__attribute__((visibility("default"))) const char* rankbook_native_info() {
+  thread_local std::string text;
+  Isa limit = Isa::kPortable;
+  read_limit(limit);
+  const rankbook::KernelSet kernels = rankbook::select_kernels(limit);
+  text = std::string("{\"isa\": \"") + kernels.packed->name + "\", \"isa_int8\": \"" +
+         kernels.int8->name + "\", \"ort_api\": " + std::to_string(ORT_API_VERSION) +
+         ", \"copied_bytes\": " + std::to_string(rankbook::ort::huge_bytes()) + ", \"cuda\": \"" +
+         rankbook::ort::cuda_state() + "\"}";
+  return text.c_str();
+}
+
+}  // extern "C"

@@ -1,0 +1,136 @@
+#include "shims/ort/row_ops.h"
+
+#include <string>
+#include <vector>
+
+#include "contract.h"
+#include "shims/ort/constants.h"
+#include "shims/ort/guarded.h"
+#include "shims/ort/pool.h"
+#include "shims/ort/sizes.h"
+
+namespace rankbook::ort {
+namespace {
+
+using Norm = contract::AddRMSNormalization;
+using Gate = contract::SwiGLU;
+
+constexpr int64_t kTaskNumbers = 1 << 15;  // numbers that one task handles at least: waking a thread costs more than fewer
+
+// Runs work(from, to) over pieces of [0, count), each a multiple of `step` numbers.
+template <class Work>
+void in_pieces(const Ort::KernelContext& context, int64_t count, int64_t step, Work work) {
+  const int64_t piece = ceil_div(kTaskNumbers, step) * step;
+  if (count <= piece) return work(0, count);
+  struct Job {
+    Work& work;
+    int64_t count, piece;
+  } job{work, count, piece};
+  const auto task = [](void* argument, int64_t index) {
+    const Job& all = *static_cast<const Job*>(argument);
+    const int64_t to = (index + 1) * all.piece;
+    all.work(index * all.piece, to < all.count ? to : all.count);
+  };
+  run_tasks(const_cast<Ort::KernelContext*>(&context), ceil_div(count, piece), task, &job);
+}
+
+class NormKernel {
+ public:
+  NormKernel(const OrtKernelInfo* info, const RowKernels& kernels) : kernels_(kernels) {
+    const Constants constants(info, Norm::kInputs, Norm::kName);
+    node_ = constants.node();
+    epsilon_ = Ort::ConstKernelInfo(info).GetAttribute<float>(Norm::kEpsilon);
+    const std::vector<int64_t> shape = constants.shape(Norm::kScale);
+    if (shape.size() != 1) constants.fail("input scale has shape " + describe(shape) + "; it must have one axis");
+    size_ = shape[0];
+    scale_ = constants.tensor(Norm::kScale).GetTensorData<float>();  // initializers live as long as their session
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
+    return guarded([&] { compute(Ort::KernelContext(context)); });
+  }
+
+ private:
+  void compute(const Ort::KernelContext& context) const {
+    const Ort::ConstValue a = context.GetInput(Norm::kA);
+    const Ort::ConstValue b = context.GetInput(Norm::kB);
+    const Sizes sizes(a);
+    const Sizes other(b);
+    if (!(sizes == other) || !sizes.has(1) || sizes.last() != size_) {
+      throw Ort::Exception(node_ + ": a has shape " + sizes.text() + " and b " + other.text() + "; both must be (..., " +
+                               std::to_string(size_) + ")",
+                           ORT_INVALID_ARGUMENT);
+    }
+    const auto* left = a.GetTensorData<float>();
+    const auto* right = b.GetTensorData<float>();
+    auto* y = context.GetOutput(Norm::kOutY, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
+    auto* sum = context.GetOutput(Norm::kOutSum, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
+    in_pieces(context, sizes.count(), size_, [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; at += size_) {
+        kernels_.add_norm(left + at, right + at, scale_, size_, epsilon_, y + at, sum + at);
+      }
+    });
+  }
+
+  const RowKernels& kernels_;
+  std::string node_;
+  float epsilon_ = 0.0F;
+  int64_t size_ = 0;
+  const float* scale_ = nullptr;
+};
+
+class GateKernel {
+ public:
+  GateKernel(const OrtKernelInfo* info, const RowKernels& kernels)
+      : kernels_(kernels), node_(Constants(info, Gate::kInputs, Gate::kName).node()) {}
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
+    return guarded([&] { compute(Ort::KernelContext(context)); });
+  }
+
+ private:
+  void compute(const Ort::KernelContext& context) const {
+    const Ort::ConstValue gate = context.GetInput(Gate::kGate);
+    const Ort::ConstValue up = context.GetInput(Gate::kUp);
+    const Sizes sizes(gate);
+    const Sizes other(up);
+    if (!(sizes == other) || !sizes.has(0)) {
+      throw Ort::Exception(node_ + ": gate has shape " + sizes.text() + " and up " + other.text() + "; they must be the same",
+                           ORT_INVALID_ARGUMENT);
+    }
+    const auto* left = gate.GetTensorData<float>();
+    const auto* right = up.GetTensorData<float>();
+    auto* y = context.GetOutput(Gate::kOutY, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
+    in_pieces(context, sizes.count(), 1, [&](int64_t from, int64_t to) {
+      kernels_.swiglu(left + from, right + from, to - from, y + from);
+    });
+  }
+
+  const RowKernels& kernels_;
+  std::string node_;
+};
+
+template <class Operator, class Kernel>
+struct Op : Ort::CustomOpBase<Op<Operator, Kernel>, Kernel, true> {
+  const RowKernels& kernels;
+
+  explicit Op(const RowKernels& kernels_) : kernels(kernels_) {}
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return guarded([&] { *kernel = new Kernel(info, kernels); });
+  }
+  const char* GetName() const { return Operator::kName; }
+  size_t GetInputTypeCount() const { return Operator::kInputCount; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  size_t GetOutputTypeCount() const { return Operator::kOutputCount; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+};
+
+}  // namespace
+
+void add_row_operators(Ort::CustomOpDomain& domain, const RowKernels& kernels) {
+  domain.Add(new Op<Norm, NormKernel>(kernels));
+  domain.Add(new Op<Gate, GateKernel>(kernels));
+}
+
+}  // namespace rankbook::ort

@@ -1,0 +1,183 @@
+// The plugin: TensorRT's questions about shapes, types and memory, and the call of the kernels.
+#include "shims/trt/plugin.h"
+
+#include <algorithm>
+#include <exception>
+#include <limits>
+#include <utility>
+
+#include "kernels/cuda/launch.h"
+
+namespace rankbook::trt {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+using nvinfer1::PluginTensorDesc;
+using nvinfer1::TensorFormat;
+
+// Part of the timing-cache id: raise it when the kernels change so much that old timings mean nothing.
+constexpr int kKernelVersion = 3;
+
+cuda::DataType kernel_type(DataType type) {
+  if (type == DataType::kHALF) return cuda::DataType::kFloat16;
+  return type == DataType::kBF16 ? cuda::DataType::kBFloat16 : cuda::DataType::kFloat32;
+}
+
+void set_pointers(const PluginTensorDesc* in, const void* const* inputs, cuda::Matmul* m, bool low_rank) {
+  const auto floats = [&](Input i) { return cuda::Floats{inputs[i], kernel_type(in[i].type)}; };
+  cuda::PackedWeight& w = m->weight;
+  w.codes = static_cast<const std::uint32_t*>(inputs[Branch::kCodes]);
+  w.levels = static_cast<const std::uint16_t*>(inputs[Branch::kLevels]);
+  w.params = static_cast<const std::int8_t*>(inputs[Branch::kParams]);
+  w.step = floats(Branch::kStep);
+  w.base = static_cast<const float*>(inputs[Branch::kBase]);
+  if (low_rank) {
+    m->down.codes = static_cast<const std::int8_t*>(inputs[Branch::kDown]);
+    m->down.scale = floats(Branch::kDownScale);
+    m->up.codes = static_cast<const std::int8_t*>(inputs[Branch::kUp]);
+    m->up.scale = floats(Branch::kUpScale);
+  }
+}
+
+}  // namespace
+
+Plugin::Plugin(const Operator& op, std::string layer)
+    : op_(op), layer_(std::move(layer)), name_(op.name()) {
+  timing_id_ = "v" + std::to_string(kKernelVersion) + " in=" + std::to_string(op.in_features) +
+               " out=" + std::to_string(op.out_features) + " offset=" + std::to_string(op.offset);
+}
+
+nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {
+    case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    default: return nullptr;
+  }
+}
+
+nvinfer1::IPluginV3* Plugin::clone() noexcept {
+  try {
+    auto* copy = new Plugin(op_, layer_);
+    copy->shapes_ = shapes_;
+    return copy;
+  } catch (const std::exception& error) {
+    refuse(error.what());
+    return nullptr;
+  }
+}
+
+std::int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int32_t inputs,
+                                     const DynamicPluginTensorDesc*, std::int32_t) noexcept {
+  if (inputs != op_.inputs()) {
+    return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
+  }
+  Dims dims[kMaxInputs];
+  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].max;
+  const std::string problem = read_shapes(op_, dims, &shapes_);
+  return problem.empty() ? 0 : refuse(problem);
+}
+
+std::int32_t Plugin::getOutputDataTypes(DataType* output_types, std::int32_t outputs, const DataType* input_types,
+                                        std::int32_t inputs) const noexcept {
+  if (outputs != 1 || inputs != op_.inputs()) {
+    return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
+  }
+  output_types[0] = op_.kind == Kind::kGather ? DataType::kFLOAT : input_types[Branch::kX];
+  return 0;
+}
+
+std::int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* in, std::int32_t inputs, const nvinfer1::DimsExprs*,
+                                     std::int32_t, nvinfer1::DimsExprs* out, std::int32_t outputs,
+                                     nvinfer1::IExprBuilder& builder) noexcept {
+  const bool gather = op_.kind == Kind::kGather;
+  if (outputs != 1 || inputs != op_.inputs() || in[Branch::kX].nbDims < (gather ? 0 : 1) ||
+      in[Branch::kX].nbDims + (gather ? 1 : 0) > Dims::MAX_DIMS) {
+    return refuse("the number of inputs or the number of dimensions of the first one is wrong");
+  }
+  out[0] = in[Branch::kX];
+  if (gather) ++out[0].nbDims;
+  out[0].d[out[0].nbDims - 1] = builder.constant(op_.output_features());
+  return 0;
+}
+
+bool Plugin::supportsFormatCombination(std::int32_t position, const DynamicPluginTensorDesc* tensors,
+                                       std::int32_t inputs, std::int32_t outputs) noexcept {
+  if (inputs != op_.inputs() || outputs != 1 || position < 0 || position > inputs) return false;
+  const PluginTensorDesc& tensor = tensors[position].desc;
+  return tensor.format == TensorFormat::kLINEAR && op_.allows(position, tensor.type, tensors[Branch::kX].desc.type);
+}
+
+std::size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, std::int32_t inputs,
+                                     const DynamicPluginTensorDesc*, std::int32_t) const noexcept {
+  if (op_.kind == Kind::kGather || inputs != op_.inputs()) return 0;
+  Dims dims[kMaxInputs];
+  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].max;
+  cuda::Matmul m;
+  const std::int64_t tokens = count_items(op_, in[Branch::kX].max);
+  // What is wrong with the shapes is reported by configurePlugin and onShapeChange.
+  if (!read_shapes(op_, dims, &m).empty() || tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;
+  m.type = kernel_type(in[Branch::kX].desc.type);
+  m.tokens = static_cast<int>(tokens);
+  return cuda::matmul_workspace(m);
+}
+
+std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inputs, const PluginTensorDesc*,
+                                   std::int32_t) noexcept {
+  if (inputs != op_.inputs()) {
+    return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
+  }
+  Dims dims[kMaxInputs];
+  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].dims;
+  if (const std::string problem = read_shapes(op_, dims, &shapes_); !problem.empty()) return refuse(problem);
+  const std::int64_t items = count_items(op_, in[Branch::kX].dims);
+  if (items < 0 || items > std::numeric_limits<std::int32_t>::max()) {
+    return refuse("the first input has shape " + text_of(in[Branch::kX].dims) + ", which is unknown or too large");
+  }
+  return 0;
+}
+
+std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
+                             void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+  cuda::Matmul m = shapes_;
+  set_pointers(in, inputs, &m, op_.kind == Kind::kMatmulLowRank);
+  const std::int64_t items = count_items(op_, in[Branch::kX].dims);
+  cuda::Status status;
+  if (op_.kind == Kind::kGather) {
+    status = cuda::launch_gather(
+        {m.weight, static_cast<const std::int64_t*>(inputs[Branch::kX]), static_cast<float*>(outputs[0]), items}, stream);
+  } else {
+    m.bias = static_cast<const float*>(inputs[Branch::kBias]);
+    m.x = inputs[Branch::kX];
+    m.y = outputs[0];
+    m.type = kernel_type(in[Branch::kX].type);
+    m.tokens = static_cast<int>(items);
+    m.workspace = workspace;
+    status = cuda::launch_matmul(m, stream);
+  }
+  return status.ok() ? 0 : refuse(status.message);
+}
+
+nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+
+const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
+  fields_ = {
+      {contract::kInFeatures, &op_.in_features, PluginFieldType::kINT32, 1},
+      {contract::kOutFeatures, &op_.out_features, PluginFieldType::kINT32, 1},
+      {contract::kOffset, &op_.offset, PluginFieldType::kINT32, 1},
+      {kLayerField, layer_.data(), PluginFieldType::kCHAR, static_cast<std::int32_t>(layer_.size())},
+  };
+  serialized_ = {static_cast<std::int32_t>(fields_.size()), fields_.data()};
+  return &serialized_;
+}
+
+std::int32_t Plugin::refuse(const std::string& message) const noexcept {
+  report(nvinfer1::ILogger::Severity::kERROR, name_ + " " + layer_, message);
+  return -1;
+}
+
+}  // namespace rankbook::trt
