@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rankbook.calibration.record.layer_meta import LayerMeta
-from rankbook.calibration.record.quantized_linear import unpack_params
+from rankbook.calibration.record.group_params import GroupParams
 from rankbook.plugins import layout
+from rankbook.plugins.layer_spec import LayerSpec
 
 
 class NotAffineError(ValueError):
@@ -26,29 +26,29 @@ class AffineLayer:
     their levels in another way (MXINT has zero twice) fit as well.
 
     Attributes:
-        meta: Shapes of the layer.
+        spec: Shapes of the layer.
         read: Returns a packed tensor of the layer by name.
         first: Smallest level in units.
         unit: Distance between neighbouring levels.
         recode: (2**bits,) uint8, the integer of each code.
     """
 
-    meta: LayerMeta
+    spec: LayerSpec
     read: Callable[[str], Tensor]
     first: float
     unit: float
     recode: Tensor
 
     @classmethod
-    def of(cls, meta: LayerMeta, read: Callable[[str], Tensor]) -> AffineLayer:
+    def of(cls, spec: LayerSpec, read: Callable[[str], Tensor]) -> AffineLayer:
         """Look at the levels of a layer.
 
         Raises:
             NotAffineError: The codebooks have a rank above one, or levels that are not evenly spaced.
         """
-        if meta.planes != 1:
+        if spec.planes != 1:
             raise NotAffineError(
-                f"its codebooks have rank {meta.planes}; affine codes have rank 1: use --dialect rankbook, or quantize"
+                f"its codebooks have rank {spec.planes}; affine codes have rank 1: use --dialect rankbook, or quantize"
                 " with --method rtn (or another affine method)"
             )
         levels = read("levels").double()[0]
@@ -59,17 +59,17 @@ class AffineLayer:
         unit = gaps.min()
         integers = (levels - low) / unit
         # Exact: levels are small integers or float16 numbers, and evenly spaced ones are multiples of one number.
-        if not torch.equal(integers, integers.round()) or integers.max() >= 1 << meta.bits:
+        if not torch.equal(integers, integers.round()) or integers.max() >= 1 << spec.bits:
             raise NotAffineError(
                 "its levels were learned or are not evenly spaced; use --dialect rankbook, or quantize with"
                 " --method rtn --weight-format affine or symmetric (or another affine method)"
             )
-        return cls(meta, read, float(low / unit), float(unit), integers.to(torch.uint8))
+        return cls(spec, read, float(low / unit), float(unit), integers.to(torch.uint8))
 
     def integers(self) -> Tensor:
         """Return the integers (N, K) uint8, at least 0 and below ``2**bits``."""
         packed = self.read("codes").cpu().numpy()
-        codes = layout.unpack_codes(packed, self.meta.out_features, self.meta.in_features)
+        codes = layout.unpack_codes(packed, self.spec.out_features, self.spec.in_features)
         return self.recode[torch.from_numpy(codes).long()]
 
     def scales(self) -> Tensor:
@@ -79,7 +79,7 @@ class AffineLayer:
             NotAffineError: A scale is negative, or zero where the group has an offset.
         """
         scales = self._params[..., 0].double() * self.unit
-        if self.meta.has_offset and bool(((scales == 0) & (self._params[..., 1] != 0)).any()):
+        if self.spec.has_offset and bool(((scales == 0) & (self._params[..., 1] != 0)).any()):
             raise NotAffineError("a group has a scale of zero and an offset; use --dialect rankbook for this model")
         if bool((scales < 0).any()):
             raise NotAffineError("a group has a negative scale; use --dialect rankbook for this model")
@@ -89,7 +89,7 @@ class AffineLayer:
         """Return the zero points (N, G) float32, not always whole numbers: the offset of a group may be any number."""
         scales = self.scales().double()
         zeros = torch.full_like(scales, -self.first)
-        if self.meta.has_offset:
+        if self.spec.has_offset:
             zeros -= torch.where(scales == 0, 0.0, self._params[..., 1].double() / scales)
         return zeros.float()
 
@@ -97,4 +97,4 @@ class AffineLayer:
     def _params(self) -> Tensor:
         """Coefficient and offset of each group, (N, G, 1 or 2)."""
         names = ("params", "step", "base")
-        return unpack_params({name: self.read(name) for name in names}, self.meta.out_features).dense()
+        return GroupParams.unpack({name: self.read(name) for name in names}, self.spec).dense()

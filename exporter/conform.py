@@ -13,7 +13,8 @@ from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.nodes import constants, node_parts
 from rankbook.exporter.passes.metadata import DIALECT as DIALECT_KEY
 from rankbook.exporter.passes.metadata import LAYERS
-from rankbook.plugins import attention_contract, contract, merged, row_contract
+from rankbook.plugins import attention_contract, contract, forms, merged, row_contract
+from rankbook.plugins.layer_spec import LayerSpec
 
 _MAX_LISTED = 100
 
@@ -143,9 +144,16 @@ def _check_node(node: merged.Node, values: _Values) -> Iterator[str]:
     if broken:
         return
     sizes = contract.known_sizes(op.bits, attributes["out_features"], attributes["in_features"])
-    for port, name in zip((*op.inputs, *op.outputs), (*node.inputs, *node.outputs), strict=True):
-        yield from _check_port(port, name, values, sizes)
-    yield from _check_sizes(sizes, attributes)
+    ports = list(zip((*op.inputs, *op.outputs), (*node.inputs, *node.outputs), strict=True))
+    if broken := [problem for port, name in ports for problem in _check_port(port, name, values, sizes)]:
+        yield from broken
+        return
+    held = {port.name: values.initializers[name] for port, name in ports if port.constant}
+    try:  # each part alone is one that is allowed; together they must be a layer
+        constants = {name: forms.TensorSpec(tuple(t.dims), _dtype(t.data_type)) for name, t in held.items()}
+        LayerSpec.of_constants(op.bits, attributes, constants)
+    except ValueError as error:
+        yield str(error)
 
 
 def _check_places(node: merged.Node, values: _Values) -> Iterator[str]:
@@ -218,7 +226,7 @@ def _check_port(port: contract.Port, name: str, values: _Values, sizes: dict[str
         return
     known = tuple(size for size in shape if size is not None)
     for allowed in port.shapes:
-        found = contract.match_shape(allowed, known, sizes)
+        found = forms.match_shape(allowed, known, sizes)
         if found is not None:
             sizes |= found
             return
@@ -236,13 +244,6 @@ def _check_activation(
         yield f"{where} has shape {shape}; its last size must be {last} = {want}"
 
 
-def _check_sizes(sizes: dict[str, int], attributes: Mapping[str, Any]) -> Iterator[str]:
-    if sizes["K"] % sizes.get("G", 1):
-        yield f"port 'params': {sizes['G']} groups do not divide K = {sizes['K']}"
-    if sizes.get("Q", 2) < 1 + attributes["offset"]:
-        yield f"port 'levels': {sizes['Q']} planes with offset = {attributes['offset']}; at least one must hold levels"
-
-
 def _check_data(model: onnx.ModelProto, path: Path) -> Iterator[str]:
     needed: dict[str, int] = {}
     for tensor in model.graph.initializer:
@@ -258,7 +259,7 @@ def _check_data(model: onnx.ModelProto, path: Path) -> Iterator[str]:
             yield f"{file} has {file.stat().st_size} bytes, {path.name} needs {end}: truncated, export again"
 
 
-def _spell(shapes: tuple[contract.Shape, ...]) -> str:
+def _spell(shapes: tuple[forms.Shape, ...]) -> str:
     return " or ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
 
 

@@ -131,6 +131,9 @@ def export(
         report("check", 0, 1)
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
     packed, other, weights = _sizes(model, checkpoint)
+    specs = checkpoint.layers.values()
+    native = options.dialect == NATIVE  # other operators store other side data than the records
+    stored = sum(sum(spec.stored_bits().values()) for spec in specs) if native else _file_bits(model, checkpoint)
     return ExportReport(
         folder=str(output),
         model_bytes=(output / MODEL).stat().st_size,
@@ -138,8 +141,7 @@ def export(
         packed_bytes=packed,
         other_bytes=other,
         layers=len(checkpoint.layers),
-        bits_per_weight=(_packed_bits(checkpoint) if options.dialect == NATIVE else _file_bits(model, checkpoint))
-        / weights,
+        bits_per_weight=stored / weights,
         nodes=dict(collections.Counter(node.op_type for node in model.graph)),
         dtype=options.dtype,
         logits=options.logits,
@@ -222,31 +224,18 @@ def _copy_extras(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _sizes(model: ir.Model, checkpoint: Checkpoint) -> tuple[int, int, int]:
     """Return bytes of packed tensors, bytes of others, and the number of packed weights."""
-    owners = {name for name, meta in checkpoint.layers.items() if not meta.shared_with}
     packed = other = 0
     for name, size in _tensor_bytes(model):
         if name.rpartition(".")[0] in checkpoint.layers:
             packed += size
         else:
             other += size
-    weights = sum(checkpoint.layers[name].out_features * checkpoint.layers[name].in_features for name in owners)
+    weights = sum(spec.weights for spec in checkpoint.layers.values() if not spec.shared_with)
     return packed, other, weights
 
 
-def _packed_bits(checkpoint: Checkpoint) -> int:
-    """Return the stored bits of the packed layers as the records count them."""
-    parts = [
-        tensor
-        for meta in checkpoint.layers.values()
-        if not meta.shared_with
-        for name, tensor in meta.template().items()
-        if name != "bias"
-    ]
-    return 8 * sum(tensor.numel() * tensor.element_size() for tensor in parts)
-
-
 def _file_bits(model: ir.Model, checkpoint: Checkpoint) -> int:
-    """Return the bits of the packed layers in the file: other operators store other side data than the records."""
+    """Return the bits of the packed layers in the file."""
     stored = 0
     for name, size in _tensor_bytes(model):
         layer, _, part = name.rpartition(".")

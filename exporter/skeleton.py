@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
 from rankbook.calibration.model.packed_modules import replace_module
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import attention, emit
 from rankbook.plugins import contract
+from rankbook.plugins.layer_spec import LayerSpec
 
 TRACE_DOMAIN = "rankbook.trace"
 """Domain of placeholders that do not outlive the passes."""
@@ -48,29 +48,29 @@ class Skeleton:
 class CodebookPlaceholder(nn.Module):
     """A packed linear layer as one node with one input."""
 
-    def __init__(self, name: str, meta: LayerMeta, op: contract.OpContract) -> None:
+    def __init__(self, name: str, spec: LayerSpec, op: contract.OpContract) -> None:
         super().__init__()
-        self.name, self.meta, self.op = name, meta, op
+        self.name, self.spec, self.op = name, spec, op
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a symbolic result (..., N) in the dtype of x (..., K)."""
-        shape = [*x.shape[:-1], self.meta.out_features]
+        shape = [*x.shape[:-1], self.spec.out_features]
         return _node(f"{contract.DOMAIN}::{self.op.name}", x, self.name, x.dtype, shape)
 
 
 class GatherPlaceholder(CodebookPlaceholder):
     """A packed embedding as one node."""
 
-    def __init__(self, name: str, meta: LayerMeta, op: contract.OpContract, dtype: torch.dtype) -> None:
-        super().__init__(name, meta, op)
+    def __init__(self, name: str, spec: LayerSpec, op: contract.OpContract, dtype: torch.dtype) -> None:
+        super().__init__(name, spec, op)
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Return symbolic rows (..., K) for indices (...)."""
-        shape = [*x.shape, self.meta.in_features]
+        shape = [*x.shape, self.spec.in_features]
         rows = _node(f"{contract.DOMAIN}::{self.op.name}", x, self.name, torch.float32, shape).to(self.dtype)
         # Rounded to the dtype first, as in CodebookEmbedding.
-        return rows if self.meta.scale == 1.0 else rows * torch.tensor(self.meta.scale).to(self.dtype)
+        return rows if self.spec.scale == 1.0 else rows * torch.tensor(self.spec.scale).to(self.dtype)
 
 
 class DensePlaceholder(nn.Module):
@@ -120,14 +120,14 @@ def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) 
 def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Replace linear layers, and packed embeddings, by placeholders."""
     for name, module in list(model.named_modules()):
-        meta = checkpoint.layers.get(name)
-        if meta is not None and isinstance(module, nn.Embedding):
-            if meta.rank:
+        spec = checkpoint.layers.get(name)
+        if spec is not None and isinstance(module, nn.Embedding):
+            if spec.branch_rank:
                 raise CheckpointError(f"{name} is an embedding with an error branch, for which there is no operator")
-            replace_module(model, name, GatherPlaceholder(name, meta, emit.operator(meta, contract.GATHER), dtype))
-        elif meta is not None:
-            kind = contract.MATMUL_LOW_RANK if meta.rank else contract.MATMUL  # also where tied to an embedding
-            replace_module(model, name, CodebookPlaceholder(name, meta, emit.operator(meta, kind)))
+            replace_module(model, name, GatherPlaceholder(name, spec, emit.operator(spec, contract.GATHER), dtype))
+        elif spec is not None:
+            kind = contract.MATMUL_LOW_RANK if spec.branch_rank else contract.MATMUL  # also where tied to an embedding
+            replace_module(model, name, CodebookPlaceholder(name, spec, emit.operator(spec, kind)))
         elif type(module) is nn.Linear:
             replace_module(model, name, DensePlaceholder(name, module))
 

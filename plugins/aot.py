@@ -18,7 +18,9 @@ from functools import cache
 from typing import Any
 
 from rankbook.plugins import contract, library
-from rankbook.plugins.layout import BITS, PANEL
+from rankbook.plugins.forms import Form, TensorSpec
+from rankbook.plugins.layer_spec import LayerSpec
+from rankbook.plugins.layout import BITS
 
 THREADS = 256
 """Threads of a block."""
@@ -33,6 +35,8 @@ FORMS = (
     *("down full", "down_scale full", "down_scale fp16", "up full", "up_scale full", "up_scale fp16"),
 )
 """What the bits of the argument ``forms`` say; the order of `Form` in aot.cuh."""
+
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -93,61 +97,46 @@ def launch(op_name: str, attributes: Mapping[str, Any], shapes: Shapes, types: M
         op_name: One of `names`.
         attributes: ``in_features``, ``out_features``, ``offset``.
         shapes: Of the constants, by formal name.
-        types: Of all inputs: ``fp16``, ``bf16``, ``fp32`` or another.
+        types: Of all inputs: ``fp16``, ``bf16``, ``fp32``, ``int8`` or another.
 
     Raises:
         ValueError: No kernel in this form serves the layer.
     """
     operator = contract.OPERATORS[op_name]
-    rows, columns = attributes["out_features"], attributes["in_features"]
-    bits = shapes["codes"][2]
-    full = shapes["params"] if shapes["params"][3] == PANEL else shapes["step"]
-    groups, planes = full[1], full[2]
-    coefficients = planes - attributes["offset"]
-    stored = 4 if coefficients == 3 else coefficients
-    sizes: tuple[int, ...] = (rows, columns, groups, planes, _forms(attributes, shapes, types))
+    held = {name: TensorSpec(tuple(shape), _DTYPES.get(types[name], types[name])) for name, shape in shapes.items()}
+    spec = LayerSpec.of_constants(operator.bits, attributes, held)
+    sizes: tuple[int, ...] = (*(spec.sizes[letter] for letter in "NKGQ"), _forms(spec))
+    stored = 4 if spec.planes == 3 else spec.planes
     if operator.kind == contract.GATHER:
-        return Launch(f"rankbook_gather{bits}_{stored}", bits, 0, 4 * stored << bits, sizes)
-    _check(columns, groups, bits, types["x"])
-    shared = max(256 * 128 if bits in (4, 8) else 0, 4 * THREADS * TOKENS)
-    name = "rankbook_matmul"
-    if "up_scale" in shapes:
-        rank = shapes["up_scale"][1]
+        return Launch(f"rankbook_gather{spec.bits}_{stored}", spec.bits, 0, 4 * stored << spec.bits, sizes)
+    _check(spec, types["x"])
+    shared = max(256 * 128 if spec.bits in (4, 8) else 0, 4 * THREADS * TOKENS)
+    name, rank = "rankbook_matmul", spec.branch_rank
+    if rank:
         name, shared, sizes = f"{name}_low_rank", shared + 4 * TOKENS * rank, (*sizes, rank)
         if shared > MOST_SHARED:
             raise ValueError(f"an error branch of rank {rank} does not fit into shared memory; use the plugin library")
-    return Launch(f"{name}{bits}_{stored}_{types['x']}", bits, -(-rows // PANEL), shared, sizes)
+    return Launch(f"{name}{spec.bits}_{stored}_{types['x']}", spec.bits, spec.sizes["NP"], shared, sizes)
 
 
-def _check(columns: int, groups: int, bits: int, type_: str) -> None:
+def _check(spec: LayerSpec, type_: str) -> None:
     if type_ not in TYPES:
         raise ValueError(f"x is {type_}; kernels inside an engine take {' or '.join(TYPES)}: export with --dtype fp16")
-    if columns % 8:
-        raise ValueError(f"in_features is {columns}; kernels inside an engine need a multiple of 8")
-    if bits == 3 and groups > 1 and columns // groups % 32:
-        raise ValueError(
-            f"groups of {columns // groups} inputs at 3 bits: kernels inside an engine need multiples of 32"
-        )
+    if spec.in_features % 8:
+        raise ValueError(f"in_features is {spec.in_features}; kernels inside an engine need a multiple of 8")
+    if spec.bits == 3 and spec.sizes["G"] > 1 and spec.group % 32:
+        raise ValueError(f"groups of {spec.group} inputs at 3 bits: kernels inside an engine need multiples of 32")
 
 
-def _forms(attributes: Mapping[str, Any], shapes: Shapes, types: Mapping[str, str]) -> int:
-    rows, columns = attributes["out_features"], attributes["in_features"]
-    rank = shapes["up_scale"][1] if "up_scale" in shapes else 0
-    wide = {"params": PANEL, "step": PANEL}
-    true = {f"{name} full" for name, size in wide.items() if shapes[name][3] == size}
-    planes = (shapes["params"] if "params full" in true else shapes["step"])[2]
-    if tuple(shapes["base"]) == (-(-rows // PANEL), 1, planes, 1):
-        true.add("base full")
-    if attributes["offset"]:
-        true.add("offset")
-    if tuple(shapes.get("bias", ())) == (rows,):
-        true.add("bias full")
-    for name, size in (("down", (rank, columns)), ("up", (rows, rank))):
-        true |= {f"{part} full" for part in (name, f"{name}_scale") if tuple(shapes.get(part, ())) == size}
-    # A factor of one column or row has one scale either way: as codes with a scale per rank it needs no more.
-    true -= {name for name, size in (("down_scale full", columns), ("up_scale full", rows)) if size == 1}
-    true |= {f"{name} fp16" for name in ("step", "down_scale", "up_scale") if types.get(name) == "fp16"}
-    return sum(1 << bit for bit, form in enumerate(FORMS) if form in true)
+def _forms(spec: LayerSpec) -> int:
+    coded, branch = spec.params is Form.INT8, spec.branch_rank > 0
+    coded_branch = branch and spec.factors is Form.INT8
+    true = {"params full": coded, "step full": not coded, "base full": coded, "offset": spec.has_offset}
+    true |= {"bias full": bool(spec.bias), "step fp16": spec.params is Form.FLOAT16}
+    for name in ("down", "up"):
+        true |= {f"{name} full": coded_branch, f"{name}_scale full": branch and not coded_branch}
+        true |= {f"{name}_scale fp16": branch and spec.factors is Form.FLOAT16}
+    return sum(1 << bit for bit, form in enumerate(FORMS) if true[form])
 
 
 def register(trt: Any, trtp: Any) -> None:
@@ -185,7 +174,8 @@ def _description(trt: Any, trtp: Any, name: str) -> Any:
 def _implementation(trt: Any, trtp: Any, name: str) -> Any:
     """The function that names kernel, PTX and launch of a layer."""
     operator = contract.OPERATORS[name]
-    floats = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
+    dtypes = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
+    dtypes[trt.DataType.INT8] = "int8"
 
     def implement(*arguments: Any) -> tuple[str, str, Any, Any]:
         count = len(operator.inputs)
@@ -193,7 +183,7 @@ def _implementation(trt: Any, trtp: Any, name: str) -> Any:
         attributes = dict(zip(_attributes(operator), arguments[count:-2], strict=True))
         first, *constants = inputs
         shapes = {c: [size.constant_value() for size in inputs[c].shape_expr] for c in constants}
-        types = {key: floats.get(value.dtype, str(value.dtype)) for key, value in inputs.items()}
+        types = {key: dtypes.get(value.dtype, str(value.dtype)) for key, value in inputs.items()}
         found = launch(name, attributes, shapes, types)
         items = inputs[first].shape_expr.numel()
         params = trtp.KernelLaunchParams()

@@ -4,16 +4,17 @@ An operator has one name per code width and arity, because the ONNX parser of Te
 name only and knows no optional inputs: ``CodebookMatMul3`` multiplies by a matrix of 3-bit codes, exactly, and
 ``CodebookMatMul3A8`` rounds x to 8 bits first, with one scale per token and group (`rankbook.plugins.int8`).
 
-Letters in the shapes: N out features, K in features, NP = ceil(N / 32) panels, KB = ceil(K / 32) blocks, b bits,
-L = 2**b levels, G groups (G divides K), Q parameter planes (the last one is the offset where the attribute ``offset``
-is 1, and its row of levels is all ones), R rank of the error branch. ``...`` stands for any leading dimensions.
+Letters in the shapes, and the forms of constants, are those of `rankbook.plugins.forms`; ``...`` stands for any
+leading dimensions. The last of the Q parameter planes is the offset where the attribute ``offset`` is 1, and its row of
+levels is all ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankbook.plugins import layout
+from rankbook.plugins import forms, layout
+from rankbook.plugins.forms import Shape
 
 DOMAIN = "rankbook"
 """ONNX domain of the operators and of the functions that hold their standard-ONNX bodies."""
@@ -34,8 +35,6 @@ PLUGIN_KINDS = KINDS
 """Kinds that the TensorRT plugin library has creators for; of others the parser takes the function body."""
 
 FLOATS = ("float32", "float16", "bfloat16")
-
-Shape = tuple["int | str", ...]
 
 
 @dataclass(frozen=True)
@@ -136,27 +135,25 @@ def matmul_kind(*, low_rank: bool, int8_activations: bool) -> str:
     return (MATMUL_LOW_RANK if low_rank else MATMUL) + INT8_SUFFIX * int8_activations
 
 
+def _constant(name: str, doc: str) -> Port:
+    parts = forms.CONSTANTS[name]
+    shapes, dtypes = (tuple(dict.fromkeys(getattr(part, field) for part in parts)) for field in ("shape", "dtype"))
+    return Port(name, shapes, dtypes, True, doc)
+
+
 _WEIGHT = (
-    Port(
-        "codes", (("NP", "KB", "b", 32, 4),), ("int8",), True, "packed codes, each byte minus 128 (plugins/layout.py)"
-    ),
-    Port("levels", (("Q", "L"),), ("float16",), True, "rows of levels; the row of the offset is all ones"),
-    Port("params", (("NP", "G", "Q", 32), (1, 1, 1, 1)), ("int8",), True, "group parameters before step and base"),
-    Port(
-        "step",
-        (("NP", 1, "Q", 1), ("NP", "G", "Q", 32)),
-        ("float32", "float16"),
-        True,
-        "factor of params, or, where params is a single 1, the parameters themselves",
-    ),
-    Port("base", (("NP", 1, "Q", 1), (1, 1, 1, 1)), ("float32",), True, "added to params * step"),
+    _constant("codes", "packed codes, each byte minus 128 (plugins/layout.py)"),
+    _constant("levels", "rows of levels; the row of the offset is all ones"),
+    _constant("params", "group parameters before step and base"),
+    _constant("step", "factor of params, or, where params is a single 1, the parameters themselves"),
+    _constant("base", "added to params * step"),
 )
-_BIAS = Port("bias", (("N",), (1,)), ("float32",), True, "added to the product; a single 0 where the layer has none")
+_BIAS = _constant("bias", "added to the product; a single 0 where the layer has none")
 _BRANCH = (
-    Port("down", (("R", "K"), (1, 1)), ("int8",), True, "first factor of the error branch before its scale"),
-    Port("down_scale", (("R", 1), ("R", "K")), ("float32", "float16"), True, "factor of down, or down itself"),
-    Port("up", (("N", "R"), (1, 1)), ("int8",), True, "second factor of the error branch before its scale"),
-    Port("up_scale", ((1, "R"), ("N", "R")), ("float32", "float16"), True, "factor of up, or up itself"),
+    _constant("down", "first factor of the error branch before its scale"),
+    _constant("down_scale", "factor of down, or down itself"),
+    _constant("up", "second factor of the error branch before its scale"),
+    _constant("up_scale", "factor of up, or up itself"),
 )
 _X = Port("x", (("...", "K"),), FLOATS, False, "activations")
 _INDICES = Port("indices", (("...",),), ("int64",), False, "rows to look up, each in [0, N)")
@@ -194,18 +191,3 @@ def known_sizes(bits: int, out_features: int, in_features: int) -> dict[str, int
     """Return the sizes that follow from the attributes, by the letters of the module docstring."""
     panels, blocks, _, _, _ = layout.packed_shape(out_features, in_features, bits)
     return {"N": out_features, "K": in_features, "NP": panels, "KB": blocks, "b": bits, "L": 1 << bits}
-
-
-def match_shape(shape: Shape, actual: tuple[int, ...], sizes: dict[str, int]) -> dict[str, int] | None:
-    """Match a fully known shape against a symbolic one without ``...``.
-
-    Returns:
-        ``sizes`` completed by the letters met, or None if the shapes differ.
-    """
-    if len(shape) != len(actual):
-        return None
-    found = dict(sizes)
-    for want, have in zip(shape, actual, strict=True):
-        if (found.setdefault(want, have) if isinstance(want, str) else want) != have:
-            return None
-    return found

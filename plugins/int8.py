@@ -34,6 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rankbook.plugins import contract, layout
+from rankbook.plugins.forms import Form, TensorSpec
+from rankbook.plugins.layer_spec import LayerSpec
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -99,26 +101,26 @@ def codebook_matmul(inputs: Mapping[str, Array], attributes: Mapping[str, int | 
     Raises:
         ValueError: A group is longer than `LARGEST_GROUP`.
     """
-    rows, columns = int(attributes["out_features"]), int(attributes["in_features"])
-    planes = inputs["levels"].shape[0] - int(attributes["offset"])
+    held = {name: TensorSpec(value.shape, str(value.dtype)) for name, value in inputs.items() if name != "x"}
+    spec = LayerSpec.of_constants(inputs["codes"].shape[2], attributes, held)
+    rows, columns, planes, groups = (spec.sizes[letter] for letter in "NKPG")
     levels, units = integer_levels(inputs["levels"][:planes].astype(np.float32))
-    units = np.concatenate([units, np.ones(int(attributes["offset"]), np.float32)])
-    values = _values(inputs, units, rows)  # (N, G, Q)
-    groups = values.shape[1]
-    if columns // groups > LARGEST_GROUP:
-        raise ValueError(f"a group of {columns // groups} inputs is too long for int8; the longest is {LARGEST_GROUP}")
-    x = inputs["x"].astype(np.float32).reshape(-1, groups, columns // groups)
+    units = np.concatenate([units, np.ones(int(spec.has_offset), np.float32)])
+    values = _values(inputs, units, spec)  # (N, G, Q)
+    if spec.group > LARGEST_GROUP:
+        raise ValueError(f"a group of {spec.group} inputs is too long for int8; the longest is {LARGEST_GROUP}")
+    x = inputs["x"].astype(np.float32).reshape(-1, groups, spec.group)
     q, scale = quantize(x)
     codes = layout.unpack_codes(layout.from_carrier(inputs["codes"].astype(np.int8)), rows, columns)
     total = np.zeros((len(q), rows), np.float32)
     products = [_dots(q, levels[plane][codes]) for plane in range(planes)]  # each (G, M, N)
-    if planes < values.shape[2]:
+    if spec.has_offset:
         products.append(_dots(q, np.ones((rows, columns), np.int32)))
     for group in range(groups):
         for plane, product in enumerate(products):
             total = fused(product[group] * scale[:, group, None], values[None, :, group, plane], total)
-    if "down" in inputs:
-        total = _add_branch(inputs, q, scale, total)
+    if spec.branch_rank:
+        total = _add_branch(inputs, q, scale, total, spec.factors)
     y = (total + inputs["bias"].astype(np.float32)).astype(inputs["x"].dtype)
     result: Array = y.reshape(*inputs["x"].shape[:-1], rows)
     return result
@@ -145,25 +147,22 @@ def _dots(q: npt.NDArray[np.int8], weight: npt.NDArray[np.int32]) -> FloatArray:
     return exact.astype(np.float32)
 
 
-def _values(inputs: Mapping[str, Array], units: FloatArray, rows: int) -> FloatArray:
+def _values(inputs: Mapping[str, Array], units: FloatArray, spec: LayerSpec) -> FloatArray:
     stored, step, base = (inputs[name].astype(np.float32) for name in ("params", "step", "base"))
-    if (
-        stored.size == 1 and step.shape[-1] == layout.PANEL
-    ):  # the parameters themselves are in step, their factor in params
+    if spec.params is not Form.INT8:  # the parameters themselves are in step, their factor in params
         stored, step = step, stored
     values = fused(stored, step * units[:, None], base * units[:, None])
-    return layout.unpack_rows(values, rows).astype(np.float32)
+    return layout.unpack_rows(values, spec.out_features).astype(np.float32)
 
 
 def _add_branch(
-    inputs: Mapping[str, Array], q: npt.NDArray[np.int8], scale: FloatArray, total: FloatArray
+    inputs: Mapping[str, Array], q: npt.NDArray[np.int8], scale: FloatArray, total: FloatArray, form: Form
 ) -> FloatArray:
     down, down_scale = inputs["down"], inputs["down_scale"].astype(np.float32)
     up, up_scale = inputs["up"].astype(np.float32), inputs["up_scale"].astype(np.float32)
-    if down.size == 1 and down_scale.shape[-1] == q.shape[1] * q.shape[2]:
+    if form is not Form.INT8:
         down, down_scale = quantize(down_scale * down.astype(np.float32))
         down_scale = down_scale[:, None]
-    if up.size == 1 and up_scale.shape[0] == total.shape[1]:
         up, up_scale = up_scale * up, np.ones((1, up_scale.shape[1]), np.float32)
     products = _dots(q, down.astype(np.int32))
     ranks = np.zeros(products.shape[1:], np.float32)

@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
 from rankbook.exporter.bodies.codebook import functions
@@ -43,27 +42,27 @@ def numpy_inputs(record: QuantizedLinear, kind: str = "") -> dict[str, np.ndarra
 
 def expected(record: QuantizedLinear, x: np.ndarray[Any, Any], kind: str = "") -> np.ndarray[Any, Any]:
     """Return what the operator of a record must give for x (activations, or row indices)."""
-    meta = LayerMeta.of(record)
-    op = emit.operator(meta, kind)
-    return reference.run(op.name, [x, *numpy_inputs(record, kind).values()], emit.attributes(meta))
+    spec = record.spec()
+    op = emit.operator(spec, kind)
+    return reference.run(op.name, [x, *numpy_inputs(record, kind).values()], emit.attributes(spec))
 
 
 def op_model(record: QuantizedLinear, kind: str = "", dtype: str = "float32") -> onnx.ModelProto:
     """Return a model with one operator: x (batch, sequence, K), or indices (batch, sequence), to y."""
-    meta = LayerMeta.of(record)
-    op = emit.operator(meta, kind)
+    spec = record.spec()
+    op = emit.operator(spec, kind)
     constants = [ir.serde.serialize_tensor(tensor) for tensor in emit.from_record(record, kind).values()]
     for constant, name in zip(constants, op.constants(), strict=True):
         constant.name = name
     first = op.inputs[0].name
-    attributes: dict[str, Any] = dict(emit.attributes(meta))
+    attributes: dict[str, Any] = dict(emit.attributes(spec))
     node = helper.make_node(op.name, list(op.input_names()), ["y"], domain=contract.DOMAIN, **attributes)
     gather = op.kind == contract.GATHER
     x_type = np.dtype("int64") if gather else np.dtype(dtype) if dtype != "bfloat16" else None
     x_elem = onnx.TensorProto.BFLOAT16 if x_type is None else helper.np_dtype_to_tensor_dtype(x_type)
     y_elem = onnx.TensorProto.FLOAT if gather else x_elem
-    x_shape: list[str | int] = ["batch", "sequence"] if gather else ["batch", "sequence", meta.in_features]
-    y_size = meta.in_features if gather else meta.out_features
+    x_shape: list[str | int] = ["batch", "sequence"] if gather else ["batch", "sequence", spec.in_features]
+    y_size = spec.in_features if gather else spec.out_features
     graph = helper.make_graph(
         [node],
         "op",
@@ -90,4 +89,4 @@ def relative_error(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> flo
 
 def feeds(record: QuantizedLinear, x: np.ndarray[Any, Any], kind: str = "") -> Mapping[str, np.ndarray[Any, Any]]:
     """Return the named input of `op_model`."""
-    return {emit.operator(LayerMeta.of(record), kind).inputs[0].name: x}
+    return {emit.operator(record.spec(), kind).inputs[0].name: x}

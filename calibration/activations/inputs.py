@@ -148,7 +148,7 @@ def install(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -
             continue
         function = config.function(name)
         hooks = [module.register_forward_pre_hook(_InputHook(function))]
-        if config.kind.startswith("mxint") and isinstance(module, CodebookLinear) and module.meta.rank:
+        if config.kind.startswith("mxint") and isinstance(module, CodebookLinear) and module.spec.branch_rank:
             low_rank: Any = module.record().low_rank
             hooks.append(
                 module.register_forward_hook(_BranchHook(function, low_rank.down.dense(), low_rank.up.dense()))

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
+from rankbook.plugins.layer_spec import LayerSpec
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format; a reader refuses every other one."""
@@ -54,7 +54,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    layers: Mapping[str, LayerMeta]
+    layers: Mapping[str, LayerSpec]
     files: Mapping[str, str]
     stored_names: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,11 +68,11 @@ class Checkpoint:
         if name not in self.layers:
             raise KeyError(f"{self.folder} has no packed layer {name!r}; it has {len(self.layers)} others")
         owner = self.layers[name].shared_with or name
-        meta = self.layers[owner]
+        spec = self.layers[owner]
         try:
-            tensors = {part: self.tensor(f"{owner}.{part}") for part in meta.template()}
-            meta.check(tensors, owner)
-            return QuantizedLinear.unpack(tensors, meta.out_features, meta.in_features, meta.method)
+            tensors = {part: self.tensor(f"{owner}.{part}") for part in spec.tensors()}
+            spec.check(tensors, owner)
+            return QuantizedLinear.unpack(tensors, spec)
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
 
@@ -116,7 +116,7 @@ class CheckpointParts:
     """
 
     config: Mapping[str, Any]
-    layers: Mapping[str, LayerMeta]
+    layers: Mapping[str, LayerSpec]
     tensors: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
     save_extras: Callable[[Path], None] = lambda _: None
@@ -138,7 +138,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
         quantization = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "layers": {name: meta.to_json() for name, meta in parts.layers.items()},
+            "layers": {name: spec.to_json() for name, spec in parts.layers.items()},
             **parts.runtime,
         }
         _write_json(temporary / "config.json", {**parts.config, "quantization_config": quantization})
@@ -173,7 +173,7 @@ def open_checkpoint(folder: str | Path, *, verify: bool = False) -> Checkpoint:
         raise CheckpointError(f"{folder}/config.json has no quantization_config of rankbook; write it again")
     check_version(quantization.get("format_version"), folder / "config.json")
     try:
-        layers = {name: LayerMeta.from_json(name, entry) for name, entry in quantization["layers"].items()}
+        layers = {name: LayerSpec.from_json(name, entry) for name, entry in quantization["layers"].items()}
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     return Checkpoint(folder, config, manifest, layers, _tensor_files(folder))
@@ -206,8 +206,8 @@ def language_view(checkpoint: Checkpoint) -> Checkpoint:
             f" place (not {_LANGUAGE}*), so it cannot be exported alone"
         )
     layers = {
-        language_name(name): replace(meta, shared_with=language_name(meta.shared_with))
-        for name, meta in checkpoint.layers.items()
+        language_name(name): replace(spec, shared_with=language_name(spec.shared_with))
+        for name, spec in checkpoint.layers.items()
     }
     quantization = dict(config.get("quantization_config", {}))
     if ranges := quantization.get("activations", {}).get("ranges"):
@@ -231,8 +231,8 @@ def load_records(folder: str | Path) -> dict[str, QuantizedLinear]:
         CheckpointError: See `open_checkpoint`.
     """
     checkpoint = open_checkpoint(folder)
-    records = {name: checkpoint.record(name) for name, meta in checkpoint.layers.items() if not meta.shared_with}
-    return {name: records[meta.shared_with or name] for name, meta in checkpoint.layers.items()}
+    records = {name: checkpoint.record(name) for name, spec in checkpoint.layers.items() if not spec.shared_with}
+    return {name: records[spec.shared_with or name] for name, spec in checkpoint.layers.items()}
 
 
 def is_checkpoint(folder: str | Path) -> bool:

@@ -31,7 +31,7 @@ from rankbook.calibration.model.packed_modules import (
     packed_modules,
     replace_module,
 )
-from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.plugins.layer_spec import LayerSpec
 
 
 class ConfigPart:
@@ -40,7 +40,7 @@ class ConfigPart:
     Attributes:
         quant_method: ``rankbook``.
         format_version: Of the checkpoint.
-        layers: Entries of `LayerMeta` by layer name.
+        layers: Entries of `LayerSpec` by layer name.
         activations: Entry of `rankbook.calibration.activations.runtime`, or None.
         kv_bits: Bits of keys and values, 0 where they are left alone.
     """
@@ -65,11 +65,11 @@ class ConfigPart:
         self.layers = layers or {}
         self.activations = activations
         self.kv_bits = kv_bits
-        self.metas()
+        self.specs()
 
-    def metas(self) -> dict[str, LayerMeta]:
+    def specs(self) -> dict[str, LayerSpec]:
         """Return the packed layers by name."""
-        return {name: LayerMeta.from_json(name, entry) for name, entry in self.layers.items()}
+        return {name: LayerSpec.from_json(name, entry) for name, entry in self.layers.items()}
 
 
 class QuantizerPart:
@@ -90,8 +90,8 @@ class QuantizerPart:
     ) -> Any:
         _check_folder(getattr(model.config, "_name_or_path", ""))
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.get_default_dtype()
-        install_modules(model, self.quantization_config.metas(), dtype)
-        _check_complete(self.quantization_config.metas(), checkpoint_files or ())
+        install_modules(model, self.quantization_config.specs(), dtype)
+        _check_complete(self.quantization_config.specs(), checkpoint_files or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -130,27 +130,27 @@ def register() -> None:
         auto.register_quantizer(QUANT_METHOD)(quantizer)
 
 
-def install_modules(model: Any, metas: dict[str, LayerMeta], dtype: torch.dtype) -> None:
+def install_modules(model: Any, specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
     """Replace modules of ``model`` by packed ones on the ``meta`` device that compute in ``dtype``.
 
     Raises:
         ValueError: The model has no such module.
     """
-    for name, meta in sorted(metas.items(), key=lambda item: bool(item[1].shared_with)):
+    for name, spec in sorted(specs.items(), key=lambda item: bool(item[1].shared_with)):
         try:
             model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(
                 f"{type(model).__name__} has no layer {name!r}; config.json belongs to another model"
             ) from error
-        if meta.shared_with:
-            module: nn.Module = TiedCodebookLinear(model.get_submodule(meta.shared_with))
-        elif meta.kind == "embedding":
-            module = CodebookEmbedding(meta, dtype=dtype)
+        if spec.shared_with:
+            module: nn.Module = TiedCodebookLinear(model.get_submodule(spec.shared_with))
+        elif spec.kind == "embedding":
+            module = CodebookEmbedding(spec, dtype=dtype)
         else:
-            module = CodebookLinear(meta, dtype=dtype)
+            module = CodebookLinear(spec, dtype=dtype)
         replace_module(model, name, module.eval())
-    _forget_ties(model, set(metas))
+    _forget_ties(model, set(specs))
 
 
 def _forget_ties(model: Any, packed: set[str]) -> None:
@@ -170,13 +170,13 @@ def _check_folder(location: str) -> None:
         open_checkpoint(location)
 
 
-def _check_complete(metas: Mapping[str, LayerMeta], files: Sequence[str]) -> None:
+def _check_complete(specs: Mapping[str, LayerSpec], files: Sequence[str]) -> None:
     """Refuse a checkpoint without all packed tensors: the loader would only warn and go on with random numbers."""
     stored: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as stream:
             stored |= set(stream.keys())
-    wanted = [f"{n}.{part}" for n, meta in metas.items() if not meta.shared_with for part in meta.template()]
+    wanted = [f"{n}.{part}" for n, spec in specs.items() if not spec.shared_with for part in spec.tensors()]
     if files and (missing := [name for name in wanted if name not in stored]):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; write or copy it again"
@@ -187,12 +187,12 @@ def _dense(module: Any, dtype: torch.dtype) -> nn.Module:
     weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
     rows, columns = weight.shape
     if isinstance(module, CodebookEmbedding):
-        if module.meta.scale != 1.0:
+        if module.spec.scale != 1.0:
             raise ValueError(
                 "an embedding with a scale cannot be made dense; quantize again without --quantize-embeddings"
             )
         return nn.Embedding(rows, columns, _weight=weight, _freeze=True)
-    bias = module.get_buffer("bias") if isinstance(module, PackedModule) and module.meta.bias else None
+    bias = module.get_buffer("bias") if isinstance(module, PackedModule) and module.spec.bias else None
     linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     linear.weight = weight
     if bias is not None:

@@ -19,11 +19,12 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.codebooks import LEVEL_DTYPES
-from rankbook.calibration.record.quantized_linear import QuantizedLinear, check_group
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.settings import EFFORTS
 from rankbook.calibration.training.learned_rounding import LearnedRounding, StepSizes
 from rankbook.calibration.training.reconstruct import COMPUTE, TrainableLayer, TrainConfig, train_block
 from rankbook.calibration.training.trained_codebooks import GRADIENTS, TrainedCodebooks
+from rankbook.plugins.layer_spec import check_group
 from rankbook.plugins.widths import BITS
 
 RECIPES = ("rounding", "codebook")

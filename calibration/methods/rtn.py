@@ -20,8 +20,9 @@ from rankbook.calibration.record.codebooks import (
     nf4_levels,
     symmetric_levels,
 )
-from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear, check_group
+from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.calibration.settings import EFFORTS, FORMATS
+from rankbook.plugins.layer_spec import check_group
 from rankbook.plugins.widths import BITS
 
 _SHRINK = tuple(1 - 0.04 * step for step in range(16))

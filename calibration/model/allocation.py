@@ -35,9 +35,8 @@ from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS, rtn
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.solve import solve_layer
-from rankbook.calibration.record.layer_meta import LayerMeta
-from rankbook.calibration.record.quantized_linear import MIN_GROUP
 from rankbook.plugins import layout
+from rankbook.plugins.layer_spec import MIN_GROUP, LayerSpec
 
 _MOST_PLANES = 3
 """Planes that are tried where the options name no number."""
@@ -127,7 +126,7 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
     sensitive = sensitivities(model, layers, tokens[:_SEQUENCES], options.seed, spectra=spectra)
     found: dict[str, Candidates] = {}
     possible = {item: item.applied(options) for item in choices(options)}
-    corners: dict[Choice, LayerMeta] = {}
+    corners: dict[Choice, LayerSpec] = {}
     for item, chosen in possible.items():
         if _kind(item) not in corners:
             corners[_kind(item)] = corner(chosen)
@@ -304,19 +303,19 @@ def _harm(weight: Tensor, fisher: Tensor, group: int, bits: int, planes: int | N
     return 0.5 * float((fisher * (decoded - weight).square()).sum())
 
 
-def corner(options: QuantizeOptions) -> LayerMeta:
+def corner(options: QuantizeOptions) -> LayerSpec:
     """Return what a record of one small corner of a layer is: it tells which numbers the method stores."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(layout.PANEL, MIN_GROUP, generator=generator)
     problem = LayerProblem("corner", weight, None, LayerStatistics.empty(MIN_GROUP))
-    return LayerMeta.of(solve_layer(problem, replace(options, group_size=MIN_GROUP, branch_passes=1)))
+    return solve_layer(problem, replace(options, group_size=MIN_GROUP, branch_passes=1)).spec()
 
 
-def stored_bits(rows: int, columns: int, meta: LayerMeta, options: QuantizeOptions) -> int:
-    """Return what a layer (rows, columns) takes whose `corner` is ``meta``, side data and error branch included."""
-    rank = min(options.error_rank, rows, columns) if meta.rank else 0
-    whole = replace(meta, out_features=rows, in_features=columns, group=options.group(columns), rank=rank)
-    return sum(8 * tensor.numel() * tensor.element_size() for tensor in whole.template().values())
+def stored_bits(rows: int, columns: int, spec: LayerSpec, options: QuantizeOptions) -> int:
+    """Return what a layer (rows, columns) takes whose `corner` is ``spec``, side data and error branch included."""
+    rank = min(options.error_rank, rows, columns) if spec.branch_rank else 0
+    whole = replace(spec, out_features=rows, in_features=columns, group=options.group(columns), branch_rank=rank)
+    return sum(whole.stored_bits().values())
 
 
 def choose(layers: Mapping[str, Candidates], budget: float, weights: int) -> dict[str, Choice]:

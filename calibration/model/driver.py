@@ -39,9 +39,9 @@ from rankbook.calibration.model.report import (
 from rankbook.calibration.model.resume import BlockResult, PartialState
 from rankbook.calibration.model.selection import Selection, select
 from rankbook.calibration.model.solve import solve_layer
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
+from rankbook.plugins.layer_spec import LayerSpec
 
 _TABLE_TOKENS = 8192
 """Calibration tokens that run through the original model to say what enters its output layer."""
@@ -92,7 +92,7 @@ def quantize_model(
     acting = runtime.settings(model, data.tokens, run.layers, options)
     report = run.report(output, data, resumed, start)
     manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
-    write_checkpoint(output, replace(_parts(model, tokenizer, run.metas(), manifest), runtime=acting))
+    write_checkpoint(output, replace(_parts(model, tokenizer, run.specs(), manifest), runtime=acting))
     state.remove()
     run.reporter.tell("done", len(run.blocks.modules))
     return report
@@ -156,7 +156,7 @@ class _Run:
         for index, call in enumerate(calls):
             self._block(index, call, streams, state, solve=index >= finished)
         packed |= tables.quantize_head(self.model, self.tables, self.options, last)
-        self._note_tables(packed)
+        self.table_layers = {name: LayerReport(spec) for name, spec in packed.items()}
 
     def _allocate(self, tokens: Tensor) -> dict[str, Choice]:
         """Return the choice for layers where a budget was given; elsewhere the options hold."""
@@ -209,8 +209,8 @@ class _Run:
             if solve:
                 state.save(index, self._solve(index, call, streams))
             result = state.load(index)  # also when just solved: what is on disk is what the next block sees
-            modules = {n: CodebookLinear.from_record(r, self.model.dtype) for n, r in result.records.items()}
-            for name, module in modules.items():
+            for name, module in result.layers.items():
+                module.compute_dtype = self.model.dtype
                 module.materialize()
                 replace_module(self.model, name, module)
             for name, tensor in result.tensors.items():
@@ -218,11 +218,11 @@ class _Run:
             if index + 1 < streams.end:
                 with self._rounded_inputs(index, call, streams), self._arithmetic():
                     capture.advance(block, call, streams.inputs, f"block {prefix[:-1]}")
-            for module in modules.values():
+            for module in result.layers.values():
                 module.dematerialize()
         self.scaled += result.scaled
-        for name, record in result.records.items():
-            self.layers[name] = LayerReport(LayerMeta.of(record), record.stored_bits(), result.errors[name])
+        for name, module in result.layers.items():
+            self.layers[name] = LayerReport(module.spec, result.errors[name])
 
     def _solve(self, index: int, call: capture.BlockCall, streams: _Streams) -> BlockResult:
         """Return the records of one block in float32."""
@@ -250,7 +250,7 @@ class _Run:
                     records = method.refine(whole, records, options.method_config())
         errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
         return BlockResult(
-            {f"{prefix}{name}": record for name, record in records.items()},
+            {f"{prefix}{name}": CodebookLinear.from_record(record) for name, record in records.items()},
             errors,
             {f"{prefix}{name}": tensor.to(self.model.dtype) for name, tensor in scaled.tensors.items()},
             [f"{prefix}{name}" for name in scaled.layers],
@@ -277,15 +277,9 @@ class _Run:
         choose = scaling.chooser(kind, options.bits, options.group, options.scale_strength)
         return scaling.scale_inputs(block, run, statistics, choose, self.model.dtype)
 
-    def _note_tables(self, packed: Mapping[str, LayerMeta]) -> None:
-        modules = packed_modules(self.model)
-        for name, meta in packed.items():
-            stored = {} if meta.shared_with else modules[name].record().stored_bits()
-            self.table_layers[name] = LayerReport(meta, stored)
-
-    def metas(self) -> dict[str, LayerMeta]:
-        """Return the meta data of every packed layer by name."""
-        return {name: layer.meta for name, layer in {**self.table_layers, **self.layers}.items()}
+    def specs(self) -> dict[str, LayerSpec]:
+        """Return the specs of every packed layer by name."""
+        return {name: layer.spec for name, layer in {**self.table_layers, **self.layers}.items()}
 
     def report(self, output: Path, data: CalibrationData, resumed: int, start: float) -> QuantizeReport:
         """Sum up."""
@@ -397,7 +391,7 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
     }
 
 
-def _parts(model: Any, tokenizer: Any, metas: Mapping[str, LayerMeta], manifest: Mapping[str, Any]) -> CheckpointParts:
+def _parts(model: Any, tokenizer: Any, specs: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> CheckpointParts:
     """Gather what the checkpoint holds; tied weights are stored once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -414,4 +408,4 @@ def _parts(model: Any, tokenizer: Any, metas: Mapping[str, LayerMeta], manifest:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    return CheckpointParts(config, metas, tensors, manifest, save_extras)
+    return CheckpointParts(config, specs, tensors, manifest, save_extras)

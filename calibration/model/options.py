@@ -202,7 +202,7 @@ class QuantizeOptions(Seeded):
         Raises:
             ValueError: The number given does not divide the row; the message names those that do.
         """
-        from rankbook.calibration.record.quantized_linear import allowed_groups, check_group
+        from rankbook.plugins.layer_spec import allowed_groups, check_group
 
         if self.group_size == "channel":
             return in_features

@@ -7,51 +7,51 @@ Each forward decodes the weight, with the error branch folded in, unless `materi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import layout
+from rankbook.plugins.layer_spec import LayerSpec
 
 
 class PackedModule(nn.Module):
     """A module whose buffers are the packed tensors of one layer.
 
     Attributes:
-        meta: Shapes and types of the layer.
+        spec: Shapes and types of the layer.
         compute_dtype: Dtype in which the layer works; follows ``model.to(dtype)``, the packed tensors do not.
     """
 
     def __init__(
-        self, meta: LayerMeta, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
+        self, spec: LayerSpec, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         """Build the module from packed tensors, or on the ``meta`` device without them.
 
         Raises:
-            ValueError: The tensors do not fit ``meta``.
+            ValueError: The tensors do not fit ``spec``.
         """
         super().__init__()
-        self.meta = meta
+        self.spec = spec
         self.compute_dtype = dtype
         self._dense: Tensor | None = None
         if tensors is not None:
-            meta.check(tensors)
-        for name, template in meta.template().items():
-            self.register_buffer(name, template if tensors is None else tensors[name])
+            spec.check(tensors)
+        for name, part in spec.tensors().items():
+            empty = torch.empty(part.shape, dtype=getattr(torch, part.dtype), device="meta")
+            self.register_buffer(name, empty if tensors is None else tensors[name])
 
     def packed(self) -> dict[str, Tensor]:
         """Return the packed tensors by name."""
-        return {name: self.get_buffer(name) for name in self.meta.template()}
+        return {name: self.get_buffer(name) for name in self.spec.tensors()}
 
     def record(self) -> QuantizedLinear:
         """Return the layer as the central record, on the CPU."""
-        tensors = {name: tensor.cpu() for name, tensor in self.packed().items()}
-        meta = self.meta
-        return QuantizedLinear.unpack(tensors, meta.out_features, meta.in_features, meta.method)
+        return QuantizedLinear.unpack({name: tensor.cpu() for name, tensor in self.packed().items()}, self.spec)
 
     @property
     def weight(self) -> Tensor:
@@ -84,10 +84,10 @@ class PackedModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        meta = self.meta
+        spec = self.spec
         return (
-            f"in_features={meta.in_features}, out_features={meta.out_features}, method={meta.method}, bits={meta.bits},"
-            f" group={meta.group}, planes={meta.planes}, rank={meta.rank}"
+            f"in_features={spec.in_features}, out_features={spec.out_features}, method={spec.method}, bits={spec.bits},"
+            f" group={spec.group}, planes={spec.planes}, branch_rank={spec.branch_rank}"
         )
 
 
@@ -95,20 +95,20 @@ class CodebookLinear(PackedModule):
     """A linear layer whose weight is decoded from codebooks: ``y = x @ W.T + bias``."""
 
     def __init__(
-        self, meta: LayerMeta, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
+        self, spec: LayerSpec, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         """See `PackedModule`."""
-        super().__init__(meta, tensors, dtype)
-        self.in_features, self.out_features = meta.in_features, meta.out_features
+        super().__init__(spec, tensors, dtype)
+        self.in_features, self.out_features = spec.in_features, spec.out_features
 
     @classmethod
     def from_record(cls, record: QuantizedLinear, dtype: torch.dtype = torch.float32) -> CodebookLinear:
         """Return the record as a layer that computes in ``dtype``."""
-        return cls(LayerMeta.of(record), record.pack(), dtype)
+        return cls(record.spec(), record.pack(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., K) of any floating dtype; the result (..., N) has the same dtype."""
-        bias = self.get_buffer("bias").to(x.dtype) if self.meta.bias else None
+        bias = self.get_buffer("bias").to(x.dtype) if self.spec.bias else None
         return functional.linear(x, self.weight.to(x.dtype), bias)
 
 
@@ -116,36 +116,35 @@ class CodebookEmbedding(PackedModule):
     """An embedding whose rows are decoded from codebooks."""
 
     def __init__(
-        self, meta: LayerMeta, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
+        self, spec: LayerSpec, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         """See `PackedModule`."""
-        super().__init__(meta, tensors, dtype)
-        self.num_embeddings, self.embedding_dim = meta.out_features, meta.in_features
+        super().__init__(spec, tensors, dtype)
+        self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
 
     @classmethod
     def from_record(
         cls, record: QuantizedLinear, dtype: torch.dtype = torch.float32, scale: float = 1.0
     ) -> CodebookEmbedding:
         """Return the record as an embedding whose rows are multiplied by ``scale``."""
-        return cls(LayerMeta.of(record, "embedding", scale=scale), record.pack(), dtype)
+        return cls(record.spec("embedding", scale=scale), record.pack(), dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows (..., K) of ids (...) in the compute dtype."""
         rows = self.rows(ids) if self._dense is None else functional.embedding(ids, self._dense)
         # The factor is rounded to the compute dtype first, as the layers of transformers that have one do.
-        return rows if self.meta.scale == 1.0 else rows * torch.tensor(self.meta.scale).to(rows.device, rows.dtype)
+        return rows if self.spec.scale == 1.0 else rows * torch.tensor(self.spec.scale).to(rows.device, rows.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return unscaled rows (..., K) of ids (...), decoding only the panels of 32 rows that are asked for."""
         panels, position = torch.unique(ids.cpu() // layout.PANEL, return_inverse=True)
-        total = layout.ceil_div(self.meta.out_features, layout.PANEL)
-        tensors = {name: tensor.cpu() for name, tensor in self.packed().items()}
-        for name in ("codes", "params", "step", "base"):
-            if tensors[name].shape[0] == total:  # the parts of a panel; the rest are placeholders of one element
-                tensors[name] = tensors[name][panels]
-        if "down" in tensors:
+        if self.spec.branch_rank:
             raise ValueError("an embedding with an error branch is not supported; quantize it without one")
-        part = QuantizedLinear.unpack(tensors, len(panels) * layout.PANEL, self.meta.in_features)
+        tensors = {name: tensor.cpu() for name, tensor in self.packed().items()}
+        for name, held in self.spec.tensors().items():
+            if name in ("codes", "params", "step", "base") and held.value is None:
+                tensors[name] = tensors[name][panels]
+        part = QuantizedLinear.unpack(tensors, replace(self.spec, out_features=len(panels) * layout.PANEL))
         index = position * layout.PANEL + ids.cpu() % layout.PANEL
         return functional.embedding(index, part.weight()).to(ids.device, self.compute_dtype)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.plugins.layer_spec import LayerSpec
 
 SKIPPED, OUTSIDE = "skipped by option", "outside the decoder blocks"
 """Ends of the reasons in `QuantizeReport.left_alone` that are no surprise."""
@@ -45,23 +45,21 @@ class LayerReport:
     """One packed layer.
 
     Attributes:
-        meta: Shapes and types.
-        stored_bits: Bits of each part; empty for a layer that shares another's tensors.
+        spec: Shapes and types.
         error: Squared output error on the calibration inputs relative to the squared output, or None without inputs.
     """
 
-    meta: LayerMeta
-    stored_bits: Mapping[str, int]
+    spec: LayerSpec
     error: float | None = None
 
     @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per original weight; 0 for shared layers."""
-        return sum(self.stored_bits.values()) / (self.meta.out_features * self.meta.in_features)
+    def stored_bits(self) -> dict[str, int]:
+        """Bits of each part; empty for a layer that shares another's tensors."""
+        return self.spec.stored_bits()
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of the manifest."""
-        return {"bits_per_weight": self.bits_per_weight, "stored_bits": dict(self.stored_bits), "error": self.error}
+        return {"bits_per_weight": self.spec.bits_per_weight(), "stored_bits": self.stored_bits, "error": self.error}
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class QuantizeReport:
         values = {**asdict(self), "output_dir": str(self.output_dir)}
         return {
             **values,
-            "layers": {n: {**layer.meta.to_json(), **layer.to_json()} for n, layer in self.layers.items()},
+            "layers": {n: {**layer.spec.to_json(), **layer.to_json()} for n, layer in self.layers.items()},
         }
 
 
@@ -161,7 +159,7 @@ def totals(layers: Mapping[str, LayerReport], tables: Mapping[str, Any]) -> dict
     for layer in layers.values():
         for part, bits in layer.stored_bits.items():
             parts[part] = parts.get(part, 0) + bits
-    weights = sum(layer.meta.out_features * layer.meta.in_features for layer in layers.values())
+    weights = sum(layer.spec.weights for layer in layers.values())
     stored = sum(parts.values())
     linear = {"weights": weights, "stored_bits": stored, "bits_per_weight": stored / weights, "parts": parts}
     return {"linear": linear, **tables}
@@ -173,9 +171,9 @@ def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dic
     Weights are the elements of parameters with two dimensions or more, each counted once.
     """
     left = {id(p): p for module in modules for p in module.parameters() if p.ndim >= 2}.values()
-    own = [layer for layer in layers if not layer.meta.shared_with]
+    own = [layer for layer in layers if not layer.spec.shared_with]
     count = sum(parameter.numel() for parameter in left)
-    weights = count + sum(layer.meta.out_features * layer.meta.in_features for layer in own)
+    weights = count + sum(layer.spec.weights for layer in own)
     bits = sum(8 * parameter.nbytes for parameter in left) + sum(sum(layer.stored_bits.values()) for layer in own)
     return {
         "weights": weights,

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
-from rankbook.calibration.record.layer_meta import LayerMeta
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.plugins.layer_spec import LayerSpec
 
 _STATE, _TOKENS = "state.json", "tokens.safetensors"
 
@@ -27,13 +27,13 @@ class BlockResult:
     """One finished block.
 
     Attributes:
-        records: By full layer name.
+        layers: Packed layers by full name.
         errors: Relative output errors by full layer name.
         tensors: New values of other parameters of the block by full name (norms that carry an input scaling).
         scaled: Full names of the layers whose inputs are scaled.
     """
 
-    records: Mapping[str, QuantizedLinear]
+    layers: Mapping[str, CodebookLinear]
     errors: Mapping[str, float | None]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scaled: Sequence[str] = ()
@@ -72,8 +72,8 @@ class PartialState:
 
     def save(self, index: int, result: BlockResult) -> None:
         """Store a finished block; a reader never sees half of one."""
-        tensors = {f"{name}.{part}": t for name, record in result.records.items() for part, t in record.pack().items()}
-        layers = {name: LayerMeta.of(record).to_json() for name, record in result.records.items()}
+        tensors = {f"{name}.{part}": t for name, layer in result.layers.items() for part, t in layer.packed().items()}
+        layers = {name: layer.spec.to_json() for name, layer in result.layers.items()}
         others = {"tensors": list(result.tensors), "scaled": list(result.scaled)}
         metadata = {
             "layers": json.dumps(layers),
@@ -95,14 +95,13 @@ class PartialState:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self._path(index)} is damaged ({error}); start again without --resume") from error
-        records = {}
+        layers = {}
         for name, entry in json.loads(metadata["layers"]).items():
-            meta = LayerMeta.from_json(name, entry)
-            parts = {part: tensors[f"{name}.{part}"] for part in meta.template()}
-            records[name] = QuantizedLinear.unpack(parts, meta.out_features, meta.in_features, meta.method)
+            spec = LayerSpec.from_json(name, entry)
+            layers[name] = CodebookLinear(spec, {part: tensors[f"{name}.{part}"] for part in spec.tensors()})
         others = json.loads(metadata["others"])
         changed = {name: tensors[name] for name in others["tensors"]}
-        return BlockResult(records, json.loads(metadata["errors"]), changed, others["scaled"])
+        return BlockResult(layers, json.loads(metadata["errors"]), changed, others["scaled"])
 
     def tokens(self) -> tuple[Tensor, str] | None:
         """Return the calibration tokens (sequences, length) of the interrupted run and their description, if stored."""

@@ -24,9 +24,9 @@ from rankbook.calibration.model.packed_modules import (
     replace_module,
 )
 from rankbook.calibration.model.patterns import matches
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.plugins import layout
+from rankbook.plugins.layer_spec import LayerSpec
 
 _FITTED_BITS = 4
 _ROWS_AT_ONCE = 256 * layout.PANEL
@@ -91,8 +91,8 @@ def wants_statistics(tables: Tables, options: QuantizeOptions) -> bool:
 
 def quantize_embedding(
     model: Any, tables: Tables, options: QuantizeOptions, inputs: LayerStatistics | None = None
-) -> dict[str, LayerMeta]:
-    """Replace the embedding (and with it a tied output layer) by packed modules; return their meta data by name.
+) -> dict[str, LayerSpec]:
+    """Replace the embedding (and with it a tied output layer) by packed modules; return their specs by name.
 
     ``inputs`` are the statistics of what enters the output layer; they are used where both share one table.
     """
@@ -102,26 +102,26 @@ def quantize_embedding(
     bits = options.quantize_embeddings or options.quantize_lm_head
     weight: Tensor = module.weight  # type: ignore[assignment]
     record = quantize_table(name, weight, None, bits, options, _of_both(inputs) if tables.tied and inputs else None)
-    meta = LayerMeta.of(record, "embedding", scale=_embedding_scale(module))
-    packed = CodebookEmbedding(meta, record.pack(), weight.dtype)
+    spec = record.spec("embedding", scale=_embedding_scale(module))
+    packed = CodebookEmbedding(spec, record.pack(), weight.dtype)
     replace_module(model, name, packed)
     if not tables.tied or tables.head is None:
-        return {name: meta}
+        return {name: spec}
     replace_module(model, tables.head[0], TiedCodebookLinear(packed))
-    return {name: meta, tables.head[0]: LayerMeta.of(record, shared_with=name)}
+    return {name: spec, tables.head[0]: record.spec(shared_with=name)}
 
 
 def quantize_head(
     model: Any, tables: Tables, options: QuantizeOptions, inputs: LayerStatistics | None = None
-) -> dict[str, LayerMeta]:
-    """Replace an untied output layer by a packed module; return its meta data by name."""
+) -> dict[str, LayerSpec]:
+    """Replace an untied output layer by a packed module; return its spec by name."""
     if not options.quantize_lm_head or tables.tied or tables.head is None:
         return {}
     name, module = tables.head
     weight: Tensor = module.weight  # type: ignore[assignment]
     record = quantize_table(name, weight, module.bias, options.quantize_lm_head, options, inputs)  # type: ignore[arg-type]
     replace_module(model, name, CodebookLinear.from_record(record, weight.dtype))
-    return {name: LayerMeta.of(record)}
+    return {name: record.spec()}
 
 
 def quantize_table(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rankbook.plugins import layout
+from rankbook.plugins.forms import Form
+from rankbook.plugins.layer_spec import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class GroupParams:
             raise ValueError("group parameters need either codes with step and base, or values; give exactly one form")
         if self.values is not None:
             check_tensor("group values", self.values, (torch.float16, torch.float32), 3)
+            check_finite("group values", self.values)
             return
         stored, step, base = self.codes, self.step, self.base
         if stored is None or step is None or base is None:
@@ -44,6 +47,7 @@ class GroupParams:
         want = (layout.ceil_div(stored.shape[0], layout.PANEL), stored.shape[2])
         for name, tensor in (("step", step), ("base", base)):
             check_tensor(f"group {name}", tensor, (torch.float32,), 2)
+            check_finite(f"group {name}", tensor)
             if tuple(tensor.shape) != want:
                 raise ValueError(f"group {name} has shape {tuple(tensor.shape)}; codes ask for {want}")
 
@@ -107,6 +111,19 @@ class GroupParams:
         codes, step, base = zip(*stored, strict=True)
         return cls(torch.cat(codes, -1), torch.cat(step, -1), torch.cat(base, -1))
 
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, Tensor], spec: LayerSpec) -> GroupParams:
+        """Undo `pack`: the parameters of a layer from its packed ``params``, ``step`` and ``base``."""
+        if spec.params is not Form.INT8:
+            return cls(values=_unpack_rows(tensors["step"], spec))
+        step, base = (tensors[name][:, 0, :, 0].contiguous() for name in ("step", "base"))
+        return cls(_unpack_rows(tensors["params"], spec), step, base)
+
+    @property
+    def form(self) -> Form:
+        """How they are stored."""
+        return Form.INT8 if self.values is None else Form(8 * self.values.element_size())
+
     @property
     def shape(self) -> torch.Size:
         """(N, G, Q)."""
@@ -122,6 +139,17 @@ class GroupParams:
             raise ValueError("8-bit group parameters need codes, step and base")
         codes = stored.float()
         return codes * _per_row(step, codes) + _per_row(base, codes)
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return the parts that hold data, see `LayerSpec.tensors`."""
+        if self.codes is not None and self.step is not None and self.base is not None:
+            codes = torch.from_numpy(layout.pack_rows(self.codes.cpu().numpy()))
+            return {"params": codes, "step": self.step[:, None, :, None], "base": self.base[:, None, :, None]}
+        return {"step": torch.from_numpy(layout.pack_rows(self.values.cpu().numpy()))}  # type: ignore[union-attr]
+
+
+def _unpack_rows(packed: Tensor, spec: LayerSpec) -> Tensor:
+    return torch.from_numpy(layout.unpack_rows(packed.cpu().numpy(), spec.out_features))
 
 
 def panel_range(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,3 +183,13 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], ndi
         raise ValueError(
             f"{name} are {tensor.dtype} with {tensor.ndim} dimensions; give {' or '.join(map(str, dtypes))} with {ndim}"
         )
+
+
+def check_finite(name: str, tensor: Tensor | None) -> None:
+    """Check that a tensor, if there is one, holds finite numbers.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} hold NaN or infinity")

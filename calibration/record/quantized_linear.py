@@ -12,22 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rankbook.calibration.record.group_params import GroupParams, check_tensor
+from rankbook.calibration.record.group_params import GroupParams, check_finite, check_tensor
 from rankbook.plugins import layout
+from rankbook.plugins.forms import Form
+from rankbook.plugins.layer_spec import LayerSpec, check_group
 
-__all__ = [
-    "LEVEL_LIMIT",
-    "Factor",
-    "GroupParams",
-    "LowRank",
-    "QuantizedLinear",
-    "allowed_groups",
-    "check_group",
-]
+__all__ = ["LEVEL_LIMIT", "Factor", "GroupParams", "LowRank", "QuantizedLinear"]
 
-GROUP_MULTIPLE = 16
-"""Group sizes are multiples of this (what one tensor-core step covers) or the whole row."""
-MIN_GROUP, MAX_GROUP = 16, 256
 LEVEL_LIMIT = {2: 64, 3: 64, 4: 64, 8: 128}
 """Integer levels lie in [-limit, limit - 1]: 7 bits are exact in every kernel, 8-bit codes need all 256 levels."""
 
@@ -49,6 +40,8 @@ class Factor:
     def __post_init__(self) -> None:
         if (self.values is None) == (self.codes is None or self.scale is None):
             raise ValueError("a factor needs either codes and scale, or values; give exactly one form")
+        for name, numbers in (("scale", self.scale), ("values", self.values)):
+            check_finite(f"factor {name}", numbers)
 
     @classmethod
     def quantize(cls, values: Tensor, bits: int, rank_axis: int) -> Factor:
@@ -66,6 +59,11 @@ class Factor:
         return cls((values.float() / scale).round().clamp(-127, 127).to(torch.int8), scale)
 
     @property
+    def form(self) -> Form:
+        """How it is stored."""
+        return Form.INT8 if self.values is None else Form(8 * self.values.element_size())
+
+    @property
     def shape(self) -> torch.Size:
         """(rows, columns)."""
         return (self.codes if self.values is None else self.values).shape  # type: ignore[union-attr]
@@ -75,6 +73,18 @@ class Factor:
         if self.codes is not None and self.scale is not None:
             return self.codes.float() * self.scale
         return self.values.float()  # type: ignore[union-attr]
+
+    def pack(self, name: str) -> dict[str, Tensor]:
+        """Return the parts of factor ``name`` (``down`` or ``up``) that hold data, see `LayerSpec.tensors`."""
+        if self.codes is not None and self.scale is not None:
+            return {name: self.codes, f"{name}_scale": self.scale}
+        return {f"{name}_scale": self.values}  # type: ignore[dict-item]
+
+    @classmethod
+    def unpack(cls, name: str, tensors: Mapping[str, Tensor], form: Form) -> Factor:
+        """Undo `pack`."""
+        scale = tensors[f"{name}_scale"]
+        return cls(tensors[name], scale) if form is Form.INT8 else cls(values=scale)
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,11 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.down.shape[0] != self.up.shape[1]:
             raise ValueError(f"down has rank {self.down.shape[0]} and up has rank {self.up.shape[1]}; they must agree")
+        if self.down.form is not self.up.form:
+            raise ValueError(f"down is {self.down.form.dtype} and up {self.up.form.dtype}; both must have one form")
 
     @property
-    def rank(self) -> int:
+    def branch_rank(self) -> int:
         """R."""
         return int(self.down.shape[0])
 
@@ -151,6 +163,7 @@ class QuantizedLinear:
             )
         if self.bias is not None and tuple(self.bias.shape) != (rows,):
             raise ValueError(f"bias has shape {tuple(self.bias.shape)}; it must be ({rows},)")
+        check_finite("bias", self.bias)
         if self.low_rank is not None and (
             self.low_rank.up.shape[0] != rows or self.low_rank.down.shape[1] != self.in_features
         ):
@@ -163,8 +176,7 @@ class QuantizedLinear:
         limit = LEVEL_LIMIT[self.bits]
         if self.levels.dtype == torch.int8 and (self.levels.min() < -limit or self.levels.max() > limit - 1):
             raise ValueError(f"integer levels must lie in [{-limit}, {limit - 1}] for {self.bits} bits")
-        if not torch.isfinite(self.levels.float()).all():
-            raise ValueError("levels hold NaN or infinity")
+        check_finite("levels", self.levels)
 
     @property
     def out_features(self) -> int:
@@ -186,16 +198,16 @@ class QuantizedLinear:
         """Weights of one row that share a codebook."""
         return self.in_features // max(1, int(self.params.shape[1]))
 
-    def tables(self) -> Tensor:
+    def codebooks(self) -> Tensor:
         """Return the codebooks of all groups, float32 (N, G, 2**bits)."""
         params = self.params.dense()
-        table = params[..., : self.planes] @ self.levels.float()
-        return table + params[..., self.planes :] if self.has_offset else table
+        books = params[..., : self.planes] @ self.levels.float()
+        return books + params[..., self.planes :] if self.has_offset else books
 
     def weight(self, *, with_low_rank: bool = False) -> Tensor:
         """Return the decoded weight, float32 (N, K), optionally with the error branch folded in."""
         grouped = self.codes.view(self.out_features, -1, self.group).long()
-        weight = self.tables().gather(2, grouped).view(self.out_features, self.in_features)
+        weight = self.codebooks().gather(2, grouped).view(self.out_features, self.in_features)
         if with_low_rank and self.low_rank is not None:
             weight = weight + self.low_rank.dense()
         return weight
@@ -204,103 +216,74 @@ class QuantizedLinear:
         """Return the record with another error branch."""
         return replace(self, low_rank=low_rank)
 
-    def stored_bits(self) -> dict[str, int]:
-        """Return the stored bits of each part, padding included, exactly as the packed tensors hold them."""
-        packed = self.pack()
-        return {name: 8 * t.numel() * t.element_size() for name, t in packed.items() if name != "bias"}
+    def spec(self, kind: str = "linear", *, scale: float = 1.0, shared_with: str = "") -> LayerSpec:
+        """Return the description of the packed layer."""
+        return LayerSpec(
+            kind=kind,
+            method=self.method,
+            bits=self.bits,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group=self.group,
+            planes=self.planes,
+            has_offset=self.has_offset,
+            params=self.params.form,
+            level_dtype=_dtype_name(self.levels),
+            bias="" if self.bias is None else _dtype_name(self.bias),
+            branch_rank=0 if self.low_rank is None else self.low_rank.branch_rank,
+            factors=Form.INT8 if self.low_rank is None else self.low_rank.down.form,
+            scale=scale,
+            shared_with=shared_with,
+        )
 
     def bits_per_weight(self) -> float:
         """Return stored bits per original weight, every side datum counted, bias left out (it is not quantized)."""
-        return sum(self.stored_bits().values()) / self.codes.numel()
+        return self.spec().bits_per_weight()
 
     def pack(self) -> dict[str, Tensor]:
-        """Return the packed tensors that checkpoints, torch modules and ONNX files hold (see `unpack`)."""
-        tensors = {"codes": torch.from_numpy(layout.pack_codes(self.codes.cpu().numpy(), self.bits))}
-        tensors["levels"] = self.levels
-        tensors |= _pack_params(self.params)
+        """Return the packed tensors of `LayerSpec.tensors`, which checkpoints and torch modules hold."""
+        held = {
+            "codes": torch.from_numpy(layout.pack_codes(self.codes.cpu().numpy(), self.bits)),
+            "levels": self.levels,
+        }
+        held |= self.params.pack()
         if self.bias is not None:
-            tensors["bias"] = self.bias
+            held["bias"] = self.bias
         if self.low_rank is not None:
             for name, factor in (("down", self.low_rank.down), ("up", self.low_rank.up)):
-                tensors |= _pack_factor(name, factor)
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+                held |= factor.pack(name)
+        for name, part in self.spec().tensors().items():
+            if part.value is not None:
+                held[name] = torch.full(part.shape, part.value, dtype=getattr(torch, part.dtype))
+        return {name: tensor.contiguous() for name, tensor in held.items()}
 
     @classmethod
-    def unpack(
-        cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int, method: str = ""
-    ) -> QuantizedLinear:
+    def unpack(cls, tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLinear:
         """Undo `pack`.
 
+        Args:
+            tensors: The packed tensors, as `LayerSpec.check` accepts them.
+            spec: Their description.
+
         Raises:
-            ValueError: Tensors that do not belong to an (out_features, in_features) layer.
+            ValueError: Tensors that do not belong to the layer.
             KeyError: A tensor is missing.
         """
-        packed = tensors["codes"]
-        codes = torch.from_numpy(layout.unpack_codes(packed.cpu().numpy(), out_features, in_features))
-        levels = tensors["levels"]
-        params = unpack_params(tensors, out_features)
+        codes = layout.unpack_codes(tensors["codes"].cpu().numpy(), spec.out_features, spec.in_features)
         low_rank = None
-        if "down_scale" in tensors:
-            low_rank = LowRank(_unpack_factor("down", tensors), _unpack_factor("up", tensors))
+        if spec.branch_rank:
+            low_rank = LowRank(*(Factor.unpack(name, tensors, spec.factors) for name in ("down", "up")))
         return cls(
-            codes=codes,
-            bits=int(packed.shape[2]),
-            levels=levels,
-            params=params,
-            has_offset=int(params.shape[2]) > int(levels.shape[0]),
-            bias=tensors.get("bias"),
+            codes=torch.from_numpy(codes),
+            bits=spec.bits,
+            levels=tensors["levels"],
+            params=GroupParams.unpack(tensors, spec),
+            has_offset=spec.has_offset,
+            bias=tensors["bias"] if spec.bias else None,
             low_rank=low_rank,
-            method=method,
+            method=spec.method,
         )
 
 
-def check_group(in_features: int, group: int) -> None:
-    """Check that ``group`` can cut rows of ``in_features`` weights.
-
-    Raises:
-        ValueError: It cannot; the message names the group sizes that can.
-    """
-    if group not in allowed_groups(in_features):
-        allowed = ", ".join(map(str, allowed_groups(in_features)))
-        raise ValueError(
-            f"group size {group} cannot cut rows of {in_features} weights; choose one of {allowed}"
-            f" ({in_features} means one group per row), or 'auto'"
-        )
-
-
-def allowed_groups(in_features: int) -> list[int]:
-    """Return the group sizes for rows of ``in_features``: divisors, multiples of 16 up to 256, and the whole row."""
-    sizes = [g for g in range(MIN_GROUP, MAX_GROUP + 1, GROUP_MULTIPLE) if in_features % g == 0]
-    return sizes if in_features in sizes else [*sizes, in_features]
-
-
-def _pack_params(params: GroupParams) -> dict[str, Tensor]:
-    if params.codes is not None and params.step is not None and params.base is not None:
-        return {
-            "params": torch.from_numpy(layout.pack_rows(params.codes.cpu().numpy())),
-            "step": params.step[:, None, :, None],
-            "base": params.base[:, None, :, None],
-        }
-    values = torch.from_numpy(layout.pack_rows(params.values.cpu().numpy()))  # type: ignore[union-attr]
-    ones = torch.ones(1, 1, 1, 1, dtype=torch.int8)
-    return {"params": ones, "step": values, "base": torch.zeros(1, 1, 1, 1)}
-
-
-def unpack_params(tensors: Mapping[str, Tensor], rows: int) -> GroupParams:
-    """Return the group parameters of a layer with N = ``rows`` from its packed ``params``, ``step`` and ``base``."""
-    params, step, base = tensors["params"], tensors["step"], tensors["base"]
-    if params.numel() == 1 and step.numel() > 1:
-        return GroupParams(values=torch.from_numpy(layout.unpack_rows(step.cpu().numpy(), rows)))
-    codes = torch.from_numpy(layout.unpack_rows(params.cpu().numpy(), rows))
-    return GroupParams(codes, step[:, 0, :, 0].contiguous(), base[:, 0, :, 0].contiguous())
-
-
-def _pack_factor(name: str, factor: Factor) -> dict[str, Tensor]:
-    if factor.codes is not None and factor.scale is not None:
-        return {name: factor.codes, f"{name}_scale": factor.scale}
-    return {name: torch.ones(1, 1, dtype=torch.int8), f"{name}_scale": factor.values}  # type: ignore[dict-item]
-
-
-def _unpack_factor(name: str, tensors: Mapping[str, Tensor]) -> Factor:
-    codes, scale = tensors[name], tensors[f"{name}_scale"]
-    return Factor(values=scale) if codes.numel() == 1 and scale.numel() > 1 else Factor(codes, scale)
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

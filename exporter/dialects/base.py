@@ -13,7 +13,8 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from rankbook.calibration.activations.inputs import StaticRange
-from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.plugins.forms import Form
+from rankbook.plugins.layer_spec import LayerSpec
 
 __all__ = ["Dialect", "DialectError", "NodeWriter", "PackedLayer", "check_layers", "lazy_tensor"]
 
@@ -29,7 +30,7 @@ class PackedLayer:
     Attributes:
         name: Dotted name of the torch module, which becomes the name of the node that gives the layer's output.
         owner: Name of the layer that holds the tensors: another one where weights are tied.
-        meta: Shapes and types of the owner.
+        spec: Shapes and types of the owner.
         embedding: Whether rows are looked up; otherwise x is multiplied by the matrix.
         read: Returns a packed tensor of the owner by name, see `QuantizedLinear.pack`.
         dtype: Dtype of the activations.
@@ -40,7 +41,7 @@ class PackedLayer:
 
     name: str
     owner: str
-    meta: LayerMeta
+    spec: LayerSpec
     embedding: bool
     read: Callable[[str], Tensor]
     dtype: torch.dtype = torch.float32
@@ -117,24 +118,24 @@ class NodeWriter:
 
     def finish(self, product: ir.Value, x: ir.Value) -> list[ir.Node]:
         """Add error branch and bias to a product and return all nodes; the last one gets the layer's name."""
-        meta = self.layer.meta
-        if meta.rank:
-            inner = self.op("MatMul", [x, self._factor("down", (meta.in_features, meta.rank), rank_axis=1)])
-            outer = self.op("MatMul", [inner, self._factor("up", (meta.rank, meta.out_features), rank_axis=0)])
+        spec = self.layer.spec
+        if spec.branch_rank:
+            inner = self.op("MatMul", [x, self._factor("down", (spec.in_features, spec.branch_rank), rank_axis=1)])
+            outer = self.op("MatMul", [inner, self._factor("up", (spec.branch_rank, spec.out_features), rank_axis=0)])
             product = self.op("Add", [product, outer])
-        if meta.bias:
-            bias = self.floats("bias", (meta.out_features,), lambda: self.layer.read("bias"))
+        if spec.bias:
+            bias = self.floats("bias", (spec.out_features,), lambda: self.layer.read("bias"))
             self.op("Add", [product, bias])
         self.nodes[-1].name = self.layer.name
         return self.nodes
 
     def _factor(self, name: str, shape: tuple[int, int], *, rank_axis: int) -> ir.Value:
         """Return a factor of the error branch, transposed for a product from the right."""
-        read, meta = self.layer.read, self.layer.meta
-        if meta.factor_bits != 8:
+        read, spec = self.layer.read, self.layer.spec
+        if spec.factors is not Form.INT8:
             return self.floats(name, shape, lambda: read(f"{name}_scale").T)
         codes = self.lazy(name, ir.DataType.INT8, shape, lambda: read(name).T)
-        scale = self.floats(f"{name}_scale", (meta.rank,), lambda: read(f"{name}_scale").reshape(-1))
+        scale = self.floats(f"{name}_scale", (spec.branch_rank,), lambda: read(f"{name}_scale").reshape(-1))
         return self.op("DequantizeLinear", [codes, scale], {"axis": rank_axis})
 
 

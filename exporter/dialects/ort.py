@@ -31,14 +31,14 @@ def refuse(layer: PackedLayer) -> str:
     """Return why a layer cannot be written as MatMulNBits."""
     if layer.embedding:
         return ""
-    if layer.meta.bits not in BITS:
-        return f"it has {layer.meta.bits} bits; quantize with --bits 2, 4 or 8, or use --dialect rankbook"
+    if layer.spec.bits not in BITS:
+        return f"it has {layer.spec.bits} bits; quantize with --bits 2, 4 or 8, or use --dialect rankbook"
     try:
-        affine = AffineLayer.of(layer.meta, layer.read)
+        affine = AffineLayer.of(layer.spec, layer.read)
         affine.scales()
     except NotAffineError as error:
         return str(error)
-    if layer.meta.bits == MAX_BITS and layer.meta.has_offset and not _whole(affine.zeros(), MAX_BITS):
+    if layer.spec.bits == MAX_BITS and layer.spec.has_offset and not _whole(affine.zeros(), MAX_BITS):
         return (
             "it has 8 bits and zero points that are not whole numbers, which ONNX Runtime does not compute on a CPU;"
             " quantize with --weight-format symmetric (an output layer with --quantize-lm-head 4), or use --dialect"
@@ -62,34 +62,34 @@ def block_size(group: int, in_features: int) -> int:
 
 def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
     """Return MatMulNBits, and what error branch and bias need."""
-    layer, meta = writer.layer, writer.layer.meta
+    layer, spec = writer.layer, writer.layer.spec
     if layer.embedding:
         return rankbook.lower(writer, x)
-    affine = AffineLayer.of(meta, layer.read)
-    size = block_size(meta.group, meta.in_features)
-    blocks = -(-meta.in_features // size)
-    rows = meta.out_features
+    affine = AffineLayer.of(spec, layer.read)
+    size = block_size(spec.group, spec.in_features)
+    blocks = -(-spec.in_features // size)
+    rows = spec.out_features
 
     def per_block(values: Tensor) -> Tensor:
-        repeats = blocks if values.shape[1] == 1 else meta.group // size
+        repeats = blocks if values.shape[1] == 1 else spec.group // size
         return values.repeat_interleave(repeats, 1)
 
     def codes() -> Tensor:
-        padded = torch.nn.functional.pad(affine.integers(), (0, blocks * size - meta.in_features))
-        return pack_bits(padded, meta.bits).reshape(rows, blocks, -1)
+        padded = torch.nn.functional.pad(affine.integers(), (0, blocks * size - spec.in_features))
+        return pack_bits(padded, spec.bits).reshape(rows, blocks, -1)
 
-    shape = (rows, blocks, size * meta.bits // 8)
+    shape = (rows, blocks, size * spec.bits // 8)
     inputs = [
         x,
         writer.lazy("codes", ir.DataType.UINT8, shape, codes),
         writer.floats("scales", (rows, blocks), lambda: per_block(affine.scales())),
     ]
-    if meta.has_offset or affine.first != -(1 << (meta.bits - 1)):
+    if spec.has_offset or affine.first != -(1 << (spec.bits - 1)):
         inputs.append(_zero_points(writer, lambda: per_block(affine.zeros()), (rows, blocks)))
     attributes = {
-        "K": meta.in_features,
+        "K": spec.in_features,
         "N": rows,
-        "bits": meta.bits,
+        "bits": spec.bits,
         "block_size": size,
         # 1: x stays what it is. 4: ONNX Runtime rounds it to 8 bits, with one scale per token and block.
         "accuracy_level": 4 if layer.int8_activations else 1,
@@ -102,7 +102,7 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
 
 def _zero_points(writer: NodeWriter, load: Callable[[], Tensor], shape: tuple[int, int]) -> ir.Value:
     """Return zero points (N, blocks): packed integers if all are whole, numbers otherwise."""
-    bits = writer.layer.meta.bits
+    bits = writer.layer.spec.bits
     per_byte = 8 // bits
     if _whole(load(), bits):
         packed = (shape[0], -(-shape[1] // per_byte))

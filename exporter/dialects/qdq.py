@@ -25,25 +25,25 @@ def refuse(layer: PackedLayer) -> str:
         return ""
     if layer.int8_activations:
         return "it has no operator that rounds its own input; use --dialect rankbook or ort, or --activations float"
-    meta = layer.meta
+    spec = layer.spec
     if layer.input_range is not None and not layer.symmetric_input:
         return (
             "its input is quantized asymmetrically, which TensorRT refuses; quantize with --activations static8, or use"
             " --dialect ort or rankbook"
         )
-    if meta.bits not in _TYPES:
+    if spec.bits not in _TYPES:
         return (
-            f"it has {meta.bits} bits, and TensorRT's integers have 4 or 8; quantize with --bits 4 or 8, or use"
+            f"it has {spec.bits} bits, and TensorRT's integers have 4 or 8; quantize with --bits 4 or 8, or use"
             " --dialect rankbook"
         )
     try:
-        affine = AffineLayer.of(meta, layer.read)
-        if not meta.has_offset:
+        affine = AffineLayer.of(spec, layer.read)
+        if not spec.has_offset:
             affine.scales()
     except NotAffineError as error:
         return str(error)
-    half = 1 << (meta.bits - 1)
-    if meta.has_offset or affine.first != round(affine.first) or not -half <= affine.first <= -half + 1:
+    half = 1 << (spec.bits - 1)
+    if spec.has_offset or affine.first != round(affine.first) or not -half <= affine.first <= -half + 1:
         return (
             "it is asymmetric (an offset or zero point per group), which TensorRT refuses; quantize with"
             " --weight-format symmetric, or use --dialect ort or rankbook"
@@ -62,8 +62,8 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
 
 def dequantized_weight(writer: NodeWriter) -> ir.Value:
     """Return the weight (K, N): per channel where a row is one group, in blocks along K otherwise."""
-    meta = writer.layer.meta
-    affine = AffineLayer.of(meta, writer.layer.read)
+    spec = writer.layer.spec
+    affine = AffineLayer.of(spec, writer.layer.read)
 
     def codes() -> Tensor:
         return (affine.integers().to(torch.int16) + int(affine.first)).to(torch.int8).T
@@ -72,13 +72,13 @@ def dequantized_weight(writer: NodeWriter) -> ir.Value:
         # TensorRT wants positive scales; a group of zeros may have any.
         return affine.scales().clamp_min(torch.finfo(writer.layer.dtype).tiny).T
 
-    groups = meta.in_features // meta.group
-    stored = writer.lazy("codes", _TYPES[meta.bits], (meta.in_features, meta.out_features), codes)
+    groups = spec.in_features // spec.group
+    stored = writer.lazy("codes", _TYPES[spec.bits], (spec.in_features, spec.out_features), codes)
     if groups == 1:
-        scale = writer.floats("scales", (meta.out_features,), lambda: scales()[0])
+        scale = writer.floats("scales", (spec.out_features,), lambda: scales()[0])
         return writer.op("DequantizeLinear", [stored, scale], {"axis": 1})
-    scale = writer.floats("scales", (groups, meta.out_features), scales)
-    return writer.op("DequantizeLinear", [stored, scale], {"axis": 0, "block_size": meta.group})
+    scale = writer.floats("scales", (groups, spec.out_features), scales)
+    return writer.op("DequantizeLinear", [stored, scale], {"axis": 0, "block_size": spec.group})
 
 
 DIALECT = Dialect("qdq", "symmetric INT4 / INT8 DequantizeLinear, fused by TensorRT", refuse, lower)

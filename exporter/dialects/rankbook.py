@@ -15,19 +15,19 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
     layer = writer.layer
     kind = contract.GATHER
     if not layer.embedding:  # also where tied to one
-        kind = contract.matmul_kind(low_rank=bool(layer.meta.rank), int8_activations=layer.int8_activations)
-    op = emit.operator(layer.meta, kind)
-    tensors = emit.initializers(layer.meta, op, layer.read, layer.owner)
+        kind = contract.matmul_kind(low_rank=bool(layer.spec.branch_rank), int8_activations=layer.int8_activations)
+    op = emit.operator(layer.spec, kind)
+    tensors = emit.initializers(layer.spec, op, layer.read, layer.owner)
     constants = [writer.constant(tensors[name]) for name in op.constants()]
-    writer.op(op.name, [x, *constants], emit.attributes(layer.meta), domain=contract.DOMAIN, name=layer.name)
+    writer.op(op.name, [x, *constants], emit.attributes(layer.spec), domain=contract.DOMAIN, name=layer.name)
     return writer.nodes
 
 
 def refuse(layer: PackedLayer) -> str:
     """Return why a layer cannot be written so: every checkpoint can be, unless x is to be rounded."""
-    if layer.int8_activations and layer.meta.group > LARGEST_GROUP:
+    if layer.int8_activations and layer.spec.group > LARGEST_GROUP:
         return (
-            f"its groups of {layer.meta.group} inputs are too long for int8 activations, of which {LARGEST_GROUP} can"
+            f"its groups of {layer.spec.group} inputs are too long for int8 activations, of which {LARGEST_GROUP} can"
             " be summed up; export with --activations float, or quantize with a smaller --group-size"
         )
     return ""

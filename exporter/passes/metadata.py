@@ -43,11 +43,11 @@ class AddMetadata(ir.passes.InPlacePass):
         model.metadata_props.clear()
         properties = {
             FORMAT: str(contract.VERSION),
-            "rankbook.method": ", ".join(sorted({meta.method for meta in layers.values()})),
-            "rankbook.bits": ", ".join(str(bits) for bits in sorted({meta.bits for meta in layers.values()})),
+            "rankbook.method": ", ".join(sorted({spec.method for spec in layers.values()})),
+            "rankbook.bits": ", ".join(str(bits) for bits in sorted({spec.bits for spec in layers.values()})),
             "rankbook.checkpoint_sha256": _json(_hashes(manifest)),
             "rankbook.versions": _json({**versions(), "onnx": _version("onnx"), "onnx_ir": _version("onnx-ir")}),
-            LAYERS: _json({name: _entry(name, meta.to_json(), manifest) for name, meta in layers.items()}),
+            LAYERS: _json({name: _entry(name, spec.to_json(), manifest) for name, spec in layers.items()}),
             **self._extra,
         }
         model.metadata_props.update(properties)
@@ -58,9 +58,9 @@ def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in manifest.get("files", {}).items() if name.endswith(".safetensors")}
 
 
-def _entry(name: str, meta: dict[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(name: str, spec: dict[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     known = manifest.get("layers", {}).get(name)
-    return {**meta, "error": known["error"]} if isinstance(known, dict) and "error" in known else meta
+    return {**spec, "error": known["error"]} if isinstance(known, dict) and "error" in known else spec
 
 
 def _json(content: Any) -> str:

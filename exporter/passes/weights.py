@@ -108,12 +108,12 @@ def packed_layer(
     """Return a packed layer as dialects see it; ``int8_activations`` is for products, not for embeddings."""
     owner = checkpoint.layers[name].shared_with or name
     embedding = checkpoint.layers[name].kind == "embedding"
-    meta = checkpoint.layers[owner]
+    spec = checkpoint.layers[owner]
     config = ActivationConfig.from_json(None if embedding else checkpoint.runtime.get("activations"))
     return PackedLayer(
         name,
         owner,
-        meta,
+        spec,
         embedding,
         lambda part: checkpoint.tensor(f"{owner}.{part}"),
         dtype,

@@ -15,7 +15,6 @@ from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import Factor, GroupParams, LowRank, QuantizedLinear
 from rankbook.exporter import dialects
 from rankbook.exporter.affine import AffineLayer, NotAffineError
@@ -77,7 +76,7 @@ def run_layer(name: str, record: QuantizedLinear, x: Any) -> Any:
         '<ir_version: 11, opset_import: ["" : 23]> g (float[b,s,48] x) => (float[b,s,40] y) { y = Identity (x) }'
     )
     graph, language = model.graph, dialects.dialect(name)
-    layer = PackedLayer("a.b", "a.b", LayerMeta.of(record), False, record.pack().__getitem__)
+    layer = PackedLayer("a.b", "a.b", record.spec(), False, record.pack().__getitem__)
     assert language.refuse(layer) == ""
     nodes = language.lower(NodeWriter(graph, layer), graph.inputs[0])
     assert nodes[-1].name == "a.b"
@@ -94,7 +93,7 @@ def test_int8_activations_are_a_level_of_accuracy_or_refused(int8, level):
         '<ir_version: 11, opset_import: ["" : 23]> g (float[b,s,48] x) => (float[b,s,48] y) { y = Identity (x) }'
     ).graph
     record = quantized(bits=4, weight_format="symmetric")
-    layer = PackedLayer("a.b", "a.b", LayerMeta.of(record), False, record.pack().__getitem__, int8_activations=int8)
+    layer = PackedLayer("a.b", "a.b", record.spec(), False, record.pack().__getitem__, int8_activations=int8)
     product = dialects.dialect("ort").lower(NodeWriter(graph, layer), graph.inputs[0])[0]
     assert product.attributes["accuracy_level"].as_int() == level
     assert ("--activations float" in dialects.dialect("qdq").refuse(layer)) == int8
@@ -177,7 +176,7 @@ def test_tensorrt_keeps_the_integers_packed_in_half_precision(tmp_path):
         model = ir.from_onnx_text(
             '<ir_version: 11, opset_import: ["" : 23]> g (float16[b,512] x) => (float16[b,512] y) { y = Identity (x) }'
         )
-        layer = PackedLayer("a", "a", LayerMeta.of(record), False, record.pack().__getitem__, torch.float16)
+        layer = PackedLayer("a", "a", record.spec(), False, record.pack().__getitem__, torch.float16)
         (old,) = list(model.graph)
         nodes = dialects.dialect("qdq").lower(NodeWriter(model.graph, layer), model.graph.inputs[0])
         outputs = list(old.outputs), [nodes[-1].outputs[0]]
@@ -205,7 +204,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "options", "said"), REFUSED)
 def test_what_cannot_be_expressed_is_refused_with_the_reason(name, options, said):
     record = random_record(40, 48, bits=4) if "planes" in options else quantized(**options)
-    layer = PackedLayer("layer", "layer", LayerMeta.of(record), False, record.pack().__getitem__)
+    layer = PackedLayer("layer", "layer", record.spec(), False, record.pack().__getitem__)
     with pytest.raises(DialectError, match=rf"dialect '{name}'.*layer \(and 1 more\).*{said}"):
         check_layers(dialects.dialect(name), [layer, layer])
 
@@ -223,7 +222,7 @@ def test_whole_zero_points_are_stored_as_integers():
     for name, options in formats.items():
         record = quantized(bits=4, **options)
         graph = ir.Graph([ir.Value(name="x")], [], nodes=[])
-        layer = PackedLayer("a", "a", LayerMeta.of(record), False, record.pack().__getitem__)
+        layer = PackedLayer("a", "a", record.spec(), False, record.pack().__getitem__)
         dialects.dialect("ort").lower(NodeWriter(graph, layer), graph.inputs[0])
         kinds[name] = graph.initializers["a.zero_points"].dtype
     assert kinds == {"mxint": ir.DataType.UINT8, "affine": ir.DataType.FLOAT}
@@ -278,6 +277,6 @@ def test_negative_scales_and_dead_groups_with_an_offset_are_named():
             GroupParams(values=torch.tensor(params).expand(32, 2, 2).contiguous()),
             has_offset=True,
         )
-        affine = AffineLayer.of(LayerMeta.of(record), record.pack().__getitem__)
+        affine = AffineLayer.of(record.spec(), record.pack().__getitem__)
         with pytest.raises(NotAffineError, match=said):
             affine.scales()

@@ -16,7 +16,6 @@ import torch
 from rankbook.calibration.checkpoint import format as ck
 from rankbook.calibration.checkpoint.format import CheckpointError
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import external
 from rankbook.exporter.export import DATA, MODEL, ExportOptions, export
 from rankbook.plugins import contract
@@ -49,9 +48,9 @@ def exported(checkpoint, tmp_path_factory):
 def test_file_size_is_the_stored_bits_and_the_unquantized_parts(checkpoint, exported):
     folder, report = exported
     opened = ck.open_checkpoint(checkpoint)
-    stored = sum(sum(record.stored_bits().values()) for record in ck.load_records(checkpoint).values()) / 8
+    stored = sum(sum(record.spec().stored_bits().values()) for record in ck.load_records(checkpoint).values()) / 8
     plain = sum(opened.tensor(name).nbytes for name in opened.unquantized())
-    biases = sum(opened.tensor(f"{name}.bias").nbytes for name, meta in opened.layers.items() if meta.bias)
+    biases = sum(opened.tensor(f"{name}.bias").nbytes for name, spec in opened.layers.items() if spec.bias)
     size = (folder / DATA).stat().st_size
     # Tensors are aligned to 64 bytes, levels are stored in 16 bits instead of 8, small tensors are in the graph's file.
     assert abs(size - stored - plain - biases) < 0.02 * size
@@ -229,7 +228,7 @@ def write_large_checkpoint(folder: Path, config: dict[str, object], rows: int, c
     names["model.layers.0.mlp.down_proj"] = (columns, 64)
     for name, (out_features, in_features) in names.items():
         record = random_record(out_features, in_features, bits=4, group=64)
-        layers[name] = LayerMeta.of(record)
+        layers[name] = record.spec()
         tensors |= {f"{name}.{part}": tensor for part, tensor in record.pack().items()}
     for name in ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"):
         tensors[f"{name}.weight"] = torch.ones(columns)

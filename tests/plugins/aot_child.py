@@ -16,7 +16,7 @@ import numpy as np
 from rankbook.plugins import aot, contract
 
 trt: Any = importlib.import_module("tensorrt_bindings")
-sys.modules["tensorrt"] = trt  # the meta package of that name is not on the package index
+sys.modules["tensorrt"] = trt  # the spec package of that name is not on the package index
 trtp: Any = importlib.import_module("tensorrt_bindings.plugin")
 tensors: Any = importlib.import_module("tensorrt_bindings.plugin._tensor")
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import aot, contract
 from tests.op_cases import case_record, expected, numpy_inputs, relative_error
@@ -86,7 +85,7 @@ PRODUCTS: dict[str, tuple[dict[str, Any], str, int]] = {
 def test_products(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, dtype, tokens = PRODUCTS[case]
     record = case_record("plain", **{"group": 32, **changes})
-    name = emit.operator(LayerMeta.of(record)).name
+    name = emit.operator(record.spec()).name
 
     def interpreted(tensors: dict[str, Array], attributes: Any, x: Array, type_: str) -> Array:
         y = np.full((len(x), record.out_features), -1).astype(x.dtype)
@@ -102,7 +101,7 @@ def test_look_ups() -> None:
     indices = np.array([[0, 69], [33, 32]])
     tensors = {"indices": indices, **numpy_inputs(record, contract.GATHER)}
     y = np.zeros((2, 2, 80), np.float32)
-    got = run("CodebookGather4", tensors, emit.attributes(LayerMeta.of(record)), "int64", y)
+    got = run("CodebookGather4", tensors, emit.attributes(record.spec()), "int64", y)
     # Both sides work in fp32; they differ in the order of a sum over planes.
     np.testing.assert_allclose(got, expected(record, indices, contract.GATHER), rtol=0, atol=2e-6)
 
@@ -135,9 +134,9 @@ def test_what_no_kernel_serves_is_refused(changes: dict[str, Any], type_: str, m
     record = case_record("plain", **changes)
     tensors = numpy_inputs(record)
     types = {name: TYPES[str(value.dtype)] for name, value in tensors.items()} | {"x": type_}
-    name = emit.operator(LayerMeta.of(record)).name
+    name = emit.operator(record.spec()).name
     with pytest.raises(ValueError, match=message):
-        aot.launch(name, emit.attributes(LayerMeta.of(record)), {n: t.shape for n, t in tensors.items()}, types)
+        aot.launch(name, emit.attributes(record.spec()), {n: t.shape for n, t in tensors.items()}, types)
 
 
 # ------------------------------------------------------------------------------------------------ TensorRT 11
@@ -165,7 +164,7 @@ def ask_tensorrt(environment: dict[str, str], op: str, attributes: Any, tensors:
 @needs_lean
 def test_tensorrt_registers_the_plugins_and_is_told_what_to_launch(lean_environment: dict[str, str]) -> None:
     record = case_record("plain", bits=4, planes=1, in_features=64, group=32, rank=2)
-    attributes, tokens = emit.attributes(LayerMeta.of(record)), 9
+    attributes, tokens = emit.attributes(record.spec()), 9
     x = np.random.default_rng(0).standard_normal((1, tokens, 64)).astype(np.float16)
     tensors = {"x": x, **numpy_inputs(record)}
     report = ask_tensorrt(lean_environment, "CodebookMatMulLowRank4", attributes, tensors)
@@ -185,7 +184,7 @@ def test_tensorrt_registers_the_plugins_and_is_told_what_to_launch(lean_environm
 @needs_lean
 def test_tensorrt_is_told_about_look_ups(lean_environment: dict[str, str]) -> None:
     record = case_record("plain", bits=4, planes=2, out_features=70, in_features=80, group=16)
-    attributes = emit.attributes(LayerMeta.of(record))
+    attributes = emit.attributes(record.spec())
     tensors = {"indices": np.array([[0, 69, 33]]), **numpy_inputs(record, contract.GATHER)}
     report = ask_tensorrt(lean_environment, "CodebookGather4", attributes, tensors)
     assert report["y"] == ["FLOAT", [1, 3, 80]]

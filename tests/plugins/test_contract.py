@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankbook.plugins import contract, layout, reference
+from rankbook.plugins import contract, forms, layout, reference
 
 
 def test_every_kind_has_every_width_and_a_reference():
@@ -38,12 +38,12 @@ def test_an_unknown_operator_is_refused_with_the_known_ones():
 def test_symbolic_shapes_bind_their_letters():
     sizes = contract.known_sizes(3, out_features=40, in_features=48)
     assert sizes == {"N": 40, "K": 48, "NP": 2, "KB": 2, "b": 3, "L": 8}
-    found = contract.match_shape(("NP", "G", "Q", 32), (2, 3, 2, 32), sizes)
+    found = forms.match_shape(("NP", "G", "Q", 32), (2, 3, 2, 32), sizes)
     assert found is not None
     assert found["G"] == 3
     assert found["Q"] == 2
-    assert contract.match_shape(("NP", "G", "Q", 32), (3, 3, 2, 32), sizes) is None
-    assert contract.match_shape(("R", "R"), (2, 3), {}) is None
+    assert forms.match_shape(("NP", "G", "Q", 32), (3, 3, 2, 32), sizes) is None
+    assert forms.match_shape(("R", "R"), (2, 3), {}) is None
 
 
 def test_a_wrong_number_of_inputs_is_named():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
 from rankbook.plugins import contract, layout
@@ -54,7 +53,7 @@ def magnitudes(record: QuantizedLinear) -> torch.Tensor:
 def check_matmul(record: QuantizedLinear, dtype: str, tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, record.in_features, generator=generator).to(TORCH[dtype])
-    got = emulated.matmul(numpy_inputs(record), emit.attributes(LayerMeta.of(record)), to_bits(x), dtype)
+    got = emulated.matmul(numpy_inputs(record), emit.attributes(record.spec()), to_bits(x), dtype)
     want = torch.from_numpy(expected(record, x.float().numpy())).double()
     error = (from_bits(got, dtype).double() - want).abs()
     # Weights: one rounding per plane, the offset and the coefficients, in the type of x. Sums in fp32: one rounding
@@ -137,7 +136,7 @@ def test_gather(bits, planes):
     record = case_record("plain", bits=bits, planes=planes, out_features=70, in_features=80, group=16)
     indices = np.array([[0, 69, 31], [32, 7, 66]])
     constants = numpy_inputs(record, contract.GATHER)
-    got = emulated.gather(constants, emit.attributes(LayerMeta.of(record)), indices)
+    got = emulated.gather(constants, emit.attributes(record.spec()), indices)
     # Both sides work in fp32; they differ in the order of a sum over planes.
     np.testing.assert_allclose(got, expected(record, indices, contract.GATHER), rtol=0, atol=2e-6)
 
@@ -145,7 +144,7 @@ def test_gather(bits, planes):
 def test_gather_of_a_row_that_does_not_exist_is_nan():
     record = case_record("odd sizes")
     constants = numpy_inputs(record, contract.GATHER)
-    got = emulated.gather(constants, emit.attributes(LayerMeta.of(record)), np.array([-1, 33, 32]))
+    got = emulated.gather(constants, emit.attributes(record.spec()), np.array([-1, 33, 32]))
     assert np.isnan(got[:2]).all()
     assert np.isfinite(got[2]).all()
 
@@ -154,7 +153,7 @@ def test_gather_of_a_row_that_does_not_exist_is_nan():
 def test_dense(bits, dtype):
     for case in ("plain", "odd sizes", "fp16 params"):
         record = case_record(case, bits=bits)
-        got = emulated.dense(numpy_inputs(record), emit.attributes(LayerMeta.of(record)), dtype)
+        got = emulated.dense(numpy_inputs(record), emit.attributes(record.spec()), dtype)
         error = (from_bits(got, dtype).double() - record.weight().double()).abs()
         assert (error <= magnitudes(record) * (EPSILON[dtype] + 4 * EPSILON["float32"])).all()
 
@@ -200,7 +199,7 @@ def test_the_emulation_catches_broken_kernels(what, message):
 def test_arguments_that_make_no_sense_are_refused(changes, message):
     record = case_record("plain")
     arena = emulated.Arena()
-    weight = emulated.packed_weight(arena, numpy_inputs(record), emit.attributes(LayerMeta.of(record)))
+    weight = emulated.packed_weight(arena, numpy_inputs(record), emit.attributes(record.spec()))
     for name, value in changes.items():
         setattr(weight, name, value)
     arena.register()

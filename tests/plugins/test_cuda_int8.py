@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
 from rankbook.plugins import int8, layout
@@ -34,7 +33,7 @@ def activations(record: QuantizedLinear, dtype: str, tokens: int) -> torch.Tenso
 
 def results(record: QuantizedLinear, x: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the kernels give for x, and what the definition gives in float32."""
-    attributes, inputs = emit.attributes(LayerMeta.of(record)), numpy_inputs(record)
+    attributes, inputs = emit.attributes(record.spec()), numpy_inputs(record)
     got = emulated.matmul(inputs, attributes, to_bits(x), dtype, int8=True)
     want = int8.codebook_matmul({"x": x.float().numpy(), **inputs}, attributes)
     return from_bits(got, dtype).double(), torch.from_numpy(np.asarray(want)).double()

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
 from rankbook.plugins import contract, layout
@@ -42,7 +41,7 @@ def has_integer_kernel(record: QuantizedLinear, tokens: int) -> bool:
 
 def check_gather(record: QuantizedLinear) -> None:
     indices = np.array([[0, 28, 13], [5, 7, 28]])
-    got = emulated.gather(numpy_inputs(record, contract.GATHER), emit.attributes(LayerMeta.of(record)), indices)
+    got = emulated.gather(numpy_inputs(record, contract.GATHER), emit.attributes(record.spec()), indices)
     # Both sides work in fp32; they differ in the order of a sum over planes.
     np.testing.assert_allclose(got, expected(record, indices, contract.GATHER), rtol=0, atol=2e-6)
 

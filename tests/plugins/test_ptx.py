@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import contract, library
 from tests.op_cases import case_record, expected, numpy_inputs
@@ -136,7 +135,7 @@ def test_products_of_many_tokens(module: launches.Module, case: str, monkeypatch
 def test_look_ups(module: launches.Module) -> None:
     record = case_record("plain", bits=4, planes=2, out_features=70, in_features=80, group=16)
     indices = np.array([[0, 69], [-1, 32]])
-    constants, attributes = numpy_inputs(record, contract.GATHER), emit.attributes(LayerMeta.of(record))
+    constants, attributes = numpy_inputs(record, contract.GATHER), emit.attributes(record.spec())
     got = launches.gather(module, constants, attributes, indices)
     assert np.isnan(got[1, 0]).all()
     got[1, 0], indices[1, 0] = 0, 0

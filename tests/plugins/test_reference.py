@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import contract
 from tests.op_cases import CASES, activations, case_record, expected, relative_error
@@ -32,7 +31,7 @@ def test_gather_equals_rows_of_the_record(case):
 
 def test_a_triple_loop_gives_the_same_weight():
     record = case_record("plain", out_features=3)
-    tables = record.tables().numpy()
+    tables = record.codebooks().numpy()
     want = np.empty((3, record.in_features), np.float32)
     for n in range(3):
         for k in range(record.in_features):
@@ -43,6 +42,4 @@ def test_a_triple_loop_gives_the_same_weight():
 
 def test_attributes_follow_the_contract():
     record = case_record("plain")
-    assert set(emit.attributes(LayerMeta.of(record))) == {
-        a.name for a in contract.OPERATORS["CodebookMatMul3"].attributes
-    }
+    assert set(emit.attributes(record.spec())) == {a.name for a in contract.OPERATORS["CodebookMatMul3"].attributes}

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.exporter import emit
 from rankbook.plugins import contract, reference
 from tests.op_cases import CASES, activations, case_record, expected, numpy_inputs, relative_error
@@ -93,11 +92,11 @@ def test_there_is_one_creator_per_operator():
 @pytest.mark.parametrize("case", list(CASES))
 def test_products(case, dtype):
     record = case_record(case)
-    meta = LayerMeta.of(record)
+    spec = record.spec()
     x = activations(record).astype(dtype)
     y = np.zeros((2, 3, record.out_features), dtype)
     tensors = {"x": x, **numpy_inputs(record)}
-    assert run(emit.operator(meta).name, tensors, emit.attributes(meta), y) == y.shape
+    assert run(emit.operator(spec).name, tensors, emit.attributes(spec), y) == y.shape
     # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
     assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
 
@@ -106,14 +105,14 @@ def test_products(case, dtype):
 @pytest.mark.parametrize(("bits", "rank"), [(2, 0), (3, 2), (4, 0), (8, 3)])
 def test_products_of_rounded_activations(bits, rank, dtype):
     record = case_record("plain", bits=bits, in_features=256, group=128, rank=rank)
-    meta = LayerMeta.of(record)
+    spec = record.spec()
     name = contract.op_name(contract.matmul_kind(low_rank=rank > 0, int8_activations=True), bits)
     for tokens in (1, 6, 40):
         x = np.random.default_rng(tokens).standard_normal((tokens, 256)).astype(dtype)
         y = np.zeros((tokens, record.out_features), dtype)
         inputs = numpy_inputs(record)
-        assert run(name, {"x": x, **inputs}, emit.attributes(meta), y) == y.shape
-        want = reference.run(name, [x, *inputs.values()], emit.attributes(meta))
+        assert run(name, {"x": x, **inputs}, emit.attributes(spec), y) == y.shape
+        want = reference.run(name, [x, *inputs.values()], emit.attributes(spec))
         # Above 16 tokens the product is one of floats; test_cuda_int8.py holds the kernels to tighter bounds.
         assert relative_error(y, want) < (1e-5 if dtype == "float32" else 4e-3)
 
@@ -121,11 +120,11 @@ def test_products_of_rounded_activations(bits, rank, dtype):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_look_ups(bits):
     record = case_record("plain", bits=bits)
-    meta, kind = LayerMeta.of(record), contract.GATHER
+    spec, kind = record.spec(), contract.GATHER
     indices = activations(record, kind)
     y = np.zeros((*indices.shape, record.in_features), np.float32)
     tensors = {"indices": indices, **numpy_inputs(record, kind)}
-    assert run(emit.operator(meta, kind).name, tensors, emit.attributes(meta), y) == y.shape
+    assert run(emit.operator(spec, kind).name, tensors, emit.attributes(spec), y) == y.shape
     assert relative_error(y, expected(record, indices, kind)) < 1e-5
 
 
@@ -133,7 +132,7 @@ def test_scratch_for_many_tokens_is_asked_for():
     record = case_record("branch")
     x = np.tile(activations(record), (4, 1, 1))
     y = np.zeros((8, 3, record.out_features), np.float32)
-    run("CodebookMatMulLowRank3", {"x": x, **numpy_inputs(record)}, emit.attributes(LayerMeta.of(record)), y)
+    run("CodebookMatMulLowRank3", {"x": x, **numpy_inputs(record)}, emit.attributes(record.spec()), y)
     assert relative_error(y, expected(record, x)) < 1e-5
 
 
@@ -152,7 +151,7 @@ def test_a_wrong_shape_is_refused_with_the_name_of_the_layer(port, shape, messag
     tensors = {"x": activations(record), **numpy_inputs(record)}
     tensors[port] = np.zeros(shape, tensors[port].dtype)
     with pytest.raises(RuntimeError, match=message):
-        run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), np.zeros((2, 3, 40), np.float32))
+        run("CodebookMatMul3", tensors, emit.attributes(record.spec()), np.zeros((2, 3, 40), np.float32))
 
 
 def test_missing_attributes_are_refused():
@@ -160,9 +159,9 @@ def test_missing_attributes_are_refused():
     tensors = {"x": activations(record), **numpy_inputs(record)}
     y = np.zeros((2, 3, 40), np.float32)
     with pytest.raises(RuntimeError, match=r"createPlugin: .*layer\.7: offset is -1; it must be 0 or 1"):
-        run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), y, fields=2)
+        run("CodebookMatMul3", tensors, emit.attributes(record.spec()), y, fields=2)
     with pytest.raises(RuntimeError, match="both must be given and positive"):
-        run("CodebookMatMul3", tensors, emit.attributes(LayerMeta.of(record)), y, fields=1)
+        run("CodebookMatMul3", tensors, emit.attributes(record.spec()), y, fields=1)
 
 
 @pytest.mark.slow

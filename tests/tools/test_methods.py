@@ -76,7 +76,7 @@ def test_scaled_norms_and_mixed_widths_are_exported(flags, work, tmp_path, capsy
         manifest = json.loads((tmp_path / "q" / MANIFEST).read_text())
         assert flags[1] - 0.5 < manifest["totals"]["linear"]["bits_per_weight"] <= flags[1]
         records = load_records(tmp_path / "q").values()
-        assert len({(record.planes, record.low_rank and record.low_rank.rank) for record in records}) > 1
+        assert len({(record.planes, record.low_rank and record.low_rank.branch_rank) for record in records}) > 1
     elif "--target-bits" in flags:
         assert len({record.bits for record in load_records(tmp_path / "q").values()}) > 1
     assert run_cli("export", tmp_path / "q", "-o", tmp_path / "onnx", "--logits", "all", "--quiet") == 0

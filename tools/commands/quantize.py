@@ -111,13 +111,13 @@ def _tables(report: QuantizeReport) -> list[Table]:
     return [Table("checkpoint", ("property", "value"), rows)]
 
 
-_COUNTED = (("bits", "bits"), ("planes", "planes"), ("rank of the error branch", "rank"))
-"""Properties of a layer that `LayerMeta` holds, by what they are called in the table."""
+_COUNTED = (("bits", "bits"), ("planes", "planes"), ("rank of the error branch", "branch_rank"))
+"""Properties of a layer that `LayerSpec` holds, by what they are called in the table."""
 
 
 def _count(report: QuantizeReport, name: str) -> str:
     """Say how many layers have each value of a property; empty where none has any."""
-    values = sorted(getattr(layer.meta, name) for layer in report.layers.values())
+    values = sorted(getattr(layer.spec, name) for layer in report.layers.values())
     return ", ".join(f"{values.count(value)} of {value}" for value in sorted(set(values))) if any(values) else ""
 
 

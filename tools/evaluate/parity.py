@@ -329,7 +329,7 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
 
     for stored, module in packed_modules(torch_model.model).items():
         name = language_name(stored)  # the file of a model with a vision tower holds its language model alone
-        scale = float(module.meta.scale) if isinstance(module, CodebookEmbedding) else 1.0
+        scale = float(module.spec.scale) if isinstance(module, CodebookEmbedding) else 1.0
         hooks.append(module.register_forward_hook(remember(name, scale)))
     try:
         torch_model.logits(tokens)

@@ -48,7 +48,7 @@ def _round_groups(model: Any) -> None:
     from rankbook.calibration.model.packed_modules import CodebookLinear
 
     def hook(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        groups = inputs[0].unflatten(-1, (-1, module.meta.group))
+        groups = inputs[0].unflatten(-1, (-1, module.spec.group))
         return (per_token(groups, 8, symmetric=True).flatten(-2), *inputs[1:])
 
     for module in model.modules():

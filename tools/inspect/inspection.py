@@ -6,11 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, Kind, identify
+from rankbook.plugins.forms import TensorSpec
+from rankbook.plugins.layer_spec import LayerSpec, bits_of
 from rankbook.tools.errors import UsageError
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
@@ -95,23 +97,10 @@ def _checkpoint(path: Path) -> Inspection:
 
     opened = open_checkpoint(path)
     errors = opened.manifest.get("layers", {})
-    layers = []
-    for name, meta in opened.layers.items():
-        tensors = {part: tensor for part, tensor in meta.template().items() if part != "bias"}
-        bits = 0 if meta.shared_with else 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        layer = Layer(
-            name=name,
-            method=meta.method,
-            bits=meta.bits,
-            out_features=meta.out_features,
-            in_features=meta.in_features,
-            group=meta.group,
-            planes=meta.planes,
-            error_rank=meta.rank,
-            stored_bits=bits / (meta.out_features * meta.in_features),
-            error=_error(errors.get(name)),
-        )
-        layers.append(layer)
+    layers = [
+        replace(_layer(name, spec, spec.bits_per_weight()), error=_error(errors.get(name)))
+        for name, spec in opened.layers.items()
+    ]
     facts = {key: value for key, value in opened.manifest.items() if key not in ("layers", "files")}
     facts["files"] = {name: entry["bytes"] for name, entry in opened.manifest.get("files", {}).items()}
     facts["left_in_float"] = _left_in_float(path, opened.unquantized(), layers)
@@ -171,19 +160,11 @@ def _other(model: OnnxFile, name: str, entry: Mapping[str, Any]) -> Layer:
     """A layer in operators that are not ours: what the exporter wrote about it, and the tensors under its name."""
     held = {part: item for part, item in model.initializers.items() if part.rpartition(".")[0] == name}
     stored = sum(item.bytes for part, item in held.items() if not part.endswith(".bias"))
-    rows, columns = int(entry["out_features"]), int(entry["in_features"])
-    return Layer(
-        name=name,
-        method=str(entry["method"]),
-        bits=int(entry["bits"]),
-        out_features=rows,
-        in_features=columns,
-        group=int(entry["group"]),
-        planes=int(entry["planes"]),
-        error_rank=int(entry.get("rank", 0)),
-        stored_bits=8 * stored / (rows * columns),
-        error=_error(entry),
-    )
+    try:
+        spec = LayerSpec.from_json(name, {key: value for key, value in entry.items() if key != "error"})
+    except ValueError as error:
+        raise UsageError(f"{model.path}: {error}; export it again") from None
+    return replace(_layer(name, spec, 8 * stored / spec.weights), error=_error(entry))
 
 
 def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Layer:
@@ -195,25 +176,33 @@ def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Lay
         raise UsageError(
             f"{model.path}: node {node.name} is a {node.op_type}, which is none of {known}: export it again"
         )
-    held = {formal: model.initializers[name] for formal, name in node.ports().items() if name in model.initializers}
-    rows, columns = int(node.attributes["out_features"]), int(node.attributes["in_features"])
-    plain = held["params"].shape == (1, 1, 1, 1)
-    groups, planes = held["step" if plain else "params"].shape[1:3]
-    down = held.get("down")
-    rank = (held["down_scale"].shape[0] if down.shape == (1, 1) else down.shape[0]) if down else 0
-    stored = sum(item.bytes for formal, item in held.items() if formal != "bias")
-    return Layer(
-        name=node.name,
+    ports = node.ports().items()
+    held = {formal: model.initializers[name] for formal, name in ports if name in model.initializers}
+    try:
+        constants = {formal: TensorSpec(item.shape, item.numpy_dtype) for formal, item in held.items()}
+        spec = LayerSpec.of_constants(operator.bits, node.attributes, constants)
+    except ValueError as error:
+        raise UsageError(f"{model.path}: node {node.name}: {error}; export it again") from None
+    stored = sum(bits_of(constants).values())
+    return replace(
+        _layer(node.name, spec, stored / spec.weights),
         method=str(noted["method"]),
-        bits=operator.bits,
-        out_features=rows,
-        in_features=columns,
-        group=columns // groups,
-        planes=planes - int(node.attributes["offset"]),
-        error_rank=rank,
-        stored_bits=8 * stored / (rows * columns),
         error=_error(noted),
         operator=node.op_type,
+    )
+
+
+def _layer(name: str, spec: LayerSpec, stored_bits: float) -> Layer:
+    return Layer(
+        name=name,
+        method=spec.method,
+        bits=spec.bits,
+        out_features=spec.out_features,
+        in_features=spec.in_features,
+        group=spec.group,
+        planes=spec.planes,
+        error_rank=spec.branch_rank,
+        stored_bits=stored_bits,
     )
 
 

@@ -47,6 +47,11 @@ class Initializer:
     shape: tuple[int, ...]
     bytes: int
 
+    @property
+    def numpy_dtype(self) -> str:
+        """Element type as numpy names it."""
+        return "float32" if self.dtype == "FLOAT" else self.dtype.lower()
+
 
 @dataclass(frozen=True)
 class OnnxFile:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rankbook.calibration.checkpoint import format as ck
-from rankbook.calibration.record.layer_meta import LayerMeta
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from tests.calibration.records import FORMS, random_record
 
@@ -23,9 +22,9 @@ def write(folder: Path, shard_bytes: int = ck.SHARD_BYTES, seed: int = 0) -> dic
         f"blocks.{i}.linear": random_record(seed=seed, **form)  # type: ignore[arg-type]
         for i, form in enumerate(FORMS.values())
     }
-    layers = {name: LayerMeta.of(record) for name, record in records.items()}
+    layers = {name: record.spec() for name, record in records.items()}
     first = "blocks.0.linear"
-    layers["head"] = LayerMeta.of(records[first], shared_with=first)
+    layers["head"] = records[first].spec(shared_with=first)
     tensors = {f"{name}.{part}": tensor for name, record in records.items() for part, tensor in record.pack().items()}
     tensors |= {"norm.weight": torch.ones(8, dtype=torch.bfloat16), "embedding.weight": torch.randn(4, 8)}
     parts = ck.CheckpointParts({"model_type": "toy"}, layers, tensors, {"options": {"bits": 3}})

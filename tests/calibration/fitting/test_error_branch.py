@@ -28,7 +28,7 @@ def test_full_rank_reproduces_the_weight(kind: str) -> None:
     problem, record, _ = _case()
     branch = fit_error_branch(problem, record, kind, 1000, 32)
     assert branch is not None
-    assert branch.rank == 48
+    assert branch.branch_rank == 48
     # float32 decompositions of a matrix of size 0.05: errors of a few hundred ulps.
     torch.testing.assert_close(record.weight() + branch.dense(), problem.weight, rtol=0, atol=2e-5)
 

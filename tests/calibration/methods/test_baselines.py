@@ -61,9 +61,9 @@ def test_learned_clipping_moves_ranges_alone(bits: int) -> None:
         assert torch.equal(record.levels, records[name].levels)
         assert record.method == "omniquant"
         if bits < 8:  # codes are the nearest levels: nothing steers them
-            again = record.tables().gather(2, record.codes.view(len(record.codes), -1, 64).long())
+            again = record.codebooks().gather(2, record.codes.view(len(record.codes), -1, 64).long())
             weight = problem.layers[name].weight.view_as(again)
-            nearest = (weight[..., None] - record.tables()[:, :, None]).abs().amin(-1)
+            nearest = (weight[..., None] - record.codebooks()[:, :, None]).abs().amin(-1)
             torch.testing.assert_close((weight - again).abs(), nearest, rtol=1e-4, atol=1e-6)
 
 

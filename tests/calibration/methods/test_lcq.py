@@ -135,7 +135,7 @@ def test_feedback_and_float_levels_help() -> None:
 def test_packing_keeps_the_weight_and_the_size_is_the_formula() -> None:
     problem = problems.layer(96, 256)
     record = lcq.quantize(problem, FAST)
-    again = QuantizedLinear.unpack(record.pack(), 96, 256, record.method)
+    again = QuantizedLinear.unpack(record.pack(), record.spec())
     assert torch.equal(again.weight(), record.weight())
     # Codes, 3 numbers of 8 bits per group of 64, step and base (float32) per panel of 32 rows and plane, 2 x 8 levels.
     formula = 3 + 3 * 8 / 64 + 3 * 64 / (32 * 256) + 2 * 8 * 8 / (96 * 256)

@@ -21,7 +21,7 @@ def test_the_base_is_plain_block_floating_point() -> None:
     assert torch.equal(record.codes, base.codes)
     assert record.method == "lqer"
     assert record.low_rank is not None
-    assert record.low_rank.rank == 8
+    assert record.low_rank.branch_rank == 8
 
 
 def test_branches_and_passes_lower_the_output_error() -> None:
@@ -40,7 +40,7 @@ def test_branches_and_passes_lower_the_output_error() -> None:
 def test_packing_keeps_the_branch() -> None:
     problem = problems.layer(40, 96)
     record = lqer.quantize(problem, LqerConfig(bits=3, error_rank=4))
-    again = QuantizedLinear.unpack(record.pack(), 40, 96, "lqer")
+    again = QuantizedLinear.unpack(record.pack(), record.spec())
     assert torch.equal(again.weight(with_low_rank=True), record.weight(with_low_rank=True))
 
 

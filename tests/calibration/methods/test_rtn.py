@@ -128,7 +128,7 @@ def test_powers_of_two_raise_what_lies_deeper_than_seven_octaves() -> None:
 def test_packing_keeps_the_weight(weight_format: str) -> None:
     problem = problems.layer(37, 96)
     record = quantize(problem, RtnConfig(bits=3, group_size=32, format=weight_format))
-    again = QuantizedLinear.unpack(record.pack(), 37, 96, record.method)
+    again = QuantizedLinear.unpack(record.pack(), record.spec())
     assert torch.equal(again.weight(), record.weight())
 
 

@@ -108,9 +108,9 @@ def test_every_method_goes_through(
         method=method, bits=3, group_size=16, calib=text, calib_sequences=4, calib_length=16, **settings
     )
     report = quantize_model(tmp_path / "model", tmp_path / "out", options)
-    ranks = {layer.meta.rank for layer in report.layers.values()}
+    ranks = {layer.spec.branch_rank for layer in report.layers.values()}
     assert ranks == {settings.get("error_rank", 0)}
-    assert {layer.meta.group for layer in report.layers.values()} == {16}
+    assert {layer.spec.group for layer in report.layers.values()} == {16}
     ids = torch.randint(0, 256, (2, 20))
     loaded, _ = load_model(tmp_path / "out")
     assert torch.equal(loaded(ids).logits, dense_reference(model, tmp_path / "out")(ids).logits)

@@ -18,7 +18,7 @@ from rankbook.calibration.model.packed_modules import (
     packed_modules,
     replace_module,
 )
-from rankbook.calibration.record.layer_meta import LayerMeta
+from rankbook.plugins.layer_spec import LayerSpec
 from tests.calibration.records import FORMS, random_record
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -36,22 +36,22 @@ def test_forward_is_the_product_with_the_decoded_weight(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_template_has_the_names_shapes_and_dtypes_of_the_packed_record(form: str) -> None:
+def test_spec_has_the_names_shapes_and_dtypes_of_the_packed_record(form: str) -> None:
     record = random_record(**FORMS[form])  # type: ignore[arg-type]
-    packed, template = record.pack(), LayerMeta.of(record).template()
-    assert {n: (t.shape, t.dtype) for n, t in packed.items()} == {n: (t.shape, t.dtype) for n, t in template.items()}
+    packed = {n: (tuple(t.shape), f"{t.dtype}") for n, t in record.pack().items()}
+    assert packed == {n: (t.shape, f"torch.{t.dtype}") for n, t in record.spec().tensors().items()}
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_meta_survives_json(form: str) -> None:
-    meta = LayerMeta.of(random_record(**FORMS[form]))  # type: ignore[arg-type]
-    assert LayerMeta.from_json("layer", meta.to_json()) == meta
+def test_spec_survives_json(form: str) -> None:
+    spec = random_record(**FORMS[form]).spec()  # type: ignore[arg-type]
+    assert LayerSpec.from_json("layer", spec.to_json()) == spec
 
 
 def test_unknown_field_of_a_layer_is_named() -> None:
-    entry: dict[str, Any] = {**LayerMeta.of(random_record()).to_json(), "colour": 3}
+    entry: dict[str, Any] = {**random_record().spec().to_json(), "colour": 3}
     with pytest.raises(ValueError, match="colour"):
-        LayerMeta.from_json("layer", entry)
+        LayerSpec.from_json("layer", entry)
 
 
 def test_wrong_tensor_is_named() -> None:
@@ -59,7 +59,7 @@ def test_wrong_tensor_is_named() -> None:
     tensors = record.pack()
     tensors["step"] = tensors["step"].half()
     with pytest.raises(ValueError, match="step"):
-        CodebookLinear(LayerMeta.of(record), tensors)
+        CodebookLinear(record.spec(), tensors)
 
 
 def test_a_cast_of_the_model_leaves_the_packed_tensors_alone() -> None:

@@ -35,7 +35,7 @@ def test_one_pass_is_the_method_and_then_the_branch() -> None:
     alone = METHODS["lcq"].quantize(problem, options.method_config(128))
     assert torch.equal(record.codes, alone.codes)
     assert record.low_rank is not None
-    assert record.low_rank.rank == 8
+    assert record.low_rank.branch_rank == 8
 
 
 def test_methods_with_a_branch_of_their_own_are_told_of_the_passes() -> None:

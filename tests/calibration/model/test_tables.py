@@ -107,15 +107,15 @@ def test_combinations(family: str, embeddings: int, head: int) -> None:
     tables.check_tables(found, options)
     ids = torch.arange(10)[None]
     want = model(ids).logits
-    metas = tables.quantize_embedding(model, found, options) | tables.quantize_head(model, found, options)
+    specs = tables.quantize_embedding(model, found, options) | tables.quantize_head(model, found, options)
     if tied:  # one record for both, whichever was asked for
         assert isinstance(model.model.embed_tokens, CodebookEmbedding)
         assert isinstance(model.lm_head, TiedCodebookLinear)
-        assert metas["lm_head"].shared_with == "model.embed_tokens"
+        assert specs["lm_head"].shared_with == "model.embed_tokens"
     else:
         assert isinstance(model.model.embed_tokens, CodebookEmbedding if embeddings else nn.Embedding)
         assert isinstance(model.lm_head, CodebookLinear if head else nn.Linear)
-        assert set(metas) == {n for n, w in (("model.embed_tokens", embeddings), ("lm_head", head)) if w}
+        assert set(specs) == {n for n, w in (("model.embed_tokens", embeddings), ("lm_head", head)) if w}
     bits = max(embeddings, head)
     # Rounding to b bits over a range of about 5 standard deviations: an error of 5 / (sqrt(12) 2^b) of the weights.
     assert (model(ids).logits - want).norm() < 4 * 5 / (12**0.5 * 2**bits) * want.norm()

@@ -17,9 +17,8 @@ from rankbook.calibration.record.quantized_linear import (
     GroupParams,
     LowRank,
     QuantizedLinear,
-    allowed_groups,
-    check_group,
 )
+from rankbook.plugins.layer_spec import allowed_groups, check_group
 from tests.calibration.records import FORMS, random_record
 
 
@@ -64,7 +63,7 @@ def test_pack_round_trip(
         factor_bits=factor_bits, bias=rank > 0,
     )  # fmt: skip
     packed = record.pack()
-    again = QuantizedLinear.unpack(packed, rows, 16 * groups, "random")
+    again = QuantizedLinear.unpack(packed, record.spec())
     assert torch.equal(again.weight(with_low_rank=True), record.weight(with_low_rank=True))
     assert again.pack().keys() == packed.keys()
     assert all(
@@ -74,7 +73,7 @@ def test_pack_round_trip(
 
 def test_stored_bits_count_every_byte_but_the_bias() -> None:
     record = random_record(64, 96, bits=3, planes=2, group=48, rank=4, bias=True)
-    assert record.stored_bits() == {
+    assert record.spec().stored_bits() == {
         "codes": 3 * 64 * 96,
         "levels": 8 * 2 * 8,
         "params": 8 * 64 * 2 * 3,
@@ -85,9 +84,9 @@ def test_stored_bits_count_every_byte_but_the_bias() -> None:
         "up": 8 * 64 * 4,
         "up_scale": 32 * 4,
     }
-    assert record.bits_per_weight() == sum(record.stored_bits().values()) / (64 * 96)
+    assert record.bits_per_weight() == sum(record.spec().stored_bits().values()) / (64 * 96)
     assert sum(8 * t.nbytes for name, t in record.pack().items() if name != "bias") == sum(
-        record.stored_bits().values()
+        record.spec().stored_bits().values()
     )
 
 
