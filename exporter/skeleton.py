@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
 from rankbook.calibration.model.packed_modules import replace_module
+from rankbook.calibration.model.source_config import read_config
 from rankbook.exporter import attention, emit
 from rankbook.plugins import contract
 from rankbook.plugins.layer_spec import LayerSpec
@@ -92,18 +93,18 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     Raises:
         CheckpointError: transformers does not know the model, or a parameter is missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     attention.register()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-    except (ValueError, KeyError, OSError) as error:
+        config = read_config(str(checkpoint.folder)).get_text_config()
+    except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json cannot be used: {error}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with _parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+            config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=False
         )
     model.tie_weights()
     owners = _owners(model, checkpoint)

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from rankbook.calibration.notes import Note
 from rankbook.tools import config, errors, flags
 from rankbook.tools.command import Command, Outcome
 from rankbook.tools.commands import discover
@@ -92,11 +94,11 @@ def _run(arguments: list[str]) -> int:
     if options.quiet:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Libraries that print must not spoil the JSON on stdout.
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(), _notes() as notes:
         outcome = commands[verb].run(options)
     if outcome.config_folder is not None:
         config.write_resolved(outcome.config_folder, verb, known[verb], options)
-    _print(outcome, as_json=options.json)
+    _print(outcome, notes, as_json=options.json)
     return errors.OK if outcome.passed else errors.CHECK_FAILED
 
 
@@ -137,11 +139,30 @@ def _resolve(command: Command, given: dict[str, Any], known: dict[str, dict[str,
     return flags.make(command.options, command.name, mine, values)
 
 
-def _print(outcome: Outcome, *, as_json: bool) -> None:
-    from rankbook.tools.report import to_json
+@contextlib.contextmanager
+def _notes() -> Iterator[list[str]]:
+    """Print each `Note` of a run on stderr, also with --quiet, and collect them for the report."""
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        show = warnings.showwarning
+
+        def keep(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, Note):
+                show(message, category, *rest, **more)
+            elif str(message) not in notes:
+                notes.append(str(message))
+                print(f"rankbook: note: {message}", file=sys.stderr)
+
+        warnings.showwarning = keep
+        yield notes
+
+
+def _print(outcome: Outcome, notes: list[str], *, as_json: bool) -> None:
+    from rankbook.tools.report import plain, to_json
 
     if as_json:
-        print(to_json(outcome.report))
+        print(to_json({**plain(outcome.report), "notes": notes} if notes else outcome.report))
         return
     for table in outcome.tables:
         table.show(sys.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
+from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
+from rankbook.calibration.model.source_config import read_config
+from rankbook.calibration.model.tokenizer import read_tokenizer
 from rankbook.calibration.source import LOADABLE, Source, identify
-
-_TOKENIZER_FILES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "spiece.model", "*.tiktoken")
 
 
 def resolve(source: str | Path) -> Source:
@@ -51,19 +51,8 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[An
 
 def load_tokenizer(source: str | Path) -> Any:
     """Return the tokenizer of a model, or None where it has none."""
-    from transformers import AutoTokenizer
-
     found = resolve(source)
-    folder = Path(found.location)
-    # transformers makes an empty tokenizer of the model's class where a folder has none.
-    if folder.is_dir() and not found.gguf and not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
-        return None
-    extra = {"gguf_file": found.gguf} if found.gguf else {}
-    try:
-        return AutoTokenizer.from_pretrained(found.location, **extra)
-    except Exception as error:  # tokenizers raise plain Exception for a damaged file
-        warnings.warn(f"the tokenizer of {found.location} cannot be read: {error}", stacklevel=2)
-        return None
+    return read_tokenizer(found.location, found.gguf)
 
 
 def model_hash(source: str | Path) -> str:
@@ -81,14 +70,11 @@ def model_hash(source: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _auto_class(found: Source) -> Any:
+def _auto_class(config: Any) -> Any:
     """Return the class of transformers that loads a model; one with a vision tower has a table of its own."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if found.gguf:
-        return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(found.location)
     with_vision = getattr(config, "vision_config", None) is not None
     return (
         AutoModelForImageTextToText
@@ -100,18 +86,29 @@ def _auto_class(found: Source) -> Any:
 def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
     from safetensors import SafetensorError
 
+    extra: dict[str, Any] = {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    config = None
     if found.gguf:
-        extra: dict[str, Any] = {"gguf_file": found.gguf, "dtype": dtype or torch.float32}
+        extra |= {"gguf_file": found.gguf, "dtype": dtype or torch.float32}
     else:  # no pickled weights: they can run code
-        extra = {"dtype": dtype or "auto", "use_safetensors": True}
+        config = read_config(found.location)
+        renaming = unwrapping(found.location, stored_names(found.location)) or None
+        extra |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "key_mapping": renaming}
     try:
-        model: Any = _auto_class(found).from_pretrained(found.location, **extra)
+        model, info = _auto_class(config).from_pretrained(found.location, **extra)
     except CheckpointError:
         raise
-    except (OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{found.location} cannot be loaded as a causal language model: {error}") from error
-    if found.gguf:  # it is an ordinary model now; these would keep it from being saved
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    check_complete(str(Path(found.location) / found.gguf) if found.gguf else found.location, model, info)
+    if config is None or (not found.packed and hasattr(config, "quantization_config")):
+        _forget_stored_format(model, dtype or (torch.float32 if found.gguf else model.dtype))
     return model.eval().requires_grad_(False)
+
+
+def _forget_stored_format(model: Any, dtype: torch.dtype) -> None:
+    """Make what was stored in GGUF, fp8 or mxfp4 an ordinary model: of one dtype, and one that can be saved."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.to(dtype)  # dense weights come in the dtype of the quantizer, the others as asked for

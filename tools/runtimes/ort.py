@@ -192,7 +192,9 @@ class OrtModel(LanguageModel):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer beside the file, or None; read when it is asked for, since transformers loads for seconds."""
-        return find_tokenizer(self.file.path.parent)
+        from rankbook.calibration.model.tokenizer import read_tokenizer
+
+        return read_tokenizer(str(self.file.path.parent))
 
     @property
     def last_only(self) -> bool:
@@ -311,12 +313,3 @@ def _untouched(shape: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]:
 def _past(present: str) -> str:
     """Return the name of the cache input that an output of the last step becomes."""
     return present.replace("present", "past_key_values", 1)
-
-
-def find_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer saved in ``folder``, or None."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)

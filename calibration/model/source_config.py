@@ -1,0 +1,78 @@
+"""What config.json says before any weight is read: custom code, weights that are quantized already, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rankbook.calibration.checkpoint.format import QUANT_METHOD
+from rankbook.calibration.model.custom_code import CODE_REFUSED, asks_for_code
+
+_ATTENTION = (None, "sdpa", "eager")
+"""Kinds of attention that need nothing but torch."""
+_DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
+"""Stored formats that transformers turns into dense weights with torch alone."""
+_TOOLS = {
+    "gptq": "GPTQ (GPTQModel, AutoGPTQ)",
+    "awq": "AWQ (AutoAWQ)",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "LLM Compressor (compressed-tensors)",
+    "torchao": "torchao",
+    "auto-round": "AutoRound",
+    "modelopt": "NVIDIA ModelOpt",
+}
+"""What people call the tools, by ``quant_method``."""
+
+
+def read_config(location: str) -> Any:
+    """Return the configuration of a model that can be loaded without other libraries than torch.
+
+    Attention that needs a package (flash_attention_2, ...) is replaced by what transformers chooses by itself; weights
+    in fp8 or mxfp4 are marked to become dense while they are read.
+
+    Args:
+        location: Folder or Hugging Face id.
+
+    Raises:
+        ValueError: No configuration, one that needs code of the folder, or weights that another tool has quantized.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        reason = CODE_REFUSED if asks_for_code(error) else error
+        raise ValueError(f"{location} cannot be loaded as a causal language model: {reason}") from error
+    for part in _parts(config):
+        if part._attn_implementation not in _ATTENTION:
+            part._attn_implementation = None
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(entry := getattr(part, name, None), Mapping):
+                _check_stored_format(location, name, entry)
+    entry = getattr(config, "quantization_config", None)
+    if isinstance(entry, dict) and entry.get("quant_method") in _DEQUANTIZED:
+        entry["dequantize"] = True
+    return config
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those inside it (text, vision)."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, name, None)) is not None:
+            yield from _parts(part)
+
+
+def _check_stored_format(location: str, name: str, entry: Mapping[str, Any]) -> None:
+    method = entry.get("quant_method") or ("compressed-tensors" if name == "compression_config" else None)
+    if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
+        method = "bitsandbytes"
+    if method in (QUANT_METHOD, *_DEQUANTIZED):
+        return
+    bits = entry.get("bits") or {True: 4}.get(bool(entry.get("load_in_4bit")), entry.get("w_bit"))
+    width = f" to {bits} bits" if isinstance(bits, int) else ""
+    raise ValueError(
+        f"{location} is quantized already{width}, by {_TOOLS.get(str(method), f'{method!r}')} (see {name} in its"
+        " config.json), so a second quantization would start from its errors; give the model that it was made from (its"
+        " model card names it), or dequantize it with that tool and save it as bf16"
+    )
