@@ -100,7 +100,7 @@ def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
         raise
     except (ImportError, OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{found.location} cannot be loaded as a causal language model: {error}") from error
-    check_complete(str(Path(found.location) / found.gguf) if found.gguf else found.location, model, info)
+    check_complete(str(found.path), model, info)
     if config is None or (not found.packed and hasattr(config, "quantization_config")):
         _forget_stored_format(model, dtype or (torch.float32 if found.gguf else model.dtype))
     return model.eval().requires_grad_(False)

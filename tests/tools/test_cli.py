@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import resource
 import signal
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.notes import note
 from rankbook.calibration.option import argument, option
 from rankbook.tools import cli, config, errors
 from rankbook.tools.command import Command, Common, Outcome
@@ -157,6 +159,20 @@ class TestConfiguration:
     def test_json_is_all_there_is_on_stdout(self, capsys):
         assert run_cli("echo", "x", "--json") == 0
         assert stdout_json(capsys) == {"source": "x", "size": 1, "names": [], "fast": None, "seed": 0}
+
+    def test_notes_are_in_the_json_and_on_stderr_once(self, capsys, monkeypatch):
+        noting = cli.discover()["echo"]
+
+        def run(options):
+            for _ in range(2):
+                note("a tensor was left out")
+            return noting.run(options)
+
+        monkeypatch.setattr(cli, "discover", lambda: {"echo": replace(noting, run=run)})
+        assert run_cli("echo", "x", "--json", "--quiet") == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["notes"] == ["a tensor was left out"]
+        assert printed.err.count("rankbook: note: a tensor was left out") == 1
 
     @pytest.mark.parametrize(
         ("name", "text"),
