@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rankbook.calibration.model.adapter import adapter_of
+
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles follow from the position alone."""
 IMPLEMENTATION = "rankbook_export"
@@ -79,25 +81,11 @@ def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
 
     That is where layers differ in their embedding, or where it depends on the length of the text.
     """
-    found = [module for module in model.modules() if hasattr(module, "inv_freq")]
-    if len(found) != 1 or getattr(found[0], "rope_type", None) not in _STATIC_ROTARY:
+    found = adapter_of(model).rotary()
+    if found is None or getattr(found, "rope_type", None) not in _STATIC_ROTARY:
         return None
     positions = torch.arange(model.config.max_position_embeddings)[None]
     with torch.no_grad():
-        tables = found[0](torch.zeros(1, dtype=torch.float32), positions)
+        tables = found(torch.zeros(1, dtype=torch.float32), positions)
     cos, sin = (table[0, :, : table.shape[-1] // 2].float().numpy() for table in tables)
     return cos, sin
-
-
-def windows(config: Any) -> list[int]:
-    """Return how many positions a query sees in each layer, itself included; -1 where it sees all.
-
-    Raises:
-        ValueError: A layer hides keys in another way.
-    """
-    width = getattr(config, "sliding_window", None)
-    standard = "sliding_attention" if width else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [standard] * config.num_hidden_layers
-    if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
-        raise ValueError(f"layers of kind {', '.join(unknown)} are not in ONNX Runtime's attention; use graph standard")
-    return [int(width) if kind == "sliding_attention" and width else -1 for kind in kinds]

@@ -17,6 +17,7 @@ from onnx_ir.passes import common
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.files import check_replaceable, replaced_folder
 from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, language_view, open_checkpoint
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
@@ -181,7 +182,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
 
 def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:
     """Return the passes that bring in operators of ONNX Runtime."""
-    tables, windows = attention.rotary_tables(skeleton.model), attention.windows(skeleton.model.config)
+    tables, windows = attention.rotary_tables(skeleton.model), adapter_of(skeleton.model).windows()
     return [GroupQueryAttention(tables, windows), FuseSkipNorms(), FuseGates(), MergeProducts()]
 
 

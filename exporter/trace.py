@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.exporter.functions import OPSET
 from rankbook.exporter.options import INPUTS, LOGITS
 from rankbook.exporter.skeleton import Skeleton
@@ -66,7 +67,8 @@ def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
         raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs {inputs!r} is unknown; choose one of {tuple(INPUTS)}")
-    heads, size, layers = _cache_sizes(skeleton.model.config)
+    adapter = adapter_of(skeleton.model)
+    heads, size, layers = adapter.key_heads, adapter.head_size, adapter.layers
     past = [(torch.zeros(_BATCH, heads, _PAST, size, dtype=skeleton.dtype),) * 2 for _ in range(layers)]
     past = [(key, value.clone()) for key, value in past]
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
@@ -106,13 +108,6 @@ def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
 
 def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{index}.{part}" for index in range(layers) for part in ("key", "value")]
-
-
-def _cache_sizes(config: Any) -> tuple[int, int, int]:
-    """Return key heads, size of a head, and layers."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, size, config.num_hidden_layers
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankbook.calibration.activations import fake_quant
-from rankbook.calibration.model.capture import is_vision
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.settings import KV_BITS
 
 _HOOK = "_rankbook_kv_hook"
@@ -36,19 +36,14 @@ def install(model: Any, bits: int) -> None:
         ValueError: Another number of bits, or a model whose projections are laid out in an unknown way.
     """
     check_bits(bits)
-    found = _projections(model)
-    for module, hook in found:
+    for module in model.modules():
         if (earlier := module.__dict__.pop(_HOOK, None)) is not None:
             earlier.remove()
-        if bits:
-            module.__dict__[_HOOK] = module.register_forward_hook(_OutputHook(bits, hook.start, hook.head_size))
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    outputs = sum(2 if hook.start else 1 for _, hook in found)
-    if bits and outputs != 2 * layers:
-        raise ValueError(
-            f"{type(model).__name__} has projections of keys and values in {outputs / 2:g} of {layers} layers that"
-            " rankbook knows (k_proj and v_proj, or qkv_proj); leave out --kv-bits"
-        )
+    if bits:
+        adapter = adapter_of(model)
+        for output in adapter.cached_outputs():
+            hook = _OutputHook(bits, output.start, adapter.head_size)
+            output.module.__dict__[_HOOK] = output.module.register_forward_hook(hook)
 
 
 @dataclass(frozen=True)
@@ -73,17 +68,3 @@ class _OutputHook:
         result = output.clone()
         result[..., self.start :] = rounded
         return result
-
-
-def _projections(model: Any) -> list[tuple[Any, _OutputHook]]:
-    """Return the modules whose outputs hold keys or values."""
-    config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    found = []
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        if is_vision(name) or leaf not in ("k_proj", "v_proj", "qkv_proj"):
-            continue
-        found.append((module, _OutputHook(0, heads * size if leaf == "qkv_proj" else 0, size)))
-    return found

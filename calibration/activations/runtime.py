@@ -18,6 +18,7 @@ from rankbook.calibration.activations import inputs as activations
 from rankbook.calibration.activations import kv_cache
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.patterns import matches
 
@@ -35,7 +36,7 @@ def settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) ->
         options: See `rankbook.calibration.model.options.QuantizeOptions`.
 
     Raises:
-        ValueError: The model has keys and values in a place that is not known, or a layer saw no input.
+        ValueError: A layer saw no input.
     """
     entries: dict[str, Any] = {}
     kind, skip = options.activations, tuple(options.activation_skip)
@@ -52,8 +53,6 @@ def settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) ->
     elif kind != "none":
         entries["activations"] = ActivationConfig(kind, skip=skip).to_json()
     if options.kv_bits:
-        kv_cache.install(model, options.kv_bits)  # to see whether it can be
-        kv_cache.install(model, 0)
         entries["kv_bits"] = options.kv_bits
     return entries
 
@@ -124,11 +123,12 @@ def override(model: Any, *, kind: str | None, kv_bits: int | None) -> None:
 
 def packed_linears(model: Any) -> list[str]:
     """Return the names of the packed linear layers, the output layer left out."""
-    head = model.get_output_embeddings()
-    return [name for name, item in model.named_modules() if isinstance(item, CodebookLinear) and item is not head]
+    head = adapter_of(model).embeddings().head
+    others = {} if head is None else {head[0]}
+    return [name for name, item in model.named_modules() if isinstance(item, CodebookLinear) and name not in others]
 
 
 def _plain_linears(model: Any) -> list[str]:
-    blocks = capture.find_blocks(model)
+    blocks = adapter_of(model).blocks()
     found = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     return [name for name in found if name.startswith(f"{blocks.name}.")]

@@ -33,6 +33,7 @@ from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS, rtn
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.solve import solve_layer
 from rankbook.plugins import layout
@@ -204,7 +205,7 @@ def sensitivities(
         return hook
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
-    start = model.get_input_embeddings()
+    _, start = adapter_of(model).embeddings().embedding
     hooks.append(start.register_forward_hook(lambda _module, _args, output: output.detach().requires_grad_()))
     generator = torch.Generator().manual_seed(seed)
     try:

@@ -1,7 +1,7 @@
-"""Running a model block by block: finding its decoder blocks, their inputs, and the statistics of their layers.
+"""Running a model block by block: the inputs of its decoder blocks, and the statistics of their layers.
 
-Nothing here knows a family: the blocks are the longest list of equal modules, and how each one is called is recorded
-while the model itself runs with its blocks short-circuited. Blocks run one at a time, in float32; within a context of
+Nothing here knows a family: how each block is called is recorded while the model itself runs with its blocks
+short-circuited. Blocks run one at a time, in float32; within a context of
 autocast their matrix products take its dtype.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.model.adapter import Blocks, ModelAdapter, adapter_of
 from rankbook.calibration.model.packed_modules import PackedModule
 
 TOKENS_PER_BATCH = 4096
@@ -51,56 +52,17 @@ class BlockCall:
         return first(output)
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The decoder blocks of a model.
-
-    Attributes:
-        name: Name of the list within the model, e.g. ``model.layers``.
-        modules: The blocks.
-    """
-
-    name: str
-    modules: Sequence[nn.Module]
-
-
-def find_blocks(model: nn.Module) -> Blocks:
-    """Return the decoder blocks of a causal language model: the outermost module list as long as its layer count.
-
-    Raises:
-        ValueError: There is none.
-    """
-    config = getattr(model, "config", None)
-    wanted = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    fitting = [(name, module) for name, module in lists if len(module) == wanted and len(module) > 0]
-    # A vision tower may have as many blocks, and need not lie deeper than the language model.
-    fitting = [item for item in fitting if not is_vision(item[0])]
-    if not fitting:
-        raise ValueError(
-            f"{type(model).__name__} has no list of {wanted} blocks; only decoder-only models are supported"
-        )
-    fitting.sort(key=lambda item: (item[0].count("."), -sum(p.numel() for p in item[1].parameters())))
-    name, modules = fitting[0]
-    return Blocks(name, list(modules))
-
-
-def is_vision(name: str) -> bool:
-    """Return whether a module belongs to the vision tower of a model that has one (LLaVA and its like)."""
-    return any(part.startswith(("vision", "visual")) for part in name.split("."))
-
-
 def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor) -> list[BlockCall]:
     """Record how the model calls each of its blocks, for windows as long as tokens (sequences, length).
 
     Raises:
         ValueError: The calls depend on the tokens, so that blocks cannot run apart from the model.
     """
-    one = tokens[:1]
+    one, hidden = tokens[:1], adapter_of(model).hidden
     two = torch.cat([one.flip(1), one])
     with outside_in_float32(model, blocks):
         single, pair = _run_stubbed(model, blocks, one), _run_stubbed(model, blocks, two)
-    return [_merge(a, b, f"{blocks.name}.{i}") for i, (a, b) in enumerate(zip(single[0], pair[0], strict=True))]
+    return [_merge(a, b, f"{blocks.name}.{i}", hidden) for i, (a, b) in enumerate(zip(single[0], pair[0], strict=True))]
 
 
 @dataclass
@@ -217,14 +179,16 @@ def within_range(model: Any) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def outside_in_float32(model: nn.Module, blocks: Blocks) -> Iterator[None]:
-    """Compute in float32 what surrounds the blocks (norms, positions, projections), without copying large tables.
+    """Compute in float32 what surrounds the blocks (norms, positions, projections), without copying embeddings.
 
     Embeddings keep their dtype and their output is widened, which is exact.
     """
     inside = {id(module) for block in blocks.modules for module in block.modules()}
-    tables = [m for m in model.modules() if _is_table(model, m)]
-    others = [m for m in model.modules() if id(m) not in inside and not _is_table(model, m)]
-    hooks = [m.register_forward_hook(lambda _m, _i, output: output.float()) for m in tables]
+    head = adapter_of(model).embeddings().head
+    large = [m for m in model.modules() if isinstance(m, (nn.Embedding, PackedModule)) or (head and m is head[1])]
+    inside |= {id(module) for module in large}
+    others = [m for m in model.modules() if id(m) not in inside]
+    hooks = [m.register_forward_hook(lambda _m, _i, output: output.float()) for m in large]
     try:
         with contextlib.ExitStack() as stack:
             for module in others:
@@ -304,6 +268,7 @@ def _run_stubbed(
     last = 1 if stop_early else len(blocks.modules)
     forward = blocks.modules[0].forward
     rest: list[Any] = []
+    keyword = adapter_of(model).hidden
 
     def stub(*args: Any, **kwargs: Any) -> Any:
         calls.append((args, kwargs))
@@ -314,7 +279,7 @@ def _run_stubbed(
                 output = forward(*args, **kwargs)
             rest.extend(output[1:] if isinstance(output, tuple) else [None])
             rest.insert(0, isinstance(output, tuple))
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs[keyword]
         return (hidden, *rest[1:]) if rest[0] else hidden
 
     with _replaced_forwards(blocks, stub), torch.no_grad(), contextlib.suppress(_StopForwardError):
@@ -324,13 +289,13 @@ def _run_stubbed(
             f"{type(model).__name__} called {len(calls)} of its {last} blocks; it cannot run block by block"
         )
     args, kwargs = calls[0]
-    return calls, args[0] if args else kwargs["hidden_states"]
+    return calls, args[0] if args else kwargs[keyword]
 
 
-def _merge(single: _Call, pair: _Call, name: str) -> BlockCall:
+def _merge(single: _Call, pair: _Call, name: str, hidden: str = ModelAdapter.hidden) -> BlockCall:
     """Compare the calls for one and for two sequences: what doubled counts sequences, the rest must be equal."""
     (args, kwargs), (args2, kwargs2) = single, pair
-    keyword = "" if args else "hidden_states"
+    keyword = "" if args else hidden
     args, args2 = args[1:], args2[1:]
     kwargs = {key: value for key, value in kwargs.items() if key != keyword}
     others = dict(_leaves(args2, ("args",))) | dict(_leaves(kwargs2, ("kwargs",)))
@@ -373,11 +338,6 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Te
     found: list[tuple[tuple[Any, ...], Tensor]] = []
     _map(lambda where, tensor: found.append((where, tensor)), value, path)
     return found
-
-
-def _is_table(model: Any, module: nn.Module) -> bool:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return isinstance(module, (nn.Embedding, PackedModule)) or module is head
 
 
 class _Collector:

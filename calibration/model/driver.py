@@ -21,7 +21,8 @@ from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model import capture, scaling, tables
+from rankbook.calibration.model import capture, embeddings, scaling
+from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.allocation import Choice, allocate
 from rankbook.calibration.model.loading import load_model, model_hash
 from rankbook.calibration.model.options import QuantizeOptions
@@ -43,7 +44,7 @@ from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 from rankbook.plugins.layer_spec import LayerSpec
 
-_TABLE_TOKENS = 8192
+_HEAD_TOKENS = 8192
 """Calibration tokens that run through the original model to say what enters its output layer."""
 _QUANTIZE_SHARE = 0.3
 """Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
@@ -117,37 +118,43 @@ class _Streams:
 class _Run:
     """The state of one run over a loaded model."""
 
-    model: Any
+    adapter: ModelAdapter
     options: QuantizeOptions
-    blocks: capture.Blocks
-    tables: tables.Tables
+    blocks: Blocks
+    embeddings: Embeddings
     selection: Selection
     reporter: Reporter
     layers: dict[str, LayerReport] = field(default_factory=dict)
-    table_layers: dict[str, LayerReport] = field(default_factory=dict)
+    embedding_layers: dict[str, LayerReport] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Any:
+        """The model, changed in place."""
+        return self.adapter.model
 
     @classmethod
     def prepare(cls, model: Any, options: QuantizeOptions, progress: Callable[[Progress], None] | None) -> _Run:
         """Find what is to be done and check that it can be."""
-        blocks = capture.find_blocks(model)
-        found = tables.find_tables(model)
-        tables.check_tables(found, options)
+        adapter = adapter_of(model)
+        blocks, found = adapter.blocks(), adapter.embeddings()
+        embeddings.check_embeddings(adapter, found, options)
+        if options.kv_bits:
+            adapter.cached_outputs()  # to see whether they are known
         _check_finite_outside(model, blocks)
-        return cls(
-            model, options, blocks, found, select(model, blocks, options), Reporter(len(blocks.modules), progress)
-        )
+        chosen = select(model, blocks, options)
+        return cls(adapter, options, blocks, found, chosen, Reporter(len(blocks.modules), progress))
 
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
-        """Quantize the tables and every block, or take finished blocks from ``state``."""
+        """Quantize the embeddings and every block, or take finished blocks from ``state``."""
         finished = state.finished()
         self.choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
         self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens)
         targets = self._first_inputs(tokens) if self._trains() else None  # before the embedding may change
         last = self._last_inputs(tokens)
-        packed = tables.quantize_embedding(self.model, self.tables, self.options, last)
+        packed = embeddings.quantize_embedding(self.adapter, self.embeddings, self.options, last)
         same = None if packed else targets
         inputs = self._first_inputs(tokens) if same is None else capture.Stream(same.values.clone())
         # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
@@ -155,8 +162,8 @@ class _Run:
         self.reporter.start(finished)
         for index, call in enumerate(calls):
             self._block(index, call, streams, state, solve=index >= finished)
-        packed |= tables.quantize_head(self.model, self.tables, self.options, last)
-        self.table_layers = {name: LayerReport(spec) for name, spec in packed.items()}
+        packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
+        self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
 
     def _allocate(self, tokens: Tensor) -> dict[str, Choice]:
         """Return the choice for layers where a budget was given; elsewhere the options hold."""
@@ -187,13 +194,13 @@ class _Run:
         return capture.first_inputs(self.model, self.blocks, tokens, dtype)
 
     def _last_inputs(self, tokens: Tensor) -> LayerStatistics | None:
-        """Return the statistics of what enters the output layer of the original model, where its table can use them."""
-        if self.tables.head is None or not tables.wants_statistics(self.tables, self.options):
+        """Return the statistics of what enters the output layer of the original model, where it can use them."""
+        if self.embeddings.head is None or not embeddings.wants_statistics(self.embeddings, self.options):
             return None
         self.reporter.tell("inputs of the output layer", -1)
-        some = tokens[: max(1, _TABLE_TOKENS // tokens.shape[1])]
+        some = tokens[: max(1, _HEAD_TOKENS // tokens.shape[1])]
         with self._arithmetic():
-            return capture.entering(self.model, self.blocks, self.tables.head[1], some)
+            return capture.entering(self.model, self.blocks, self.embeddings.head[1], some)
 
     def _block(
         self, index: int, call: capture.BlockCall, streams: _Streams, state: PartialState, *, solve: bool
@@ -279,16 +286,16 @@ class _Run:
 
     def specs(self) -> dict[str, LayerSpec]:
         """Return the specs of every packed layer by name."""
-        return {name: layer.spec for name, layer in {**self.table_layers, **self.layers}.items()}
+        return {name: layer.spec for name, layer in {**self.embedding_layers, **self.layers}.items()}
 
     def report(self, output: Path, data: CalibrationData, resumed: int, start: float) -> QuantizeReport:
         """Sum up."""
-        entries = {"embeddings": self._table_entry(self.tables.embedding)}
-        if self.tables.head is not None:
-            entries["lm_head"] = self._table_entry(self.tables.head)
-            if self.tables.tied:
-                entries["lm_head"] = {"name": self.tables.head[0], "shared_with": self.tables.embedding[0]}
-        layers = {**self.table_layers, **self.layers}
+        entries = {"embeddings": self._embedding_entry(self.embeddings.embedding)}
+        if self.embeddings.head is not None:
+            entries["lm_head"] = self._embedding_entry(self.embeddings.head)
+            if self.embeddings.tied:
+                entries["lm_head"] = {"name": self.embeddings.head[0], "shared_with": self.embeddings.embedding[0]}
+        layers = {**self.embedding_layers, **self.layers}
         entries["blocks"] = in_float(self.blocks.modules, self.layers.values())
         entries["model"] = in_float([self.model], layers.values())
         return QuantizeReport(
@@ -303,9 +310,9 @@ class _Run:
             peak_rss_bytes=peak_rss_bytes(),
         )
 
-    def _table_entry(self, table: tuple[str, nn.Module]) -> dict[str, Any]:
-        name, module = table
-        packed = self.table_layers.get(name)
+    def _embedding_entry(self, found: tuple[str, nn.Module]) -> dict[str, Any]:
+        name, module = found
+        packed = self.embedding_layers.get(name)
         weight: Tensor = module.weight  # type: ignore[assignment]
         bits = sum(packed.stored_bits.values()) if packed else 8 * weight.nbytes
         return {"name": name, "weights": weight.numel(), "stored_bits": bits, "bits_per_weight": bits / weight.numel()}
@@ -334,7 +341,7 @@ def _check_finite(module: nn.Module, prefix: str, *, recurse: bool = True) -> No
             )
 
 
-def _check_finite_outside(model: nn.Module, blocks: capture.Blocks) -> None:
+def _check_finite_outside(model: nn.Module, blocks: Blocks) -> None:
     for name, module in model.named_modules():
         if not name.startswith(f"{blocks.name}."):
             _check_finite(module, f"{name}." if name else "", recurse=False)
@@ -401,6 +408,12 @@ def _parts(model: Any, tokenizer: Any, specs: Mapping[str, LayerSpec], manifest:
             tensors[name] = tensor
     config = json.loads(model.config.to_json_string())
     config.setdefault("architectures", [type(model).__name__])
+    if (
+        found := adapter_of(model).embeddings()
+    ).head is not None:  # the flags of a wrapper and its inner model may differ
+        for part in (config, config.get("text_config")):
+            if part is not None:
+                part["tie_word_embeddings"] = found.tied
 
     def save_extras(folder: Path) -> None:
         if model.generation_config is not None:

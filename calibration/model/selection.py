@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
-from rankbook.calibration.model.capture import Blocks
+from rankbook.calibration.model.adapter import Blocks, adapter_of
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.patterns import check_patterns, matches
 from rankbook.calibration.model.report import OUTSIDE, SKIPPED
@@ -109,9 +108,10 @@ def _check_group(name: str, in_features: int, options: QuantizeOptions) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _note_outside(model: Any, blocks: Blocks, selection: Selection) -> None:
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+def _note_outside(model: nn.Module, blocks: Blocks, selection: Selection) -> None:
+    found = adapter_of(model).embeddings()
+    reported = {name for name, _ in filter(None, (found.embedding, found.head))}
     for name, module in model.named_modules():
-        outside = not name.startswith(f"{blocks.name}.") and all(module is not table for table in tables)
+        outside = not name.startswith(f"{blocks.name}.") and name not in reported
         if outside and has_weights(module):
             selection.left_alone[name] = f"{type(module).__name__} {OUTSIDE}"

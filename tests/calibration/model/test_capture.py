@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.adapter import adapter_of
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -20,7 +21,7 @@ def tokens(sequences: int = 5, length: int = 20) -> torch.Tensor:
 def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     """Inputs of every block and output of the last one, seen by hooks on the model itself."""
     seen: list[torch.Tensor] = []
-    blocks = capture.find_blocks(model).modules
+    blocks = adapter_of(model).blocks().modules
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(capture.first(out).detach())))
     model(ids, use_cache=False)
@@ -33,7 +34,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 def test_stream_through_the_blocks_is_that_of_the_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "TOKENS_PER_BATCH", 40)  # batches of 2, 2 and 1 sequences
     model, ids = tiny_model(family), tokens()
-    blocks = capture.find_blocks(model)
+    blocks = adapter_of(model).blocks()
     calls = capture.record_calls(model, blocks, ids)
     stream = capture.first_inputs(model, blocks, ids, torch.float32)
     for want, block, call in zip(hidden_states(model, ids), blocks.modules, calls, strict=False):
@@ -47,7 +48,7 @@ def test_stream_through_the_blocks_is_that_of_the_model(family: str, monkeypatch
 def test_a_model_in_bfloat16_runs_in_float32_and_is_left_as_it_was(family: str) -> None:
     model, ids = tiny_model(family).to(torch.bfloat16), tokens()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    blocks = capture.find_blocks(model)
+    blocks = adapter_of(model).blocks()
     calls = capture.record_calls(model, blocks, ids)
     stream = capture.first_inputs(model, blocks, ids, torch.float32)
     for block, call in zip(blocks.modules, calls, strict=True):
@@ -62,7 +63,7 @@ def test_a_model_in_bfloat16_runs_in_float32_and_is_left_as_it_was(family: str) 
 
 def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> None:
     model, ids = tiny_model("llama"), tokens()
-    blocks = capture.find_blocks(model)
+    blocks = adapter_of(model).blocks()
     calls = capture.record_calls(model, blocks, ids)
     stream = capture.first_inputs(model, blocks, ids, torch.float32)
     block: Any = blocks.modules[0]
@@ -128,7 +129,7 @@ def test_a_layer_that_is_never_called_has_no_tokens() -> None:
 
 def test_gradients_flow_through_a_call() -> None:
     model, ids = tiny_model("gemma2"), tokens()
-    blocks = capture.find_blocks(model)
+    blocks = adapter_of(model).blocks()
     calls = capture.record_calls(model, blocks, ids)
     x = capture.first_inputs(model, blocks, ids, torch.float32).values[:3].requires_grad_()
     (gradient,) = torch.autograd.grad(calls[1](blocks.modules[1], x).square().sum(), x)
@@ -164,4 +165,4 @@ def test_arguments_that_depend_on_the_tokens_are_an_error() -> None:
 
 def test_a_model_without_blocks_is_an_error() -> None:
     with pytest.raises(ValueError, match="decoder-only"):
-        capture.find_blocks(nn.Sequential(nn.Linear(2, 2)))
+        adapter_of(nn.Sequential(nn.Linear(2, 2))).blocks()

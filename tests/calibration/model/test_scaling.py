@@ -13,6 +13,7 @@ from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture, scaling
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
 from tests.calibration import problems
@@ -27,7 +28,7 @@ class Parts:
 
     def __init__(self, family: str, **overrides: Any) -> None:
         self.model = tiny_model(family, **overrides)
-        found = capture.find_blocks(self.model)
+        found = adapter_of(self.model).blocks()
         self.block = found.modules[0]
         call = capture.record_calls(self.model, found, TOKENS)[0]
         x = capture.first_inputs(self.model, found, TOKENS, torch.float32).values

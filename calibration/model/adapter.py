@@ -1,0 +1,223 @@
+"""What the rest of the project asks a model about: its blocks, embeddings, attention and cache, whatever its family.
+
+`ModelAdapter` holds the rules that most families of transformers keep. A family that keeps another one is a file in
+`rankbook.calibration.model.families` with a subclass; nothing else knows families.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from rankbook.calibration.model.packed_modules import TiedCodebookLinear
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The decoder blocks of a model.
+
+    Attributes:
+        name: Name of the list within the model, e.g. ``model.layers``.
+        modules: The blocks.
+    """
+
+    name: str
+    modules: Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The token embedding and output layer of a model.
+
+    Attributes:
+        embedding: Name and module of the token embedding.
+        head: Name and module of the output layer, or None where the model has none of its own.
+        tied: Whether both share one weight. What was stored decides: a flag of the configuration may be wrong.
+    """
+
+    embedding: tuple[str, nn.Module]
+    head: tuple[str, nn.Module] | None
+    tied: bool
+
+
+@dataclass(frozen=True)
+class CachedOutput:
+    """Output features of a module that are keys or values, as they enter the cache but for the rotary embedding.
+
+    Attributes:
+        module: The module.
+        start: The first of these features; those after it are all keys or values.
+        kinds: How many of keys and values there are among them, 1 or 2.
+    """
+
+    module: nn.Module
+    start: int = 0
+    kinds: int = 1
+
+
+class ModelAdapter:
+    """The rules that most families keep.
+
+    Attributes:
+        families: ``model_type`` of the models for which a subclass is used, of a wrapper or of its language model.
+        towers: How the names of modules begin that are not part of the language model.
+        language: Where models with towers keep their language model; its own name for the same modules is ``model.``.
+        hidden: Name of the blocks' argument that is the hidden state, where it is not the first positional one.
+        model: The model.
+        config: Configuration of its language model.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ()
+    towers: ClassVar[tuple[str, ...]] = ("vision", "visual", "audio")
+    language: ClassVar[str] = "model.language_model."
+    hidden: ClassVar[str] = "hidden_states"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+
+    def blocks(self) -> Blocks:
+        """Return the decoder blocks: the outermost module list of the language model as long as its layer count.
+
+        Raises:
+            ValueError: There is none.
+        """
+        wanted = getattr(self.config, "num_hidden_layers", None)
+        lists = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            # A tower may have as many blocks, and need not lie deeper than the language model.
+            if isinstance(module, nn.ModuleList)
+            and len(module) == wanted
+            and len(module) > 0
+            and self.in_language(name)
+        ]
+        if not lists:
+            raise ValueError(
+                f"{type(self.model).__name__} has no list of {wanted} blocks; only decoder-only models are supported"
+            )
+        lists.sort(key=lambda item: (item[0].count("."), -sum(p.numel() for p in item[1].parameters())))
+        name, modules = lists[0]
+        return Blocks(name, list(modules))
+
+    def in_language(self, name: str) -> bool:
+        """Return whether a module belongs to the language model."""
+        return not any(part.startswith(self.towers) for part in name.split("."))
+
+    def embeddings(self) -> Embeddings:
+        """Return the token embedding and the output layer."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        tokens, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        found = None if head is None else (names[id(head)], head)
+        weight = None if head is None else head._parameters.get("weight")
+        tied = isinstance(head, TiedCodebookLinear) or (
+            weight is not None and weight is tokens._parameters.get("weight")
+        )
+        return Embeddings((names[id(tokens)], tokens), found, tied)
+
+    def embedding_scale(self, module: nn.Module) -> float:
+        """Return the factor on the rows of a token embedding.
+
+        Raises:
+            ValueError: A kind of embedding whose output is unknown.
+        """
+        if type(module) is nn.Embedding:
+            return 1.0
+        scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+        if scale is None or not isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"embeddings of type {type(module).__name__} cannot be quantized; leave out --quantize-embeddings"
+            )
+        return float(scale)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values of a layer."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
+
+    def cached_outputs(self) -> list[CachedOutput]:
+        """Return the outputs that are keys or values.
+
+        Raises:
+            ValueError: Some layers have theirs in an unknown place.
+        """
+        found = self._cached_outputs()
+        kinds = sum(output.kinds for output in found)
+        if kinds != 2 * self.layers:
+            raise ValueError(
+                f"{type(self.model).__name__} has k_proj and v_proj, or what rankbook knows in their place, in"
+                f" {kinds / 2:g} of {self.layers} layers; leave out --kv-bits"
+            )
+        return found
+
+    def _cached_outputs(self) -> list[CachedOutput]:
+        return [CachedOutput(module) for module in self._named("k_proj", "v_proj")]
+
+    def _named(self, *leaves: str) -> list[nn.Module]:
+        """Return the modules of the language model whose names end so."""
+        named = self.model.named_modules()
+        return [item for name, item in named if name.rpartition(".")[2] in leaves and self.in_language(name)]
+
+    def windows(self) -> list[int]:
+        """Return how many positions a query sees in each layer, itself included; -1 where it sees all.
+
+        Raises:
+            ValueError: A layer hides keys in another way.
+        """
+        width = getattr(self.config, "sliding_window", None)
+        standard = "sliding_attention" if width else "full_attention"
+        kinds = getattr(self.config, "layer_types", None) or [standard] * self.layers
+        if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+            raise ValueError(
+                f"layers of kind {', '.join(unknown)} are not in ONNX Runtime's attention; use graph standard"
+            )
+        return [int(width) if kind == "sliding_attention" and width else -1 for kind in kinds]
+
+    def rotary(self) -> nn.Module | None:
+        """Return the module that computes cos and sin for all layers; None where layers differ or there is none."""
+        found = [module for name, module in self.model.named_modules() if hasattr(module, "inv_freq")]
+        return found[0] if len(found) == 1 else None
+
+
+def adapter_of(model: Any) -> ModelAdapter:
+    """Return the adapter of a transformers model.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} is not a decoder-only model of transformers; no other is supported")
+    kinds = (config.model_type, config.get_text_config().model_type)
+    return next((_families()[kind] for kind in kinds if kind in _families()), ModelAdapter)(model)
+
+
+@functools.cache
+def _families() -> dict[str, type[ModelAdapter]]:
+    """Return the classes of the modules in `families`, discovered, by ``model_type``."""
+    from rankbook.calibration.model import families
+
+    names = [f"{families.__name__}.{info.name}" for info in pkgutil.iter_modules(families.__path__)]
+    adapters = [importlib.import_module(name).ADAPTER for name in names]
+    return {kind: adapter for adapter in adapters for kind in adapter.families}
