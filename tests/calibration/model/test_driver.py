@@ -26,6 +26,7 @@ from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.report import Progress
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.plugins import layout
 from tests.calibration import toy_method
 from tests.tiny import tiny_model, tiny_tokenizer, write_text
 
@@ -388,3 +389,22 @@ def test_other_bad_input(tmp_path: Path) -> None:
     quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
     with pytest.raises(ValueError, match="quantized already"):
         quantize_model(tmp_path / "out", tmp_path / "again", options(tmp_path))
+
+
+def test_a_layer_is_packed_once_on_its_way_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = {"pack_codes": 0, "unpack_codes": 0}
+
+    def count(name: str, work: Any) -> Any:
+        def counting(*args: Any) -> Any:
+            counted[name] += 1
+            return work(*args)
+
+        return counting
+
+    for name in counted:
+        monkeypatch.setattr(layout, name, count(name, getattr(layout, name)))
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path, method="rtn", quantize_lm_head=8)
+    report = quantize_model(tmp_path / "model", tmp_path / "out", chosen)
+    # Decoded once, to compute the inputs of the next block; the output layer is the last.
+    assert counted == {"pack_codes": len(report.layers), "unpack_codes": len(report.layers) - 1}

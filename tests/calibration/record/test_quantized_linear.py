@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rankbook.calibration.record.group_params import panel_range
 from rankbook.calibration.record.quantized_linear import (
@@ -16,7 +14,6 @@ from rankbook.calibration.record.quantized_linear import (
     Factor,
     GroupParams,
     LowRank,
-    QuantizedLinear,
 )
 from rankbook.plugins.layer_spec import allowed_groups, check_group
 from tests.calibration.records import FORMS, random_record
@@ -42,33 +39,6 @@ def test_the_branch_adds_the_product_of_its_factors(form: str) -> None:
     branch = record.low_rank
     want = torch.zeros_like(difference) if branch is None else branch.up.dense() @ branch.down.dense()
     assert torch.allclose(difference, want, atol=1e-6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 70),
-    st.integers(1, 6),
-    st.sampled_from([2, 3, 4, 8]),
-    st.integers(1, 3),
-    st.booleans(),
-    st.sampled_from([8, 16, 32]),
-    st.sampled_from([0, 1, 5]),
-    st.sampled_from([8, 16, 32]),
-)
-def test_pack_round_trip(
-    rows: int, groups: int, bits: int, planes: int, offset: bool, param_bits: int, rank: int, factor_bits: int
-) -> None:
-    record = random_record(
-        rows, 16 * groups, bits=bits, planes=planes, has_offset=offset, param_bits=param_bits, rank=rank,
-        factor_bits=factor_bits, bias=rank > 0,
-    )  # fmt: skip
-    packed = record.pack()
-    again = QuantizedLinear.unpack(packed, record.spec())
-    assert torch.equal(again.weight(with_low_rank=True), record.weight(with_low_rank=True))
-    assert again.pack().keys() == packed.keys()
-    assert all(
-        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(again.pack().values(), packed.values(), strict=True)
-    )
 
 
 def test_stored_bits_count_every_byte_but_the_bias() -> None:
