@@ -94,6 +94,9 @@ def export(
 ) -> ExportReport:
     """Write ``model.onnx``, its weights, and the tokenizer and configuration files beside them.
 
+    >>> rankbook.export("checkpoint", "onnx-int8", rankbook.ExportOptions(activations="int8")).layers
+    14
+
     Of a model with a vision tower (LLaVA) this is the language model alone; its nodes have the names that the language
     model has alone (``model.layers.0...`` for ``model.language_model.layers.0...``).
 

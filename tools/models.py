@@ -14,6 +14,10 @@ def open_model(
 ) -> LanguageModel:
     """Load a model.
 
+    >>> model = rankbook.open_model("onnx", kernels="bodies")
+    >>> model.start(model.tokenizer("the", return_tensors="np").input_ids).ndim
+    1
+
     Args:
         source: Hugging Face folder or id, GGUF, checkpoint, exported folder or ``.onnx`` file.
         threads: CPU threads.

@@ -1,6 +1,6 @@
 """The quantizer that lets ``AutoModelForCausalLM.from_pretrained`` load a checkpoint (``quant_method: rankbook``).
 
-`register` runs while transformers itself is being imported (`rankbook.calibration.checkpoint.hf_hook`), so it may
+`register` runs while transformers itself is being imported (`rankbook._transformers_hook`), so it may
 import only what transformers has loaded by then: the base classes that it joins with the ones here.
 """
 

@@ -60,6 +60,11 @@ def quantize_model(
 ) -> QuantizeReport:
     """Quantize a causal language model and write the checkpoint.
 
+    >>> options = rankbook.QuantizeOptions(method="rtn", bits=4, calib="text.txt", calib_sequences=2, calib_length=32)
+    >>> report = rankbook.quantize("model", "checkpoint", options)
+    >>> len(report.layers), 4 < report.bits_per_weight < 8
+    (14, True)
+
     Memory: the weights once (memory-mapped, in their own dtype), one block in float32, and two streams of calibration
     activations (sequences, length, hidden) in the model's dtype: the original model's, which gives the targets, and the
     quantized prefix's, which gives the inputs and statistics. Methods without a training stage need only the second.

@@ -28,6 +28,10 @@ def resolve(source: str | Path) -> Source:
 def load_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a causal language model for inference on the CPU.
 
+    >>> model, tokenizer = rankbook.load("checkpoint")
+    >>> type(model.model.layers[0].mlp.up_proj).__name__
+    'CodebookLinear'
+
     Weights stay memory-mapped where the file's dtype is kept, so they are in memory once, as page cache.
 
     Args:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankbook.calibration.option import argument, option, required
 from rankbook.calibration.settings import ACTIVATIONS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
+from rankbook.tools.evaluate.options import EvalOptions
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rankbook.tools.runtimes.base import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(KernelOptions, Common):
+class Eval(EvalOptions, KernelOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
@@ -28,12 +27,7 @@ class Eval(KernelOptions, Common):
         metavar="MODEL_OR_FILE",
     )
     text: str = required(".txt, .jsonl or a datasets name to evaluate on", metavar="FILE")
-    context: int = option(512, "tokens per window; windows do not overlap", metavar="N", least=2)
-    max_tokens: int | None = option(
-        None, "tokens to evaluate on, rounded up to windows; all without it", metavar="N", least=1
-    )
     reference: str | None = option(None, "unquantized model for KL divergence and top-1 agreement", metavar="MODEL")
-    batch: int = option(1, "windows per call", metavar="N", least=1)
     activations: str | None = option(
         None,
         "quantize the inputs of linear layers so, whatever the checkpoint says (PyTorch models only)",
@@ -50,7 +44,7 @@ class Eval(KernelOptions, Common):
 def run(options: Eval) -> Outcome:
     """Evaluate."""
     from rankbook.calibration.data import read_text
-    from rankbook.calibration.evaluate import evaluate
+    from rankbook.tools.evaluate.quality import measure
     from rankbook.tools.models import open_model
 
     # A wrong path should not cost the time of loading a model.
@@ -64,15 +58,7 @@ def run(options: Eval) -> Outcome:
         reference = None
         if options.reference is not None:
             reference = open_model(options.reference, threads=options.threads)
-            model.tokenizer = model.tokenizer or reference.tokenizer
-        windows = _windows(options, model, text)
-        result = evaluate(
-            _logits(model),
-            windows,
-            None if reference is None else _logits(reference),
-            batch=options.batch,
-            progress=lambda fraction: show(fraction, None),
-        )
+        result = measure(model, text, options, reference, lambda fraction: show(fraction, None), what=str(options.text))
     rows = [
         ("perplexity", result.perplexity),
         ("perplexity of the reference", result.reference_perplexity),
@@ -98,21 +84,6 @@ def _override(options: Eval, model: LanguageModel) -> None:
             " own: evaluate the checkpoint that it was made from"
         )
     override(model.model, kind=options.activations, kv_bits=options.kv_bits)
-
-
-def _windows(options: Eval, model: LanguageModel, text: str) -> Tensor:
-    from rankbook.calibration.data import token_windows
-
-    if model.tokenizer is None:
-        raise UsageError(f"{options.model} has no tokenizer; name a model that has it: --tokenizer MODEL")
-    windows = token_windows(model.tokenizer, text, options.context, what=str(options.text))
-    if options.max_tokens is not None:
-        windows = windows[: max(1, -(-options.max_tokens // options.context))]
-    return windows
-
-
-def _logits(model: LanguageModel) -> Any:
-    return lambda tokens: model.logits(tokens.numpy())
 
 
 COMMAND = Command(

@@ -96,14 +96,21 @@ class EngineReport:
 
 
 def build(
-    source: Path, output: Path, options: BuildOptions, progress: Callable[[float, str | None], None]
+    source: str | Path,
+    output: str | Path,
+    options: BuildOptions | None = None,
+    progress: Callable[[float, str | None], None] = lambda *_: None,
 ) -> EngineReport:
     """Build and verify an engine; ``output`` gets the new engine as a whole or stays as it was.
+
+    >>> report = rankbook.build("onnx", "engine", rankbook.BuildOptions(compute_capability=("SM86",)))
+    >>> report.passed, report.capabilities
+    (True, ('SM86',))
 
     Args:
         source: An ``.onnx`` file or an exported folder.
         output: Folder to write ``model.engine`` and ``engine.json`` to.
-        options: What to build.
+        options: What to build; the defaults without.
         progress: Called with the fraction done and the builder's phase.
 
     Raises:
@@ -111,8 +118,9 @@ def build(
         CheckFailedError: The builder failed.
         FileExistsError: ``output`` holds something else than an engine.
     """
+    options, output = options or BuildOptions(), Path(output)
     options.check()
-    model = onnx_file.read(source)
+    model = onnx_file.read(Path(source))
     onnx_file.require_ours(model)
     onnx_file.require_standard(model)
     profiles = make_profiles(model.inputs, options.limits)

@@ -1,10 +1,21 @@
-"""What a user chooses about a parity check."""
+"""What a user chooses about evaluation and parity checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankbook.calibration.option import Seeded, Threaded, option
+from rankbook.calibration.option import Options, Seeded, Threaded, option
+
+
+@dataclass(frozen=True)
+class EvalOptions(Options):
+    """What to evaluate on."""
+
+    context: int = option(512, "tokens per window; windows do not overlap", metavar="N", least=2)
+    max_tokens: int | None = option(
+        None, "tokens to evaluate on, rounded up to windows; all without it", metavar="N", least=1
+    )
+    batch: int = option(1, "windows per call", metavar="N", least=1)
 
 
 @dataclass(frozen=True)

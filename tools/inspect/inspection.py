@@ -79,8 +79,12 @@ class Inspection:
         return bits / weights if weights else None
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection:
     """Describe whatever ``path`` is.
+
+    >>> found = rankbook.inspect("onnx")
+    >>> found.layers[0].name, found.layers[0].bits
+    ('model.layers.0.self_attn.q_proj', 4)
 
     Raises:
         UsageError: It is none of the things that can be described.

@@ -1,0 +1,24 @@
+"""The public API: what `rankbook` itself offers (``rankbook.quantize``), gathered from where it lies."""
+
+from __future__ import annotations
+
+from rankbook.calibration.evaluate import EvalResult as EvalResult
+from rankbook.calibration.methods import METHODS as METHODS
+from rankbook.calibration.model import driver, loading
+from rankbook.calibration.model.options import QuantizeOptions as QuantizeOptions
+from rankbook.calibration.model.report import QuantizeReport as QuantizeReport
+from rankbook.exporter.export import ExportReport as ExportReport
+from rankbook.exporter.export import export as export
+from rankbook.exporter.options import ExportOptions as ExportOptions
+from rankbook.tools.deploy.engine import EngineReport as EngineReport
+from rankbook.tools.deploy.engine import build as build
+from rankbook.tools.deploy.options import BuildOptions as BuildOptions
+from rankbook.tools.evaluate.options import EvalOptions as EvalOptions
+from rankbook.tools.evaluate.quality import evaluate as evaluate
+from rankbook.tools.inspect.inspection import Inspection as Inspection
+from rankbook.tools.inspect.inspection import inspect as inspect
+from rankbook.tools.models import open_model as open_model
+from rankbook.tools.runtimes.base import LanguageModel as LanguageModel
+
+quantize = driver.quantize_model
+load = loading.load_model
