@@ -19,17 +19,22 @@ from rankbook.calibration.model.adapter import adapter_of
 
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles follow from the position alone."""
+_CHANGING_ROTARY = ("dynamic", "longrope")
+"""Kinds whose frequencies change once the text is longer than the original context, those of earlier tokens too."""
 IMPLEMENTATION = "rankbook_export"
-"""Name under which `register` makes the functions known to transformers."""
+"""Name under which `register` makes `attend` and `mask` known to transformers."""
+ADDITIVE = "rankbook_export_additive"
+"""Name of `additive_mask`, for models with an attention of their own, which add the mask to their scores."""
 
 
 def register() -> None:
-    """Make `attend` and `mask` known to transformers; doing so twice is harmless."""
+    """Make the functions known to transformers; doing so twice is harmless."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, mask)
+    AttentionMaskInterface.register(ADDITIVE, additive_mask)
 
 
 def attend(
@@ -76,6 +81,32 @@ def mask(
     return mask_function(first, first, query, key) & (attention_mask[:, None, None, :] | (query == key))
 
 
+def additive_mask(*, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:
+    """Return `mask` as numbers in ``dtype`` to add to scores: 0 where a query sees a key, a very low one elsewhere."""
+    # Half of the lowest number: a score that is added must not make it infinite.
+    return torch.where(mask(**given), 0.0, torch.finfo(dtype).min / 2).to(dtype)
+
+
+def fixed_kind(kind: str) -> str:
+    """Return the kind of rotary embedding that computes, up to the original context, what ``kind`` does."""
+    return "default" if any(name in kind for name in _CHANGING_ROTARY) else kind
+
+
+def context(config: Any) -> int:
+    """Return up to how many positions an exported model is right; 0 where the configuration sets no limit.
+
+    Where frequencies change with the length of the text (LongRoPE, dynamic NTK) that is the original context: beyond
+    it every key in the cache would have to be computed again.
+    """
+    limit = int(getattr(config, "max_position_embeddings", 0) or 0)
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in [found, *(entry for entry in found.values() if isinstance(entry, dict))]:
+        if fixed_kind(str(rope.get("rope_type", ""))) != rope.get("rope_type", ""):
+            original = rope.get("original_max_position_embeddings") or limit
+            limit = min(limit, int(original)) if limit else int(original)
+    return limit
+
+
 def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
     """Return cos and sin of a model's rotary embedding, (positions, size / 2) each; None where it has no such tables.
 
@@ -84,7 +115,7 @@ def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
     found = adapter_of(model).rotary()
     if found is None or getattr(found, "rope_type", None) not in _STATIC_ROTARY:
         return None
-    positions = torch.arange(model.config.max_position_embeddings)[None]
+    positions = torch.arange(context(model.config))[None]
     with torch.no_grad():
         tables = found(torch.zeros(1, dtype=torch.float32), positions)
     cos, sin = (table[0, :, : table.shape[-1] // 2].float().numpy() for table in tables)

@@ -27,8 +27,9 @@ from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.gates import FuseGates
 from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.kv_cache import QuantizeCache
+from rankbook.exporter.passes.masks import CheckMasks
 from rankbook.exporter.passes.merge import MergeProducts
-from rankbook.exporter.passes.metadata import AddMetadata
+from rankbook.exporter.passes.metadata import CONTEXT, AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
@@ -166,6 +167,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     model = trace(skeleton, options.logits, options.inputs)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
+        CheckMasks(),
         BindWeights(checkpoint, skeleton, dialect, int8_activations=int8),
         *([QuantizeCache()] if options.kv == "int8" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
@@ -176,11 +178,17 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         InferShapes(),
-        AddMetadata(checkpoint, {**options.metadata(), "rankbook.activations": kind}),
+        AddMetadata(checkpoint, {**options.metadata(), "rankbook.activations": kind, **_limits(skeleton)}),
     ]
     for step in passes:
         step(model)
     return model
+
+
+def _limits(skeleton: Skeleton) -> dict[str, str]:
+    """Return up to how many positions, past ones included, the file is right; nothing where there is no limit."""
+    limit = attention.context(skeleton.model.config)
+    return {CONTEXT: str(limit)} if limit else {}
 
 
 def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:

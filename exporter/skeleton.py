@@ -93,24 +93,49 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
     Raises:
         CheckpointError: transformers does not know the model, or a parameter is missing.
     """
-    from transformers import AutoModelForCausalLM
-
     attention.register()
+    model = _empty_model(checkpoint, dtype)
+    owners = _owners(model, checkpoint)
+    _place(model, checkpoint, dtype)
+    _load(model, checkpoint, dtype, owners)
+    return Skeleton(model.eval().requires_grad_(False), dtype, owners)
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Return the model with its parameters on the meta device and its attention ready to be traced."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     try:
         config = read_config(str(checkpoint.folder)).get_text_config()
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json cannot be used: {error}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # What is stored decides: flags of a wrapper and of its language model may differ.
+    ties = kind._tied_weights_keys or {}
+    heads = {name.rpartition(".")[0] for name in ties}
+    config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in checkpoint.files)
+    through_interface = kind._can_set_attn_implementation()
     with _parameters_on_meta():
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION, trust_remote_code=False
+        model = kind._from_config(
+            config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION if through_interface else "eager"
         )
+    if not through_interface:
+        model.config._attn_implementation = attention.ADDITIVE
+    _keep_frequencies(model)
     model.tie_weights()
-    owners = _owners(model, checkpoint)
-    _place(model, checkpoint, dtype)
-    _load(model, checkpoint, dtype, owners)
-    return Skeleton(model.eval().requires_grad_(False), dtype, owners)
+    return model
+
+
+def _keep_frequencies(model: Any) -> None:
+    """Keep rotary frequencies as they are up to the original context, see `rankbook.exporter.attention.context`."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = attention.fixed_kind(kinds)
+        elif isinstance(kinds, dict):
+            module.rope_type = {layer: attention.fixed_kind(kind) for layer, kind in kinds.items()}
 
 
 def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:

@@ -27,7 +27,7 @@ class _CausalLM(nn.Module):
     def __init__(self, model: Any, logits: str, inputs: str) -> None:
         super().__init__()
         self.model = model
-        self.keep = 1 if logits == "last" else 0
+        self.last = logits == "last"
         self.inputs = INPUTS[inputs]
 
     def forward(
@@ -35,7 +35,8 @@ class _CausalLM(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
 
-        ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden).
+        ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden). The last logits of a row
+        are those of its last real position: rows of a batch may be padded on either side.
 
         Every layer keeps all positions, also one with a sliding window: its mask hides the older ones, and the cache of
         all layers has one length.
@@ -45,15 +46,31 @@ class _CausalLM(nn.Module):
         cache = DynamicCache()
         for index, (key, value) in enumerate(past):
             cache.update(key, value, index)
-        output = self.model(
-            **{self.inputs: tokens},
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=self.keep,
-        )
+        head = self.model.get_output_embeddings()
+        real = attention_mask[:, attention_mask.shape[1] - tokens.shape[1] :]
+        # Before the output layer, so that it computes one position, and what follows it in the model stays.
+        hook = head.register_forward_pre_hook(lambda _, given: (_last(given[0], real),)) if self.last else None
+        try:
+            output = self.model(
+                **{self.inputs: tokens},
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            if hook is not None:
+                hook.remove()
         return output.logits.float(), [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+
+def _last(hidden: Tensor, real: Tensor) -> Tensor:
+    """Return the last real position of each row, (batch, 1, hidden), of hidden states (batch, sequence, hidden).
+
+    ``real`` (batch, sequence) is 1 where a position is a token and 0 where it is padding.
+    """
+    last = (real * torch.arange(hidden.shape[1])).argmax(1)
+    return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
 def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 torch.set_num_threads(1)  # tensors this small gain nothing from threads, and a busy machine makes them wait
 
 FAMILIES = ("llama", "opt", "qwen2", "qwen3", "mistral", "gemma2", "phi3")
-"""Families that `tiny_model` knows."""
+"""Families that every part is tested with."""
+OWN_ATTENTION = ("bloom", "codegen", "gptj", "gpt_neo", "xglm")
+"""Families that `tiny_model` knows too, whose attention is code of their own."""
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Bytes and special tokens: 259, which is not a multiple of a panel of 32 rows."""
@@ -37,6 +39,11 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8, "head_dim": 12},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
     "phi3": {},
+    "bloom": {},
+    "codegen": {"rotary_dim": 8, "n_inner": 80},
+    "gptj": {"rotary_dim": 8, "n_inner": 80},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8, "intermediate_size": 80},
+    "xglm": {"ffn_dim": 80, "pad_token_id": 1},
 }
 
 
@@ -46,8 +53,9 @@ def tiny_model(family: str, folder: Path | None = None, *, seed: int = 0, **over
     Keyword arguments override fields of the model's configuration.
     """
     settings = {**_DECODER, **_FAMILY[family], **overrides}
-    if family == "opt":
-        del settings["intermediate_size"], settings["num_key_value_heads"]
+    if family == "opt" or family in OWN_ATTENTION:
+        for name in {"intermediate_size", "num_key_value_heads"} - set(_FAMILY[family]):
+            settings.pop(name)
     torch.manual_seed(seed)
     auto: Any = AutoModelForCausalLM  # as in the rest of the tests: most of transformers has no types
     model = auto.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32).eval()

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from rankbook.exporter.passes.kv_cache import PAST
+from rankbook.exporter.passes.kv_cache import PAST, cache_layers
 from rankbook.plugins import attention_contract, contract
 
 DOMAIN = attention_contract.STOCK_DOMAIN
@@ -43,19 +43,36 @@ class GroupQueryAttention(ir.passes.InPlacePass):
         """Change the model in place.
 
         Raises:
-            ValueError: An attention whose cache or result is not where it is expected; the message names it.
+            ValueError: An attention whose cache or result is not where it is expected; the message names it. Layers
+                with another attention, or with masks that are no windows.
         """
         nodes = [node for node in model.graph if node.domain == "" and node.op_type == "Attention"]
-        lengths: list[ir.Value] = []
-        for node in nodes:
-            fusion = _Fusion(model.graph, node)
-            lengths = lengths or fusion.lengths()
+        layers = cache_layers(model.graph.inputs)
+        if len(nodes) != layers:
+            raise ValueError(
+                f"ONNX Runtime's operator computes the attention of {len(nodes)} of {layers} layers; export with graph"
+                " standard"
+            )
+        fusions = [_Fusion(model.graph, node) for node in nodes]
+        self._check_masks(fusions)
+        lengths = fusions[0].lengths() if fusions else []
+        for fusion in fusions:
             fusion.apply(lengths, self._tables, self._windows)
         if nodes:
             model.opset_imports[DOMAIN] = 1
         if any(node.op_type == attention_contract.NAME and node.domain == contract.DOMAIN for node in model.graph):
             model.opset_imports[contract.DOMAIN] = contract.VERSION
         return ir.passes.PassResult(model, modified=bool(nodes))
+
+    def _check_masks(self, fusions: list[_Fusion]) -> None:
+        """Check that layers share a mask exactly where they share a window: the operator makes its own masks."""
+        pairs = {(id(fusion.mask), self._windows[fusion.layer]) for fusion in fusions}
+        masks, windows = ({pair[part] for pair in pairs} for part in (0, 1))
+        if not len(pairs) == len(masks) == len(windows):
+            raise ValueError(
+                f"{len(masks)} masks and windows of {', '.join(map(str, sorted(windows)))} positions (-1 is all) do not"
+                " belong together, so which keys a layer sees is not known; export with graph standard"
+            )
 
 
 class _Fusion:
@@ -75,6 +92,16 @@ class _Fusion:
                 f" and these have {self._size}; export with graph standard"
             )
 
+    @property
+    def mask(self) -> ir.Value | None:
+        """Mask of the attention node, which is left out."""
+        return self._node.inputs[3] if len(self._node.inputs) > 3 else None
+
+    @property
+    def layer(self) -> int:
+        """Number of the layer, from the name of its cache."""
+        return int(str(self._past[0].name).removeprefix(PAST).split(".")[0])
+
     def lengths(self) -> list[ir.Value]:
         """Return what all layers share: the number of keys in each row less one, and in the longest row; int32."""
         mask = self._input("attention_mask")
@@ -85,14 +112,13 @@ class _Fusion:
 
     def apply(self, lengths: list[ir.Value], tables: Tables | None, windows: list[int]) -> None:
         """Replace the node."""
-        layer = int(str(self._past[0].name).removeprefix(PAST).split(".")[0])
         rotary = self._take_rotary(tables)
         attributes: dict[str, int | float] = {
             "num_heads": self._heads,
             "kv_num_heads": _size(self._past[0], 1),
             "scale": _float(self._node, "scale", self._size**-0.5),
             "softcap": _float(self._node, "softcap", 0.0),
-            "local_window_size": windows[layer],
+            "local_window_size": windows[self.layer],
             "do_rotary": int(bool(rotary)),
         }
         rows = [self._rows(value) for value in (self._query, *self._new)]

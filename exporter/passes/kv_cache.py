@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import Iterable, MutableSequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,11 @@ PAST, PRESENT, SCALE = "past_key_values.", "present.", "_scale"
 _SMALLEST = {ir.DataType.FLOAT16: 1e-7}
 _SMALLEST_WIDE = 1e-30
 """Lower bounds of a scale, so that a token of zeros can be divided by it; float16 has no smaller numbers."""
+
+
+def cache_layers(values: Iterable[ir.Value]) -> int:
+    """Return of how many layers there are keys among the inputs or outputs of a graph."""
+    return sum(str(value.name).startswith((PAST, PRESENT)) and str(value.name).endswith(".key") for value in values)
 
 
 class QuantizeCache(ir.passes.InPlacePass):

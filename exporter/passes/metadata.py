@@ -19,6 +19,8 @@ LAYERS = "rankbook.layers"
 
 DIALECT = "rankbook.dialect"
 """Metadata key of the dialect; files without it are in our own."""
+CONTEXT = "rankbook.context"
+"""Metadata key of the positions, past ones included, up to which a file computes what the model does; a number."""
 
 
 class AddMetadata(ir.passes.InPlacePass):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import onnx
-import pytest
+import json
+from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from rankbook.calibration.checkpoint.format import open_checkpoint
 from rankbook.calibration.model.loading import load_model
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.skeleton import build
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
 from tests.exporter.compare import worst_error
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, OWN_ATTENTION
 
 # float32 sums in another order, through two layers; 1e-6 is typical.
 TOLERANCE = 1e-4
@@ -26,6 +34,73 @@ def test_logits_equal_those_of_torch(family, tmp_path):
     operators = sum(count for name, count in report.nodes.items() if name.startswith("Codebook"))
     assert operators == report.layers
     assert_every_output_has_a_shape(tmp_path / "out" / "model.onnx")
+
+
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_models_that_add_the_mask_themselves_get_numbers(family, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, family, bits=4)
+    export(checkpoint, tmp_path / "out", ExportOptions(logits="all"))
+    model, _ = load_model(checkpoint)
+    assert worst_error(tmp_path / "out", model, logits="all") < TOLERANCE
+    if family == OWN_ATTENTION[0]:
+        with pytest.raises(ValueError, match="0 of 2 layers; export with graph standard"):
+            export(checkpoint, tmp_path / "ort", ExportOptions(graph="ort"))
+
+
+CHANGING: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+    "phi3": {
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [4.0] * 6,
+        },
+    },
+}
+"""Configurations whose rotary frequencies change beyond 128 positions."""
+
+
+@pytest.mark.parametrize("family", CHANGING)
+def test_frequencies_that_change_limit_the_context(family, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, family, model=CHANGING[family], bits=4)
+    export(checkpoint, tmp_path / "out")
+    model, _ = load_model(checkpoint)
+    assert worst_error(tmp_path / "out", model, logits="last") < TOLERANCE
+    stored = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    assert {item.key: item.value for item in stored.metadata_props}["rankbook.context"] == "128"
+
+
+@pytest.mark.parametrize(("family", "owner"), [("llama", "lm_head"), ("qwen3", "model.embed_tokens")])
+def test_what_is_stored_decides_whether_the_output_layer_is_tied(family, owner, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, family, bits=4)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["tie_word_embeddings"] = not config["tie_word_embeddings"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    skeleton = build(open_checkpoint(checkpoint), torch.float32)
+    assert skeleton.owners["lm_head.weight"] == f"{owner}.weight"
+
+
+@pytest.mark.parametrize("graph", ["standard", "ort"])
+def test_last_logits_are_those_of_the_last_token_of_each_row(graph, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, "llama", model={"head_dim": 16}, bits=4)
+    export(checkpoint, tmp_path / "out", ExportOptions(graph=graph))
+    model, _ = load_model(checkpoint)
+    rows = [torch.arange(60, 60 + length)[None] for length in (3, 7, 1)]
+    with torch.no_grad():
+        want = np.concatenate([model(input_ids=row).logits[:, -1].numpy() for row in rows])
+    ids, mask = np.full((3, 7), 258), np.zeros((3, 7), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : row.shape[1]], mask[number, : row.shape[1]] = row, 1
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.tile(np.arange(7), (3, 1))}
+    for value in session.get_inputs()[3:]:
+        feeds[value.name] = np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32)
+    got = session.run(["logits"], feeds)[0]
+    assert got.shape == (3, 1, want.shape[1])
+    assert np.abs(got[:, 0] - want).max() < TOLERANCE * np.abs(want).max()
 
 
 @pytest.mark.parametrize(("family", "bits"), [("llama", 8), ("opt", 4), ("gemma2", 8)])

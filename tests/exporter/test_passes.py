@@ -15,6 +15,7 @@ from torch import nn
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.kv_cache import QuantizeCache
+from rankbook.exporter.passes.masks import CheckMasks
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
@@ -97,6 +98,29 @@ def test_only_the_rotary_embedding_of_llama_is_fused(change):
     assert ("RotaryEmbedding" in {node.op_type for node in model.graph}) == (change == "")
     # Half precision: two products and a sum of numbers up to 4.
     assert np.abs(run(model, feeds).astype(np.float32) - want.astype(np.float32)).max() < 1e-2
+
+
+def masked(mask: str, layers: int = 2) -> ir.Model:
+    """Return scores, 0 to ``layers``, with a mask, the softmax of them, and keys."""
+    parts = [f'x{i} = {mask} (s, m) y{i} = Softmax (x{i}) "present.{i}.key" = Identity (y{i})' for i in range(layers)]
+    outputs = ", ".join(f'float[b,4,n,n] "present.{i}.key"' for i in range(layers))
+    return ir.from_onnx_text(f"""
+        <ir_version: 11, opset_import: ["" : 23]> g (float[b,4,n,n] s, bool[b,1,n,n] seen) => ({outputs})
+        <float zero = {{0.0}}, float low = {{-1e38}}> {{ m = Where (seen, zero, low) {" ".join(parts)} }}
+    """)
+
+
+def test_a_layer_without_the_mask_is_refused():
+    assert not CheckMasks()(masked("Add")).modified
+    for change in ("Mul", "Sub"):
+        model = masked(change)
+        with pytest.raises(ValueError, match="2 layers keep keys and values and 0 apply the mask"):
+            CheckMasks()(model)
+    model = masked("Add")
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    softmax.replace_input_with(0, model.graph.inputs[0])
+    with pytest.raises(ValueError, match="and 1 apply the mask"):
+        CheckMasks()(model)
 
 
 def test_reshapes_get_a_constant_target_where_axes_allow_it():
