@@ -17,6 +17,7 @@ def random_record(
     has_offset: bool = True,
     param_bits: int = 8,
     float_levels: bool = False,
+    linear_levels: bool = False,
     bias: bool = False,
     rank: int = 0,
     factor_bits: int = 8,
@@ -26,6 +27,8 @@ def random_record(
     generator = torch.Generator().manual_seed(seed)
     limit = LEVEL_LIMIT[bits]
     levels = torch.randint(-limit, limit, (planes, 1 << bits), generator=generator)
+    if linear_levels:
+        levels[:] = torch.arange(1 << bits) - (1 << bits) // 2
     params = torch.randn(out_features, in_features // group, planes + has_offset, generator=generator) * 0.01
     low_rank = None
     if rank:
