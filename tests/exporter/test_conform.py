@@ -10,20 +10,20 @@ import pytest
 from onnx import helper, numpy_helper
 
 from rankbook.exporter.conform import check_model, check_proto
-from rankbook.plugins import contract
-from tests.op_cases import CASES, case_record, op_model
+from tests.calibration.records import random_record
+from tests.ops.cases import FORMS, look_up_model, op_model
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", FORMS)
 def test_every_stored_form_conforms(case):
-    record = case_record(case)
+    record = FORMS[case].draw().record
     assert check_proto(op_model(record)) == []
     if record.low_rank is None:
-        assert check_proto(op_model(record, contract.GATHER)) == []
+        assert check_proto(look_up_model(record)) == []
 
 
 def damaged(change):
-    model = op_model(case_record("branch"))
+    model = op_model(random_record(rank=5))
     change(model)
     return check_proto(model)
 
@@ -82,7 +82,7 @@ def test_a_foreign_or_broken_file_is_named(tmp_path):
 
 
 def test_missing_and_truncated_data_is_named(tmp_path):
-    model = op_model(case_record("plain"))
+    model = op_model(random_record())
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=64)
     assert check_model(tmp_path) == []

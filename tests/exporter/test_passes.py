@@ -22,7 +22,7 @@ from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from tests.calibration.records import random_record
 from tests.exporter.rtx import build, needs_rtx
-from tests.op_cases import op_model
+from tests.ops.cases import op_model
 
 HEADS, KEYS, SIZE = 4, 2, 16
 

@@ -18,14 +18,20 @@ def build_all(folder: Path) -> dict[str, dict[str, Any]]:
 
     from rankbook.plugins import contract, layout, library
     from rankbook.tools.runtimes import trt
-    from tests.op_cases import case_record, op_model
+    from tests.calibration.records import random_record
+    from tests.ops.cases import look_up_model, op_model
 
     for bits in layout.BITS:
         for kind in contract.PLUGIN_KINDS:
             name = contract.op_name(kind, bits)
-            record = case_record("plain", bits=bits, rank=4 if contract.OPERATORS[name].low_rank else 0)
+            operator = contract.OPERATORS[name]
+            record = random_record(bits=bits, rank=4 if operator.low_rank else 0)
             dtype = {2: "float32", 3: "float16", 4: "bfloat16", 8: "float16"}[bits]
-            onnx.save(op_model(record, kind, dtype), folder / f"{name}.onnx")
+            if kind == contract.GATHER:
+                model = look_up_model(record)
+            else:
+                model = op_model(record, dtype, int8_activations=operator.int8_activations)
+            onnx.save(model, folder / f"{name}.onnx")
     command = [sys.executable, __file__, str(library.library("trt")), str(folder)]
     environment = trt.rtx_environment(folder / "libraries")
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.exporter import emit
-from rankbook.plugins import aot, contract
-from tests.op_cases import case_record, expected, numpy_inputs, relative_error
-from tests.plugins import emulated
+from rankbook.plugins import aot
+from tests.calibration.records import random_record
+from tests.ops.cases import Op, random_x, relative_error
+from tests.ops.runners import Runner, check, cuda_kernels
 from tests.plugins.ptx import machine, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
-from tests.plugins.test_cuda_emulated import check_matmul
 from tests.plugins.test_trt_registry import lean_environment_in, lean_unavailable
 
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
@@ -82,28 +81,28 @@ PRODUCTS: dict[str, tuple[dict[str, Any], str, int]] = {
 
 @built
 @pytest.mark.parametrize("case", list(PRODUCTS))
-def test_products(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(case: str) -> None:
     changes, dtype, tokens = PRODUCTS[case]
-    record = case_record("plain", **{"group": 32, **changes})
-    name = emit.operator(record.spec()).name
+    record = random_record(**{"group": 32, **changes})
 
-    def interpreted(tensors: dict[str, Array], attributes: Any, x: Array, type_: str) -> Array:
-        y = np.full((len(x), record.out_features), -1).astype(x.dtype)
-        return run(name, {"x": x, **tensors}, attributes, {"float16": "fp16", "bfloat16": "bf16"}[type_], y)
+    def interpreted(op: Op) -> Array:
+        inputs = {"x": op.x if dtype == "float16" else op.x.view(np.uint16), **op.constants()}
+        y = np.full((tokens, record.out_features), -1).astype(inputs["x"].dtype)
+        return run(op.op_type, inputs, op.attributes, {"float16": "fp16", "bfloat16": "bf16"}[dtype], y).view(
+            op.x.dtype
+        )
 
-    monkeypatch.setattr(emulated, "matmul", interpreted)  # and keep the bounds of the emulation's test
-    check_matmul(record, dtype, tokens)
+    check(Runner("aot", lambda: None, interpreted, cuda_kernels, {}), Op.of(record, random_x(record, dtype, (tokens,))))
 
 
 @built
 def test_look_ups() -> None:
-    record = case_record("plain", bits=4, planes=2, out_features=70, in_features=80, group=16)
-    indices = np.array([[0, 69], [33, 32]])
-    tensors = {"indices": indices, **numpy_inputs(record, contract.GATHER)}
+    record = random_record(bits=4, planes=2, out_features=70, in_features=80)
+    op = Op.of(record, np.array([[0, 69], [33, 32]]), gather=True)
     y = np.zeros((2, 2, 80), np.float32)
-    got = run("CodebookGather4", tensors, emit.attributes(record.spec()), "int64", y)
+    got = run(op.op_type, op.inputs, op.attributes, "int64", y)
     # Both sides work in fp32; they differ in the order of a sum over planes.
-    np.testing.assert_allclose(got, expected(record, indices, contract.GATHER), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(got, op.expected(), rtol=0, atol=2e-6)
 
 
 @built
@@ -131,12 +130,12 @@ def test_every_kernel_that_may_be_named_is_there() -> None:
     ],
 )
 def test_what_no_kernel_serves_is_refused(changes: dict[str, Any], type_: str, message: str) -> None:
-    record = case_record("plain", **changes)
-    tensors = numpy_inputs(record)
+    record = random_record(**changes)
+    op = Op.of(record, random_x(record))
+    tensors = op.constants()
     types = {name: TYPES[str(value.dtype)] for name, value in tensors.items()} | {"x": type_}
-    name = emit.operator(record.spec()).name
     with pytest.raises(ValueError, match=message):
-        aot.launch(name, emit.attributes(record.spec()), {n: t.shape for n, t in tensors.items()}, types)
+        aot.launch(op.op_type, op.attributes, {n: t.shape for n, t in tensors.items()}, types)
 
 
 # ------------------------------------------------------------------------------------------------ TensorRT 11
@@ -163,11 +162,10 @@ def ask_tensorrt(environment: dict[str, str], op: str, attributes: Any, tensors:
 @built
 @needs_lean
 def test_tensorrt_registers_the_plugins_and_is_told_what_to_launch(lean_environment: dict[str, str]) -> None:
-    record = case_record("plain", bits=4, planes=1, in_features=64, group=32, rank=2)
-    attributes, tokens = emit.attributes(record.spec()), 9
-    x = np.random.default_rng(0).standard_normal((1, tokens, 64)).astype(np.float16)
-    tensors = {"x": x, **numpy_inputs(record)}
-    report = ask_tensorrt(lean_environment, "CodebookMatMulLowRank4", attributes, tensors)
+    record, tokens = random_record(bits=4, planes=1, in_features=64, group=32, rank=2), 9
+    op = Op.of(record, random_x(record, "float16", (1, tokens)))
+    tensors = op.inputs
+    report = ask_tensorrt(lean_environment, op.op_type, op.attributes, tensors)
     assert sorted(report["creators"]) == sorted(aot.names())
     assert report["y"] == ["HALF", [1, tokens, record.out_features]]
     assert set(report["formats"]) == {"LINEAR"}
@@ -177,16 +175,15 @@ def test_tensorrt_registers_the_plugins_and_is_told_what_to_launch(lean_environm
     y = np.full((1, tokens, record.out_features), -1, np.float16)
     got = execute(report["ptx"], report["kernel"], tensors, report["integers"], grid, launch["shared_mem"], y)
     # fp16: weights are rounded to 11 bits of mantissa. test_products holds the kernels to tighter bounds.
-    assert relative_error(got, expected(record, x)) < 4e-3
+    assert relative_error(got, op.expected()) < 4e-3
 
 
 @built
 @needs_lean
 def test_tensorrt_is_told_about_look_ups(lean_environment: dict[str, str]) -> None:
-    record = case_record("plain", bits=4, planes=2, out_features=70, in_features=80, group=16)
-    attributes = emit.attributes(record.spec())
-    tensors = {"indices": np.array([[0, 69, 33]]), **numpy_inputs(record, contract.GATHER)}
-    report = ask_tensorrt(lean_environment, "CodebookGather4", attributes, tensors)
+    record = random_record(bits=4, planes=2, out_features=70, in_features=80)
+    op = Op.of(record, np.array([[0, 69, 33]]), gather=True)
+    report = ask_tensorrt(lean_environment, op.op_type, op.attributes, op.inputs)
     assert report["y"] == ["FLOAT", [1, 3, 80]]
     assert report["kernel"] == "rankbook_gather4_2"
     assert (report["launch"]["grid_x"], report["integers"][0]) == (3, 3)

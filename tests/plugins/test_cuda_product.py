@@ -7,19 +7,18 @@ of each form of a kernel: a single one, up to 8, up to 16 and more. Bounds are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.exporter import emit
-from rankbook.plugins import contract, layout
-from tests.op_cases import case_record, expected, numpy_inputs
-from tests.plugins import emulated, test_cuda_emulated, test_cuda_int8
+from rankbook.plugins import layout
+from tests.calibration.records import random_record
+from tests.ops.cases import DTYPES, Op, random_x
+from tests.ops.runners import RUNNERS, check
+from tests.plugins import emulated
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler to build the emulated kernels")
 
@@ -27,49 +26,34 @@ COLUMNS = 256
 PLANES = (1, 2, 3, 4)
 GROUPS = (16, 32, 64, 128, 256)
 TOKENS = (1, 5, 13, 17)
-Case = tuple[str, Callable[[], None]]
 
 
-def has_integer_kernel(record: QuantizedLinear, tokens: int) -> bool:
-    """Say whether rounded activations go to integer tensor cores; else x is rounded and computed with in its type."""
-    step = 128 if record.bits == 3 else 64
-    whole = record.group in (COLUMNS, *range(step, COLUMNS, step))
-    if tokens > 16 or not (whole or record.group % (step // 2) == 0):
-        return False
-    return record.planes <= 2 or tokens == 1 or (tokens <= 8 and whole)
-
-
-def check_gather(record: QuantizedLinear) -> None:
-    indices = np.array([[0, 28, 13], [5, 7, 28]])
-    got = emulated.gather(numpy_inputs(record, contract.GATHER), emit.attributes(record.spec()), indices)
-    # Both sides work in fp32; they differ in the order of a sum over planes.
-    np.testing.assert_allclose(got, expected(record, indices, contract.GATHER), rtol=0, atol=2e-6)
-
-
-def cases(bits: int) -> Iterator[Case]:
-    """Yield the name of each case of a width and the check to run."""
+def cases(bits: int) -> Iterator[tuple[str, Op]]:
+    """Yield the name of each case of a width and its operator."""
     sizes: dict[str, Any] = {"out_features": 29, "in_features": COLUMNS, "bits": bits}
     for planes, group, rank in product(PLANES, GROUPS, (0, 2)):
-        record = case_record("plain", **sizes, planes=planes, group=group, rank=rank, bias=True)
+        record = random_record(**sizes, planes=planes, group=group, rank=rank, bias=True)
         name = f"{bits} bits, planes {planes}, group {group}, branch {rank}"
         if not rank:
-            yield f"gather, {name}", partial(check_gather, record)
-        for dtype, tokens in product(test_cuda_emulated.TORCH, TOKENS):
-            here = f"{name}, {dtype}, {tokens} tokens"
-            yield f"matmul, {here}", partial(test_cuda_emulated.check_matmul, record, dtype, tokens)
-            rounded = not has_integer_kernel(record, tokens)
-            yield f"A8, {here}", partial(test_cuda_int8.check, record, dtype, tokens, rounded_weights=rounded)
+            yield f"gather, {name}", Op.of(record, np.array([[0, 28, 13], [5, 7, 28]]), gather=True)
+        for dtype, tokens in product(DTYPES, TOKENS):
+            x = random_x(record, dtype, (tokens,), seed=tokens)
+            for int8 in (False, True):
+                yield (
+                    f"{'A8' if int8 else 'matmul'}, {name}, {dtype}, {tokens} tokens",
+                    Op.of(record, x, int8_activations=int8),
+                )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", layout.BITS)
 def test_the_full_product(bits: int) -> None:
     wrong, count = [], 0
-    for name, check in cases(bits):
+    for name, op in cases(bits):
         count += 1
         try:
-            check()
+            check(RUNNERS["cuda"], op)
         except (AssertionError, RuntimeError) as error:
             wrong.append(f"{name}: {str(error).strip().splitlines()[0]}")
-    assert count == len(PLANES) * len(GROUPS) * (1 + 2 * 2 * len(test_cuda_emulated.TORCH) * len(TOKENS))
+    assert count == len(PLANES) * len(GROUPS) * (1 + 2 * 2 * len(DTYPES) * len(TOKENS))
     assert not wrong, f"{len(wrong)} of {count} cases: " + "; ".join(wrong[:8])

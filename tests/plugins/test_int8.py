@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankbook.plugins import contract, int8
-from tests.plugins.op_models import OpCase, draw
+from rankbook.plugins import int8
+from tests.ops.cases import WIDE
 
 floats = st.floats(width=32, min_value=-(2.0**40), max_value=2.0**40, allow_subnormal=False)
 
@@ -72,7 +72,7 @@ def test_levels() -> None:
 def test_near_the_exact_product(bits: int, rank: int) -> None:
     """Rounding x to 8 bits in groups of 64 leaves an error of about half of 1/127 of the largest in each group, spread
     over many terms: well below 2 % of the largest output."""
-    op = draw(OpCase(bits=bits, rank=rank, bias=True, offset=bits > 2, planes=2, in_features=256, tokens=(5,)))
+    op = WIDE.draw(bits=bits, rank=rank, bias=True, has_offset=bits > 2, planes=2, in_features=256, tokens=(5,))
     exact = op.expected()
     got = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
     assert got.dtype == exact.dtype
@@ -82,7 +82,7 @@ def test_near_the_exact_product(bits: int, rank: int) -> None:
 
 def test_small_integers_are_exact() -> None:
     """Activations that are whole numbers up to 127, with 127 among them in each group, lose nothing to rounding."""
-    op = draw(OpCase(bits=4, params="float32", planes=1, offset=False))
+    op = WIDE.draw(bits=4, param_bits=32, planes=1, has_offset=False)
     x = np.random.default_rng(0).integers(-126, 127, op.inputs["x"].shape).astype(np.float32)
     x[:, ::64] = 127
     op.inputs["x"] = x
@@ -92,6 +92,6 @@ def test_small_integers_are_exact() -> None:
 
 def test_a_gather_has_no_such_mode() -> None:
     """Nothing is multiplied there."""
-    op = draw(OpCase(kind=contract.GATHER))
+    op = WIDE.draw(gather=True)
     with pytest.raises(ValueError, match="int8 mode"):
         int8.run(op.op_type, list(op.inputs.values()), op.attributes)

@@ -13,21 +13,17 @@ from onnx import helper, numpy_helper
 
 from rankbook.exporter.bodies.codebook import functions
 from rankbook.plugins import contract, library, merged
-from tests.plugins.op_models import Op, OpCase, draw
-from tests.plugins.test_native_int8 import session as alone
-
-built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
+from tests.ops.cases import WIDE, Case, Op
+from tests.ops.runners import built, ort_session, run_native
 
 SIZES = (77, 32, 100)
 """Rows of the products; two of them end inside a panel."""
 
 
-def draw_several(case: OpCase, count: int) -> list[Op]:
+def draw_several(case: Case, count: int) -> list[Op]:
     """Draw products of one x."""
-    ops = [draw(replace(case, out_features=SIZES[i], seed=case.seed + i)) for i in range(count)]
-    for op in ops:
-        op.inputs["x"] = ops[0].inputs["x"]
-    return ops
+    ops = [case.draw(out_features=SIZES[i], seed=case.seed + i) for i in range(count)]
+    return [op.with_x(ops[0].x) for op in ops]
 
 
 def node_of(op: Op, i: int) -> merged.Node:
@@ -69,21 +65,12 @@ def model_of(ops: list[Op], *, bodies: bool = False) -> onnx.ModelProto:
 def run(
     model: onnx.ModelProto, x: Any, activations: str = "fp32", *, native: bool = True, memory: str = "huge"
 ) -> list[Any]:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("rankbook.activations", activations)
-    options.add_session_config_entry("rankbook.memory", memory)
-    if native:
-        options.register_custom_ops_library(str(library.library("ort")))
-    made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(made.run(None, {"x": x}))
+    path = str(library.library("ort")) if native else None
+    return list(ort_session(model, path, activations=activations, memory=memory).run(None, {"x": x}))
 
 
 def test_splitting_gives_back_what_was_merged() -> None:
-    ops = draw_several(OpCase(rank=4), 3)
+    ops = draw_several(replace(WIDE, rank=4), 3)
     nodes = [node_of(op, i) for i, op in enumerate(ops)]
     several, data = merge(ops)
     assert several.op_type == "CodebookMatMulLowRank4Merged3"
@@ -101,7 +88,7 @@ def test_splitting_gives_back_what_was_merged() -> None:
 
 
 def test_parts_lie_on_cache_lines_without_overlap() -> None:
-    ops = draw_several(OpCase(rank=5, in_features=112, group=16), 3)
+    ops = draw_several(replace(WIDE, rank=5, in_features=112, group=16), 3)
     several, data = merge(ops)
     parts = [
         value for node in merged.split(several) for value in node.constants.values() if isinstance(value, merged.Part)
@@ -122,7 +109,7 @@ def test_parts_lie_on_cache_lines_without_overlap() -> None:
     ],
 )
 def test_a_damaged_node_is_refused(change: dict[str, Any], message: str) -> None:
-    several, _ = merge(draw_several(OpCase(), 2))
+    several, _ = merge(draw_several(WIDE, 2))
     with pytest.raises(ValueError, match=message):
         merged.split(replace(several, **change))
 
@@ -133,13 +120,13 @@ def test_a_damaged_node_is_refused(change: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_product_is_what_it_is_alone(bits: int, rank: int, tokens: int) -> None:
     """The same numbers to the last bit, exact or rounded, by the session or by the file, with one node or several."""
-    case = OpCase(bits=bits, rank=rank, tokens=(tokens,), bias=bool(rank), planes=1 + tokens % 2)
-    for kind in (contract.MATMUL, contract.MATMUL_INT8):
-        ops = draw_several(replace(case, kind=kind), 2 + tokens % 2)
+    case = replace(WIDE, bits=bits, rank=rank, tokens=(tokens,), bias=bool(rank), planes=1 + tokens % 2)
+    for int8 in (False, True):
+        ops = draw_several(replace(case, int8_activations=int8), 2 + tokens % 2)
         model = model_of(ops)
         for activations in ("fp32", "int8"):
             got = run(model, ops[0].inputs["x"], activations)
-            want = [alone(op, activations).run(None, {"x": op.inputs["x"]})[0] for op in ops]
+            want = [run_native(op, activations=activations) for op in ops]
             for mine, other in zip(got, want, strict=True):
                 np.testing.assert_array_equal(mine, other)
 
@@ -147,16 +134,16 @@ def test_every_product_is_what_it_is_alone(bits: int, rank: int, tokens: int) ->
 @built
 def test_half_activations() -> None:
     """fp16 in and out: every product has its own part of the staged results."""
-    ops = draw_several(OpCase(dtype="float16", tokens=(2, 3), rank=4), 3)
+    ops = draw_several(replace(WIDE, dtype="float16", tokens=(2, 3), rank=4), 3)
     got = run(model_of(ops), ops[0].inputs["x"], "int8")
     for mine, op in zip(got, ops, strict=True):
-        np.testing.assert_array_equal(mine, alone(op).run(None, {"x": op.inputs["x"]})[0])
+        np.testing.assert_array_equal(mine, run_native(op, activations="int8"))
 
 
-@pytest.mark.parametrize("kind", [contract.MATMUL, contract.MATMUL_INT8])
-def test_the_body_calls_the_bodies_of_the_products(kind: str) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_body_calls_the_bodies_of_the_products(int8: bool) -> None:
     """Stock ONNX Runtime; the tolerance is that of a float32 sum of 128 terms in another order."""
-    ops = draw_several(OpCase(bits=3, rank=4, kind=kind), 2)
+    ops = draw_several(replace(WIDE, bits=3, rank=4, int8_activations=int8), 2)
     got = run(model_of(ops, bodies=True), ops[0].inputs["x"], native=False)
     for mine, op in zip(got, ops, strict=True):
         want = op.expected()
@@ -166,8 +153,8 @@ def test_the_body_calls_the_bodies_of_the_products(kind: str) -> None:
 @built
 def test_products_that_do_not_belong_together_are_named() -> None:
     """Of another group size, where x is rounded per group."""
-    ops = draw_several(OpCase(), 2)
-    ops[1] = draw(OpCase(group=32))
+    ops = draw_several(WIDE, 2)
+    ops[1] = WIDE.draw(group=32)
     with pytest.raises(Exception, match=r"CodebookMatMul4Merged2 'layer.0 layer.1'.*the same groups"):
         run(model_of(ops), ops[0].inputs["x"], "int8")
     got = run(model_of(ops), ops[0].inputs["x"])
@@ -176,7 +163,7 @@ def test_products_that_do_not_belong_together_are_named() -> None:
 
 @built
 def test_a_wrong_constant_is_named_with_its_place() -> None:
-    ops = draw_several(OpCase(), 2)
+    ops = draw_several(WIDE, 2)
     ops[1].inputs["codes"] = ops[1].inputs["codes"][:, :1]
     with pytest.raises(Exception, match=r"'layer.0 layer.1': input codes_1 has shape"):
         run(model_of(ops), ops[0].inputs["x"])
@@ -196,7 +183,7 @@ def test_a_wrong_constant_is_named_with_its_place() -> None:
     ],
 )
 def test_a_wrong_place_is_an_error_that_names_it(attribute: str, value: Any, message: str) -> None:
-    model = model_of(draw_several(OpCase(), 2))
+    model = model_of(draw_several(WIDE, 2))
     node = model.graph.node[0]
     kept = [item for item in node.attribute if item.name != attribute]
     del node.attribute[:]
@@ -208,7 +195,7 @@ def test_a_wrong_place_is_an_error_that_names_it(attribute: str, value: Any, mes
 @built
 def test_without_copies() -> None:
     """The constants are read where ONNX Runtime has them."""
-    ops = draw_several(OpCase(rank=4, tokens=(1,)), 3)
+    ops = draw_several(replace(WIDE, rank=4, tokens=(1,)), 3)
     for activations in ("fp32", "int8"):
         want = run(model_of(ops), ops[0].inputs["x"], activations)
         got = run(model_of(ops), ops[0].inputs["x"], activations, memory="mapped")

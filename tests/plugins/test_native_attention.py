@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.plugins import library
+from tests.ops.runners import built, run_in_process
 from tests.plugins.attention_models import Array, Call, Node, run_in_place, session
-from tests.plugins.test_native_ort import run_in_process
-
-built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
 
 RELATIVE = 5e-6
 """fp32 on both sides: products of up to 256 numbers and sums of up to 300 weighted values in another order, and weights

@@ -10,10 +10,10 @@ import onnx
 import pytest
 
 from rankbook.plugins import library
-from tests.plugins.op_models import Op, OpCase, draw
+from tests.ops.cases import WIDE
+from tests.ops.runners import built
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
 huge = pytest.mark.skipif(
     not HUGE.is_file() or "[never]" in HUGE.read_text("utf-8"), reason="the system has no transparent huge pages"
 )
@@ -41,7 +41,7 @@ def copied() -> int:
 @huge
 def test_copies_are_counted_and_given_back() -> None:
     """The copy holds codes and params, each on a cache line; it ends with the session."""
-    op = draw(OpCase(out_features=96, in_features=256))
+    op = WIDE.draw(out_features=96, in_features=256)
     before = copied()
     held = session(op.model(), None)
     expected = sum(-(-op.inputs[name].nbytes // 64) * 64 for name in ("codes", "params"))
@@ -51,10 +51,10 @@ def test_copies_are_counted_and_given_back() -> None:
 
 
 @built
-@pytest.mark.parametrize("params", ["int8", "float16", "float32"])
-def test_the_same_bits_from_the_file_and_from_copies(tmp_path: Path, params: str) -> None:
+@pytest.mark.parametrize("param_bits", [8, 16, 32])
+def test_the_same_bits_from_the_file_and_from_copies(tmp_path: Path, param_bits: int) -> None:
     """External data that is mapped, and dropped after the copy, reads as before for other sessions."""
-    op: Op = draw(OpCase(out_features=512, in_features=512, params=params))
+    op = WIDE.draw(out_features=512, in_features=512, param_bits=param_bits)
     path = tmp_path / "model.onnx"
     onnx.save(op.model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
     sessions = [session(path, memory) for memory in ("mapped", "huge", "mapped", "huge")]
@@ -79,7 +79,7 @@ def resident(name: str) -> int:
 @huge
 def test_a_file_is_not_held_twice(tmp_path: Path) -> None:
     """What was copied leaves memory even where the file has just been written; what a session reads in place stays."""
-    op: Op = draw(OpCase(out_features=1024, in_features=2048))
+    op = WIDE.draw(out_features=1024, in_features=2048)
     path = tmp_path / "model.onnx"
     onnx.save(op.model(), path, save_as_external_data=True, location="model.data", size_threshold=0)
     held = [session(path, "huge")]
@@ -93,7 +93,7 @@ def test_a_file_is_not_held_twice(tmp_path: Path) -> None:
 def test_mapped_copies_nothing() -> None:
     """With the entry, the bytes of the file are used where they are."""
     before = copied()
-    held = session(draw(OpCase()).model(), "mapped")
+    held = session(WIDE.draw().model(), "mapped")
     assert copied() == before
     del held
 
@@ -102,4 +102,4 @@ def test_mapped_copies_nothing() -> None:
 def test_unknown_memory_is_refused() -> None:
     """A typing error is an error."""
     with pytest.raises(Exception, match=r"rankbook\.memory must be huge or mapped"):
-        session(draw(OpCase()).model(), "big")
+        session(WIDE.draw().model(), "big")

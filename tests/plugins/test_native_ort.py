@@ -12,83 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto
 
 from rankbook.plugins import contract, library
 from rankbook.tools.dev import contract_header
-from tests import op_cases
-from tests.plugins.op_models import Array, Op, OpCase, draw
+from tests.ops.cases import DTYPES, WIDE, Case, Op, drawn, relative_error
+from tests.ops.runners import built, ort_session, run_in_process, run_native
 
 ROOT = Path(__file__).resolve().parents[2]
-built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
 
 RELATIVE = 1e-5
 """The parity mode: fp32 products and sums of up to a few thousand terms, against sums in float64. The error of a sum of
 K terms in fp32 grows like sqrt(K) * 2**-24, 4e-6 at K = 4096; it is compared with the largest output."""
 
 
-def session(model: onnx.ModelProto, threads: int = 2) -> Any:
-    """Return an ONNX Runtime session with the library registered."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(library.library("ort")))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def run(op: Op) -> Array:
-    """Run ``op`` natively."""
-    first = next(iter(op.inputs))
-    (result,) = session(op.model()).run(None, {first: op.inputs[first]})
-    array: Array = result
-    return array
-
-
-def relative_error(actual: Array, expected: Array) -> float:
-    """Return the largest error as a share of the largest output."""
-    scale = float(np.abs(expected.astype(np.float64)).max()) or 1.0
-    return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max()) / scale
-
-
-@st.composite
-def cases(sample: Callable[..., Any]) -> OpCase:
-    """Draw any operator that the exporter may write, odd sizes included."""
-    bits = sample(st.sampled_from((2, 3, 4, 8)))
-    group = sample(st.sampled_from((16, 32, 48, 64, 112, 128)))
-    groups = sample(st.integers(1, 5))
-    per_row = sample(st.booleans())
-    in_features = sample(st.integers(1, 300)) if per_row else group * groups
-    return OpCase(
-        bits=bits,
-        out_features=sample(st.integers(1, 100)),
-        in_features=in_features,
-        group=in_features if per_row else group,
-        planes=sample(st.integers(1, 4 if bits == 2 else 6)),
-        offset=bits > 2 and sample(st.booleans()),
-        params=sample(st.sampled_from(("int8", "float16", "float32"))),
-        rank=sample(st.sampled_from((0, 0, 1, 8, 33))),
-        branch=sample(st.sampled_from(("int8", "float16", "float32"))),
-        bias=sample(st.booleans()),
-        tokens=sample(st.sampled_from(((1,), (2,), (1, 1), (2, 7), (13,), (40,), (0,), (1, 200)))),
-        linear_levels=sample(st.booleans()),
-        seed=sample(st.integers(0, 2**31)),
-    )
+def session(op: Op, threads: int = 2) -> Any:
+    """Return a session of the operator with the native library."""
+    return ort_session(op.model(), str(library.library("ort")), threads=threads)
 
 
 @built
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(case=cases())
-def test_matmul_matches_the_reference(case: OpCase) -> None:
+@given(case=drawn())
+def test_matmul_matches_the_reference(case: Case) -> None:
     """Any width, rank, group, size, parameter form and branch: the outputs agree within the parity bound."""
-    op = draw(case)
+    op = case.draw()
     expected = op.expected()
-    actual = run(op)
+    actual = run_native(op)
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
     if expected.size:
@@ -97,50 +48,36 @@ def test_matmul_matches_the_reference(case: OpCase) -> None:
 
 @built
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(case=cases())
-def test_gather_matches_the_reference(case: OpCase) -> None:
+@given(case=drawn())
+def test_gather_matches_the_reference(case: Case) -> None:
     """Rows come out as decoded in fp32: a few roundings of the sum over planes apart at most."""
-    op = draw(replace(case, kind=contract.GATHER, rank=0))
+    op = case.draw(gather=True, rank=0, bias=False)
     expected = op.expected()
-    actual = run(op)
+    actual = run_native(op)
     assert actual.shape == expected.shape
     if expected.size:
         assert relative_error(actual, expected) < 2e-6
 
 
 @built
-@pytest.mark.parametrize("name", op_cases.CASES)
-def test_exported_operators(name: str, tmp_path: Path) -> None:
-    """Operators as the exporter writes them, function body included: the native kernel runs, and agrees."""
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_kernel_runs_in_place_of_the_body(rank: int, tmp_path: Path) -> None:
+    """An operator with its body in the file is one native node."""
     import onnxruntime as ort
 
-    record = op_cases.case_record(name)
-    x = op_cases.activations(record)
+    op = Case(rank=rank).draw()
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library.library("ort")))
     options.enable_profiling = True
     options.profile_file_prefix = str(tmp_path / "profile")
     native = ort.InferenceSession(
-        op_cases.op_model(record).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        op.model(bodies=True).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    (y,) = native.run(None, dict(op_cases.feeds(record, x)))
-    assert relative_error(y, op_cases.expected(record, x)) < RELATIVE
+    (y,) = native.run(None, {"x": op.x})
+    assert relative_error(y, op.expected()) < RELATIVE
     events = json.loads(Path(native.end_profiling()).read_text("utf-8"))
     ran = {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
     assert {kind.rstrip("2348") for kind in ran} <= {contract.MATMUL, contract.MATMUL_LOW_RANK}
-
-
-def run_bfloat(session: Any, op: Op) -> Array:
-    """Run ``session`` on bfloat16, which ONNX Runtime takes and gives through buffers of 16 bits only."""
-    import onnxruntime as ort
-
-    x = op.inputs["x"]
-    y = np.zeros((*x.shape[:-1], int(op.attributes["out_features"])), x.dtype)
-    binding = session.io_binding()
-    for bind, name, array in ((binding.bind_ortvalue_input, "x", x), (binding.bind_ortvalue_output, "y", y)):
-        bind(name, ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16))
-    session.run_with_iobinding(binding)
-    return y
 
 
 @built
@@ -148,9 +85,9 @@ def run_bfloat(session: Any, op: Op) -> Array:
 @pytest.mark.parametrize("tokens", [(1,), (2, 5)])
 def test_half_activations(dtype: str, unit: float, tokens: tuple[int, ...]) -> None:
     """16 bits in and out, fp32 inside: outputs are rounded once, half a unit in the last place, and little more."""
-    op = draw(OpCase(bits=3, dtype=dtype, bias=True, rank=8, tokens=tokens))
-    actual = run(op) if dtype == "float16" else run_bfloat(session(op.model()), op)
-    assert actual.dtype == op.inputs["x"].dtype
+    op = WIDE.draw(bits=3, dtype=dtype, bias=True, rank=8, tokens=tokens)
+    actual = run_native(op)
+    assert actual.dtype == DTYPES[dtype]
     assert relative_error(actual, op.expected()) < 2 * unit
 
 
@@ -161,28 +98,17 @@ def test_every_instruction_set(isa: str) -> None:
     run_in_process(f"{__name__}:check_all_widths", isa)
 
 
-def run_in_process(function: str, isa: str) -> None:
-    """Call ``module:function`` in a process of its own, where the library takes the kernels of ``isa``."""
-    module, name = function.split(":")
-    code = f"import sys; sys.path.insert(0, '.'); from {module} import {name}; {name}()"
-    environment = {**os.environ, "RANKBOOK_NATIVE_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def check_all_widths() -> None:
     """Compare one token, a few and many at every width, with one to five planes."""
     for bits in (2, 3, 4, 8):
         for planes in (1, 2, 3, 4, 5)[: 2 if bits == 2 else 5]:
             for tokens in (1, 5, 200):
-                case = OpCase(
-                    bits=bits, planes=planes, tokens=(tokens,), in_features=240, group=48, out_features=77, rank=5
+                case = replace(
+                    WIDE, bits=bits, planes=planes, tokens=(tokens,), in_features=240, group=48, out_features=77, rank=5
                 )
                 for linear in (False, True):
-                    op = draw(replace(case, linear_levels=linear, bias=True))
-                    error = relative_error(run(op), op.expected())
+                    op = case.draw(linear_levels=linear, bias=True)
+                    error = relative_error(run_native(op), op.expected())
                     if not error < RELATIVE:
                         raise SystemExit(f"{case}: {error}")
 
@@ -190,7 +116,7 @@ def check_all_widths() -> None:
 @built
 def test_unknown_instruction_set_is_refused() -> None:
     """A typing error in the variable is an error, not a silent choice."""
-    code = "from tests.plugins import test_native_ort as t; t.run(t.draw(t.OpCase()))"
+    code = "from tests.ops import cases, runners; runners.run_native(cases.WIDE.draw())"
     environment = {**os.environ, "RANKBOOK_NATIVE_ISA": "sse9", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -200,8 +126,8 @@ def test_unknown_instruction_set_is_refused() -> None:
 @built
 def test_result_does_not_depend_on_threads() -> None:
     """Each panel is computed by one thread in a fixed order, so the bits are the same."""
-    op = draw(OpCase(bits=3, out_features=500, in_features=512, tokens=(7,)))
-    one, two = (session(op.model(), threads).run(None, {"x": op.inputs["x"]})[0] for threads in (1, 2))
+    op = WIDE.draw(bits=3, out_features=500, in_features=512, tokens=(7,))
+    one, two = (session(op, threads).run(None, {"x": op.inputs["x"]})[0] for threads in (1, 2))
     np.testing.assert_array_equal(one, two)
 
 
@@ -298,26 +224,28 @@ def damage_missing(op: Op) -> None:
 )
 def test_malformed_node_is_named(damage: Callable[[Op], None], word: str) -> None:
     """A node that breaks the contract makes an error that names the node, the input or attribute; never a crash."""
-    op = draw(OpCase(rank=8))
+    op = WIDE.draw(rank=8)
     damage(op)
     with pytest.raises(Exception, match=rf"(?s)CodebookMatMulLowRank4 'layer'.*{word}"):
-        session(op.model())
+        session(op)
 
 
 @built
 def test_wrong_activation_size_is_named() -> None:
     """x of another width fails when it arrives, with both sizes in the message."""
-    op = draw(OpCase())
+    model = WIDE.draw().model()
+    model.graph.input[0].type.tensor_type.shape.dim[1].Clear()  # or ONNX Runtime itself says no
+    made = ort_session(model, str(library.library("ort")))
     with pytest.raises(Exception, match=r"(?s)'layer'.*x has shape \(3, 100\).*in_features = 128"):
-        session(op.model()).run(None, {"x": np.zeros((3, 100), np.float32)})
+        made.run(None, {"x": np.zeros((3, 100), np.float32)})
 
 
 @built
 def test_index_out_of_range_is_named() -> None:
     """A token id beyond the table is an error, not a read beyond the weight."""
-    op = draw(OpCase(kind=contract.GATHER))
+    op = WIDE.draw(gather=True)
     with pytest.raises(Exception, match=r"(?s)'layer'.*outside \[0, 64\)"):
-        session(op.model()).run(None, {"indices": np.array([64], np.int64)})
+        session(op).run(None, {"indices": np.array([64], np.int64)})
 
 
 @built

@@ -13,10 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from rankbook.exporter.bodies.rows import row_function
 from rankbook.plugins import contract, library, row_contract
 from rankbook.plugins.row_contract import ADD_NORM, SWIGLU
-from tests.plugins.test_native_ort import run_in_process
+from tests.ops.runners import built, run_in_process
 
 Floats = npt.NDArray[np.float32]
-built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
 EPSILON = 1e-5
 SHAPES = [(1, 1, 576), (2, 3, 40), (3, 7), (700, 128)]
 """One token; rows that end inside a vector; enough numbers for several tasks."""

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ import numpy as np
 import onnx
 import pytest
 
-from rankbook.plugins import contract, int8, library, merged
+from rankbook.plugins import contract, library, merged
 from rankbook.tools.errors import MissingError
 from rankbook.tools.runtimes import ort as backend
 from rankbook.tools.runtimes import trt
-from tests.op_cases import CASES, activations, case_record, expected, op_model, relative_error
+from tests.ops.cases import FORMS, WIDE, Case, relative_error
 from tests.plugins import emulated
-from tests.plugins.op_models import OpCase, draw
 from tests.plugins.test_merged import draw_several, model_of
 from tests.plugins.test_trt_library import output, tool
 
@@ -76,30 +76,21 @@ def run(path: Path, model: Any, x: Any, providers: tuple[str, ...] = ("CPUExecut
 
 @emulates
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(FORMS))
 def test_products(case: str, dtype: str) -> None:
-    record = case_record(case)
-    x = activations(record).astype(dtype)
-    y = run(driver(), op_model(record, dtype=dtype), x)
-    # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
-    assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+    op = FORMS[case].draw(dtype=dtype)
+    y = run(driver(), op.model(bodies=True), op.x)
+    # fp16: weights are rounded to 11 bits of mantissa. tests/ops holds the kernels to tighter bounds.
+    assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" else 4e-3)
 
 
 @emulates
 @pytest.mark.parametrize("rank", [0, 5])
 def test_products_of_rounded_activations(rank: int) -> None:
-    sizes: dict[str, Any] = {
-        "bits": 4,
-        "planes": 2,
-        "in_features": 128,
-        "group": 64,
-        "out_features": 40,
-        "tokens": (3,),
-    }
-    op = draw(OpCase(**sizes, rank=rank, bias=True, kind=contract.MATMUL_INT8))
-    want = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
+    sizes: dict[str, Any] = {"bits": 4, "in_features": 128, "group": 64, "tokens": (3,)}
+    op = Case(**sizes, rank=rank, bias=True, int8_activations=True).draw()
     # The sums of groups are exact; they are added up in fp32 in another order.
-    assert relative_error(run(driver(), op.model(), op.inputs["x"]), want) < 1e-5
+    assert relative_error(run(driver(), op.model(), op.x), op.expected()) < 1e-5
 
 
 @emulates
@@ -108,7 +99,7 @@ def test_several_products_of_one_input(rank: int) -> None:
     """Every product is what it is alone, bit for bit: kernels run one after another, each with its own scratch."""
     import onnxruntime as ort
 
-    ops = draw_several(OpCase(rank=rank, tokens=(20,), bias=True), 3)
+    ops = draw_several(replace(WIDE, rank=rank, tokens=(20,), bias=True), 3)
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(driver()))
     session = ort.InferenceSession(model_of(ops).SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -118,18 +109,15 @@ def test_several_products_of_one_input(rank: int) -> None:
 
 @emulates
 def test_scratch_for_many_tokens_comes_from_the_runtime() -> None:
-    record = case_record("branch")
-    x = np.tile(activations(record), (4, 1, 1))
-    assert relative_error(run(driver(), op_model(record), x), expected(record, x)) < 1e-5
+    op = FORMS["branch"].draw(tokens=(8, 3))
+    assert relative_error(run(driver(), op.model(), op.x), op.expected()) < 1e-5
 
 
 @emulates
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_look_ups(bits: int) -> None:
-    record = case_record("plain", bits=bits)
-    indices = activations(record, contract.GATHER)
-    y = run(driver(), op_model(record, contract.GATHER), indices)
-    assert relative_error(y, expected(record, indices, contract.GATHER)) < 1e-5
+    op = Case(bits=bits, gather=True).draw()
+    assert relative_error(run(driver(), op.model(), op.x), op.expected()) < 1e-5
 
 
 @emulates
@@ -144,22 +132,22 @@ def test_look_ups(bits: int) -> None:
 def test_a_wrong_shape_is_refused_with_the_name_of_the_node(
     constant: str, shape: tuple[int, ...], message: str
 ) -> None:
-    record = case_record("bias")
-    model = op_model(record)
+    op = FORMS["bias"].draw()
+    model = op.model(bodies=True)
     tensor = next(t for t in model.graph.initializer if t.name == constant)
     values = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, constant))
     with pytest.raises(Exception, match=message):
-        run(driver(), model, activations(record))
+        run(driver(), model, op.x)
 
 
 @emulates
 def test_a_wrong_input_is_refused() -> None:
-    record = case_record("bias")
-    model = op_model(record)
+    op = FORMS["bias"].draw()
+    model = op.model(bodies=True)
     model.graph.input[0].type.tensor_type.shape.dim[2].Clear()
     with pytest.raises(Exception, match=r"x has shape \(2, 3, 47\); its last size must be in_features = 48"):
-        run(driver(), model, activations(record)[..., :47])
+        run(driver(), model, op.x[..., :47])
 
 
 # ------------------------------------------------------------------------------------------------ the built library
@@ -196,9 +184,9 @@ def test_it_links_no_cuda_and_exports_what_the_other_one_does() -> None:
 @built
 @pytest.mark.parametrize("case", ["plain", "4 bits, branch, bias"])
 def test_on_the_cpu_it_does_what_the_other_library_does(case: str) -> None:
-    record = case_record(case)
-    x, model = activations(record), op_model(record)
-    np.testing.assert_array_equal(run(library.library("ort-cuda"), model, x), run(library.library("ort"), model, x))
+    op = FORMS[case].draw()
+    results = [run(library.library(name), op.model(), op.x) for name in ("ort-cuda", "ort")]
+    np.testing.assert_array_equal(*results)
 
 
 @built
@@ -218,7 +206,7 @@ def test_several_products_on_the_gpu(rank: int) -> None:
     """Small constants are attributes, which the operator brings to the GPU itself."""
     import onnxruntime as ort
 
-    ops = draw_several(OpCase(rank=rank, tokens=(20,), bias=True), 3)
+    ops = draw_several(replace(WIDE, rank=rank, tokens=(20,), bias=True), 3)
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library.library("ort-cuda")))
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -230,10 +218,9 @@ def test_several_products_on_the_gpu(rank: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(backend.cuda_unavailable() is not None, reason=str(backend.cuda_unavailable()))
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(FORMS))
 def test_products_on_the_gpu(case: str, dtype: str) -> None:
-    record = case_record(case)
-    x = activations(record).astype(dtype)
+    op = FORMS[case].draw(dtype=dtype)
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    y = run(library.library("ort-cuda"), op_model(record, dtype=dtype), x, providers)
-    assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+    y = run(library.library("ort-cuda"), op.model(), op.x, providers)
+    assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" else 4e-3)

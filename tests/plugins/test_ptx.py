@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankbook.exporter import emit
-from rankbook.plugins import contract, library
-from tests.op_cases import case_record, expected, numpy_inputs
-from tests.plugins import emulated
+from rankbook.plugins import library
+from tests.calibration.records import random_record
+from tests.ops.cases import Op, random_x
+from tests.ops.runners import Runner, check, cuda_kernels, has_integer_kernel
 from tests.plugins.ptx import launches, launches_int8, machine, modules, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
-from tests.plugins.test_cuda_emulated import check_matmul
-from tests.plugins.test_cuda_int8 import check as check_rounded
 
 SHIPPED = 80
 EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
@@ -70,15 +68,28 @@ PRODUCTS: dict[str, tuple[dict[str, Any], str, int, int]] = {
 }
 
 
+def interpret(op: Op, launch: Callable[..., Array], module: launches.Module, **options: Any) -> None:
+    """Launch the kernels of a product in the interpreter; the bounds are those of the emulation."""
+
+    def run(op: Op) -> Array:
+        bits = op.x if op.dtype == "float32" else op.x.view(np.uint16)
+        return launch(module, op.constants(), op.attributes, bits, op.dtype, **options).view(op.x.dtype)
+
+    check(Runner("ptx", lambda: None, run, cuda_kernels, {}), op)
+
+
+def product_of(changes: dict[str, Any], dtype: str, tokens: int, *, int8_activations: bool = False) -> Op:
+    record = random_record(**changes)
+    x = random_x(record, dtype, (tokens,), seed=tokens)
+    if int8_activations:
+        x[0, : record.in_features // 2] *= 30  # groups of one token have scales of their own
+    return Op.of(record, x, int8_activations=int8_activations)
+
+
 @pytest.mark.parametrize("case", list(PRODUCTS))
-def test_products(module: launches.Module, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(module: launches.Module, case: str) -> None:
     changes, dtype, tokens, blocks = PRODUCTS[case]
-
-    def interpreted(tensors: Any, attributes: Any, x: Array, type_: str) -> Array:
-        return launches.matmul(module, tensors, attributes, x, type_, blocks)
-
-    monkeypatch.setattr(emulated, "matmul", interpreted)  # and keep the bounds of the emulation's test
-    check_matmul(case_record("plain", **changes), dtype, tokens)
+    interpret(product_of(changes, dtype, tokens), launches.matmul, module, blocks=blocks)
 
 
 # The same for rounded activations. Groups of one step, of half a step and of two, one for a whole row that ends inside
@@ -100,16 +111,11 @@ ROUNDED: dict[str, tuple[dict[str, Any], str, int, int]] = {
 
 
 @some(ROUNDED, ["3 bits", "4 bits"])
-def test_products_of_rounded_activations(module: launches.Module, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_rounded_activations(module: launches.Module, case: str) -> None:
     changes, dtype, tokens, blocks = ROUNDED[case]
-
-    def interpreted(tensors: Any, attributes: Any, x: Array, type_: str, *, int8: bool) -> Array:
-        assert int8
-        return launches_int8.matmul(module, tensors, attributes, x, type_, blocks)
-
-    monkeypatch.setattr(emulated, "matmul", interpreted)
-    in_place = case == "rounded in place"
-    check_rounded(case_record("plain", **changes), dtype, tokens, rounded_weights=in_place)
+    op = product_of(changes, dtype, tokens, int8_activations=True)
+    assert has_integer_kernel(op) == (case != "rounded in place")
+    interpret(op, launches_int8.matmul, module, blocks=blocks)
 
 
 # The product for many tokens: more tokens than one block takes, stages that are used again, warps without a panel,
@@ -122,24 +128,18 @@ MANY_TOKENS: dict[str, tuple[dict[str, Any], str, int]] = {
 
 
 @some(MANY_TOKENS, ["4 bits"])
-def test_products_of_many_tokens(module: launches.Module, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes, dtype, tokens = MANY_TOKENS[case]
-
-    def interpreted(tensors: Any, attributes: Any, x: Array, type_: str) -> Array:
-        return launches.matmul(module, tensors, attributes, x, type_)
-
-    monkeypatch.setattr(emulated, "matmul", interpreted)
-    check_matmul(case_record("plain", **changes), dtype, tokens)
+def test_products_of_many_tokens(module: launches.Module, case: str) -> None:
+    interpret(product_of(*MANY_TOKENS[case]), launches.matmul, module)
 
 
 def test_look_ups(module: launches.Module) -> None:
-    record = case_record("plain", bits=4, planes=2, out_features=70, in_features=80, group=16)
+    record = random_record(bits=4, planes=2, out_features=70, in_features=80)
     indices = np.array([[0, 69], [-1, 32]])
-    constants, attributes = numpy_inputs(record, contract.GATHER), emit.attributes(record.spec())
-    got = launches.gather(module, constants, attributes, indices)
+    op = Op.of(record, indices, gather=True)
+    got = launches.gather(module, op.constants(), op.attributes, indices)
     assert np.isnan(got[1, 0]).all()
     got[1, 0], indices[1, 0] = 0, 0
-    want = expected(record, indices, contract.GATHER)
+    want = Op.of(record, indices, gather=True).expected()
     want[1, 0] = 0
     # Both sides work in fp32; they differ in the order of a sum over planes.
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankbook.exporter import emit
-from rankbook.plugins import contract, reference
-from tests.op_cases import CASES, activations, case_record, expected, numpy_inputs, relative_error
+from rankbook.plugins import contract
+from tests.calibration.records import random_record
+from tests.ops.cases import FORMS, Case, Op, random_x, relative_error
 from tests.plugins import emulated
 
 TRT_TYPES = {"float32": 0, "float16": 1, "int8": 2, "int64": 8}
@@ -55,22 +55,22 @@ def driver() -> c.CDLL:
     return lib
 
 
-def run(op_name, tensors, attributes, y, *, fields=3):
-    """Run an operator on its inputs, in the order of the contract; y is overwritten. Returns the shape of y."""
+def run(op, y, *, fields=3):
+    """Run an operator; y is overwritten. Returns the shape of y."""
     lib, arena = driver(), emulated.Arena()
-    values = list(tensors.values())
+    values = list(op.inputs.values())
     pointers = (c.c_void_p * len(values))(*(arena.add(value) for value in values))
     ranks = (c.c_int * len(values))(*(value.ndim for value in values))
     dims = (c.c_int64 * (8 * len(values)))()
     for i, value in enumerate(values):
         dims[8 * i : 8 * i + value.ndim] = value.shape
     types = (c.c_int * len(values))(*(TRT_TYPES[str(value.dtype)] for value in values))
-    numbers = [attributes[name] for name in ("in_features", "out_features", "offset")]
+    numbers = [op.attributes[name] for name in ("in_features", "out_features", "offset")]
     out, y_dims = arena.add(y, writable=True), (c.c_int64 * 9)()
     arena.register(lib)
     attribute_values = (c.c_int32 * 4)(*numbers, fields)
     failed = lib.rb_run(
-        op_name.encode(), attribute_values, len(values), ranks, dims, types, pointers, c.c_void_p(out), y_dims
+        op.op_type.encode(), attribute_values, len(values), ranks, dims, types, pointers, c.c_void_p(out), y_dims
     )
     if failed:
         raise RuntimeError(lib.rb_failure().decode())
@@ -89,51 +89,40 @@ def test_there_is_one_creator_per_operator():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(FORMS))
 def test_products(case, dtype):
-    record = case_record(case)
-    spec = record.spec()
-    x = activations(record).astype(dtype)
-    y = np.zeros((2, 3, record.out_features), dtype)
-    tensors = {"x": x, **numpy_inputs(record)}
-    assert run(emit.operator(spec).name, tensors, emit.attributes(spec), y) == y.shape
-    # fp16: weights are rounded to 11 bits of mantissa. test_cuda_emulated.py holds the kernels to tighter bounds.
-    assert relative_error(y, expected(record, x)) < (1e-5 if dtype == "float32" else 4e-3)
+    op = FORMS[case].draw(dtype=dtype)
+    y = np.zeros((2, 3, op.record.out_features), dtype)
+    assert run(op, y) == y.shape
+    # fp16: weights are rounded to 11 bits of mantissa. tests/ops holds the kernels to tighter bounds.
+    assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" else 4e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("bits", "rank"), [(2, 0), (3, 2), (4, 0), (8, 3)])
 def test_products_of_rounded_activations(bits, rank, dtype):
-    record = case_record("plain", bits=bits, in_features=256, group=128, rank=rank)
-    spec = record.spec()
-    name = contract.op_name(contract.matmul_kind(low_rank=rank > 0, int8_activations=True), bits)
+    record = random_record(bits=bits, in_features=256, group=128, rank=rank)
     for tokens in (1, 6, 40):
-        x = np.random.default_rng(tokens).standard_normal((tokens, 256)).astype(dtype)
+        op = Op.of(record, random_x(record, dtype, (tokens,), seed=tokens), int8_activations=True)
         y = np.zeros((tokens, record.out_features), dtype)
-        inputs = numpy_inputs(record)
-        assert run(name, {"x": x, **inputs}, emit.attributes(spec), y) == y.shape
-        want = reference.run(name, [x, *inputs.values()], emit.attributes(spec))
-        # Above 16 tokens the product is one of floats; test_cuda_int8.py holds the kernels to tighter bounds.
-        assert relative_error(y, want) < (1e-5 if dtype == "float32" else 4e-3)
+        assert run(op, y) == y.shape
+        # Above 16 tokens the product is one of floats; tests/ops holds the kernels to tighter bounds.
+        assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" else 4e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_look_ups(bits):
-    record = case_record("plain", bits=bits)
-    spec, kind = record.spec(), contract.GATHER
-    indices = activations(record, kind)
-    y = np.zeros((*indices.shape, record.in_features), np.float32)
-    tensors = {"indices": indices, **numpy_inputs(record, kind)}
-    assert run(emit.operator(spec, kind).name, tensors, emit.attributes(spec), y) == y.shape
-    assert relative_error(y, expected(record, indices, kind)) < 1e-5
+    op = Case(bits=bits, gather=True).draw()
+    y = np.zeros((*op.x.shape, op.record.in_features), np.float32)
+    assert run(op, y) == y.shape
+    assert relative_error(y, op.expected()) < 1e-5
 
 
 def test_scratch_for_many_tokens_is_asked_for():
-    record = case_record("branch")
-    x = np.tile(activations(record), (4, 1, 1))
-    y = np.zeros((8, 3, record.out_features), np.float32)
-    run("CodebookMatMulLowRank3", {"x": x, **numpy_inputs(record)}, emit.attributes(record.spec()), y)
-    assert relative_error(y, expected(record, x)) < 1e-5
+    op = FORMS["branch"].draw(tokens=(8, 3))
+    y = np.zeros((8, 3, op.record.out_features), np.float32)
+    run(op, y)
+    assert relative_error(y, op.expected()) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -147,21 +136,19 @@ def test_scratch_for_many_tokens_is_asked_for():
     ],
 )
 def test_a_wrong_shape_is_refused_with_the_name_of_the_layer(port, shape, message):
-    record = case_record("bias")
-    tensors = {"x": activations(record), **numpy_inputs(record)}
-    tensors[port] = np.zeros(shape, tensors[port].dtype)
+    op = FORMS["bias"].draw()
+    op.inputs[port] = np.zeros(shape, op.inputs[port].dtype)
     with pytest.raises(RuntimeError, match=message):
-        run("CodebookMatMul3", tensors, emit.attributes(record.spec()), np.zeros((2, 3, 40), np.float32))
+        run(op, np.zeros((2, 3, 40), np.float32))
 
 
 def test_missing_attributes_are_refused():
-    record = case_record("plain")
-    tensors = {"x": activations(record), **numpy_inputs(record)}
+    op = FORMS["plain"].draw()
     y = np.zeros((2, 3, 40), np.float32)
     with pytest.raises(RuntimeError, match=r"createPlugin: .*layer\.7: offset is -1; it must be 0 or 1"):
-        run("CodebookMatMul3", tensors, emit.attributes(record.spec()), y, fields=2)
+        run(op, y, fields=2)
     with pytest.raises(RuntimeError, match="both must be given and positive"):
-        run("CodebookMatMul3", tensors, emit.attributes(record.spec()), y, fields=1)
+        run(op, y, fields=1)
 
 
 @pytest.mark.slow

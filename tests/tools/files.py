@@ -10,7 +10,7 @@ import onnx
 from onnx import helper
 
 from tests.calibration.records import random_record
-from tests.op_cases import op_model
+from tests.ops.cases import op_model
 
 FEATURES = 64
 
