@@ -122,6 +122,17 @@ def test_allowed_forms_pass(part: str, source: str) -> None:
     assert violations(part, source) == []
 
 
+def test_no_test_module_imports_another() -> None:
+    """What tests share lies in modules of its own: a test module can be moved, run and deleted alone."""
+    found = [
+        f"{path.relative_to(ROOT)} line {line}: {name}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line, name in imported(path.read_text("utf-8"), deep=True)
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+    assert not found, "\n".join(found)
+
+
 def run_python(code: str) -> str:
     """Run ``code`` in a new interpreter without site customizations of ours; return what it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT / "tests")

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.training.reconstruct import token_errors
 
 
 def inputs(columns: int, tokens: int = 512, seed: int = 0) -> Tensor:
@@ -69,3 +71,21 @@ def block(seed: int = 0, sequences: int = 8, length: int = 32) -> BlockProblem:
         for name, part in (("first", module.first), ("second", module.second))
     }
     return BlockProblem(module, layers, x, targets, lambda part, batch: part(batch))
+
+
+def block_loss(problem: BlockProblem, records: dict[str, QuantizedLinear]) -> float:
+    """Loss of the block's output with decoded weights."""
+    weights = {f"{name}.weight": record.weight(with_low_rank=True) for name, record in records.items()}
+    with torch.no_grad():
+        output = torch.func.functional_call(problem.block, weights, (problem.inputs,))
+    return float(token_errors(output, problem.targets).mean())
+
+
+def reference_affine(weight: Tensor, bits: int, group: int) -> Tensor:
+    """Group-wise asymmetric rounding with an integer zero point, as everybody writes it."""
+    grouped, top = weight.reshape(-1, group), 2**bits - 1
+    low, high = grouped.amin(1, True).clamp(max=0), grouped.amax(1, True).clamp(min=0)
+    scale = (high - low) / top
+    zero = (-low / scale).round()
+    codes = ((grouped / scale).round() + zero).clamp(0, top)
+    return (scale * (codes - zero)).view_as(weight)

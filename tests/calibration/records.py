@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, Factor, GroupParams, LowRank, QuantizedLinear
@@ -47,7 +49,7 @@ def random_record(
     )
 
 
-FORMS: dict[str, dict[str, object]] = {
+FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "2 bits": {"bits": 2, "planes": 1},
     "4 bits": {"bits": 4, "group": 48},

@@ -76,3 +76,20 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def assert_builds(folder: Path) -> None:
+    """Build an engine of an exported language model for a batch of 2, prompts of 8 and a context of 24 tokens."""
+    import onnx
+
+    from rankbook.exporter.export import MODEL
+
+    sizes = {"batch": (1, 1, 2), "sequence": (1, 1, 8), "past_sequence": (0, 8, 16), "total_sequence": (1, 9, 24)}
+    profile = {}
+    for value in onnx.load(folder / MODEL, load_external_data=False).graph.input:
+        dims = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        low, usual, high = ([sizes[d][i] if isinstance(d, str) else d for d in dims] for i in range(3))
+        profile[value.name] = (low, usual, high)
+    report = build(folder / MODEL, profile, timeout_s=600)
+    assert report["errors"] == []
+    assert report["engine_bytes"] > 0

@@ -26,8 +26,7 @@ from rankbook.tools.runtimes import ort
 from tests.calibration.records import random_record
 from tests.exporter.checkpoints import make_checkpoint
 from tests.exporter.compare import worst_error
-from tests.exporter.rtx import build, needs_rtx
-from tests.exporter.test_export import assert_builds
+from tests.exporter.rtx import assert_builds, build, needs_rtx
 
 # float32 on all sides, sums in another order, through two layers; 1e-6 is typical.
 TOLERANCE = 1e-4

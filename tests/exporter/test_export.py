@@ -22,7 +22,7 @@ from rankbook.plugins import contract
 from tests.calibration.records import random_record
 from tests.exporter.checkpoints import make_checkpoint
 from tests.exporter.compare import worst_error
-from tests.exporter.rtx import build, needs_rtx
+from tests.exporter.rtx import assert_builds, needs_rtx
 from tests.tiny import tiny_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -141,18 +141,6 @@ def test_norms_in_another_type_and_inferred_heads_import_into_tensorrt(family, d
 @pytest.mark.trt
 def test_the_float32_graph_imports_into_tensorrt(exported):
     assert_builds(exported[0])
-
-
-def assert_builds(folder: Path) -> None:
-    sizes = {"batch": (1, 1, 2), "sequence": (1, 1, 8), "past_sequence": (0, 8, 16), "total_sequence": (1, 9, 24)}
-    profile = {}
-    for value in onnx.load(folder / MODEL, load_external_data=False).graph.input:
-        dims = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
-        low, usual, high = ([sizes[d][i] if isinstance(d, str) else d for d in dims] for i in range(3))
-        profile[value.name] = (low, usual, high)
-    report = build(folder / MODEL, profile, timeout_s=600)
-    assert report["errors"] == []
-    assert report["engine_bytes"] > 0
 
 
 def test_bad_options_and_folders_are_refused(checkpoint, tmp_path):

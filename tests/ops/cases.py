@@ -23,7 +23,7 @@ from rankbook.exporter import emit
 from rankbook.exporter.bodies.codebook import functions
 from rankbook.exporter.functions import OPSET
 from rankbook.plugins import contract, layout, reference
-from tests.calibration.records import random_record
+from tests.calibration import records
 
 Array = npt.NDArray[Any]
 
@@ -70,7 +70,7 @@ class Case:
         return replace(self, **changes)._draw()
 
     def _draw(self) -> Op:
-        record = random_record(**{name: getattr(self, name) for name in RECORD_FIELDS})
+        record = records.random_record(**{name: getattr(self, name) for name in RECORD_FIELDS})
         if self.gather:
             rows = np.random.default_rng(self.seed).integers(0, self.out_features, self.tokens)
             return Op.of(record, rows, gather=True)
@@ -204,17 +204,7 @@ WIDE = Case(bits=4, out_features=64, in_features=128, group=64, tokens=(3,))
 """Rows of several blocks and groups, for tests that vary something else."""
 
 FORMS: dict[str, Case] = {
-    "plain": Case(),
-    "2 bits": Case(bits=2, planes=1),
-    "4 bits": Case(bits=4, group=48),
-    "8 bits": Case(bits=8, planes=1, has_offset=False),
-    "one row panel": Case(out_features=32),
-    "odd sizes": Case(out_features=33, in_features=50, group=50),
-    "fp16 params": Case(param_bits=16),
-    "fp32 params": Case(param_bits=32, float_levels=True),
-    "bias": Case(bias=True),
-    "branch": Case(rank=5),
-    "fp16 branch": Case(rank=4, factor_bits=16, bias=True),
+    **{name: Case(**changes) for name, changes in records.FORMS.items()},
     "3 bits, wide": Case(out_features=64, in_features=128, group=64),
     "4 bits, half block groups": Case(bits=4, in_features=80, group=16, out_features=70),
     "4 bits, branch, bias": Case(bits=4, rank=3, bias=True, in_features=96, group=48),

@@ -7,7 +7,6 @@ runtime; its builder needs a GPU). The PTX is interpreted as in test_ptx.py. No 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +21,8 @@ from tests.ops.cases import Op, random_x, relative_error
 from tests.ops.runners import Runner, check, cuda_kernels
 from tests.plugins.ptx import machine, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
-from tests.plugins.test_trt_registry import lean_environment_in, lean_unavailable
+from tests.plugins.toolchain import EXPECTED, lean_environment_in, lean_unavailable
 
-EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
 built = pytest.mark.skipif(aot.unavailable() is not None and not EXPECTED, reason=str(aot.unavailable()))
 needs_lean = pytest.mark.skipif(lean_unavailable() is not None and not EXPECTED, reason=str(lean_unavailable()))
 TYPES = {"float16": "fp16", "float32": "fp32", "uint16": "bf16", "int8": "int8", "int64": "int64"}

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.plugins.toolchain import build_check, tool
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str) -> str | None:
-    """Return a build tool: the one of this environment (a wheel may bring it) before the system's."""
-    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-
-
-def build_check(folder: Path, *options: str) -> Path:
-    """Build tests/native/check_kernels.cpp with the kernels in ``folder``; skips where CMake or Ninja is missing."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if not (cmake and ninja):
-        pytest.skip("cmake and ninja are needed: make native installs them")
-    configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += ["-DCMAKE_BUILD_TYPE=None", "-DRANKBOOK_KERNEL_CHECK=ON", *options]
-    for command in (configure, [cmake, "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return folder / "plugins" / "csrc" / "check_kernels"
 
 
 @pytest.mark.slow

@@ -26,10 +26,9 @@ from rankbook.tools.runtimes import ort as backend
 from rankbook.tools.runtimes import trt
 from tests.ops.cases import FORMS, WIDE, Case, relative_error
 from tests.plugins import emulated
-from tests.plugins.test_merged import draw_several, model_of
-from tests.plugins.test_trt_library import output, tool
+from tests.plugins.merged_ops import draw_several, model_of
+from tests.plugins.toolchain import EXPECTED, output, required_tool
 
-EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
 FLOATS = ("1", "10", "16")
 """float32, float16 and bfloat16 in ONNX."""
 built = pytest.mark.skipif(
@@ -175,9 +174,9 @@ def test_an_operator_for_the_gpu_is_registered_beside_each_of_the_cpu(tmp_path: 
 @built
 def test_it_links_no_cuda_and_exports_what_the_other_one_does() -> None:
     path = library.library("ort-cuda")
-    needed = re.findall(r"NEEDED.*\[(.*)\]", output(tool("readelf"), "-d", path))
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output(required_tool("readelf"), "-d", path))
     assert not [name for name in needed if name.startswith(("libnv", "libcuda", "libstdc++"))]
-    symbols = [line.split()[-1] for line in output(tool("nm"), "-D", "--defined-only", path).splitlines()]
+    symbols = [line.split()[-1] for line in output(required_tool("nm"), "-D", "--defined-only", path).splitlines()]
     assert sorted(symbols) == ["RegisterCustomOps", "rankbook_native_info"]
 
 

@@ -7,7 +7,6 @@ ptxas makes of it is not executed, and only one order of warps is tried.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,10 +19,9 @@ from tests.ops.cases import Op, random_x
 from tests.ops.runners import Runner, check, cuda_kernels, has_integer_kernel
 from tests.plugins.ptx import launches, launches_int8, machine, modules, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
+from tests.plugins.toolchain import EXPECTED
 
 SHIPPED = 80
-EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
-"""Set by .ci/run where the library was built: from there on, what cannot be tested fails instead of being skipped."""
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,11 +25,10 @@ from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes import trt
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
-from tests.plugins.emulated import ROOT
+from tests.plugins.toolchain import EXPECTED, output, required_tool
 from tests.tiny import FAMILIES, write_text
 from tests.tools.files import chain_model
 
-EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
 """Set by .ci/run where the library was built: from there on, what cannot be tested fails instead of being skipped."""
 pytestmark = pytest.mark.skipif(
     library.unavailable("trt") is not None and not EXPECTED, reason=str(library.unavailable("trt"))
@@ -48,34 +46,21 @@ ONE_BLOCK = re.compile(r"decode_mmaILi(\dELi4|3ELi[12])ELi2E")
 """More than 8 tokens with 3 or 4 planes, or at 3 bits: one block per multiprocessor, up to 255 registers."""
 
 
-def tool(name: str) -> str:
-    """Return the path of a tool of binutils or the CUDA toolkit, or skip."""
-    beside = ROOT / "build" / "cuda-tools" / "nvidia" / "cu13" / "bin" / name
-    found = shutil.which(name) or (str(beside) if beside.is_file() else None)
-    if found is None:
-        assert not EXPECTED, f"{name} must be there: `make native-cuda` gets it"
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def output(*command: str | Path) -> str:
-    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
-
-
 def test_it_exports_what_tensorrt_asks_for_and_nothing_else():
     symbols = [
-        line.split()[-1] for line in output(tool("nm"), "-D", "--defined-only", library.library("trt")).splitlines()
+        line.split()[-1]
+        for line in output(required_tool("nm"), "-D", "--defined-only", library.library("trt")).splitlines()
     ]
     assert sorted(symbols) == ["getCreators", "setLoggerFinder"]
 
 
 def test_it_links_neither_tensorrt_nor_a_shared_cuda_runtime():
-    needed = re.findall(r"NEEDED.*\[(.*)\]", output(tool("readelf"), "-d", library.library("trt")))
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output(required_tool("readelf"), "-d", library.library("trt")))
     assert not [name for name in needed if name.startswith(("libnv", "libcuda", "libstdc++"))]
 
 
 def test_kernels_do_not_spill_and_leave_room_for_two_blocks():
-    text = output(tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
+    text = output(required_tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert len(usage) > 100
     for name, registers, stack, local in usage:
@@ -86,7 +71,7 @@ def test_kernels_do_not_spill_and_leave_room_for_two_blocks():
 
 
 def test_there_are_kernels_for_every_width():
-    text = output(tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
+    text = output(required_tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
     for bits in (2, 3, 4, 8):
         for kernel in ("decode_mma", "decode_int8", "decode_float", "decode_dense", "gather_rows"):
             assert re.search(rf"{kernel}ILi{bits}E", text), f"{kernel} for {bits} bits"

@@ -6,40 +6,14 @@ TensorRT's builder is not on the package index and needs a GPU; its Python bindi
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rankbook.plugins import contract, library
-from tests.plugins import emulated
-
-LEAN = emulated.ROOT / "build" / "tensorrt-lean"
-EXPECTED = "RANKBOOK_EXPECT_CUDA" in os.environ
-STUBBED = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
-
-
-def lean_unavailable() -> str | None:
-    """Return why TensorRT's registry cannot be used here, or None."""
-    if not (LEAN / "tensorrt_bindings").is_dir():
-        return f"{LEAN} is missing: `make native-all` gets it"
-    return None if shutil.which("cc") else "no C compiler"
-
-
-def lean_environment_in(folder: Path) -> dict[str, str]:
-    """Compile the stand-ins into a folder; return the variables of a process that may import `tensorrt_bindings`."""
-    runtime = LEAN / "tensorrt_lean_libs" / "libnvinfer_lean.so.11"
-    source = Path(__file__).with_name("trt_stubs.c")
-    for name in STUBBED:
-        command = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(folder / name), str(source)]
-        subprocess.run([*command, "-Wl,--no-as-needed", str(runtime)], check=True)
-    modules = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "LD_LIBRARY_PATH": f"{folder}:{runtime.parent}", "PYTHONPATH": modules}
-
+from tests.plugins.toolchain import EXPECTED, lean_environment_in, lean_unavailable
 
 _reason = lean_unavailable() or library.unavailable("trt")
 pytestmark = pytest.mark.skipif(_reason is not None and not EXPECTED, reason=str(_reason))

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from rankbook.tools.inspect import onnx_file
 from tests.calibration.records import random_record
 from tests.ops.cases import op_model
 
@@ -55,3 +56,15 @@ def run_cli(*arguments: object) -> int:
 def stdout_json(capsys: Any) -> Any:
     """Return what a verb printed with ``--json``."""
     return json.loads(capsys.readouterr().out)
+
+
+def damage(folder: Path, name: str) -> None:
+    """Flip the bytes of a stored tensor."""
+    graph = onnx_file.load_graph(folder / "model.onnx").graph
+    tensor = next(item for item in graph.initializer if item.name == name)
+    assert tensor.data_location == onnx.TensorProto.EXTERNAL
+    entries = {item.key: item.value for item in tensor.external_data}
+    path, offset, length = folder / entries["location"], int(entries["offset"]), int(entries["length"])
+    content = bytearray(path.read_bytes())
+    content[offset : offset + length] = bytes(byte ^ 0x5A for byte in content[offset : offset + length])
+    path.write_bytes(content)

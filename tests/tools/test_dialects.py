@@ -11,8 +11,7 @@ from rankbook.tools import errors
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import trt
 from tests.tiny import tiny_model, write_text
-from tests.tools.files import run_cli, stdout_json
-from tests.tools.test_pipeline import _damage
+from tests.tools.files import damage, run_cli, stdout_json
 
 OTHERS = ("qdq", "ort")
 
@@ -42,7 +41,7 @@ def test_parity_compares_every_layer(name, work, tmp_path, capsys):
     assert report["cached"]["error"] < 1e-5
     shutil.copytree(work / name, tmp_path / "onnx")
     bad = "model.layers.0.mlp.up_proj"
-    _damage(tmp_path / "onnx", f"{bad}.codes")
+    damage(tmp_path / "onnx", f"{bad}.codes")
     common = ["--checkpoint", work / "q", "--tokens", 8, "--json", "--quiet"]
     assert run_cli("parity", tmp_path / "onnx", *common) == errors.CHECK_FAILED
     assert stdout_json(capsys)["first_bad_layer"] == bad

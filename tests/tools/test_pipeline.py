@@ -13,12 +13,11 @@ import pytest
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
 from rankbook.tools.generation import Sampling, Stream, continue_ids
-from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import trt
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.tiny import tiny_model, write_text
-from tests.tools.files import run_cli, stdout_json
+from tests.tools.files import damage, run_cli, stdout_json
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,7 @@ def test_parity_continues_prompts_with_both(work, capsys):
 def test_parity_of_a_damaged_file_fails_and_names_the_layer(work, tmp_path, capsys):
     shutil.copytree(work / "onnx", tmp_path / "onnx")
     bad = "model.layers.1.self_attn.o_proj"
-    _damage(tmp_path / "onnx", f"{bad}.codes")
+    damage(tmp_path / "onnx", f"{bad}.codes")
     assert run_cli("parity", tmp_path / "onnx", "--checkpoint", work / "q", "--json", "--quiet") == errors.CHECK_FAILED
     report = stdout_json(capsys)
     assert not report["passed"]
@@ -169,18 +168,6 @@ def test_parity_of_a_damaged_file_fails_and_names_the_layer(work, tmp_path, caps
     assert report["own_error"] > report["tolerance"]
     before = [layer for layer in report["layers"] if layer["name"].startswith("model.layers.0.")]
     assert all(layer["passed"] for layer in before)
-
-
-def _damage(folder: Path, name: str) -> None:
-    """Flip the bytes of a stored tensor."""
-    graph = onnx_file.load_graph(folder / "model.onnx").graph
-    tensor = next(item for item in graph.initializer if item.name == name)
-    assert tensor.data_location == onnx.TensorProto.EXTERNAL
-    entries = {item.key: item.value for item in tensor.external_data}
-    path, offset, length = folder / entries["location"], int(entries["offset"]), int(entries["length"])
-    content = bytearray(path.read_bytes())
-    content[offset : offset + length] = bytes(byte ^ 0x5A for byte in content[offset : offset + length])
-    path.write_bytes(content)
 
 
 def test_a_layer_whose_input_is_already_wrong_is_told_apart(work, tmp_path, capsys):

@@ -27,7 +27,7 @@ from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookLinear, packed_modules
 from rankbook.calibration.settings import ACTIVATIONS, RANGES
 from tests.calibration import problems
-from tests.calibration.methods.test_lcq import block_loss
+from tests.calibration.problems import block_loss
 from tests.calibration.records import random_record
 from tests.tiny import tiny_model, write_text
 

@@ -18,10 +18,7 @@ from tests.calibration.records import FORMS, random_record
 
 def write(folder: Path, shard_bytes: int = ck.SHARD_BYTES, seed: int = 0) -> dict[str, QuantizedLinear]:
     """Write one layer of every form, one that shares another's tensors, and two plain tensors."""
-    records = {
-        f"blocks.{i}.linear": random_record(seed=seed, **form)  # type: ignore[arg-type]
-        for i, form in enumerate(FORMS.values())
-    }
+    records = {f"blocks.{i}.linear": random_record(seed=seed, **form) for i, form in enumerate(FORMS.values())}
     layers = {name: record.spec() for name, record in records.items()}
     first = "blocks.0.linear"
     layers["head"] = records[first].spec(shared_with=first)

@@ -11,7 +11,7 @@ from rankbook.calibration.methods import METHODS, awq, gptq, omniquant, rtn, smo
 from rankbook.calibration.methods.omniquant import OmniQuantConfig
 from rankbook.calibration.training.trained_codebooks import TrainedCodebooks
 from tests.calibration import problems
-from tests.calibration.methods.test_lcq import block_loss
+from tests.calibration.problems import block_loss
 
 TRAINED = OmniQuantConfig(bits=3, steps=40, compute="float32")
 

@@ -13,14 +13,12 @@ from rankbook.calibration.fitting import codebook_fit as _lcq_fit
 from rankbook.calibration.fitting import codebook_store as _lcq_store
 from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
-from rankbook.calibration.fitting.problem import BlockProblem
 from rankbook.calibration.methods import lcq
 from rankbook.calibration.methods.lcq import LcqConfig
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.calibration.training import trained_codebooks as _lcq_gradient
-from rankbook.calibration.training.reconstruct import token_errors
 from tests.calibration import problems
-from tests.calibration.methods.test_rtn import reference_affine
+from tests.calibration.problems import block_loss, reference_affine
 
 FAST = LcqConfig(effort="fast")
 
@@ -208,14 +206,6 @@ def test_training_never_leaves_a_block_worse(changes: dict[str, Any]) -> None:
     for record in trained.values():
         assert record.levels.dtype == (torch.int8 if config.level_dtype == "int8" else torch.float16)
         assert (record.params.codes is not None) == (config.param_bits == 8)
-
-
-def block_loss(problem: BlockProblem, records: dict[str, QuantizedLinear]) -> float:
-    """Loss of the block's output with decoded weights."""
-    weights = {f"{name}.weight": record.weight(with_low_rank=True) for name, record in records.items()}
-    with torch.no_grad():
-        output = torch.func.functional_call(problem.block, weights, (problem.inputs,))
-    return float(token_errors(output, problem.targets).mean())
 
 
 def test_training_around_an_error_branch_keeps_the_branch() -> None:

@@ -19,7 +19,7 @@ from rankbook.calibration.methods.lrq import LrqConfig
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.scaled_rounding import Divisors, ScaledRounding
 from tests.calibration import problems
-from tests.calibration.methods.test_lcq import block_loss
+from tests.calibration.problems import block_loss
 
 CONFIG = LrqConfig(steps=40, compute="float32")
 COMPAT = LrqConfig(compat=True, param_bits=16)

@@ -15,20 +15,11 @@ from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods.rtn import RtnConfig, quantize
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from tests.calibration import problems
+from tests.calibration.problems import reference_affine
 
 
 def _problem(weight: Tensor) -> LayerProblem:
     return LayerProblem("layer", weight, None, LayerStatistics.empty(weight.shape[1]))
-
-
-def reference_affine(weight: Tensor, bits: int, group: int) -> Tensor:
-    """Group-wise asymmetric rounding with an integer zero point, as everybody writes it."""
-    grouped, top = weight.reshape(-1, group), 2**bits - 1
-    low, high = grouped.amin(1, True).clamp(max=0), grouped.amax(1, True).clamp(min=0)
-    scale = (high - low) / top
-    zero = (-low / scale).round()
-    codes = ((grouped / scale).round() + zero).clamp(0, top)
-    return (scale * (codes - zero)).view_as(weight)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -17,7 +17,7 @@ from rankbook.calibration.model.adapter import ModelAdapter, adapter_of
 from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.families.phi3 import Phi3
 from rankbook.calibration.model.loading import load_model
-from tests.calibration.model.test_driver import options
+from tests.calibration.runs import options
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 AUTO: Any = AutoModelForCausalLM

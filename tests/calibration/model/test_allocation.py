@@ -19,7 +19,7 @@ from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.solve import solve_layer
 from tests.calibration import problems
-from tests.calibration.model.test_driver import files, interrupted, options
+from tests.calibration.runs import files, interrupted, options
 from tests.tiny import tiny_model
 
 pytest.importorskip("scipy")

@@ -28,6 +28,7 @@ from rankbook.calibration.model.report import Progress
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import layout
 from tests.calibration import toy_method
+from tests.calibration.runs import files, interrupted, options
 from tests.tiny import tiny_model, tiny_tokenizer, write_text
 
 ROOT = Path(__file__).parents[3]
@@ -40,33 +41,18 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "trained-toy", toy_method.TRAINED_TOY)
 
 
-def options(folder: Path, **changes: Any) -> QuantizeOptions:
-    """Small settings; writes the calibration text."""
-    text = folder / "text.txt"
-    if not text.exists():
-        write_text(text)
-    values = {"method": "trained-toy", "bits": 4, "calib": str(text), "calib_sequences": 4, "calib_length": 16}
-    return QuantizeOptions(**{**values, **changes})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Everything a run writes but the manifest, which holds times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
-
-
 KILLED = """
 import os, sys
 from pathlib import Path
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.driver import quantize_model
-from tests.calibration import toy_method
-from tests.calibration.model import test_driver
+from tests.calibration import runs, toy_method
 METHODS["trained-toy"] = toy_method.TRAINED_TOY
 folder = Path(sys.argv[1])
 def die(step):
     if step.block == int(sys.argv[2]) and step.stage == "training":
         os._exit(9)
-quantize_model(folder / "model", folder / "out", test_driver.options(folder), progress=die)
+quantize_model(folder / "model", folder / "out", runs.options(folder), progress=die)
 """
 
 
@@ -109,17 +95,6 @@ def test_a_run_that_failed_while_writing_the_result_is_finished_without_computin
     report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), resume=True)
     assert report.resumed_at == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
-
-
-def interrupted(folder: Path, chosen: QuantizeOptions) -> None:
-    """Run until the second block and stop."""
-
-    def stop(step: Progress) -> None:
-        if step.block == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_model(folder / "model", folder / "out", chosen, progress=stop)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_is_the_product_with_the_decoded_weight(form: str) -> None:
-    record = random_record(**FORMS[form])  # type: ignore[arg-type]
+    record = random_record(**FORMS[form])
     x = torch.randn(2, 3, record.in_features)
     want = nn.functional.linear(x, record.weight(with_low_rank=True), record.bias)
     layer = CodebookLinear.from_record(record)
@@ -37,14 +37,14 @@ def test_forward_is_the_product_with_the_decoded_weight(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_spec_has_the_names_shapes_and_dtypes_of_the_packed_record(form: str) -> None:
-    record = random_record(**FORMS[form])  # type: ignore[arg-type]
+    record = random_record(**FORMS[form])
     packed = {n: (tuple(t.shape), f"{t.dtype}") for n, t in record.pack().items()}
     assert packed == {n: (t.shape, f"torch.{t.dtype}") for n, t in record.spec().tensors().items()}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_spec_survives_json(form: str) -> None:
-    spec = random_record(**FORMS[form]).spec()  # type: ignore[arg-type]
+    spec = random_record(**FORMS[form]).spec()
     assert LayerSpec.from_json("layer", spec.to_json()) == spec
 
 
@@ -80,7 +80,7 @@ def test_state_dict_holds_exactly_the_packed_tensors() -> None:
 @pytest.mark.parametrize("form", ["plain", "one row panel", "odd sizes", "fp16 params", "8 bits"])
 @pytest.mark.parametrize("rows", [32, 33, 100])
 def test_embedding_returns_rows_of_the_decoded_weight(form: str, rows: int) -> None:
-    record = random_record(**{**FORMS[form], "out_features": rows})  # type: ignore[arg-type]
+    record = random_record(**{**FORMS[form], "out_features": rows})
     layer = CodebookEmbedding.from_record(record, scale=0.5)
     ids = torch.tensor([[0, rows - 1], [31, 0]])
     assert torch.equal(layer(ids), record.weight()[ids] * 0.5)

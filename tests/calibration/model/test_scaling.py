@@ -17,7 +17,7 @@ from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
 from tests.calibration import problems
-from tests.calibration.model.test_driver import files, interrupted, options
+from tests.calibration.runs import files, interrupted, options
 from tests.tiny import tiny_model
 
 TOKENS = torch.arange(32).view(2, 16)

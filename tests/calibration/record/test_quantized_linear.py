@@ -21,7 +21,7 @@ from tests.calibration.records import FORMS, random_record
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weight_is_the_formula(form: str) -> None:
-    record = random_record(**{**FORMS[form], "out_features": 3})  # type: ignore[arg-type]
+    record = random_record(**{**FORMS[form], "out_features": 3})
     params, levels, planes = record.params.dense(), record.levels.float(), record.planes
     weight = record.weight()
     for n in range(3):
@@ -34,7 +34,7 @@ def test_weight_is_the_formula(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_branch_adds_the_product_of_its_factors(form: str) -> None:
-    record = random_record(**FORMS[form])  # type: ignore[arg-type]
+    record = random_record(**FORMS[form])
     difference = record.weight(with_low_rank=True) - record.weight()
     branch = record.low_rank
     want = torch.zeros_like(difference) if branch is None else branch.up.dense() @ branch.down.dense()
