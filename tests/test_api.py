@@ -11,7 +11,7 @@ import pytest
 import rankbook
 from rankbook.tools import api
 from rankbook.tools.runtimes import trt
-from tests.test_layering import run_python
+from tests.processes import run_python
 from tests.tiny import tiny_model, write_text
 
 VERBS = ("quantize", "export", "load", "open_model", "evaluate", "inspect", "build")

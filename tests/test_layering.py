@@ -6,12 +6,13 @@ plugins  <  calibration  <  exporter  <  tools
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("plugins", "calibration", "exporter", "tools")
@@ -131,13 +132,6 @@ def test_no_test_module_imports_another() -> None:
         if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
     ]
     assert not found, "\n".join(found)
-
-
-def run_python(code: str) -> str:
-    """Run ``code`` in a new interpreter without site customizations of ours; return what it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT / "tests")
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_plugins_need_only_numpy() -> None:

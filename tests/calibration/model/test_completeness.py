@@ -16,7 +16,7 @@ from transformers import LlamaModel
 
 from rankbook.calibration.model.loading import load_model, load_tokenizer
 from rankbook.calibration.notes import Note
-from tests.calibration.model.test_loading import write_gguf
+from tests.gguf_files import write_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 
 Tensors = dict[str, Tensor]
