@@ -1,6 +1,8 @@
 """The parts import only what lies to their left, and importing a part never loads a runtime.
 
 plugins  <  calibration  <  exporter  <  tools
+
+Within calibration: record  <  fitting  <  training  <  methods  <  the rest, and nothing but a method imports a method.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("plugins", "calibration", "exporter", "tools")
+ROOMS = ("record", "fitting", "training", "methods", "activations", "model", "checkpoint")
+"""Folders of calibration in the order of their imports; the last three, which drive the others, know each other."""
+DRIVERS = 4
+"""Index of the first of these."""
+METHODS = frozenset(path.stem for path in (ROOT / "calibration/methods").glob("*.py")) - {"__init__", "base"}
 LAZY = frozenset(
     {"accelerate", "datasets", "gguf", "onnxruntime", "polygraphy", "scipy", "tensorrt", "tensorrt_rtx", "transformers"}
 )
@@ -73,6 +80,54 @@ def violations(part: str, source: str) -> list[str]:
         elif library not in sys.stdlib_module_names | OWN_LIBRARIES[part] | {"rankbook", "__future__"}:
             found.append(f"line {line}: {part} must not import {library} at the top of a module")
     return found
+
+
+def room_violations(path: Path, source: str) -> list[str]:
+    """Return what a module at ``path``, relative to the repository, does against the order of calibration's rooms."""
+    rank = {room: min(index, DRIVERS) for index, room in enumerate(ROOMS)}
+    inside = path.parts[0] == "calibration" and len(path.parts) > 2
+    own = path.parts[1] if inside else ""
+    found = []
+    for line, name in imported(source, deep=True):
+        pieces = name.split(".")
+        if pieces[:2] != ["rankbook", "calibration"] or len(pieces) < 3:
+            continue
+        if inside and rank.get(pieces[2], -1) > rank[own]:
+            found.append(f"line {line}: {own} imports {name}, which lies to its right")
+        elif pieces[2] == "methods" and own != "methods" and METHODS.intersection(pieces[3:4]):
+            found.append(f"line {line}: {name} is a concrete method; ask METHODS, or move what is shared to fitting")
+    return found
+
+
+def test_rooms_of_calibration_keep_their_order() -> None:
+    """Every room is in the list, and no module imports one to its right or a concrete method."""
+    rooms = {path.parent.name for path in (ROOT / "calibration").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+    assert {"lcq", "rtn"} <= METHODS
+    modules = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
+    found = [
+        f"{path.relative_to(ROOT)} {text}"
+        for path in modules
+        for text in room_violations(path.relative_to(ROOT), path.read_text("utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("calibration/fitting/x.py", "from rankbook.calibration.methods import METHODS", "lies to its right"),
+        ("calibration/record/x.py", "def f():\n    import rankbook.calibration.fitting.rounding", "lies to its right"),
+        ("calibration/training/x.py", "from rankbook.calibration.model import capture", "lies to its right"),
+        ("calibration/model/x.py", "from rankbook.calibration.methods import METHODS, rtn", "concrete method"),
+        ("tools/commands/x.py", "from rankbook.calibration.methods.lcq import RECIPES", "concrete method"),
+    ],
+)
+def test_a_wrong_edge_between_rooms_is_found(path: str, source: str, complaint: str) -> None:
+    """Each forbidden form is named once."""
+    found = room_violations(Path(path), source)
+    assert len(found) == 1
+    assert complaint in found[0]
 
 
 @pytest.mark.parametrize("part", PARTS)

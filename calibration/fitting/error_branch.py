@@ -12,17 +12,13 @@ rank:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from rankbook.calibration.fitting import feedback
+from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.record.quantized_linear import Factor, LowRank, QuantizedLinear
 from rankbook.calibration.settings import ERROR_BRANCHES as ERROR_BRANCHES
-
-if TYPE_CHECKING:  # the methods import this module
-    from rankbook.calibration.fitting.problem import LayerProblem
 
 _EXACT_SIZE = 2048
 """Up to this many rows or columns singular vectors come from an eigendecomposition, above from random projections."""
@@ -77,7 +73,8 @@ def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
     if not bool(torch.isfinite(magnitude).all()):
         raise ValueError(
-            f"the inputs of {problem.name} hold NaN or infinity: the model overflows even in float32; convert it again"
+            f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
+            " convert it again"
         )
     floored = magnitude.float().clamp_min(1e-4)
     return floored / (floored.min() * floored.max()).sqrt()
@@ -93,7 +90,8 @@ def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) ->
     gram = problem.statistics.gram.float()
     if not bool(torch.isfinite(gram).all()):
         raise ValueError(
-            f"the inputs of {problem.name} hold NaN or infinity: the model overflows even in float32; convert it again"
+            f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
+            " convert it again"
         )
     mean = gram.diagonal().mean()
     if float(mean) <= 0:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting.problem import LayerProblem
 
 _BLOCK = 64
 _DAMPING = 0.01
@@ -27,6 +28,26 @@ def damped_gram(gram: Tensor, damping: float = _DAMPING) -> Tensor:
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
     dead = diagonal <= 0
     return gram + torch.diag(torch.where(dead, mean, torch.zeros_like(mean)) + damping * mean)
+
+
+def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
+    """Return the damped Gram matrix of a layer's inputs with mean diagonal near 1; the identity without statistics.
+
+    Raises:
+        ValueError: The statistics or the weights hold NaN or infinity.
+    """
+    gram = problem.statistics.gram.float()
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError(
+            f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
+            " convert it again"
+        )
+    if not bool(torch.isfinite(problem.weight).all()):
+        raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
+    mean = gram.diagonal().mean()
+    if problem.statistics.tokens == 0 or float(mean) <= 0:
+        return torch.eye(problem.weight.shape[1])
+    return damped_gram(gram / mean, damping)
 
 
 @dataclass(frozen=True)

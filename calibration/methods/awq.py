@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from rankbook.calibration.fitting.grids import round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
@@ -20,7 +21,7 @@ class AwqConfig(rtn.RtnConfig):
 
 def quantize(problem: LayerProblem, config: AwqConfig) -> QuantizedLinear:
     """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.model.scaling`)."""
-    return replace(rtn.quantize(problem, config), method="awq")
+    return round_nearest(problem, config.grid(), "awq")
 
 
 METHOD = Method("awq", AwqConfig, quantize, scale_inputs="awq")

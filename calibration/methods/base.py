@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
@@ -27,7 +29,10 @@ class Method:
         trains: Whether ``refine`` does anything with this config; without, no stream of targets is computed.
         scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.model.scaling`).
         feedback: Whether codes are chosen with error feedback, so that the errors of a layer are not independent.
-        rank_is_stored: Whether its option ``rank`` is the number of planes in the record, which costs stored bits.
+        rows: ``rows(sample, config)`` fits to some rows of a large matrix what all of them share, and returns what
+            quantizes any rows with it; None where error feedback on a fixed grid is as good for embeddings.
+        predict: ``predict(weight, energy, group, bits, planes)`` decodes a quick fit of rows (N, K), for choosing the
+            number of planes, which is the option ``rank`` then; None where a record has no choice of planes.
     """
 
     name: str
@@ -37,7 +42,8 @@ class Method:
     trains: Callable[[Any], bool] = lambda _: True
     scale_inputs: str = "none"
     feedback: bool = False
-    rank_is_stored: bool = False
+    rows: Callable[[LayerProblem, Any], Callable[[LayerProblem], QuantizedLinear]] | None = None
+    predict: Callable[[Tensor, Tensor, int, int, int], Tensor] | None = None
 
     @property
     def summary(self) -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankbook.calibration.fitting import feedback
+from rankbook.calibration.fitting.grids import round_with_feedback
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
-from rankbook.calibration.methods.lcq import scaled_gram
 from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
@@ -31,12 +30,7 @@ def quantize(problem: LayerProblem, config: GptqConfig) -> QuantizedLinear:
     Raises:
         ValueError: The group size does not divide the layer, or weights or statistics are not finite.
     """
-    grouped = rtn.grouped_weight(problem, config.group_size)
-    energy = rtn.input_energy(problem, config.group_size) if config.clip_search else None
-    levels, params = rtn.grid(grouped, energy, config)
-    columns = feedback.plan(scaled_gram(problem, config.damping), 0.0, by_energy=config.act_order)
-    codes = feedback.assign(grouped, rtn.tables_of(levels, params), columns)
-    return rtn.assemble(problem, codes, levels, params, "gptq")
+    return round_with_feedback(problem, config.grid(), "gptq", damping=config.damping, by_energy=config.act_order)
 
 
 METHOD = Method("gptq", GptqConfig, quantize, feedback=True)

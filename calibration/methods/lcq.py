@@ -6,7 +6,7 @@ the paper: the closed form, the training recipe and the storage are this project
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ from rankbook.plugins.widths import BITS
 RECIPES = ("rounding", "codebook")
 STEPS = {"default": 100, "high": 600}
 """Training steps per block of each effort that trains."""
+_PREDICT_ROUNDS = 4
+"""Alternations of the fits that compare numbers of planes."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = N
     columns = problem.weight.shape[1]
     check_group(columns, config.group_size)
     grouped = rounding.to_groups(problem.weight.float(), config.group_size)
-    gram = scaled_gram(problem, config.damping)
+    gram = feedback.scaled_gram(problem, config.damping)
     energy = gram.diagonal().view(-1, config.group_size).contiguous()
     count = 1 << config.bits
     if levels is None:
@@ -110,23 +112,18 @@ def _assign(grouped: Tensor, tables: Tensor, columns: feedback.Plan | None) -> T
     return feedback.assign(grouped, tables, columns)
 
 
-def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
-    """Return the damped Gram matrix of a layer's inputs with mean diagonal near 1; the identity without statistics.
+def rows(sample: LayerProblem, config: LcqConfig) -> Callable[[LayerProblem], QuantizedLinear]:
+    """Fit levels to a sample of the rows of a large matrix; return what quantizes others with the same levels."""
+    levels = quantize(sample, config).levels
+    return lambda problem: quantize(problem, config, levels)
 
-    Raises:
-        ValueError: The statistics or the weights hold NaN or infinity.
-    """
-    gram = problem.statistics.gram.float()
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError(
-            f"the inputs of {problem.name} hold NaN or infinity: the model overflows even in float32; convert it again"
-        )
-    if not bool(torch.isfinite(problem.weight).all()):
-        raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
-    mean = gram.diagonal().mean()
-    if problem.statistics.tokens == 0 or float(mean) <= 0:
-        return torch.eye(problem.weight.shape[1])
-    return feedback.damped_gram(gram / mean, damping)
+
+def predict(weight: Tensor, energy: Tensor, group: int, bits: int, planes: int) -> Tensor:
+    """Return rows (N, K) as a few rounds of the fit decode them, for inputs of mean squares ``energy`` (K,)."""
+    grouped = rounding.to_groups(weight, group)
+    energy = (energy + 1e-3 * energy.mean() + torch.finfo(torch.float32).tiny).view(-1, group)
+    tables = _lcq_fit.fit(grouped, energy, planes, 1 << bits, _PREDICT_ROUNDS).tables()
+    return rounding.from_groups(rounding.lookup(tables, rounding.nearest(grouped, tables)))
 
 
 def trains(config: LcqConfig) -> bool:
@@ -156,4 +153,4 @@ def refine(
     return train_block(problem, records, layers, train).records
 
 
-METHOD = Method("lcq", LcqConfig, quantize, refine, trains, feedback=True, rank_is_stored=True)
+METHOD = Method("lcq", LcqConfig, quantize, refine, trains, feedback=True, rows=rows, predict=predict)

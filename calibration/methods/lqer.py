@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rankbook.calibration.fitting.error_branch import fit_error_branch
+from rankbook.calibration.fitting.grids import round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
@@ -39,14 +40,15 @@ def quantize(problem: LayerProblem, config: LqerConfig) -> QuantizedLinear:
     Raises:
         ValueError: The group size does not divide the layer, or weights or statistics are not finite.
     """
-    record = rtn.quantize(problem, config)
+    record = round_nearest(problem, config.grid(), "lqer")
     branch = fit_error_branch(problem, record, config.error_branch, config.error_rank, config.factor_bits)
     for _ in range(config.passes - 1):
         if branch is None:
             break
-        record = rtn.quantize(replace(problem, weight=problem.weight - branch.dense()), config)
+        rest = replace(problem, weight=problem.weight - branch.dense())
+        record = round_nearest(rest, config.grid(), "lqer")
         branch = fit_error_branch(problem, record, config.error_branch, config.error_rank, config.factor_bits)
-    return replace(record, low_rank=branch, method="lqer")
+    return record.with_low_rank(branch)
 
 
 METHOD = Method("lqer", LqerConfig, quantize)

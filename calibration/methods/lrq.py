@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import grids, rounding
+from rankbook.calibration.fitting.grids import Grid
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
-from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.codebooks import affine_levels
@@ -64,9 +64,9 @@ class LrqConfig(Options):
             raise ValueError("compat is the released code, which is asymmetric; leave the format at affine")
         self.grid()
 
-    def grid(self) -> rtn.RtnConfig:
-        """Return the options of the grid that training starts from."""
-        return rtn.RtnConfig(self.bits, self.group_size, self.format, self.clip_search, self.param_bits)
+    def grid(self) -> Grid:
+        """Return the grid that training starts from."""
+        return Grid(self.bits, self.group_size, self.format, self.clip_search, self.param_bits)
 
     def divisors(self, rows: int, columns: int) -> Divisors:
         """Return how the divisors of a layer (rows, columns) are learned."""
@@ -114,16 +114,14 @@ def quantize(problem: LayerProblem, config: LrqConfig) -> QuantizedLinear:
     Raises:
         ValueError: The group size does not divide the layer, or the weights are not finite.
     """
-    grouped = rtn.grouped_weight(problem, config.group_size)
-    if config.compat and config.clip_search:
-        levels = affine_levels(config.bits)
-        scale, zero = _released_search(grouped, config.bits)
-        params = rtn.affine_params(scale, -zero - float(levels[0, 0]), config.param_bits)
-    else:
-        energy = rtn.input_energy(problem, config.group_size) if config.clip_search else None
-        levels, params = rtn.grid(grouped, energy, config.grid())
-    codes = rounding.nearest(grouped, rtn.tables_of(levels, params))
-    return rtn.assemble(problem, codes, levels, params, "flexround" if config.full_rank else "lrq")
+    method = "flexround" if config.full_rank else "lrq"
+    if not (config.compat and config.clip_search):
+        return grids.round_nearest(problem, config.grid(), method)
+    grouped = grids.grouped_weight(problem, config.group_size)
+    levels = affine_levels(config.bits)
+    scale, zero = _released_search(grouped, config.bits)
+    params = grids.affine_params(scale, -zero - float(levels[0, 0]), config.param_bits)
+    return grids.assemble(problem, rounding.nearest(grouped, grids.tables_of(levels, params)), levels, params, method)
 
 
 def _released_search(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +138,7 @@ def _released_search(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         codes = (grouped / scale[:, None]).round().clamp_(-float(zero[0, 0]), count - 1 - float(zero[0, 0]))
         return (codes * scale[:, None] - grouped).abs().pow_(_COMPAT_POWER).mean(1)
 
-    scale, zero = rtn.search(candidate, error, range(_COMPAT_RANGES * count))
+    scale, zero = grids.search(candidate, error, range(_COMPAT_RANGES * count))
     return scale, zero
 
 

@@ -8,8 +8,9 @@ The equivalent transformation, which the official scripts for weight-only LLaMA 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from rankbook.calibration.fitting.grids import round_nearest
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
@@ -52,7 +53,7 @@ class OmniQuantConfig(rtn.RtnConfig):
 
 def quantize(problem: LayerProblem, config: OmniQuantConfig) -> QuantizedLinear:
     """Round one layer to nearest: where training starts."""
-    return replace(rtn.quantize(problem, config), method="omniquant")
+    return round_nearest(problem, config.grid(), "omniquant")
 
 
 def refine(

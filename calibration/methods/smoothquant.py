@@ -5,8 +5,9 @@ The weights are symmetric; the point of the method is that the activations can b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from rankbook.calibration.fitting.grids import round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
@@ -26,7 +27,7 @@ class SmoothQuantConfig(rtn.RtnConfig):
 
 def quantize(problem: LayerProblem, config: SmoothQuantConfig) -> QuantizedLinear:
     """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.model.scaling`)."""
-    return replace(rtn.quantize(problem, config), method="smoothquant")
+    return round_nearest(problem, config.grid(), "smoothquant")
 
 
 METHOD = Method("smoothquant", SmoothQuantConfig, quantize, scale_inputs="smoothquant")

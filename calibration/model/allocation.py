@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.fitting import codebook_fit as lcq_fit
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.methods import METHODS, rtn
+from rankbook.calibration.methods import METHODS, Method
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.solve import solve_layer
@@ -41,8 +40,6 @@ from rankbook.plugins.layer_spec import MIN_GROUP, LayerSpec
 
 _MOST_PLANES = 3
 """Planes that are tried where the options name no number."""
-_FIT_ROUNDS = 4
-"""Alternations of the codebook fits: enough to compare numbers of planes."""
 _SKETCH = 128
 """Random directions in which the inputs' second moment is remembered."""
 _SEQUENCES = 4
@@ -135,7 +132,7 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
         weight = module.weight.detach().float()
         rows, columns = weight.shape
         stored = {item: stored_bits(rows, columns, corners[_kind(item)], chosen) for item, chosen in possible.items()}
-        found[name] = Candidates(harms(weight, sensitive[name], options.group(columns), list(possible)), stored)
+        found[name] = Candidates(harms(weight, sensitive[name], options.group(columns), possible), stored)
     weights = sum(module.weight.numel() for module in layers.values())
     return choose(found, options.target_bits * weights, weights)
 
@@ -276,11 +273,14 @@ def _stride(rows: int) -> int:
     return -(-rows // _ROWS)
 
 
-def harms(weight: Tensor, sensitivity: Sensitivity, group: int, possible: Sequence[Choice]) -> dict[Choice, float]:
-    """Return the predicted divergence of a layer (N, K) for each choice."""
+def harms(
+    weight: Tensor, sensitivity: Sensitivity, group: int, possible: Mapping[Choice, QuantizeOptions]
+) -> dict[Choice, float]:
+    """Return the predicted divergence of a layer (N, K) for each choice, given with the options that it makes."""
     rows, columns = weight.shape
     some, fisher = weight[:: _stride(rows)], sensitivity.fisher
-    harm = {item: _harm(some, fisher, group, *item) for item in {(item.bits, item.planes) for item in possible}}
+    methods = {(item.bits, item.planes): METHODS[options.method] for item, options in possible.items()}
+    harm = {item: _harm(some, fisher, group, method, *item) for item, method in methods.items()}
     left = {
         rank: 1 - branch_share(sensitivity.spectrum, rows, columns, rank) if rank else 1.0
         for rank in {item.branch for item in possible}
@@ -288,19 +288,16 @@ def harms(weight: Tensor, sensitivity: Sensitivity, group: int, possible: Sequen
     return {item: harm[item.bits, item.planes] * left[item.branch] for item in possible}
 
 
-def _harm(weight: Tensor, fisher: Tensor, group: int, bits: int, planes: int | None) -> float:
-    """Return the divergence of rows (N, K) with this Fisher information, rounded to nearest or to fitted codebooks."""
-    if planes is None or bits == 8:
-        statistics = LayerStatistics.empty(weight.shape[1])
-        statistics.gram.diagonal().copy_(fisher.mean(0))
-        problem = LayerProblem("sensitivity", weight, None, replace(statistics, tokens=1))
-        decoded = rtn.quantize(problem, rtn.RtnConfig(bits, group, clip_search=True)).weight()
+def _harm(weight: Tensor, fisher: Tensor, group: int, method: Method, bits: int, planes: int | None) -> float:
+    """Return the divergence of rows (N, K) with this Fisher information, rounded to nearest or as the method fits."""
+    energy = fisher.mean(0)
+    if method.predict is not None and planes is not None and bits < 8:
+        decoded = method.predict(weight, energy, group, bits, planes)
     else:
-        grouped = rounding.to_groups(weight, group)
-        energy = fisher.mean(0)
-        energy = (energy + 1e-3 * energy.mean() + torch.finfo(torch.float32).tiny).view(-1, group)
-        tables = lcq_fit.fit(grouped, energy, planes, 1 << bits, _FIT_ROUNDS).tables()
-        decoded = rounding.from_groups(rounding.lookup(tables, rounding.nearest(grouped, tables)))
+        statistics = LayerStatistics.empty(weight.shape[1])
+        statistics.gram.diagonal().copy_(energy)
+        problem = LayerProblem("sensitivity", weight, None, replace(statistics, tokens=1))
+        decoded = round_nearest(problem, Grid(bits, group, clip_search=True), method.name).weight()
     return 0.5 * float((fisher * (decoded - weight).square()).sum())
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.fitting.grids import Grid, round_nearest, round_with_feedback
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.methods import METHODS, lcq
+from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.adapter import Embeddings, ModelAdapter
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import (
@@ -113,23 +114,27 @@ def quantize_rows(
     Raises:
         ValueError: The group size does not divide K, or the weight holds NaN or infinity.
     """
-    method = METHODS["rtn" if bits != _FITTED_BITS else "lcq" if options.method == "lcq" else "gptq"]
-    group = options.group(weight.shape[1])
+    method, group = METHODS[options.method], options.group(weight.shape[1])
     if options.group_size == "auto":  # not the preference of another format
         group = QuantizeOptions(method="rtn").group(weight.shape[1])
-    config = method.config_type(bits=bits, group_size=group)
     statistics = LayerStatistics.empty(weight.shape[1]) if inputs is None else inputs
 
     def problem(rows: Tensor) -> LayerProblem:
         return LayerProblem(name, rows.detach().float(), None, statistics)
 
     pieces = torch.split(weight, _ROWS_AT_ONCE)
-    if isinstance(config, lcq.LcqConfig):
-        config = replace(config, rank=options.rank or config.rank)
-        first = lcq.quantize(problem(weight[:: len(pieces)]), config)  # an even choice of rows finds the levels of all
-        parts = [first] if len(pieces) == 1 else [lcq.quantize(problem(rows), config, first.levels) for rows in pieces]
+    if bits == _FITTED_BITS and method.rows is not None:
+        rank = {} if options.rank is None else {"rank": options.rank}
+        config = method.config_type(bits=bits, group_size=group, **rank)
+        if len(pieces) == 1:
+            parts = [method.quantize(problem(weight), config)]
+        else:  # an even choice of rows finds what all share
+            quantize = method.rows(problem(weight[:: len(pieces)]), config)
+            parts = [quantize(problem(rows)) for rows in pieces]
+    elif bits == _FITTED_BITS:
+        parts = [round_with_feedback(problem(rows), Grid(bits, group), "gptq") for rows in pieces]
     else:
-        parts = [method.quantize(problem(rows), config) for rows in pieces]
+        parts = [round_nearest(problem(rows), Grid(bits, group), "rtn") for rows in pieces]
     return _stack(parts, None if bias is None else bias.detach().float())
 
 

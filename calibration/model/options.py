@@ -177,8 +177,8 @@ class QuantizeOptions(Seeded):
             raise ValueError(f"allocate {', '.join(self.allocate)} needs a budget; give target_bits, such as 3.2")
         if not self.allocate:
             raise ValueError(f"allocate names nothing; choose some of {', '.join(ALLOCATED)}")
-        if "rank" in self.allocate and not self._method().rank_is_stored:
-            able = [name for name, method in _methods().items() if method.rank_is_stored]
+        if "rank" in self.allocate and self._method().predict is None:
+            able = [name for name, method in _methods().items() if method.predict is not None]
             raise ValueError(f"method {self.method!r} stores no rank that could be chosen; {', '.join(able)} does")
         own = "error_branch" in self._config_fields() and self.error_branch is None
         if "branch" in self.allocate and self.error_branch in (None, "none") and not own:

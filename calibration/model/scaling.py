@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.methods import rtn
 from rankbook.calibration.settings import SCALINGS
 
 Chooser = Callable[[Sequence[LayerProblem]], Tensor]
@@ -125,12 +125,13 @@ def awq_scale(problems: Sequence[LayerProblem], bits: int, group: int) -> Tensor
     magnitude = shared.mean_magnitude()
     magnitude = magnitude.clamp_min(1e-4 * float(magnitude.max()) + torch.finfo(torch.float32).tiny)
     rows = [problem.weight[:: -(-len(problem.weight) // _SEARCH_ROWS)] for problem in problems]
-    config = rtn.RtnConfig(bits, group)
+    grid = Grid(bits, group)
 
     def error(scale: Tensor) -> float:
         lost = 0.0
         for problem, weight in zip(problems, rows, strict=True):
-            change = rtn.quantize(replace(problem, weight=weight * scale), config).weight() / scale - weight
+            rounded = round_nearest(replace(problem, weight=weight * scale), grid, "search").weight()
+            change = rounded / scale - weight
             lost += float(((change @ shared.gram) * change).sum())
         return lost
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.fitting.problem import BlockProblem
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-
-if TYPE_CHECKING:  # the methods import this module
-    from rankbook.calibration.fitting.problem import BlockProblem
 
 LOSSES = ("relative", "square")
 """Error of a block's output: relative for each token (see `token_errors`), or the plain square, summed over tokens."""

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankbook.calibration.fitting import rounding
-from rankbook.calibration.methods import rtn
+from rankbook.calibration.fitting import grids, rounding
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.calibration.training.learned_rounding import anchored
 
@@ -51,7 +50,7 @@ class ScaledRounding:
         """Start from ``record`` (one row of uniform levels) of ``weight`` (N, K)."""
         self._start = record
         self._bits = 8 * record.params.values.element_size() if record.params.values is not None else 8
-        tables = rtn.tables_of(record.levels, record.params)
+        tables = grids.tables_of(record.levels, record.params)
         grouped = rounding.to_groups(weight.float(), record.group)
         self._place = anchored(grouped, tables, rounding.to_groups(record.codes, record.group))
         dense = record.params.dense().permute(2, 1, 0)
@@ -83,7 +82,7 @@ class ScaledRounding:
     def _round(self) -> Tensor:
         """Bring moved weights, tables and decoded weights up to date; return the codes."""
         self._moved = self._place * self._steering().neg_().exp_().view(self._place.shape)
-        self._tables = rtn.tables_of(self._start.levels, self._params())
+        self._tables = grids.tables_of(self._start.levels, self._params())
         codes = rounding.nearest(self._moved, self._tables)
         self._decoded = rounding.lookup(self._tables, codes)
         return codes
@@ -97,8 +96,8 @@ class ScaledRounding:
     def _params(self) -> GroupParams:
         scale = self._scale * self._delta.exp()
         if self._start.has_offset:
-            return rtn.affine_params(scale, self._shift, self._bits)
-        return rtn.store_plane(scale, self._bits)
+            return grids.affine_params(scale, self._shift, self._bits)
+        return grids.store_plane(scale, self._bits)
 
     @torch.no_grad()
     def update(self, grad: Tensor, fraction: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import codebook_fit as _lcq_fit
 from rankbook.calibration.fitting import codebook_store as _lcq_store
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import feedback, rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
 from rankbook.calibration.methods import lcq
 from rankbook.calibration.methods.lcq import LcqConfig
@@ -83,7 +83,7 @@ def test_the_gauge_keeps_the_tables() -> None:
 
 def test_refitting_on_the_gram_matrix_lowers_the_output_error() -> None:
     problem = problems.layer(24, 128)
-    gram, grouped = lcq.scaled_gram(problem, 0.01), rounding.to_groups(problem.weight, 64)
+    gram, grouped = feedback.scaled_gram(problem, 0.01), rounding.to_groups(problem.weight, 64)
     books = _lcq_fit.fit(grouped, gram.diagonal().view(-1, 64).contiguous(), 2, 8, 4)
     codes = rounding.nearest(grouped, books.tables())
 

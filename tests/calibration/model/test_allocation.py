@@ -90,11 +90,11 @@ def test_sizes_are_those_of_the_records(changes: dict[str, Any]) -> None:
 def test_harm_falls_with_bits_and_follows_the_sensitivity() -> None:
     weight, fisher = torch.randn(100, 128), torch.rand(100, 128)
     for planes in (None, 1):
-        widths = [Choice(bits, planes) for bits in (2, 3, 4, 8)]
+        widths = dict.fromkeys((Choice(bits, planes) for bits in (2, 3, 4, 8)), QuantizeOptions(method="lcq"))
         found = allocation.harms(weight, Sensitivity(fisher, torch.empty(0)), 64, widths)
         assert list(found.values()) == sorted(found.values(), reverse=True)
         more = allocation.harms(weight, Sensitivity(6 * fisher, torch.empty(0)), 64, widths)
-        assert more[widths[1]] == pytest.approx(6 * found[widths[1]], rel=1e-3)
+        assert more[Choice(3, planes)] == pytest.approx(6 * found[Choice(3, planes)], rel=1e-3)
 
 
 def test_rows_that_are_left_out_are_counted() -> None:
@@ -160,7 +160,8 @@ def test_ranks_up_to_those_of_the_options() -> None:
 def test_more_planes_and_larger_branches_do_less_harm() -> None:
     weight, fisher = torch.randn(64, 128), torch.rand(64, 128)
     spectrum = torch.tensor([0.3, 0.1, 0.05, 0.02])
-    possible = [Choice(3, planes, branch) for branch in (0, 2, 8) for planes in (1, 2, 3)]
+    chosen = [Choice(3, planes, branch) for branch in (0, 2, 8) for planes in (1, 2, 3)]
+    possible = dict.fromkeys(chosen, QuantizeOptions(method="lcq"))
     found = list(allocation.harms(weight, Sensitivity(fisher, spectrum), 64, possible).values())
     assert found[:3] == sorted(found[:3], reverse=True)
     assert found[::3] == sorted(found[::3], reverse=True)
