@@ -37,6 +37,9 @@ class Grid:
         clip_search: Whether the range of each group is searched by weighted error.
         param_bits: Bits of each number of a group: 8 or 16; 32 for tests of the algebra.
         level_dtype: Storage of NF4 levels, a name of `LEVEL_DTYPES`.
+
+    Raises:
+        ValueError: At construction, for a format that does not exist in this width, or other bits of the parameters.
     """
 
     bits: int
@@ -45,6 +48,11 @@ class Grid:
     clip_search: bool = False
     param_bits: int = 8
     level_dtype: str = "int8"
+
+    def __post_init__(self) -> None:
+        check_format(self.format, self.bits)
+        if self.param_bits not in (8, 16, 32):
+            raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
 
 
 def round_nearest(problem: LayerProblem, grid: Grid, method: str) -> QuantizedLinear:

@@ -8,7 +8,7 @@ from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.option import Options, option
-from rankbook.calibration.record.codebooks import LEVEL_DTYPES, check_format
+from rankbook.calibration.record.codebooks import LEVEL_DTYPES
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.settings import EFFORTS, FORMATS
 from rankbook.plugins.widths import BITS
@@ -29,9 +29,7 @@ class RtnConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_format(self.format, self.bits)
-        if self.param_bits not in (8, 16, 32):
-            raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
+        self.grid()
 
     def grid(self) -> Grid:
         """Return the grid that weights are rounded to."""
