@@ -16,6 +16,7 @@ from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.record.codebooks import (
     LEVEL_DTYPES,
     affine_levels,
+    check_format,
     mxint_levels,
     nf4_levels,
     symmetric_levels,
