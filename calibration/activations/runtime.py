@@ -63,7 +63,7 @@ def in_block(
 ) -> Iterator[None]:
     """Quantize the inputs of a block's layers as the checkpoint will, where the options want that in training.
 
-    Without a choice static ranges are, dynamic ones are not: README.md has what was measured.
+    Without a choice static ranges are, dynamic ones are not: calibration/README.md has what was measured.
 
     Args:
         block: The block.

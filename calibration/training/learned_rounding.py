@@ -2,8 +2,8 @@
 
 Parameters are multiplicative corrections of the coefficients, additive corrections of the offset (in units of the
 group's mean gap between levels) and of the levels, and a rounding offset per weight that is added before the
-nearest-level search and dropped after training (notes on LCQ, 1.12; AutoRound, Cheng et al. 2023, for the rounding
-offset). The forward value is the *stored* one: integer levels, 8-bit parameters.
+nearest-level search and dropped after training (the offset is AutoRound's, Cheng et al. 2023, arXiv 2309.05516; the
+corrections are this project's). The forward value is the *stored* one: integer levels, 8-bit parameters.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, GroupParam
 class StepSizes:
     """Total movement allowed over training is half of each number (linear decay).
 
-    They suit a start by error feedback. The tenfold steps that suit a start by nearest levels (notes on LCQ, 1.12) undo
-    a good part of its gain: block error 0.034 instead of 0.030, from 0.037, at 3 bits.
+    They suit a start by error feedback. Steps ten times as large suit a start by nearest levels; here they undo a
+    good part of its gain: block error 0.034 instead of 0.030, from 0.037, at 3 bits.
 
     Attributes:
         rounding: Rounding offsets, in gaps.
