@@ -17,8 +17,9 @@ from rankbook.tools.evaluate.options import EvalOptions as EvalOptions
 from rankbook.tools.evaluate.quality import evaluate as evaluate
 from rankbook.tools.inspect.inspection import Inspection as Inspection
 from rankbook.tools.inspect.inspection import inspect as inspect
-from rankbook.tools.models import open_model as open_model
-from rankbook.tools.runtimes.base import LanguageModel as LanguageModel
+from rankbook.tools.runtimes import LanguageModel as LanguageModel
+from rankbook.tools.runtimes import Setting as Setting
+from rankbook.tools.runtimes import open_model as open_model
 
 quantize = driver.quantize_model
 load = loading.load_model

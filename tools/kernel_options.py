@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rankbook.calibration.option import Options, option
 from rankbook.tools.errors import UsageError
-from rankbook.tools.runtimes.ort import EXACT_KERNELS, KERNELS
+from rankbook.tools.runtimes import AUTO, kernels
 
 _TEXT = "bodies in the ONNX file, the native library, or auto; native-cuda is the library on an NVIDIA GPU"
 
@@ -20,7 +20,7 @@ class KernelOptions(Options):
     """
 
     kernels: str = option(
-        "auto", f"{_TEXT}; native-int8 rounds activations to 8 bits inside, the fastest", choices=KERNELS
+        AUTO, f"{_TEXT}; native-int8 rounds activations to 8 bits inside, the fastest", choices=kernels()
     )
     no_native: bool = option(False, "the same as --kernels bodies")
 
@@ -30,7 +30,7 @@ class KernelOptions(Options):
             raise UsageError(f"--no-native and --kernels {self.kernels} contradict each other; give one of them")
 
     def chosen_kernels(self) -> str:
-        """Return one of `KERNELS`."""
+        """Return the name of a runtime, or ``auto``."""
         return "bodies" if self.no_native else self.kernels
 
 
@@ -38,4 +38,4 @@ class KernelOptions(Options):
 class ExactKernelOptions(KernelOptions):
     """The same without the kernels that round activations, for checks of exactness."""
 
-    kernels: str = option("bodies", _TEXT, choices=EXACT_KERNELS)
+    kernels: str = option("bodies", _TEXT, choices=kernels(exact=True))

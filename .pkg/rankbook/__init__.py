@@ -35,6 +35,7 @@ __all__ = [
     "LanguageModel",
     "QuantizeOptions",
     "QuantizeReport",
+    "Setting",
     "build",
     "evaluate",
     "export",

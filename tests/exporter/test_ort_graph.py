@@ -16,6 +16,7 @@ from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.tools import errors
 from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes import open_model
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import make_checkpoint
@@ -49,7 +50,7 @@ def check_family(folder: Path) -> None:
     """
     want = TorchModel(folder / "checkpoint").logits(TOKENS)
     for kernels in ("bodies", "auto"):
-        file = OrtModel(folder / "onnx", kernels=kernels)
+        file = open_model(folder / "onnx", kernels)
         assert relative(file.logits(TOKENS), want) < TOLERANCE
         steps = [file.start(TOKENS[:1, :10]), *(file.step(int(token)) for token in TOKENS[0, 10:])]
         assert relative(np.stack(steps), want[0, 9:]) < TOLERANCE

@@ -23,7 +23,7 @@ import pytest
 from rankbook.plugins import contract, library, merged
 from rankbook.tools.errors import MissingError
 from rankbook.tools.runtimes import ort as backend
-from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes import runtimes, trt
 from tests.ops.cases import FORMS, WIDE, Case, relative_error
 from tests.plugins import emulated
 from tests.plugins.merged_ops import draw_several, model_of
@@ -195,7 +195,7 @@ def test_it_says_why_there_is_no_gpu() -> None:
     assert "driver" in str(library.native_info("ort-cuda")["cuda"])
     assert backend.cuda_unavailable()
     with pytest.raises(MissingError, match=r"CUDA|driver"):
-        backend.use_native("native-cuda")
+        runtimes()["native-cuda"].require()
 
 
 @pytest.mark.gpu

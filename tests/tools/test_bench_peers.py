@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,33 +16,35 @@ import pytest
 from onnx import helper, numpy_helper
 
 from rankbook.tools import errors
-from rankbook.tools.bench import model_bench, peers
-from rankbook.tools.bench.contender import Contender, Setting
-from rankbook.tools.bench.exported import foreign_size
+from rankbook.tools.bench import model_bench
 from rankbook.tools.bench.memory import Memory
 from rankbook.tools.bench.model_bench import ModelOptions, measure_models
-from rankbook.tools.bench.peers import genai, llamacpp, matmulnbits
 from rankbook.tools.bench.subject import ModelSubject, random_tokens
-from tests.tools.files import run_cli
+from rankbook.tools.inspect.sizes import foreign_size
+from rankbook.tools.runtimes import LanguageModel, Setting, genai, llamacpp, matmulnbits, open_model
+from tests.tools.files import pretend, run_cli
+
+if TYPE_CHECKING:
+    from rankbook.tools.runtimes.base import Logits
 
 SETTING = Setting(threads=1, capacity=32, shared=True)
 
 
-class Fake(Contender):
+class Fake(LanguageModel):
     """Counts: the next token is one more."""
 
-    kernels, file_bytes, packed = "fake", 8, (4, 8)
+    name, kernels, file_bytes, packed = "fake", "fake", 8, (4, 8)
 
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def start(self, tokens) -> int:
+    def start(self, tokens) -> Logits:
         self.seen = tokens[0].tolist()
-        return self.seen[-1] + 1
+        return np.eye(300, dtype=np.float32)[self.seen[-1] + 1]
 
-    def step(self, token: int) -> int:
+    def step(self, token: int) -> Logits:
         self.seen.append(token)
-        return token + 1
+        return np.eye(300, dtype=np.float32)[token + 1]
 
 
 def test_subjects_are_compared_with_every_peer(tmp_path, monkeypatch) -> None:
@@ -57,8 +59,8 @@ def test_subjects_are_compared_with_every_peer(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(model_bench, "measure_memory", lambda subject, threads: Memory(8, 30, 20))
     subjects = (
         ModelSubject(tmp_path),
-        ModelSubject(tmp_path, runtime="genai"),
-        ModelSubject(tmp_path, runtime="llamacpp"),
+        ModelSubject(tmp_path, "genai"),
+        ModelSubject(tmp_path, "llamacpp"),
     )
     options = ModelOptions(subjects, threads=1, repeats=2, prompt=4, steps=8, prefill=0)
     results = measure_models(options, lambda *_: None)
@@ -84,7 +86,7 @@ def test_without_peers_the_last_model_is_the_reference(tmp_path) -> None:
 def test_wrong_peers_are_named(peer, words) -> None:
     """What is allowed beside models."""
     with pytest.raises(errors.UsageError, match=words):
-        ModelSubject.peer(peer)
+        ModelSubject.parse_peer(peer)
 
 
 def test_layers_have_other_peers(capsys) -> None:
@@ -98,7 +100,7 @@ def test_missing_packages_are_named(name, module, tmp_path, monkeypatch) -> None
     """The package, and how to get it."""
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(errors.MissingError, match="pip install"):
-        peers.open_peer(name, tmp_path, SETTING)
+        open_model(tmp_path, name, SETTING)
 
 
 def nbits_model(path: Path) -> Path:
@@ -130,7 +132,7 @@ def test_sizes_of_foreign_operators(tmp_path) -> None:
 def test_accuracy_level_of_the_peer(tmp_path) -> None:
     """The file asks for exact activations, the peer runs the fast form."""
     nbits_model(tmp_path / "model.onnx")
-    model = onnx.load_from_string(matmulnbits.Model.graph(None, tmp_path))  # type: ignore[arg-type]
+    model = onnx.load_from_string(matmulnbits.fast_graph(tmp_path / "model.onnx"))
     assert {item.name: item.i for item in model.graph.node[0].attribute}["accuracy_level"] == 4
 
 
@@ -140,7 +142,7 @@ def test_accuracy_level_needs_the_operator(tmp_path) -> None:
     model.graph.node[0].op_type = "MatMul"
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(errors.UsageError, match="--dialect ort"):
-        matmulnbits.Model.graph(None, tmp_path)  # type: ignore[arg-type]
+        matmulnbits.fast_graph(tmp_path / "model.onnx")
 
 
 class FakeLlama:
@@ -188,6 +190,7 @@ def llama(monkeypatch) -> FakeLlama:
     library = FakeLlama()
     monkeypatch.setattr(llamacpp, "_library", lambda: library)
     monkeypatch.setattr(llamacpp, "version", lambda _: "0")
+    pretend(monkeypatch, "llamacpp")
     monkeypatch.setattr(llamacpp, "unavailable", lambda: None)
     return library
 
@@ -195,12 +198,12 @@ def llama(monkeypatch) -> FakeLlama:
 def test_llamacpp_adapter(tmp_path, llama) -> None:
     """A start forgets what was before; threads and capacity reach the context; errors are named."""
     (tmp_path / "model.gguf").write_bytes(b"12345")
-    model = peers.open_peer("llamacpp", tmp_path / "model.gguf", SETTING)
+    model = open_model(tmp_path / "model.gguf", "llamacpp", SETTING)
     assert (model.file_bytes, model.packed) == (5, (72, 128))
     assert vars(llama.settings) == {"n_ctx": 32, "n_batch": 2048, "n_threads": 1, "n_threads_batch": 1}
     for _ in range(2):
-        assert model.start(np.array([[3, 4]])) == 7
-        assert model.step(7) == 14
+        assert model.start(np.array([[3, 4]])).argmax() == 7
+        assert model.step(7).argmax() == 14
     with pytest.raises(errors.CheckFailedError, match="status 1"):
         model.step(99)
 
@@ -214,9 +217,9 @@ def test_requantizing(arguments, code, llama) -> None:
 def test_genai_needs_its_folder(tmp_path, monkeypatch) -> None:
     """A folder without the builder's configuration is refused with what to run."""
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", SimpleNamespace(__version__="0"))
-    monkeypatch.setattr(genai, "unavailable", lambda: None)
+    pretend(monkeypatch, "genai")
     with pytest.raises(errors.UsageError, match=r"models\.builder"):
-        peers.open_peer("genai", tmp_path, SETTING)
+        open_model(tmp_path, "genai", SETTING)
 
 
 @pytest.mark.skipif(genai.unavailable() is not None, reason=str(genai.unavailable()))
@@ -228,11 +231,11 @@ def test_genai_beside_itself(tmp_path) -> None:
     tiny_model("llama", source, hidden_size=64, intermediate_size=128, attention_bias=False)
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-c", str(tmp_path)]
     subprocess.run([*builder, "-i", str(source), "-o", str(made)], check=True, capture_output=True)
-    subject = ModelSubject.peer(f"genai={made}")
+    subject = ModelSubject.parse_peer(f"genai={made}")
     model = subject.open(SETTING)
     first = model.start(random_tokens(8))
-    again = [model.step(first), model.start(random_tokens(8))]
-    assert again[1] == first
+    model.step(int(first.argmax()))
+    np.testing.assert_array_equal(model.start(random_tokens(8)), first)
     options = ModelOptions((subject,), threads=1, repeats=1, prompt=4, steps=2, prefill=8)
     (result,) = measure_models(options, lambda *_: None)
     assert result.decode > 0

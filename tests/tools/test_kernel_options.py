@@ -9,7 +9,7 @@ import pytest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import add_flags, flags_of
 from rankbook.tools.kernel_options import ExactKernelOptions, KernelOptions
-from rankbook.tools.runtimes.ort import KERNELS
+from rankbook.tools.runtimes import kernels
 
 
 def parse(*arguments: str, exact: bool = False) -> str:
@@ -24,7 +24,7 @@ def test_choices() -> None:
     """Each name is itself, nothing is auto, and --no-native is the bodies, also beside a flag that says the same."""
     assert parse() == "auto"
     assert parse(exact=True) == "bodies"
-    assert [parse("--kernels", name) for name in KERNELS] == list(KERNELS)
+    assert [parse("--kernels", name) for name in kernels()] == list(kernels())
     assert parse("--no-native") == parse("--no-native", "--kernels", "bodies") == "bodies"
 
 

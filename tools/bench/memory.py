@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rankbook.tools.bench.contender import Setting
 from rankbook.tools.bench.subject import ModelSubject, random_tokens
 from rankbook.tools.errors import CheckFailedError
+from rankbook.tools.runtimes import Setting
 
 _PROMPT, _STEPS = 16, 4
 
@@ -42,7 +42,7 @@ def measure_memory(subject: ModelSubject, threads: int | None) -> Memory:
     Raises:
         CheckFailedError: The process failed.
     """
-    command = [sys.executable, "-m", "rankbook.tools.bench.memory", subject.runtime, str(subject.path), subject.kernels]
+    command = [sys.executable, "-m", "rankbook.tools.bench.memory", str(subject.path), subject.runtime]
     done = subprocess.run([*command, str(threads or 0)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckFailedError(f"measuring the memory of {subject.name} failed: {done.stderr.strip()[-500:]}")
@@ -59,15 +59,15 @@ def _most_resident() -> int:
 
 def _main(arguments: Sequence[str]) -> None:
     """Print the `Memory` of this process as JSON: the other half of `measure_memory`."""
-    runtime, path, kernels, threads = arguments
-    subject = ModelSubject(Path(path), kernels, runtime)
-    subject.warm()
+    path, runtime, threads = arguments
+    subject = ModelSubject(Path(path), runtime)
+    subject.prepare()
     tokens = random_tokens(_PROMPT)
     baseline = _most_resident()
     model = subject.open(Setting(int(threads) or None, _PROMPT + _STEPS + 1, shared=False))
-    token = model.start(tokens)
+    scores = model.start(tokens)
     for _ in range(_STEPS):
-        token = model.step(token)
+        scores = model.step(int(scores.argmax()))
     print(json.dumps(asdict(Memory(model.file_bytes, _most_resident(), baseline))))
 
 

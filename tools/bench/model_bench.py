@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rankbook.tools.bench.contender import Contender, Setting
 from rankbook.tools.bench.memory import Memory, measure_memory
-from rankbook.tools.bench.subject import OURS, ModelSubject, random_tokens
+from rankbook.tools.bench.subject import ModelSubject, random_tokens
 from rankbook.tools.bench.timing import clock, interleave, median_ratio, seconds
+from rankbook.tools.runtimes import LanguageModel, Setting, runtimes
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class ModelOptions:
     @property
     def references(self) -> tuple[str, ...]:
         """Names of what the others are compared with: the peers, or the last model where there are none."""
-        peers = tuple(subject.name for subject in self.subjects if subject.runtime != OURS)
+        peers = tuple(subject.name for subject in self.subjects if subject.is_peer)
         return peers or (self.subjects[-1].name,)
 
     @property
     def clock_threads(self) -> int | None:
         """What `clock` is chosen by: a thread that waits for a GPU spends no time of its own."""
-        return None if any(subject.kernels == "native-cuda" for subject in self.subjects) else self.threads
+        cuda = any(item.cuda for item in map(runtimes().get, (subject.runtime for subject in self.subjects)) if item)
+        return None if cuda else self.threads
 
 
 @dataclass(frozen=True)
@@ -124,22 +125,22 @@ def _ratios(rates: Mapping[str, Sequence[float]], name: str, references: Sequenc
     return {reference: median_ratio(rates[name], rates[reference]) for reference in references if reference != name}
 
 
-def decode_rate(model: Contender, options: ModelOptions) -> Callable[[], float]:
+def decode_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], float]:
     """Return a subject that decodes greedily behind a prompt and gives tokens per second, the prompt not counted."""
     now = clock(options.clock_threads)
     tokens = random_tokens(options.prompt)
 
     def run() -> float:
-        token = model.start(tokens)
+        scores = model.start(tokens)
         start = now()
         for _ in range(options.steps):
-            token = model.step(token)
+            scores = model.step(int(scores.argmax()))
         return options.steps / (now() - start)
 
     return run
 
 
-def prefill_rate(model: Contender, options: ModelOptions) -> Callable[[], float]:
+def prefill_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], float]:
     """Return a subject that fills the cache from the tokens of the prefill and gives tokens per second."""
     tokens = random_tokens(options.prefill)
     one = seconds(lambda: model.start(tokens), options.clock_threads)

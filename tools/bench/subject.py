@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankbook.tools.bench import peers
-from rankbook.tools.bench.contender import Contender, Setting
-from rankbook.tools.bench.exported import Exported
 from rankbook.tools.errors import UsageError
-from rankbook.tools.inspect import onnx_file
-from rankbook.tools.runtimes.ort import KERNELS
+from rankbook.tools.runtimes import AUTO, LanguageModel, Setting, find, open_model, peers, runtimes
 
 if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Tokens
-
-OURS = "rankbook"
-"""The runtime of exported files."""
 
 
 @dataclass(frozen=True)
@@ -28,62 +20,66 @@ class ModelSubject:
     """A model and what runs it.
 
     Attributes:
-        path: Exported folder or file; what a peer opens.
-        kernels: For exported files one of `rankbook.tools.runtimes.ort.KERNELS`.
-        runtime: `OURS`, or one of `rankbook.tools.bench.peers.PEERS`.
+        path: What the runtime opens.
+        runtime: Its name, or ``auto``.
     """
 
     path: Path
-    kernels: str = "auto"
-    runtime: str = OURS
+    runtime: str = AUTO
 
     @classmethod
-    def parse(cls, text: str, kernels: str) -> ModelSubject:
-        """Read ``PATH`` or ``PATH@KERNELS``; ``kernels`` is for what does not say.
+    def parse(cls, text: str, runtime: str) -> ModelSubject:
+        """Read ``PATH`` or ``PATH@RUNTIME``; ``runtime`` is for what does not say.
 
         Raises:
             UsageError: Nothing lies at the path.
         """
+        names = [AUTO, *(name for name, item in runtimes().items() if item.open and not item.peer)]
         path, _, wanted = text.rpartition("@")
-        if not path or wanted not in KERNELS:
-            path, wanted = text, kernels
+        if not path or wanted not in names:
+            path, wanted = text, runtime
         if not Path(path).exists():
-            raise UsageError(f"{path} does not exist; give exported folders or .onnx files, with @{'|@'.join(KERNELS)}")
+            raise UsageError(f"{path} does not exist; give models, e.g. exported folders, with @{'|@'.join(names)}")
         return cls(Path(path), wanted)
 
     @classmethod
-    def peer(cls, text: str) -> ModelSubject:
+    def parse_peer(cls, text: str) -> ModelSubject:
         """Read ``PEER=PATH``.
 
         Raises:
             UsageError: The peer is unknown, or nothing lies at the path.
         """
-        runtime, path = peers.split(text)
-        return cls(path, "auto", runtime)
+        name, equals, path = text.partition("=")
+        if not equals or name not in peers():
+            allowed = "; ".join(f"{peer}=PATH, {what.opens}" for peer, what in peers().items())
+            raise UsageError(f"--peers {text}: beside models give {allowed}")
+        if not Path(path).exists():
+            raise UsageError(f"--peers {text}: {path} does not exist; give {peers()[name].opens}")
+        return cls(Path(path), name)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is a model of somebody else's runtime."""
+        return self.runtime in peers()
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.path}@{self.kernels}" if self.runtime == OURS else f"{self.runtime}={self.path}"
+        return f"{self.runtime}={self.path}" if self.is_peer else f"{self.path}@{self.runtime}"
 
-    def open(self, setting: Setting) -> Contender:
+    def open(self, setting: Setting) -> LanguageModel:
         """Load the model.
 
         Raises:
             MissingError: The runtime or the native library is missing.
             UsageError: The runtime refuses the model.
         """
-        if self.runtime == OURS:
-            return Exported(self.path, self.kernels, setting)
-        return peers.open_peer(self.runtime, self.path, setting)
+        return open_model(self.path, self.runtime, setting)
 
-    def warm(self) -> None:
+    def prepare(self) -> None:
         """Import what opening imports, and read what the file says about itself: that memory is not the model's."""
-        names = ("onnxruntime", "onnx") if self.runtime == OURS else peers.PEERS[self.runtime].libraries
-        for name in names:
-            importlib.import_module(name)
-        if "onnx" in names and (model := next(iter(sorted(self.path.glob("*.onnx"))), None)):
-            onnx_file.read(model)
+        runtime, source = find(self.path, self.runtime)
+        runtime.prepare(source)
 
 
 def random_tokens(length: int) -> Tokens:

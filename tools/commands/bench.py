@@ -13,7 +13,7 @@ from rankbook.calibration.option import argument, option
 from rankbook.plugins.widths import BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.errors import UsageError
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table, to_json
 
@@ -70,12 +70,11 @@ class Bench(KernelOptions, Common):
 
 def run(options: Bench) -> Outcome:
     """Measure, report, store."""
-    from rankbook.tools.runtimes import ort
+    from rankbook.tools.runtimes import runtimes
 
-    if reason := ort.unavailable():
-        raise MissingError(reason)
+    runtimes()["bodies"].require()
     if cuda := _kernels(options) == "native-cuda":
-        ort.use_native("native-cuda")
+        runtimes()["native-cuda"].require()
     report: dict[str, Any] = {"machine": _machine("ort-cuda" if cuda else "ort")}
     if options.models:
         table, report["models"] = _models(options)
@@ -91,7 +90,7 @@ def run(options: Bench) -> Outcome:
 
 
 def _kernels(options: Bench) -> str:
-    """Return one of `KERNELS`, with ``--device`` taken into account."""
+    """Return the name of a runtime, with ``--device`` taken into account."""
     kernels = options.chosen_kernels()
     if options.device == "cpu":
         return kernels
@@ -167,13 +166,13 @@ def _layers(options: Bench) -> tuple[Table, list[LayerResult]]:
 
 def _subjects(options: Bench) -> list[LayerSubject]:
     from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
-    from rankbook.tools.runtimes.ort import use_native
+    from rankbook.tools.runtimes import runtimes
 
     kernels = _kernels(options)
     if kernels == "bodies":
         raise UsageError("single layers measure the native library; give an exported model to measure the bodies")
     cuda = kernels == "native-cuda"
-    use_native("native-cuda" if cuda else "native")
+    runtimes()["native-cuda" if cuda else "native"].require()
     peers = options.peers or LAYER_PEERS[:1]
     if not set(peers) <= set(LAYER_PEERS):
         raise UsageError(f"--peers {' '.join(peers)}: beside single layers choose from {', '.join(LAYER_PEERS)}")
@@ -209,7 +208,7 @@ def _models(options: Bench) -> tuple[Table, list[ModelResult]]:
             " `rankbook export --dialect ort` as another MODEL, which runs MatMulNBits there"
         )
     subjects = [ModelSubject.parse(text, kernels) for text in options.models]
-    subjects += [ModelSubject.peer(text) for text in options.peers]
+    subjects += [ModelSubject.parse_peer(text) for text in options.peers]
     settings = ModelOptions(
         subjects=tuple(dict.fromkeys(subjects)),
         threads=options.threads,

@@ -9,11 +9,10 @@ from rankbook.calibration.option import WHERE, argument, required
 from rankbook.calibration.source import ENGINE_NAME
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.deploy.engine import EngineReport, build
+from rankbook.tools.deploy.engine import EngineReport
 from rankbook.tools.deploy.options import BuildOptions
-from rankbook.tools.errors import MissingError
 from rankbook.tools.report import Table, megabytes
-from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes import build_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,9 @@ class Build(BuildOptions, Common):
 def run(options: Build) -> Outcome:
     """Build and verify."""
     options.check()
-    reason = trt.rtx_unavailable() if options.target == "rtx" else trt.unavailable()
-    if reason:
-        raise MissingError(f"--target {options.target} cannot be built here: {reason}")
     console = Console(quiet=options.quiet)
     with console.progress(f"building {options.target} engine") as progress:
-        report = build(options.source, options.output, options, progress)
+        report = build_engine(options.target, options.source, options.output, options, progress)
     without = ["the same without rankbook:"] if report.commands else []
     return Outcome(
         report=report,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.report import Table
-from rankbook.tools.runtimes import ort, trt
+from rankbook.tools.runtimes import runtimes, trt
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,9 @@ def _packages() -> list[Finding]:
 
 
 def _runtimes() -> list[Finding]:
-    both = _version("onnxruntime") and _version("onnxruntime-gpu")
-    ort_version = _version("onnxruntime-gpu") or _version("onnxruntime")
-    note = " (onnxruntime and onnxruntime-gpu side by side overwrite each other: uninstall one)" if both else ""
-    ort_reason, rtx_reason, trt_reason = ort.unavailable(), trt.rtx_unavailable(), trt.unavailable()
     return [
-        Finding(
-            "onnxruntime", "runtime", not ort_reason, ort_reason or f"{ort_version}{note}", "eval, parity, generate"
-        ),
-        Finding(
-            "tensorrt-rtx", "runtime", not rtx_reason, rtx_reason or str(_version("tensorrt-rtx")), "build --target rtx"
-        ),
-        Finding("tensorrt", "runtime", not trt_reason, trt_reason or str(_version("tensorrt")), "build --target trt"),
+        Finding(item.title, "runtime", not (reason := item.unavailable()), reason or item.version(), item.enables)
+        for item in runtimes().values()
     ]
 
 
@@ -114,7 +105,6 @@ def _gpu_names() -> str:
 
 def _native() -> list[Finding]:
     return [
-        _library(),
         _header(
             "TensorRT headers",
             "TENSORRT_INCLUDE_DIR",
@@ -140,17 +130,6 @@ def _native() -> list[Finding]:
         _tool("c++", "install g++ or clang++", "the native library"),
         _tool("cmake", "pip install cmake", "the native library"),
     ]
-
-
-def _library() -> Finding:
-    from rankbook.plugins import library
-
-    reason = library.unavailable("ort")
-    detail = reason or ""
-    if not reason:
-        info = library.native_info("ort")
-        detail = f"{library.library('ort')} (fp32: {info['isa']}, int8 activations: {info['isa_int8']})"
-    return Finding("native ONNX Runtime operators", "library", reason is None, detail, "faster generate and eval")
 
 
 def _header(name: str, variable: str, file: str, folders: list[str], hint: str, enables: str) -> Finding:

@@ -9,13 +9,12 @@ from rankbook.calibration.option import argument, option, required
 from rankbook.calibration.settings import ACTIVATIONS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.options import EvalOptions
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
-    from rankbook.tools.runtimes.base import LanguageModel
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +44,20 @@ def run(options: Eval) -> Outcome:
     """Evaluate."""
     from rankbook.calibration.data import read_text
     from rankbook.tools.evaluate.quality import measure
-    from rankbook.tools.models import open_model
+    from rankbook.tools.runtimes import Setting, open_model
 
     # A wrong path should not cost the time of loading a model.
     text = read_text(options.text)
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
-        kernels = options.chosen_kernels()
-        model = open_model(options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=kernels)
-        _override(options, model)
+        setting = Setting(options.threads)
+        model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
+        if options.activations is not None or options.kv_bits is not None:
+            model.override(options.activations, options.kv_bits)
         reference = None
         if options.reference is not None:
-            reference = open_model(options.reference, threads=options.threads)
+            reference = open_model(options.reference, setting=setting)
         result = measure(model, text, options, reference, lambda fraction: show(fraction, None), what=str(options.text))
     rows = [
         ("perplexity", result.perplexity),
@@ -69,21 +69,6 @@ def run(options: Eval) -> Outcome:
     ]
     table = Table(options.model, ("measure", "value"), [row for row in rows if row[1] is not None])
     return Outcome({"model": options.model, **asdict(result)}, [table])
-
-
-def _override(options: Eval, model: LanguageModel) -> None:
-    """Replace the settings of activations and cache that the flags name."""
-    if options.activations is None and options.kv_bits is None:
-        return
-    from rankbook.calibration.activations.runtime import override
-    from rankbook.tools.runtimes.torch import TorchModel
-
-    if not isinstance(model, TorchModel):
-        raise UsageError(
-            f"--activations and --kv-bits apply to PyTorch models; {options.model} is an exported file, which has its"
-            " own: evaluate the checkpoint that it was made from"
-        )
-    override(model.model, kind=options.activations, kv_bits=options.kv_bits)
 
 
 COMMAND = Command(

@@ -11,7 +11,7 @@ from rankbook.tools.console import Console, peak_rss
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation import Sampling, Stream, generate
 from rankbook.tools.kernel_options import KernelOptions
-from rankbook.tools.models import open_model
+from rankbook.tools.runtimes import Setting, open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,8 @@ def run(options: Generate) -> Outcome:
     """Generate; the text goes to stdout as it comes, tokens per second to stderr."""
     console = Console(quiet=options.quiet)
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-    model = open_model(
-        options.model, threads=options.threads, tokenizer=options.tokenizer, kernels=options.chosen_kernels()
-    )
+    setting = Setting(options.threads)
+    model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
     if model.tokenizer is None:
         raise UsageError(f"{options.model} has no tokenizer; name a model that has it: --tokenizer MODEL")
 

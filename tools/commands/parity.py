@@ -10,7 +10,7 @@ from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.option import WHERE, argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.options import ParityOptions
 from rankbook.tools.kernel_options import ExactKernelOptions
 from rankbook.tools.report import Table, to_json
@@ -42,22 +42,21 @@ def run(options: Parity) -> Outcome:
     """Compare, report, decide."""
     from rankbook.tools.evaluate import parity
     from rankbook.tools.inspect import onnx_file
-    from rankbook.tools.models import find_checkpoint
-    from rankbook.tools.runtimes import ort
+    from rankbook.tools.runtimes import find
+    from rankbook.tools.runtimes.ort import OrtModel
     from rankbook.tools.runtimes.torch import TorchModel
 
-    if reason := ort.unavailable():
-        raise MissingError(reason)
+    runtime, source = find(options.model, options.chosen_kernels())
     if options.tokens <= parity.CACHED_TOKENS:
         raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
-    onnx_file.require_ours(onnx_file.read(options.model))
-    checkpoint = find_checkpoint(options.model, options.checkpoint)
+    onnx_file.require_ours(onnx_file.read(source.path))
+    checkpoint = _checkpoint(source.path, options.checkpoint)
     if checkpoint is None:
         raise UsageError(f"the checkpoint of {options.model} is not where it was; name it with --checkpoint DIR")
     console = Console(quiet=options.quiet)
     with console.progress("parity") as progress:
         progress(0.0, "loading")
-        model = ort.OrtModel(options.model, threads=options.threads, kernels=options.chosen_kernels())
+        model = OrtModel(source.path, threads=options.threads, kernels=runtime.name)
         torch_model = TorchModel(checkpoint, threads=options.threads)
         tokens = _tokens(options, torch_model)
         report = parity.check(model, torch_model, tokens, options, progress)
@@ -66,6 +65,19 @@ def run(options: Parity) -> Outcome:
         write_text_atomic(options.output, to_json(report) + "\n")
     folder = options.output.parent if options.output is not None else None
     return Outcome(report, _tables(report), _verdict(report), passed=report.passed, config_folder=folder)
+
+
+def _checkpoint(path: Path, given: Path | None) -> Path | None:
+    """Return the checkpoint that an exported file was made from: the one given, or the one its export wrote down."""
+    resolved = path.with_name("rankbook-export.yaml")
+    if given is not None or not resolved.is_file():
+        return given
+    import yaml
+
+    noted = (yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}).get("export", {}).get("checkpoint", "")
+    # Both folders may have moved together.
+    candidates = [Path(noted), path.parent.parent / Path(noted).name]
+    return next((candidate for candidate in candidates if noted and candidate.is_dir()), None)
 
 
 def _tokens(options: Parity, model: TorchModel) -> Tokens:

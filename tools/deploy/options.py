@@ -10,14 +10,14 @@ from rankbook.calibration.option import Options, option
 from rankbook.plugins import library
 from rankbook.tools.deploy.profiles import Limits
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes import builders, trt
 
 
 @dataclass(frozen=True)
 class BuildOptions(Options):
     """What to build."""
 
-    target: str = option("rtx", "TensorRT-RTX (no GPU needed) or TensorRT", choices=("rtx", "trt"))
+    target: str = option("rtx", "TensorRT-RTX (no GPU needed) or TensorRT", choices=builders())
     compute_capability: tuple[str, ...] = option(
         ("SM80", "SM86", "SM89", "SM120"),
         f"GPUs to build for, of {', '.join(trt.RTX_CAPABILITIES)}; rtx only",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
-from rankbook.tools.runtimes import ort
 
 Array = np.ndarray[Any, Any]
 
@@ -50,14 +48,12 @@ def single_node(model: OnnxFile, node: CustomNode, constants: dict[str, Array], 
     return serialized
 
 
-def session_with_outputs(
-    model: OnnxFile, names: list[str], *, threads: int | None = None, native: bool = False, cuda: bool = False
-) -> Any:
-    """Return a session of a file in which the values ``names`` are outputs too; weights stay in its data file."""
+def graph_with_outputs(model: OnnxFile, names: list[str]) -> bytes:
+    """Return the serialized graph of a file in which the values ``names`` are outputs too; weights stay outside."""
     import onnx
 
     graph = onnx_file.load_graph(model.path)
     present = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    folder = Path(model.path).parent.resolve()
-    return ort.session(graph.SerializeToString(), threads=threads, data_folder=folder, native=native, cuda=cuda)
+    serialized: bytes = graph.SerializeToString()
+    return serialized

@@ -8,14 +8,14 @@ continues prompts greedily with both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankbook.tools.evaluate.greedy import GreedyCheck, compare_greedy
-from rankbook.tools.evaluate.node_model import session_with_outputs, single_node
+from rankbook.tools.evaluate.node_model import graph_with_outputs, single_node
 from rankbook.tools.evaluate.options import ParityOptions
 from rankbook.tools.evaluate.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
 from rankbook.tools.evaluate.tolerance import (
@@ -26,12 +26,12 @@ from rankbook.tools.evaluate.tolerance import (
     rounds_inside,
 )
 from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
-from rankbook.tools.runtimes import ort, reference
+from rankbook.tools.runtimes import reference
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 
 if TYPE_CHECKING:
-    from rankbook.tools.runtimes.base import Tokens
+    from rankbook.tools.runtimes.base import LanguageModel, Tokens
 
 CACHED_TOKENS = 4
 """Tokens that the check of the cache feeds one by one."""
@@ -136,7 +136,7 @@ def check(
     note(0.5, "operators")
     operators = compare_operators(model, options.tolerance or exact_tolerance(file), options)
     note(0.7, "layers")
-    depth = bisect(model, torch_model, tokens, tolerance, options) if not options.no_layers else Depth()
+    depth = bisect(model, torch_model, tokens, tolerance) if not options.no_layers else Depth()
     greedy: tuple[GreedyCheck, ...] = ()
     if options.greedy:
         greedy = compare_greedy(
@@ -172,10 +172,10 @@ class Depth:
     own_error: float | None = None
 
 
-def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float, options: ParityOptions) -> Depth:
+def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Depth:
     """Compare layer by layer and find the first one out of tolerance."""
     captured = capture_layers(torch_model, tokens)
-    layers = compare_layers(model, captured, tokens, tolerance, options)
+    layers = compare_layers(model, captured, tokens, tolerance)
     if rounds_inside(model.file):
         layers = tuple(_judged_alone(model, layer, captured) for layer in layers)
     bad = next((layer.name for layer in layers if not layer.passed), None)
@@ -198,35 +198,20 @@ def compare_logits(
     model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float
 ) -> tuple[Agreement, float]:
     """Compare the logits of the whole model without a cache; also return how often the best token is the same."""
-    feeds = model.feeds(tokens)
-    seen: dict[str, Array] = {}
+    positions = 1 if model.last_only else tokens.shape[1]
+    seen: list[Array] = []
 
-    def infer_torch(values: Any) -> dict[str, Array]:
-        scores = torch_model.logits(np.asarray(values["input_ids"]))
-        seen["torch"] = scores[:, -1:] if model.last_only else scores
-        return {"logits": seen["torch"]}
+    def infer(held: LanguageModel) -> Callable[[Any], dict[str, Array]]:
+        def run(values: Any) -> dict[str, Array]:
+            seen.append(held.scores(np.asarray(values["input_ids"]))[:, -positions:])
+            return {"logits": seen[-1]}
 
-    selected = SelectedOutputs(_Recording(model.session, seen), {"logits": "logits"})
-    first = function_runner("torch", {"input_ids": tokens}, infer_torch)
-    (agreement,) = compare(first, ort_runner("onnxruntime", lambda: selected), [feeds], tolerance)
-    same = float((seen["torch"].argmax(-1) == seen["onnxruntime"].argmax(-1)).mean())
-    return agreement, same
+        return run
 
-
-class _Recording:
-    """A session that keeps the last value of its first output."""
-
-    def __init__(self, session: Any, seen: dict[str, Array]) -> None:
-        self._session, self._seen = session, seen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run(self, names: Sequence[str], feeds: Any) -> Any:
-        """Run the session."""
-        values = self._session.run(names, feeds)
-        self._seen["onnxruntime"] = np.asarray(values[0], np.float32)
-        return values
+    inputs = {"input_ids": tokens}
+    first, second = (function_runner(held.name, inputs, infer(held)) for held in (torch_model, model))
+    (agreement,) = compare(first, second, [inputs], tolerance)
+    return agreement, float((seen[0].argmax(-1) == seen[1].argmax(-1)).mean())
 
 
 def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Agreement | None:
@@ -296,9 +281,7 @@ def compare_node(model: OrtModel, node: CustomNode, inputs: dict[str, Array], to
         return {"y": reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})}
 
     serialized = single_node(file, node, constants, inputs)
-    runner = ort_runner(
-        f"onnxruntime {node.name}", lambda: ort.session(serialized, native=model.native, cuda=model.cuda)
-    )
+    runner = ort_runner(f"onnxruntime {node.name}", lambda: model.open_graph(serialized))
     (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
     return agreement
 
@@ -339,17 +322,12 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     return captured
 
 
-def compare_layers(
-    model: OrtModel, captured: Captured, tokens: Tokens, tolerance: float, options: ParityOptions
-) -> tuple[LayerCheck, ...]:
+def compare_layers(model: OrtModel, captured: Captured, tokens: Tokens, tolerance: float) -> tuple[LayerCheck, ...]:
     """Compare the output of every packed layer with that of the torch module of its name, in graph order."""
     outputs = {name: output for name, output in model.file.outputs_of.items() if name in captured.outputs}
     if not outputs:
         return ()
-    session = session_with_outputs(
-        model.file, list(outputs.values()), threads=options.threads, native=model.native, cuda=model.cuda
-    )
-    selected = SelectedOutputs(session, outputs)
+    selected = SelectedOutputs(model.open_graph(graph_with_outputs(model.file, list(outputs.values()))), outputs)
     # With `--logits last` the output layer sees the last position only.
     expected = {
         name: captured.outputs[name][:, -1:] if model.last_only and name == "lm_head" else captured.outputs[name]
@@ -371,6 +349,6 @@ def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float)
     inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
     serialized = single_node(file, node, reference.constants(file, node), inputs)
     expected = {"y": captured.outputs[name]}
-    runner = ort_runner(f"onnxruntime {name}", lambda: ort.session(serialized, native=model.native, cuda=model.cuda))
+    runner = ort_runner(f"onnxruntime {name}", lambda: model.open_graph(serialized))
     (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
     return agreement.error

@@ -1,16 +1,41 @@
-"""What every runtime offers to the commands: a language model that scores tokens and continues them."""
+"""What a runtime is, and what it offers to the commands: a language model that scores tokens and continues them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.source import Kind, Source
+from rankbook.tools.errors import MissingError, UsageError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import numpy.typing as npt
 
+    from rankbook.tools.deploy.engine import EngineReport
+    from rankbook.tools.deploy.options import BuildOptions
+
     Tokens = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is opened.
+
+    Attributes:
+        threads: CPU threads; the runtime's choice when None.
+        capacity: Most tokens of prompt and answer together, for runtimes that reserve them; the model's when None.
+        shared: Other models wait in the same process: workers must not spin between calls.
+    """
+
+    threads: int | None = None
+    capacity: int | None = None
+    shared: bool = False
 
 
 class LanguageModel(ABC):
@@ -18,7 +43,7 @@ class LanguageModel(ABC):
 
     Attributes:
         name: For messages and reports.
-        kernels: What computes packed layers: ``dense`` (decoded once), ``bodies``, ``native`` or ``native-int8``.
+        kernels: What computes packed layers: ``dense`` (decoded once), a runtime's name, or a peer with its version.
         tokenizer: The model's tokenizer, or None where none was found.
     """
 
@@ -26,13 +51,18 @@ class LanguageModel(ABC):
     kernels: str = "dense"
     tokenizer: Any = None
 
-    @abstractmethod
-    def logits(self, tokens: Tokens) -> Logits:
-        """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary).
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the files that were opened; 0 where there are none."""
+        return 0
 
-        Raises:
-            UsageError: The model gives the last position only.
+    @property
+    def packed(self) -> tuple[int, int]:
+        """Bytes of all packed layers and embeddings, each counted once, and the number of their weights.
+
+        Not read before it is asked for: the memory that this takes is not the model's.
         """
+        return 0, 0
 
     @abstractmethod
     def start(self, tokens: Tokens) -> Logits:
@@ -41,3 +71,84 @@ class LanguageModel(ABC):
     @abstractmethod
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,). `start` comes first."""
+
+    def scores(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary).
+
+        A model that gives the last position only returns (batch, 1, vocabulary).
+        """
+        import numpy as np
+
+        return np.stack([self.start(row[None])[None] for row in tokens])
+
+    def logits(self, tokens: Tokens) -> Logits:
+        """Score every position of tokens (batch, length): float32 (batch, length, vocabulary).
+
+        Raises:
+            UsageError: The model gives the last position only.
+        """
+        scores = self.scores(tokens)
+        if scores.shape[1] != tokens.shape[1]:
+            raise UsageError(
+                f"{self.name} gives the logits of the last position only; all are needed here: export with"
+                " `--logits all`"
+            )
+        return scores
+
+    def override(self, kind: str | None, kv_bits: int | None) -> None:  # noqa: ARG002
+        """Replace the settings of activations and cache that the model was stored with; None leaves one as it is.
+
+        Raises:
+            UsageError: They cannot be changed any more.
+        """
+        raise UsageError(
+            f"--activations and --kv-bits apply to PyTorch models; {self.name} has its own settings: evaluate the"
+            " checkpoint that it was made from"
+        )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way to run a model, or to build what runs it; a module of this folder lists its own in ``RUNTIMES``.
+
+    Attributes:
+        name: What users type.
+        title: The package, for people.
+        enables: What it is for.
+        unavailable: Returns a sentence why it cannot be used on this machine and what to do, or None.
+        version: Returns the version of what runs it; called where it is available.
+        kinds: The kinds of model that it opens.
+        opens: What it opens, for messages; empty where the kinds say it all.
+        open: Loads a model, or None where it only builds. Raises UsageError for a model that it refuses.
+        prepare: Imports what `open` imports and reads what the file says about itself: memory that is not the model's.
+        build: Builds an engine: (exported file, output folder, `BuildOptions`, progress) to a report. None where there
+            is nothing to build.
+        automatic: Taken for its kinds where no runtime is named; of several, the first that is available.
+        exact: Computes what the file says, so that parity can be asked of it.
+        peer: Of somebody else: what the bench compares with.
+        cuda: Runs on an NVIDIA GPU.
+    """
+
+    name: str
+    title: str
+    enables: str
+    unavailable: Callable[[], str | None]
+    version: Callable[[], str]
+    kinds: frozenset[Kind]
+    opens: str = ""
+    open: Callable[[Source, Setting], LanguageModel] | None = None
+    prepare: Callable[[Source], object] = lambda _: None
+    build: Callable[[Path, Path, BuildOptions, Callable[[float, str | None], None]], EngineReport] | None = None
+    automatic: bool = False
+    exact: bool = True
+    peer: bool = False
+    cuda: bool = False
+
+    def require(self) -> None:
+        """Check that it can be used.
+
+        Raises:
+            MissingError: It cannot.
+        """
+        if reason := self.unavailable():
+            raise MissingError(reason)

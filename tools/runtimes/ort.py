@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.inspect.onnx_file import OnnxFile
-from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.tools.inspect.sizes import packed_size
+from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +23,6 @@ if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Logits, Tokens
     from rankbook.tools.runtimes.ort_steps import BoundSteps
 
-EXACT_KERNELS = ("auto", "bodies", "native", "native-cuda")
-"""On the CPU ``bodies`` runs the standard operators in the file, ``native`` our library, ``auto`` the library if it is
-built; ``native-cuda`` is our library on an NVIDIA GPU."""
-KERNELS = (*EXACT_KERNELS, "native-int8")
-"""``native-int8`` is our library with activations rounded to 8 bits inside (`rankbook.plugins.int8`)."""
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 """Session configuration entry; with ``1`` a graph of which a node would run on the CPU beside the GPU is refused."""
 _ROOM = 256
@@ -62,18 +59,11 @@ def cuda_unavailable() -> str | None:
     return None if has_gpu() else "no NVIDIA driver with a GPU answers; run `rankbook doctor`, or leave native-cuda out"
 
 
-def use_native(kernels: str) -> bool:
-    """Say whether to register the native kernels, for one of `KERNELS`.
-
-    Raises:
-        MissingError: A native kind is asked for and the library is not built, or cannot run here.
-    """
+def native_unavailable() -> str | None:
+    """Return why ONNX Runtime cannot run the native library on the CPU, or None."""
     from rankbook.plugins.library import unavailable as library_unavailable
 
-    reason = cuda_unavailable() if kernels == "native-cuda" else library_unavailable("ort")
-    if kernels.startswith("native") and reason:
-        raise MissingError(reason)
-    return kernels != "bodies" and reason is None
+    return unavailable() or library_unavailable("ort")
 
 
 def session(
@@ -151,13 +141,21 @@ class OrtModel(LanguageModel):
         entries: Mapping[str, str] | None = None,
         graph: bytes | None = None,
     ) -> None:
-        """Open a file or an exported folder, with one of `KERNELS` and further session configuration entries.
+        """Open a file or an exported folder.
 
-        ``graph`` is a serialized model to run in place of the file's, with the data files beside it.
+        Args:
+            path: The file or folder.
+            threads: Threads within an operator; ONNX Runtime's choice when None.
+            kernels: What computes packed layers: ``bodies``, ``native``, ``native-int8`` or ``native-cuda``.
+            entries: Further session configuration entries.
+            graph: A serialized model to run in place of the file's, with the data files beside it.
 
         Raises:
             UsageError: Not a file with ``input_ids`` and ``logits``.
+            MissingError: ONNX Runtime or the native library is missing.
         """
+        from rankbook.tools.runtimes import runtimes
+
         self.file: OnnxFile = onnx_file.read(path)
         self.name = f"onnxruntime {self.file.path}"
         if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
@@ -169,9 +167,9 @@ class OrtModel(LanguageModel):
             raise UsageError(
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
             )
-        self.native = use_native(kernels)
-        self.cuda = kernels == "native-cuda"
-        self.kernels = "bodies" if not self.native else "native" if kernels == "auto" else kernels
+        runtimes()[kernels].require()
+        self._threads = threads
+        self.kernels, self.native, self.cuda = kernels, kernels != "bodies", kernels == "native-cuda"
         self.session = session(
             graph or self.file.path,
             threads=threads,
@@ -196,21 +194,31 @@ class OrtModel(LanguageModel):
 
         return read_tokenizer(str(self.file.path.parent))
 
+    @cached_property
+    def packed(self) -> tuple[int, int]:
+        """Of operators of this project and of MatMulNBits."""
+        return packed_size(self.file)
+
+    @property
+    def file_bytes(self) -> int:
+        """The graph and its data files."""
+        return self.file.file_bytes
+
     @property
     def last_only(self) -> bool:
         """Whether the file gives the logits of the last position only."""
         return self.file.metadata.get("rankbook.logits") == "last"
 
-    def logits(self, tokens: Tokens) -> Logits:
-        """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary)."""
+    def scores(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) without a cache: float32 (batch, length or 1, vocabulary)."""
         self._reset(tokens.shape[0])
         scores: Logits = self._run(tokens, ["logits"])["logits"].numpy().astype("float32", copy=False)
-        if scores.shape[1] != tokens.shape[1]:
-            raise UsageError(
-                f"{self.file.path} gives the logits of the last position only; all are needed here:"
-                " export with `--logits all`"
-            )
         return scores
+
+    def open_graph(self, graph: bytes) -> Any:
+        """Return a session of another graph, with the same kernels and the data files of this one."""
+        folder = self.file.path.parent.resolve()
+        return session(graph, threads=self._threads, data_folder=folder, native=self.native, cuda=self.cuda)
 
     def start(self, tokens: Tokens) -> Logits:
         """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
@@ -313,3 +321,70 @@ def _untouched(shape: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]:
 def _past(present: str) -> str:
     """Return the name of the cache input that an output of the last step becomes."""
     return present.replace("present", "past_key_values", 1)
+
+
+def model_entries(setting: Setting) -> dict[str, str]:
+    """Return the session configuration entries of a setting."""
+    return {"session.force_spinning_stop": "1"} if setting.shared else {}
+
+
+def prepare(source: Source) -> None:
+    """Import ONNX Runtime and read what the file says about itself."""
+    import onnxruntime  # noqa: F401
+
+    onnx_file.read(source.path)
+
+
+def version_name() -> str:
+    """Return the version of ONNX Runtime, with a warning where its two packages overwrite each other."""
+    from importlib.metadata import distributions
+
+    found = [item.version for name in ("onnxruntime-gpu", "onnxruntime") for item in distributions(name=name)]
+    both = " (onnxruntime and onnxruntime-gpu side by side overwrite each other: uninstall one)"
+    return next(iter(found), "") + (both if len(found) > 1 else "")
+
+
+def _library_name(library: str) -> str:
+    from rankbook.plugins.library import library as path
+    from rankbook.plugins.library import native_info
+
+    info = native_info(library)
+    sets = f" (fp32: {info['isa']}, int8 activations: {info['isa_int8']})" if library == "ort" else ""
+    return f"{path(library)}{sets}"
+
+
+def _runtime(
+    name: str, enables: str, unavailable: Callable[[], str | None], version: Callable[[], str], **more: Any
+) -> Runtime:
+    def open_file(source: Source, setting: Setting) -> LanguageModel:
+        return OrtModel(source.path, threads=setting.threads, kernels=name, entries=model_entries(setting))
+
+    title = "onnxruntime" if name == "bodies" else f"onnxruntime, {name}"
+    kinds = frozenset({Kind.ONNX})
+    return Runtime(name, title, enables, unavailable, version, kinds, open=open_file, prepare=prepare, **more)
+
+
+RUNTIMES = (
+    _runtime("native", "faster generate and eval", native_unavailable, lambda: _library_name("ort"), automatic=True),
+    _runtime(
+        "bodies",
+        "eval, parity, generate: the standard operators in the file",
+        unavailable,
+        version_name,
+        automatic=True,
+    ),
+    _runtime(
+        "native-int8",
+        "the fastest generate: activations are rounded to 8 bits inside (`rankbook.plugins.int8`)",
+        native_unavailable,
+        lambda: _library_name("ort"),
+        exact=False,
+    ),
+    _runtime(
+        "native-cuda",
+        "the native operators on an NVIDIA GPU",
+        cuda_unavailable,
+        lambda: _library_name("ort-cuda"),
+        cuda=True,
+    ),
+)

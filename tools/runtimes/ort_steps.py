@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
+
     from rankbook.tools.runtimes.base import Tokens
 
     Array = np.ndarray[Any, Any]
@@ -29,6 +29,8 @@ class BoundSteps:
                 (batch, heads, positions, size).
             types: The numpy type of every input, by name.
         """
+        import numpy as np
+
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_output("logits")  # the first one, for `_run_first`
@@ -44,6 +46,8 @@ class BoundSteps:
 
     def run(self, tokens: Tokens, past: int) -> Array:
         """Return the logits of tokens (batch, length) behind ``past`` positions; the next call may overwrite them."""
+        import numpy as np
+
         batch, length = tokens.shape
         end = past + length
         known = bool(self._inputs) and self._inputs["input_ids"].shape == tokens.shape

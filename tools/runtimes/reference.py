@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rankbook.plugins import reference
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    import numpy as np
 
-
-def unavailable() -> str | None:
-    """The reference needs numpy alone, so it is always here."""
-    return None
+    Array = np.ndarray[Any, Any]
 
 
 def constants(model: OnnxFile, node: CustomNode) -> dict[str, Array]:
@@ -37,6 +32,10 @@ def read_tensors(model: OnnxFile, names: set[str]) -> dict[str, Array]:
 
 def run_node(node: CustomNode, values: dict[str, Array]) -> Array:
     """Compute one node from all of its inputs, by the formal names of their ports."""
+    import numpy as np
+
+    from rankbook.plugins import reference
+
     inputs = [values[formal] for formal in node.ports()]
     attributes = {name: value for name, value in node.attributes.items() if isinstance(value, (int, str))}
     result: Array = np.asarray(reference.run(node.op_type, inputs, attributes))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.calibration.source import LOADABLE, Source
+from rankbook.tools.runtimes.base import LanguageModel, Runtime
 
 if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Logits, Tokens
@@ -37,9 +39,24 @@ class TorchModel(LanguageModel):
         self.model, self.tokenizer = load_model(source, torch.float32)
         materialize_all(self.model)
         self.name = f"torch {source}"
+        self._source = Path(source)
         self._cache: Any = None
 
-    def logits(self, tokens: Tokens) -> Logits:
+    @property
+    def file_bytes(self) -> int:
+        """The files of weights; 0 for a model of the hub."""
+        if self._source.is_file():
+            return self._source.stat().st_size
+        files = [file for kind in ("*.safetensors", "*.gguf") for file in self._source.glob(kind)]
+        return sum(file.stat().st_size for file in files)
+
+    def override(self, kind: str | None, kv_bits: int | None) -> None:
+        """Replace the settings of activations and cache."""
+        from rankbook.calibration.activations.runtime import override
+
+        override(self.model, kind=kind, kv_bits=kv_bits)
+
+    def scores(self, tokens: Tokens) -> Logits:
         """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary)."""
         import torch
 
@@ -66,3 +83,26 @@ class TorchModel(LanguageModel):
         self._cache = output.past_key_values
         last: Logits = output.logits[0, -1].float().numpy()
         return last
+
+
+def _prepare(_: Source) -> None:
+    import transformers  # noqa: F401
+
+    import rankbook.calibration.model.loading  # noqa: F401
+
+
+RUNTIMES = (
+    Runtime(
+        "torch",
+        "PyTorch",
+        "eval, generate and parity's reference, from the decoded weights",
+        unavailable,
+        lambda: version("torch"),
+        LOADABLE,
+        open=lambda source, setting: TorchModel(
+            source.path if source.gguf else source.location, threads=setting.threads
+        ),
+        prepare=_prepare,
+        automatic=True,
+    ),
+)

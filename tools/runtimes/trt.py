@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rankbook.calibration.source import Kind
+from rankbook.tools.runtimes.base import Runtime
+
+if TYPE_CHECKING:
+    from rankbook.tools.deploy.engine import EngineReport
+    from rankbook.tools.deploy.options import BuildOptions
 
 RTX_CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 """Compute capabilities that TensorRT-RTX 1.x builds for."""
@@ -75,3 +84,34 @@ def _rtx_library() -> Path | None:
         return None
     found = Path(next(iter(spec.submodule_search_locations))) / "libtensorrt_rtx.so.1"
     return found if found.is_file() else None
+
+
+def _build(
+    source: Path, output: Path, options: BuildOptions, progress: Callable[[float, str | None], None]
+) -> EngineReport:
+    from rankbook.tools.deploy.engine import build
+
+    return build(source, output, options, progress)
+
+
+RUNTIMES = (
+    Runtime(
+        "rtx",
+        "tensorrt-rtx",
+        "build --target rtx",
+        rtx_unavailable,
+        lambda: version("tensorrt-rtx"),
+        frozenset({Kind.ENGINE}),
+        build=_build,
+    ),
+    Runtime(
+        "trt",
+        "tensorrt",
+        "build --target trt",
+        unavailable,
+        lambda: version("tensorrt"),
+        frozenset({Kind.ENGINE}),
+        build=_build,
+        cuda=True,
+    ),
+)

@@ -12,7 +12,7 @@ from rankbook.tools.deploy import engine, engine_log, rtx_worker
 from rankbook.tools.deploy.profiles import Limits, make_profiles
 from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import trt
-from tests.tools.files import chain_model, run_cli, stdout_json
+from tests.tools.files import chain_model, pretend, run_cli, stdout_json
 
 needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
 
@@ -89,7 +89,7 @@ def test_a_folder_that_is_not_an_engine_is_not_replaced(tmp_path, capsys):
 
 
 def test_target_trt_without_a_gpu_says_why_and_ends_with_3(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trt, "unavailable", lambda: "no NVIDIA GPU")
+    pretend(monkeypatch, "trt", "no NVIDIA GPU")
     assert run_cli("build", tmp_path, "-o", tmp_path / "e", "--target", "trt") == errors.MISSING
     assert "no NVIDIA GPU" in capsys.readouterr().err
 

@@ -1,0 +1,44 @@
+"""Bytes and weights of packed layers, in operators of this project and of ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rankbook.tools.inspect.onnx_file import OnnxFile, load_graph
+
+_CONSTANTS = slice(1, 4)
+"""Inputs of MatMulNBits: codes, scales, zero points."""
+
+
+def packed_size(file: OnnxFile) -> tuple[int, int]:
+    """Return the bytes of the constants of packed layers, each counted once, and the number of their weights."""
+    foreign = foreign_size(load_graph(file.path))
+    seen: set[str] = set()
+    packed, weights = foreign
+    for node in file.nodes:
+        ports = node.ports()
+        new = {name for name in ports.values() if name in file.initializers} - seen
+        seen |= new
+        packed += sum(file.initializers[name].bytes for name in new)
+        if ports.get("codes") in new:
+            weights += int(node.attributes["out_features"]) * int(node.attributes["in_features"])
+    return packed, weights
+
+
+def foreign_size(model: Any) -> tuple[int, int]:
+    """Return the same of the MatMulNBits nodes of a ModelProto; an embedding shares the codes of the output layer."""
+    from onnx import helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    packed = weights = 0
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        tensors = [constants[name] for name in list(node.input)[_CONSTANTS] if name in constants]
+        packed += sum(
+            math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize for tensor in tensors
+        )
+        sizes = {item.name: item.i for item in node.attribute}
+        weights += sizes["N"] * sizes["K"]
+    return packed, weights
