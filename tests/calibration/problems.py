@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
@@ -89,3 +90,9 @@ def reference_affine(weight: Tensor, bits: int, group: int) -> Tensor:
     zero = (-low / scale).round()
     codes = ((grouped / scale).round() + zero).clamp(0, top)
     return (scale * (codes - zero)).view_as(weight)
+
+
+def grouped(rows: int = 24, columns: int = 128) -> tuple[Tensor, Tensor]:
+    problem = layer(rows, columns, heavy=True)
+    energy = problem.statistics.second_moment().view(-1, 64)
+    return rounding.to_groups(problem.weight, 64), energy

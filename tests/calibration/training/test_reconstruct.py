@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import BlockProblem
 from rankbook.calibration.methods import lcq
 from rankbook.calibration.methods.lcq import LcqConfig
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training import reconstruct
-from rankbook.calibration.training.learned_rounding import LearnedRounding, StepSizes, anchored
+from rankbook.calibration.training.learned_rounding import LearnedRounding, StepSizes
 from rankbook.calibration.training.reconstruct import TrainConfig, train_block
 from tests.calibration import problems
 
@@ -93,24 +92,6 @@ def test_bfloat16_training_helps_too() -> None:
     problem = problems.block()
     result = train_block(problem, _start(problem), _layers(problem, 40), TrainConfig(steps=40, compute="bfloat16"))
     assert result.loss_after < result.loss_before
-
-
-def test_training_starts_exactly_at_the_record() -> None:
-    problem = problems.layer(40, 128)
-    record = lcq.quantize(problem, LcqConfig())
-    layer = LearnedRounding(problem.weight, record, 10)
-    assert torch.equal(layer.record().codes, record.codes)
-    # Parameters stored in 8 bits are stored again, which moves them by float rounding only.
-    torch.testing.assert_close(layer.weight(), record.weight(), rtol=1e-4, atol=1e-6)
-
-
-def test_anchors_lie_in_the_cell_of_their_code() -> None:
-    grouped, tables = torch.randn(2, 64, 5), torch.randn(2, 8, 5)
-    codes = torch.randint(0, 8, (2, 64, 5)).to(torch.uint8)
-    place = anchored(grouped, tables, codes)
-    assert torch.equal(rounding.nearest(place, tables), codes)
-    kept = rounding.nearest(grouped, tables) == codes
-    assert float((place - grouped).abs()[kept].max()) <= 1e-3
 
 
 def test_progress_reaches_one() -> None:
