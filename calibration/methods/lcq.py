@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankbook.calibration.fitting import codebook_fit as _lcq_fit
-from rankbook.calibration.fitting import codebook_store as _lcq_store
-from rankbook.calibration.fitting import feedback, rounding
+from rankbook.calibration.fitting import codebook_fit, codebook_store, feedback, rounding
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.option import Options, option
@@ -81,18 +79,18 @@ def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = N
     energy = gram.diagonal().view(-1, config.group_size).contiguous()
     count = 1 << config.bits
     if levels is None:
-        books = _lcq_fit.fit(grouped, energy, config.rank, count, config.fit_rounds)
-        books = _lcq_store.round_levels(books, config.bits, config.level_dtype)
+        books = codebook_fit.fit(grouped, energy, config.rank, count, config.fit_rounds)
+        books = codebook_store.round_levels(books, config.bits, config.level_dtype)
     else:
-        books = _lcq_fit.fit_params(grouped, energy, levels.float())
-    codes = _lcq_fit.nearest_chunked(grouped, books.tables())
-    books = _lcq_fit.solve_params(_lcq_fit.moments_of(grouped, energy, codes, count), books.levels)
+        books = codebook_fit.fit_params(grouped, energy, levels.float())
+    codes = codebook_fit.nearest_chunked(grouped, books.tables())
+    books = codebook_fit.solve_params(codebook_fit.moments_of(grouped, energy, codes, count), books.levels)
     plan = feedback.plan(gram, 0.0) if config.feedback_rounds else None
     for _ in range(config.feedback_rounds):
         codes = _assign(grouped, books.tables(), plan)
-        books = _lcq_store.refit_params(grouped, codes, books, gram)
-    params = _lcq_store.quantize_params(grouped, codes, books, gram, config.param_bits)
-    tables = _lcq_store.from_params(params, books.levels).tables()
+        books = codebook_store.refit_params(grouped, codes, books, gram)
+    params = codebook_store.quantize_params(grouped, codes, books, gram, config.param_bits)
+    tables = codebook_store.from_params(params, books.levels).tables()
     codes = _assign(grouped, tables, plan)
     return QuantizedLinear(
         codes=rounding.from_groups(codes),
@@ -108,7 +106,7 @@ def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = N
 def _assign(grouped: Tensor, tables: Tensor, columns: feedback.Plan | None) -> Tensor:
     """Choose codes by error feedback, or without a plan the nearest levels."""
     if columns is None:
-        return _lcq_fit.nearest_chunked(grouped, tables)
+        return codebook_fit.nearest_chunked(grouped, tables)
     return feedback.assign(grouped, tables, columns)
 
 
@@ -122,7 +120,7 @@ def predict(weight: Tensor, energy: Tensor, group: int, bits: int, planes: int) 
     """Return rows (N, K) as a few rounds of the fit decode them, for inputs of mean squares ``energy`` (K,)."""
     grouped = rounding.to_groups(weight, group)
     energy = (energy + 1e-3 * energy.mean() + torch.finfo(torch.float32).tiny).view(-1, group)
-    tables = _lcq_fit.fit(grouped, energy, planes, 1 << bits, _PREDICT_ROUNDS).tables()
+    tables = codebook_fit.fit(grouped, energy, planes, 1 << bits, _PREDICT_ROUNDS).tables()
     return rounding.from_groups(rounding.lookup(tables, rounding.nearest(grouped, tables)))
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankbook.calibration.fitting import codebook_store as _lcq_store
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import codebook_store, rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
 from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, GroupParams, QuantizedLinear
 
@@ -80,8 +79,8 @@ class LearnedRounding:
         books = Codebooks(
             self._stored_levels(), self._books.coeffs * self._scale, self._books.offset + self._gap[:, 0] * self._shift
         )
-        self._params = _lcq_store.to_params(books, params_bits)
-        return _lcq_store.from_params(self._params, books.levels)
+        self._params = codebook_store.to_params(books, params_bits)
+        return codebook_store.from_params(self._params, books.levels)
 
     def _stored_levels(self) -> Tensor:
         if self._start.levels.dtype != torch.int8:

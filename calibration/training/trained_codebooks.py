@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rankbook.calibration.fitting import codebook_store as _lcq_store
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import codebook_store, rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.calibration.training.learned_rounding import codebooks_of
@@ -150,12 +149,12 @@ class TrainedCodebooks:
     def _stored(self, books: Codebooks) -> tuple[GroupParams, Codebooks]:
         integer = "int8" if self._start.levels.dtype == torch.int8 else "float16"
         if self._learn_levels:
-            rounded = _lcq_store.round_levels(books, self._start.bits, integer)
+            rounded = codebook_store.round_levels(books, self._start.bits, integer)
         else:  # the same tables on the levels there are
             levels = self._start.levels.float()
             rounded = Codebooks(levels, books.coeffs, books.offset - books.coeffs[0] * levels[0, 0])
-        params = _lcq_store.to_params(rounded, 8 if self._start.params.codes is not None else 16)
-        return params, _lcq_store.from_params(params, rounded.levels)
+        params = codebook_store.to_params(rounded, 8 if self._start.params.codes is not None else 16)
+        return params, codebook_store.from_params(params, rounded.levels)
 
     def weight(self) -> Tensor:
         """Return the decoded weight (N, K): values of the stored tables, gradients of the exact ones."""

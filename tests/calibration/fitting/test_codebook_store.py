@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankbook.calibration.fitting import codebook_fit as _lcq_fit
-from rankbook.calibration.fitting import codebook_store as _lcq_store
-from rankbook.calibration.fitting import feedback, rounding
+from rankbook.calibration.fitting import codebook_fit, codebook_store, feedback, rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
 from rankbook.calibration.record.quantized_linear import GroupParams
 from tests.calibration import problems
@@ -15,7 +13,7 @@ from tests.calibration import problems
 
 def test_the_gauge_keeps_the_tables() -> None:
     books = Codebooks(torch.randn(3, 8), torch.randn(3, 2, 5) + 2, torch.randn(2, 5))
-    fixed = _lcq_fit.canonical(books)
+    fixed = codebook_fit.canonical(books)
     torch.testing.assert_close(fixed.tables(), books.tables(), rtol=1e-4, atol=1e-5)
     frame = torch.cat([torch.ones(1, 8) / 8**0.5, fixed.levels])
     torch.testing.assert_close(frame @ frame.T, torch.eye(4), rtol=0, atol=1e-5)
@@ -24,17 +22,17 @@ def test_the_gauge_keeps_the_tables() -> None:
 def test_refitting_on_the_gram_matrix_lowers_the_output_error() -> None:
     problem = problems.layer(24, 128)
     gram, grouped = feedback.scaled_gram(problem, 0.01), rounding.to_groups(problem.weight, 64)
-    books = _lcq_fit.fit(grouped, gram.diagonal().view(-1, 64).contiguous(), 2, 8, 4)
+    books = codebook_fit.fit(grouped, gram.diagonal().view(-1, 64).contiguous(), 2, 8, 4)
     codes = rounding.nearest(grouped, books.tables())
 
     def output_error(now: Codebooks) -> float:
         return problems.output_error(problem, rounding.from_groups(rounding.lookup(now.tables(), codes)))
 
-    refit = _lcq_store.refit_params(grouped, codes, books, gram)
+    refit = codebook_store.refit_params(grouped, codes, books, gram)
     assert output_error(refit) < 0.99 * output_error(books)
     # Against brute force: all parameters of one row by one least-squares problem, reached by repeated sweeps.
     for _ in range(60):
-        refit = _lcq_store.refit_params(grouped, codes, refit, gram)
+        refit = codebook_store.refit_params(grouped, codes, refit, gram)
     root = torch.linalg.cholesky(gram.double())
     columns = []
     for group in range(2):

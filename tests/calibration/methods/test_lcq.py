@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rankbook.calibration.fitting import codebook_fit as _lcq_fit
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import codebook_fit, rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
 from rankbook.calibration.methods import lcq
 from rankbook.calibration.methods.lcq import LcqConfig
@@ -32,7 +31,7 @@ def test_rank_one_with_uniform_levels_is_asymmetric_rounding() -> None:
 
 def test_a_second_plane_without_coefficients_changes_nothing() -> None:
     grouped, energy = problems.grouped()
-    one = _lcq_fit.fit(grouped, energy, 1, 8, 4)
+    one = codebook_fit.fit(grouped, energy, 1, 8, 4)
     two = Codebooks(torch.cat([one.levels, torch.randn(1, 8)]), torch.cat([one.coeffs, 0 * one.coeffs]), one.offset)
     assert torch.equal(two.tables(), one.tables())
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from rankbook.calibration.fitting import codebook_fit as _lcq_fit
-from rankbook.calibration.fitting import rounding
-from rankbook.calibration.training import trained_codebooks as _lcq_gradient
+from rankbook.calibration.fitting import codebook_fit, rounding
+from rankbook.calibration.training import trained_codebooks
 from tests.calibration import problems
 
 
 def test_gradient_by_assignment_is_that_of_a_gather() -> None:
     grouped, tables = torch.randn(2, 16, 3), torch.randn(2, 8, 3, requires_grad=True)
     flow = torch.randn(2, 16, 3)
-    _lcq_gradient.decode(grouped, tables, "assignment").backward(flow)
+    trained_codebooks.decode(grouped, tables, "assignment").backward(flow)
     codes = rounding.nearest(grouped, tables.detach()).long()
     wanted = torch.zeros_like(tables).scatter_add_(1, codes, flow)
     torch.testing.assert_close(tables.grad, wanted)
@@ -26,7 +25,7 @@ def test_straight_through_gradient_is_lsq_for_uniform_levels() -> None:
     levels = torch.arange(8, dtype=torch.float64)
     flow = torch.randn(1, 64, 1, dtype=torch.float64)
     tables = (step * levels - shift)[None, :, None]
-    decoded = _lcq_gradient.decode(weight, tables, "straight-through")
+    decoded = trained_codebooks.decode(weight, tables, "straight-through")
     assert torch.equal(decoded, rounding.lookup(tables.detach(), rounding.nearest(weight, tables.detach())))
     decoded.backward(flow)
     place = (weight + 0.9) / 0.25
@@ -41,7 +40,7 @@ def test_straight_through_gradient_is_lsq_for_uniform_levels() -> None:
 
 def test_the_parameterization_starts_at_the_given_codebooks() -> None:
     grouped, energy = problems.grouped()
-    books = _lcq_fit.fit(grouped, energy, 2, 8, 6)
-    found = _lcq_gradient.ClippedCodebooks(grouped, books).books()
+    books = codebook_fit.fit(grouped, energy, 2, 8, 6)
+    found = trained_codebooks.ClippedCodebooks(grouped, books).books()
     # Levels of plane 0 that fall (not ours here) or a range beyond the weights would be cut; the rest is exact.
     torch.testing.assert_close(found.tables(), books.tables(), rtol=0, atol=0.02 * float(books.tables().abs().max()))
