@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ class EvalResult:
     """How well a model predicts.
 
     Attributes:
-        perplexity: Exponential of the mean negative log-likelihood of each token but the first of its window.
+        perplexity: Exponential of the mean negative log-likelihood of each token of a window but its first, or the
+            special tokens with which it begins.
         kl: Mean over the same positions of KL(reference || model) in nats, None without a reference.
         top1_agreement: Share of the positions where both find the same token likeliest, None without a reference.
         tokens: Tokens predicted.
         seconds: Wall time of the model under test, the reference's not included.
         reference_perplexity: The reference's own, None without a reference.
+        windows: What was evaluated on, see `rankbook.calibration.data.Windows.describe`; empty where the caller knows.
     """
 
     perplexity: float
@@ -40,6 +42,7 @@ class EvalResult:
     tokens: int
     seconds: float
     reference_perplexity: float | None = None
+    windows: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -48,6 +51,7 @@ def evaluate(
     reference_logits_fn: LogitsFunction | None = None,
     *,
     batch: int = 1,
+    given: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> EvalResult:
     """Evaluate a model on non-overlapping windows; every window is seen without those before it.
@@ -60,23 +64,29 @@ def evaluate(
         windows: (windows, length) int64, see `rankbook.calibration.data.token_windows`.
         reference_logits_fn: The unquantized model, on the same tokens.
         batch: Windows per call.
+        given: Tokens at the begin of a window that are not predicted: the first, or all special tokens in front.
         progress: Called with the fraction done.
 
     Raises:
         ValueError: No windows, windows of fewer than two tokens, or logits of the wrong shape.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"windows have shape {tuple(windows.shape)}; give at least one window of at least two tokens")
+    given = max(given, 1)
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < given + 1:
+        raise ValueError(
+            f"windows have shape {tuple(windows.shape)}; give at least one window of at least {given + 1} tokens"
+        )
     sums = torch.zeros(4, dtype=torch.float64)
     seconds = 0.0
     for done, tokens in enumerate(torch.split(windows, batch)):
         start = time.monotonic()
         logits = _logits(logits_fn, tokens)
         seconds += time.monotonic() - start
-        sums += _sums(logits, None if reference_logits_fn is None else _logits(reference_logits_fn, tokens), tokens)
+        sums += _sums(
+            logits, None if reference_logits_fn is None else _logits(reference_logits_fn, tokens), tokens, given
+        )
         if progress is not None:
             progress(min(1.0, (done + 1) * batch / len(windows)))
-    count = windows.shape[0] * (windows.shape[1] - 1)
+    count = windows.shape[0] * (windows.shape[1] - given)
     loss, kl, agreement, reference_loss = (float(value) / count for value in sums)
     if reference_logits_fn is None:
         return EvalResult(_perplexity(loss), None, None, count, seconds)
@@ -107,7 +117,7 @@ def _logits(function: LogitsFunction, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
+def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor, given: int) -> Tensor:
     """Return the sums over positions of loss, divergence, agreement and the reference's loss, float64 (4,)."""
     if reference is not None and reference.shape != logits.shape:
         raise ValueError(
@@ -115,9 +125,9 @@ def _sums(logits: Tensor, reference: Tensor | None, tokens: Tensor) -> Tensor:
             " they do not share a vocabulary and cannot be compared"
         )
     vocabulary = logits.shape[-1]
-    flat = logits[:, :-1].reshape(-1, vocabulary)
-    wanted = tokens[:, 1:].reshape(-1)
-    other = None if reference is None else reference[:, :-1].reshape(-1, vocabulary)
+    flat = logits[:, given - 1 : -1].reshape(-1, vocabulary)
+    wanted = tokens[:, given:].reshape(-1)
+    other = None if reference is None else reference[:, given - 1 : -1].reshape(-1, vocabulary)
     sums = torch.zeros(4, dtype=torch.float64)
     for begin in range(0, len(flat), POSITIONS_AT_ONCE):
         part = slice(begin, begin + POSITIONS_AT_ONCE)

@@ -40,6 +40,7 @@ from rankbook.calibration.model.report import (
 from rankbook.calibration.model.resume import BlockResult, PartialState
 from rankbook.calibration.model.selection import Selection, select
 from rankbook.calibration.model.solve import solve_layer
+from rankbook.calibration.notes import note
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 from rankbook.plugins.layer_spec import LayerSpec
@@ -310,10 +311,16 @@ class _Run:
             left_alone=self.selection.left_alone,
             scaled=tuple(self.scaled),
             calibration=data.description,
+            calibration_windows=self._calibration_windows(data.tokens),
             seconds=time.monotonic() - start,
             resumed_at=resumed,
             peak_rss_bytes=peak_rss_bytes(),
         )
+
+    def _calibration_windows(self, tokens: Tensor) -> dict[str, int]:
+        """Return what was calibrated on beside what was asked for."""
+        asked = {"windows_asked": self.options.calib_sequences, "tokens_asked": self.options.calib_length}
+        return {"windows": tokens.shape[0], "tokens": tokens.shape[1], **asked}
 
     def _embedding_entry(self, found: tuple[str, nn.Module]) -> dict[str, Any]:
         name, module = found
@@ -376,10 +383,18 @@ def _calibration(state: PartialState, tokenizer: Any, model: Any, options: Quant
     """Return the calibration tokens, those of the interrupted run if there was one."""
     if (stored := state.tokens()) is not None:
         return CalibrationData(*stored)
-    length = min(options.calib_length, getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.calib_length
+    if (length := min(options.calib_length, most)) < options.calib_length:
+        note(f"the model's context is {most} tokens: calibration windows have as many, not {options.calib_length}")
     with capture.within_range(model):
         data = calibration_batches(
-            tokenizer, options.calib, sequences=options.calib_sequences, length=length, seed=options.seed, model=model
+            tokenizer,
+            options.calib,
+            sequences=options.calib_sequences,
+            length=length,
+            seed=options.seed,
+            model=model,
+            chat=options.calib_chat,
         )
     state.save_tokens(data.tokens, data.description)
     return data
@@ -390,6 +405,7 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
         "source": dict(source),
         "options": options.to_json(),
         "calibration": report.calibration,
+        "calibration_windows": dict(report.calibration_windows),
         "totals": dict(report.totals),
         "layers": {name: layer.to_json() for name, layer in report.layers.items()},
         "left_alone": dict(report.left_alone),

@@ -101,7 +101,10 @@ class QuantizeOptions(Seeded):
     )
     skip: tuple[str, ...] = option((), "layers to leave alone; * and ? are wildcards", metavar="NAME", group=WHAT)
     calib: str | None = option(
-        None, ".txt, .jsonl or a datasets name; sampled from the model without it", metavar="FILE", group=WHERE
+        None, ".txt, .jsonl, .json or a datasets name; sampled from the model without it", metavar="FILE", group=WHERE
+    )
+    calib_chat: bool = option(
+        False, "rows of the calibration text hold chat 'messages': put them into the model's template", group=WHERE
     )
     calib_sequences: int = option(64, "calibration windows", metavar="N", least=1, group=EFFORT)
     calib_length: int = option(512, "tokens per calibration window", metavar="N", least=2, group=EFFORT)

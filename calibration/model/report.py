@@ -74,6 +74,7 @@ class QuantizeReport:
         left_alone: Names of weights that stay as they are, with the reason.
         scaled: Names of layers whose inputs were scaled before quantization.
         calibration: Where the calibration tokens came from.
+        calibration_windows: Windows used and tokens of each, beside those asked for.
         seconds: Wall time of this run (of the last part, after a resume).
         resumed_at: Blocks that an earlier, interrupted run had finished.
         peak_rss_bytes: Peak resident memory of the process.
@@ -85,6 +86,7 @@ class QuantizeReport:
     left_alone: Mapping[str, str]
     scaled: tuple[str, ...]
     calibration: str
+    calibration_windows: Mapping[str, int]
     seconds: float
     resumed_at: int
     peak_rss_bytes: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -60,6 +62,18 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
     assert result.top1_agreement is None
 
 
+def test_special_tokens_in_front_are_given_not_predicted() -> None:
+    model, reference = table_model(1), table_model(2)
+    windows = torch.cat([torch.tensor([[3, 4]] * 3), WINDOWS], dim=1)
+    result = ev.evaluate(model, windows, reference, given=2)
+    losses = [
+        float(-model(window).double().log_softmax(-1)[t - 1, window[t]]) for window in windows for t in range(2, 9)
+    ]
+    assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert result.tokens == 21
+    assert ev.evaluate(model, WINDOWS, given=0) == replace(ev.evaluate(model, WINDOWS), seconds=ANY)
+
+
 def test_masked_tokens_do_not_give_nan() -> None:
     def masked(tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = table_model(1)(tokens).clone()
@@ -87,7 +101,7 @@ def test_progress_ends_at_one() -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one window"):
         ev.evaluate(table_model(1), WINDOWS[:0])
-    with pytest.raises(ValueError, match="at least two tokens"):
+    with pytest.raises(ValueError, match="at least 2 tokens"):
         ev.evaluate(table_model(1), WINDOWS[:, :1])
     with pytest.raises(ValueError, match="--logits all"):
         ev.evaluate(lambda tokens: table_model(1)(tokens)[:, -1:], WINDOWS)

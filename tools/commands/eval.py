@@ -25,7 +25,7 @@ class Eval(EvalOptions, KernelOptions, Common):
         "Hugging Face model, GGUF, checkpoint, exported folder or .onnx (exported with --logits all)",
         metavar="MODEL_OR_FILE",
     )
-    text: str = required(".txt, .jsonl or a datasets name to evaluate on", metavar="FILE")
+    text: str = required(".txt, .jsonl, .json or a datasets name to evaluate on", metavar="FILE")
     reference: str | None = option(None, "unquantized model for KL divergence and top-1 agreement", metavar="MODEL")
     activations: str | None = option(
         None,
@@ -42,12 +42,12 @@ class Eval(EvalOptions, KernelOptions, Common):
 
 def run(options: Eval) -> Outcome:
     """Evaluate."""
-    from rankbook.calibration.data import read_text
+    from rankbook.calibration.text import read_text
     from rankbook.tools.evaluate.quality import measure
     from rankbook.tools.runtimes import Setting, open_model
 
     # A wrong path should not cost the time of loading a model.
-    text = read_text(options.text)
+    text = read_text(options.text, chat=options.chat)
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
@@ -58,13 +58,14 @@ def run(options: Eval) -> Outcome:
         reference = None
         if options.reference is not None:
             reference = open_model(options.reference, setting=setting)
-        result = measure(model, text, options, reference, lambda fraction: show(fraction, None), what=str(options.text))
+        result = measure(model, text, options, reference, lambda fraction: show(fraction, None))
     rows = [
         ("perplexity", result.perplexity),
         ("perplexity of the reference", result.reference_perplexity),
         ("KL divergence from the reference, nats", result.kl),
         ("same most likely token as the reference", result.top1_agreement),
         ("tokens", result.tokens),
+        ("special tokens before each window", " ".join(result.windows["prefix"]["tokens"]) or "none, as in a prompt"),
         ("seconds", result.seconds),
     ]
     table = Table(options.model, ("measure", "value"), [row for row in rows if row[1] is not None])

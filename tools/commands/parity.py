@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.notes import note
 from rankbook.calibration.option import WHERE, argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
@@ -86,10 +87,12 @@ def _tokens(options: Parity, model: TorchModel) -> Tokens:
     if options.text is None:
         size = model.model.config.get_text_config().vocab_size
         return np.random.default_rng(options.seed).integers(0, size, (2, options.tokens))
-    from rankbook.calibration.data import read_text, token_windows
+    from rankbook.calibration.data import token_windows
+    from rankbook.calibration.text import read_text
 
-    windows = token_windows(model.tokenizer, read_text(options.text), options.tokens, what=str(options.text))
-    tokens: Tokens = windows[:2].numpy()
+    tokens: Tokens = token_windows(model.tokenizer, read_text(options.text), options.tokens, most=2).tokens.numpy()
+    if tokens.shape != (2, options.tokens):
+        note(f"{options.text} is short: compared on {tokens.shape[0]} x {tokens.shape[1]} tokens; give more text")
     return tokens
 
 

@@ -16,6 +16,7 @@ class EvalOptions(Options):
         None, "tokens to evaluate on, rounded up to windows; all without it", metavar="N", least=1
     )
     batch: int = option(1, "windows per call", metavar="N", least=1)
+    chat: bool = option(False, "rows of the text hold chat 'messages': put them into the model's chat template")
 
 
 @dataclass(frozen=True)

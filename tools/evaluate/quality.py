@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.notes import note
 from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.options import EvalOptions
 
 if TYPE_CHECKING:
     from rankbook.calibration.evaluate import EvalResult
+    from rankbook.calibration.text import Text
     from rankbook.tools.runtimes.base import LanguageModel
 
 
@@ -32,7 +35,7 @@ def evaluate(
 
     Args:
         model: What `rankbook.open_model` returns; it must give the logits of every position.
-        text: .txt or .jsonl file, or a `datasets` name.
+        text: .txt, .jsonl or .json file, or a `datasets` name.
         options: Windows and how many of them.
         reference: The unquantized model; without it there is no divergence.
         progress: Called with the fraction done.
@@ -41,32 +44,39 @@ def evaluate(
         ValueError: The text is missing, empty or too short, or the two models do not fit each other.
         UsageError: There is no tokenizer, or the model gives the last logits only.
     """
-    from rankbook.calibration.data import read_text
+    from rankbook.calibration.text import read_text
 
-    return measure(model, read_text(text), options or EvalOptions(), reference, progress, what=str(text))
+    options = options or EvalOptions()
+    return measure(model, read_text(text, chat=options.chat), options, reference, progress)
 
 
 def measure(
     model: LanguageModel,
-    text: str,
+    text: Text,
     options: EvalOptions,
     reference: LanguageModel | None = None,
     progress: Callable[[float], None] | None = None,
-    *,
-    what: str = "the text",
 ) -> EvalResult:
-    """Do the work of `evaluate` on the text itself, which messages call ``what``."""
+    """Do the work of `evaluate` on a text that was found; one that is shorter than asked is said in a `Note`."""
     from rankbook.calibration import evaluate as judge
     from rankbook.calibration.data import token_windows
 
     tokenizer = model.tokenizer or (reference.tokenizer if reference else None)
     if tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
-    windows = token_windows(tokenizer, text, options.context, what=what)
-    if options.max_tokens is not None:
-        windows = windows[: max(1, -(-options.max_tokens // options.context))]
+    wanted = None if options.max_tokens is None else max(1, -(-options.max_tokens // options.context))
+    windows = token_windows(tokenizer, text, options.context, most=wanted)
+    count, length = windows.tokens.shape
+    if length < options.context or count < (wanted or 1):
+        asked = f"{wanted or 'windows'} x {options.context}"
+        note(f"{text.name} is short: evaluated on {count} x {length} tokens instead of {asked}; give more text")
     compared = None if reference is None else _logits(reference)
-    return judge.evaluate(_logits(model), windows, compared, batch=options.batch, progress=progress)
+    given = len(windows.prefix)
+    result = judge.evaluate(
+        _logits(model), windows.tokens, compared, batch=options.batch, given=given, progress=progress
+    )
+    asked_for = {"context": options.context, "max_tokens": options.max_tokens}
+    return replace(result, windows={**windows.describe(tokenizer), "asked": asked_for})
 
 
 def _logits(model: LanguageModel) -> Any:

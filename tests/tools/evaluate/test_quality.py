@@ -1,0 +1,46 @@
+"""``eval`` says what it evaluated on: special tokens in front of windows, and a text that was shorter than asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tools.files import run_cli
+
+
+def test_eval_begins_as_a_prompt_and_says_what_it_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama", tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> <s> $A", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("twenty-four bytes, or so")
+    how = ["--context", 14, "--max-tokens", 42, "--json"]
+    assert run_cli("eval", tmp_path / "model", "--text", tmp_path / "text.txt", *how) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["windows"] == {
+        "count": 2,
+        "length": 14,
+        "text_tokens": 24,
+        "prefix": {"ids": [257, 256], "tokens": ["</s>", "<s>"]},
+        "suffix_left_out": [],
+        "asked": {"context": 14, "max_tokens": 42},
+    }
+    assert report["tokens"] == 24  # all of the text, since both special tokens stand before it
+    text: Any = tiny_tokenizer()("twenty-four bytes, or so").input_ids
+    windows = torch.tensor([[257, 256, *text[:12]], [257, 256, *text[12:]]])
+    with torch.no_grad():
+        losses = model(windows).logits[:, 1:-1].double().log_softmax(-1).gather(2, windows[:, 2:, None])
+    assert report["perplexity"] == pytest.approx(math.exp(-losses.mean()), rel=1e-5)
+    said = "text.txt is short: evaluated on 2 x 14 tokens instead of 3 x 14"
+    assert said in printed.err
+    assert said in report["notes"][0]
