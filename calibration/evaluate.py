@@ -97,16 +97,6 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf  # exp overflows a double beyond 709
 
 
-def model_logits(model: Any) -> LogitsFunction:
-    """Return the logits function of a transformers model; packed layers should be materialized before."""
-
-    @torch.no_grad()
-    def logits(tokens: Tensor) -> Any:
-        return model(input_ids=tokens, use_cache=False).logits
-
-    return logits
-
-
 def _logits(function: LogitsFunction, tokens: Tensor) -> Tensor:
     logits = torch.as_tensor(function(tokens))
     if logits.ndim != 3 or logits.shape[:2] != tokens.shape:

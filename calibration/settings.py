@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 from importlib.util import find_spec
 
-ACTIVATIONS = ("none", "static8", "static8-asymmetric", "token8", "token8-symmetric", "mxint8", "mxint6")
+ACTIVATION_FORMATS = ("none", "static8", "static8-asymmetric", "token8", "token8-symmetric", "mxint8", "mxint6")
 """What ``--activations`` takes, see `rankbook.calibration.activations.inputs`."""
 RANGES = ("minmax", "percentile", "mse")
 """How a static range is chosen, what ``--activation-range`` takes."""
@@ -18,7 +18,7 @@ ERROR_BRANCHES = ("none", "lqer", "l2qer", "qera-diag", "qera")
 SCALINGS = ("none", "awq", "smoothquant")
 """Kinds of input scaling that norms hide, see `rankbook.calibration.model.scaling`."""
 FORMATS = ("affine", "symmetric", "nf4", "mxint")
-"""Fixed levels, see `rankbook.calibration.methods.rtn`."""
+"""Fixed levels, see `rankbook.calibration.fitting.grids`."""
 EFFORTS = ("fast", "default", "high")
 """Training budgets: ``fast`` is the closed form alone."""
 

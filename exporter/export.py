@@ -162,7 +162,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
     dialect, dtype = dialects.dialect(options.dialect), DTYPES[options.dtype]
     int8 = options.activations == "int8"
     check_layers(dialect, (packed_layer(checkpoint, name, dtype, int8_activations=int8) for name in checkpoint.layers))
-    kind = "int8" if int8 else checkpoint.runtime.get("activations", {}).get("kind", "none")
+    kind = "int8" if int8 else checkpoint.settings.get("activations", {}).get("kind", "none")
     skeleton = build(checkpoint, dtype)
     model = trace(skeleton, options.logits, options.inputs)
     passes: list[ir.passes.InPlacePass] = [
@@ -203,7 +203,7 @@ def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint
     Raises:
         ValueError: It has others; the message says what to do.
     """
-    config = ActivationConfig.from_json(checkpoint.runtime.get("activations"))
+    config = ActivationConfig.from_json(checkpoint.settings.get("activations"))
     quantization = dict(checkpoint.config.get("quantization_config", {}))
     if options.weights_only:
         quantization.pop("activations", None)
@@ -219,9 +219,9 @@ def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint
             f"the checkpoint's activations {config.kind!r} round the inputs of packed layers already; give"
             " --weights-only to leave that out, or --activations float to keep it"
         )
-    if checkpoint.runtime.get("kv_bits"):
+    if checkpoint.settings.get("kv_bits"):
         raise ValueError(
-            f"the checkpoint's keys and values in {checkpoint.runtime['kv_bits']} bits (before the rotary embedding)"
+            f"the checkpoint's keys and values in {checkpoint.settings['kv_bits']} bits (before the rotary embedding)"
             " exist in PyTorch only; give --weights-only, and --kv int8 for a cache of 8 bits"
         )
     return checkpoint

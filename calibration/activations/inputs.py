@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankbook.calibration.activations import fake_quant
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.patterns import matches
-from rankbook.calibration.settings import ACTIVATIONS, RANGES
+from rankbook.calibration.settings import ACTIVATION_FORMATS, RANGES
 
 PERCENTILE = 99.99
 """Share of the inputs that the range ``percentile`` covers, in percent."""
@@ -47,7 +47,7 @@ class ActivationConfig:
     """How the inputs of packed layers are quantized, as config.json holds it.
 
     Attributes:
-        kind: One of `ACTIVATIONS`.
+        kind: One of `ACTIVATION_FORMATS`.
         ranges: For static kinds, the range of each layer's input by the layer's name.
         skip: Names of layers whose input is left alone; * and ? are wildcards.
 
@@ -123,13 +123,13 @@ def is_static(kind: str) -> bool:
 
 
 def check_kind(kind: str) -> None:
-    """Check that ``kind`` is one of `ACTIVATIONS`.
+    """Check that ``kind`` is one of `ACTIVATION_FORMATS`.
 
     Raises:
         ValueError: It is not.
     """
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"activations {kind!r} are unknown; choose one of {', '.join(ACTIVATIONS)}")
+    if kind not in ACTIVATION_FORMATS:
+        raise ValueError(f"activations {kind!r} are unknown; choose one of {', '.join(ACTIVATION_FORMATS)}")
 
 
 def install(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -> None:

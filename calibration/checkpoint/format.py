@@ -77,8 +77,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {error}") from error
 
     @property
-    def runtime(self) -> Mapping[str, Any]:
-        """Entries of quantization_config that act at run time, see `rankbook.calibration.activations.runtime`."""
+    def settings(self) -> Mapping[str, Any]:
+        """Entries of quantization_config beside the layers, see `rankbook.calibration.activations.settings`."""
         entries = self.config.get("quantization_config", {})
         return {key: entries[key] for key in ("activations", "kv_bits") if entries.get(key)}
 
@@ -112,7 +112,7 @@ class CheckpointParts:
         tensors: Every stored tensor by full name, packed ones included; tied ones once.
         manifest: The caller's part of the manifest; versions and hashes of files are added.
         save_extras: Called with the temporary folder to add tokenizer and generation config.
-        runtime: Further entries of quantization_config, see `rankbook.calibration.activations.runtime`.
+        settings: Further entries of quantization_config, see `rankbook.calibration.activations.settings`.
     """
 
     config: Mapping[str, Any]
@@ -120,7 +120,7 @@ class CheckpointParts:
     tensors: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
     save_extras: Callable[[Path], None] = lambda _: None
-    runtime: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SHARD_BYTES) -> None:
@@ -139,7 +139,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "layers": {name: spec.to_json() for name, spec in parts.layers.items()},
-            **parts.runtime,
+            **parts.settings,
         }
         _write_json(temporary / "config.json", {**parts.config, "quantization_config": quantization})
         parts.save_extras(temporary)
@@ -334,9 +334,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def iter_unquantized(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and tensor of everything that belongs to no packed layer, one at a time."""
-    for name in checkpoint.unquantized():
-        yield name, checkpoint.tensor(name)

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from rankbook.calibration.activations import runtime
+from rankbook.calibration.activations import settings
 from rankbook.calibration.checkpoint.format import (
     FORMAT_VERSION,
     QUANT_METHOD,
@@ -41,7 +41,7 @@ class ConfigPart:
         quant_method: ``rankbook``.
         format_version: Of the checkpoint.
         layers: Entries of `LayerSpec` by layer name.
-        activations: Entry of `rankbook.calibration.activations.runtime`, or None.
+        activations: Entry of `rankbook.calibration.activations.settings`, or None.
         kv_bits: Bits of keys and values, 0 where they are left alone.
     """
 
@@ -99,7 +99,7 @@ class QuantizerPart:
             if isinstance(module, PackedModule):
                 module.compute_dtype = model.dtype
         config = self.quantization_config
-        runtime.install(model, {"activations": config.activations, "kv_bits": config.kv_bits})
+        settings.install(model, {"activations": config.activations, "kv_bits": config.kv_bits})
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

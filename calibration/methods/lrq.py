@@ -72,12 +72,12 @@ class LrqConfig(Options):
         """Return how the divisors of a layer (rows, columns) are learned."""
         steps = self.training_steps()
         if self.compat:
-            rank = 0 if self.full_rank or _released_full(rows, columns) else _released_rank(rows, columns)
+            scaling_rank = 0 if self.full_rank or _released_full(rows, columns) else _released_rank(rows, columns)
             rate = self.rate or _COMPAT_RATE
-            return Divisors(rank, rank > 0, self.scale_rate or rate, rate, 1e-8)
-        rank = 0 if self.full_rank else min(self.rank or max(1, min(rows, columns) // 4), rows, columns)
+            return Divisors(scaling_rank, scaling_rank > 0, self.scale_rate or rate, rate, 1e-8)
+        scaling_rank = 0 if self.full_rank else min(self.rank or max(1, min(rows, columns) // 4), rows, columns)
         default = _REACH / max(1, steps)
-        return Divisors(rank, rank > 0, self.scale_rate or default, self.rate or default)
+        return Divisors(scaling_rank, scaling_rank > 0, self.scale_rate or default, self.rate or default)
 
     def training_steps(self) -> int:
         """Return the training steps per block."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.activations import runtime
+from rankbook.calibration.activations.settings import chosen_settings, in_block
 from rankbook.calibration.checkpoint.files import check_replaceable, sha256_file
 from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, versions, write_checkpoint
 from rankbook.calibration.data import CalibrationData, calibration_batches
@@ -96,10 +96,10 @@ def quantize_model(
     resumed = state.finished()
     run.blocks_in_order(data.tokens, state)
     run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
-    acting = runtime.settings(model, data.tokens, run.layers, options)
+    acting = chosen_settings(model, data.tokens, run.layers, options)
     report = run.report(output, data, resumed, start)
     manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
-    write_checkpoint(output, replace(_parts(model, tokenizer, run.specs(), manifest), runtime=acting))
+    write_checkpoint(output, replace(_parts(model, tokenizer, run.specs(), manifest), settings=acting))
     state.remove()
     run.reporter.tell("done", len(run.blocks.modules))
     return report
@@ -279,7 +279,7 @@ class _Run:
             for batch in torch.split(streams.inputs.values, capture.batch_size(streams.inputs.values)):
                 call(block, batch.float())
 
-        return runtime.in_block(block, f"{self.blocks.name}.{index}.", names, run, self.options)
+        return in_block(block, f"{self.blocks.name}.{index}.", names, run, self.options)
 
     def _scale_inputs(
         self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, described, near, option
 from rankbook.calibration.settings import (
-    ACTIVATIONS,
+    ACTIVATION_FORMATS,
     ALLOCATED,
     EFFORTS,
     ERROR_BRANCHES,
@@ -90,7 +90,7 @@ class QuantizeOptions(Seeded):
         "none",
         "inputs of packed layers: static8 (INT8, one step a tensor, exported as QuantizeLinear), token8 (one range a"
         " token), mxint8 and mxint6 (blocks of 16); the dynamic ones are for evaluation in PyTorch",
-        choices=ACTIVATIONS,
+        choices=ACTIVATION_FORMATS,
         group=WHAT,
     )
     kv_bits: int = option(

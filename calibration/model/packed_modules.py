@@ -184,13 +184,6 @@ def materialize_all(model: nn.Module) -> None:
             module.materialize()
 
 
-def dematerialize_all(model: nn.Module) -> None:
-    """Undo `materialize_all`."""
-    for module in model.modules():
-        if isinstance(module, PackedModule):
-            module.dematerialize()
-
-
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule ``name`` (dotted path)."""
     parent, _, child = name.rpartition(".")

@@ -25,14 +25,14 @@ class Divisors:
     """How a layer's divisors are learned.
 
     Attributes:
-        rank: Rank of L U; 0 for a full matrix.
+        scaling_rank: Rank of L U; 0 for a full matrix.
         columns: Whether there is one number per input feature (not in FlexRound).
         scale_rate: Step size of the grid scales' logarithms.
         rate: Step size of S.
         epsilon: Of Adam; small against gradients of about 1e-9 unless the released code's is wanted.
     """
 
-    rank: int
+    scaling_rank: int
     columns: bool = True
     scale_rate: float = 1e-3
     rate: float = 1e-3
@@ -142,13 +142,13 @@ class ScaledRounding:
 def _start_matrices(rows: int, columns: int, divisors: Divisors, seed: int) -> dict[str, Tensor]:
     """Return parameters of S that make it zero: only U is not, so that the first step moves L alone."""
     parts: dict[str, Tensor] = {}
-    if divisors.rank == 0:
+    if divisors.scaling_rank == 0:
         parts["full"] = torch.zeros(columns, rows)
     else:
         bound = 1 / math.sqrt(columns)
         generator = torch.Generator().manual_seed(seed)
-        parts["u"] = torch.rand(divisors.rank, columns, generator=generator) * (2 * bound) - bound
-        parts["l"] = torch.zeros(rows, divisors.rank)
+        parts["u"] = torch.rand(divisors.scaling_rank, columns, generator=generator) * (2 * bound) - bound
+        parts["l"] = torch.zeros(rows, divisors.scaling_rank)
     if divisors.columns:
         parts["column"] = torch.zeros(columns)
     return parts

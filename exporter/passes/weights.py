@@ -109,7 +109,7 @@ def packed_layer(
     owner = checkpoint.layers[name].shared_with or name
     embedding = checkpoint.layers[name].kind == "embedding"
     spec = checkpoint.layers[owner]
-    config = ActivationConfig.from_json(None if embedding else checkpoint.runtime.get("activations"))
+    config = ActivationConfig.from_json(None if embedding else checkpoint.settings.get("activations"))
     return PackedLayer(
         name,
         owner,

@@ -70,7 +70,7 @@ def test_a_cache_of_8_bits_gives_the_same_token_by_token_and_close_logits(work):
     }
     # Prompt and steps read the same codes; float32 sums in another order.
     assert relative(np.stack(rows), whole[7:]) < 1e-4
-    from rankbook.calibration.activations.runtime import override
+    from rankbook.calibration.activations.settings import override
 
     override(model.model, kind="none", kv_bits=0)
     # Half a step of 127 in keys and values.

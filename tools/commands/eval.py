@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.option import argument, option, required
-from rankbook.calibration.settings import ACTIVATIONS, KV_BITS
+from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.evaluate.options import EvalOptions
@@ -30,7 +30,7 @@ class Eval(EvalOptions, KernelOptions, Common):
     activations: str | None = option(
         None,
         "quantize the inputs of linear layers so, whatever the checkpoint says (PyTorch models only)",
-        choices=tuple(kind for kind in ACTIVATIONS if not kind.startswith("static")),
+        choices=tuple(kind for kind in ACTIVATION_FORMATS if not kind.startswith("static")),
     )
     kv_bits: int | None = option(
         None,

@@ -33,7 +33,7 @@ def rounds_inside(file: OnnxFile) -> bool:
 
 def match_settings(file: OnnxFile, torch_model: TorchModel) -> None:
     """Take from the torch model the settings of activations and cache that the file was exported without."""
-    from rankbook.calibration.activations.runtime import override
+    from rankbook.calibration.activations.settings import override
 
     kind = file.metadata.get("rankbook.activations", "none")
     if kind in ("none", "int8"):

@@ -52,7 +52,7 @@ class TorchModel(LanguageModel):
 
     def override(self, kind: str | None, kv_bits: int | None) -> None:
         """Replace the settings of activations and cache."""
-        from rankbook.calibration.activations.runtime import override
+        from rankbook.calibration.activations.settings import override
 
         override(self.model, kind=kind, kv_bits=kv_bits)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rankbook.calibration.activations import fake_quant, kv_cache, runtime
+from rankbook.calibration.activations import fake_quant, kv_cache, settings
 from rankbook.calibration.activations import inputs as activations
 from rankbook.calibration.activations.inputs import (
     ActivationConfig,
@@ -25,7 +25,7 @@ from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookLinear, packed_modules
-from rankbook.calibration.settings import ACTIVATIONS, RANGES
+from rankbook.calibration.settings import ACTIVATION_FORMATS, RANGES
 from tests.calibration import problems
 from tests.calibration.problems import block_loss
 from tests.calibration.records import random_record
@@ -60,14 +60,14 @@ def entering(model: Any, ids: torch.Tensor, *, after: bool) -> dict[str, torch.T
     return seen
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS[1:])
+@pytest.mark.parametrize("kind", ACTIVATION_FORMATS[1:])
 def test_a_checkpoint_is_loaded_with_its_activations(kind, tmp_path):
     folder = quantized(tmp_path, activations=kind, activation_range="minmax")
     model, _ = load_model(folder)
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     before, after = entering(copy.deepcopy(model), ids, after=False), entering(model, ids, after=True)
     assert len(after) == 14
-    config = ActivationConfig.from_json(open_checkpoint(folder).runtime["activations"])
+    config = ActivationConfig.from_json(open_checkpoint(folder).settings["activations"])
     for name, x in before.items():
         if kind == "token8":
             want = fake_quant.per_token(x, 8)
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_loaded_with_its_activations(kind, tmp_path):
 
 def test_shared_inputs_have_one_range_and_the_output_layer_none(tmp_path):
     folder = quantized(tmp_path, activations="static8", quantize_lm_head=8)
-    ranges = open_checkpoint(folder).runtime["activations"]["ranges"]
+    ranges = open_checkpoint(folder).settings["activations"]["ranges"]
     assert "lm_head" not in ranges
     attention = "model.layers.0.self_attn"
     assert ranges[f"{attention}.q_proj"] == ranges[f"{attention}.k_proj"] == ranges[f"{attention}.v_proj"]
@@ -117,7 +117,7 @@ def test_mxint_rounds_the_results_of_both_factors_of_the_error_branch():
 @pytest.mark.parametrize("kind", ["static8", "token8"])
 def test_inputs_of_skipped_layers_are_left_alone(kind, tmp_path):
     folder = quantized(tmp_path, activations=kind, activation_skip=("*.down_proj",))
-    ranges = open_checkpoint(folder).runtime["activations"].get("ranges", {})
+    ranges = open_checkpoint(folder).settings["activations"].get("ranges", {})
     assert not any(name.endswith("down_proj") for name in ranges)
     model, _ = load_model(folder)
     ids = torch.randint(0, 256, (1, 6), generator=torch.Generator().manual_seed(0))
@@ -189,9 +189,9 @@ def test_8_bit_activations_change_little_and_4_bit_keys_more(tmp_path):
         plain = model(ids).logits
         differences = {}
         for name, kind, kv_bits in (("token8", "token8", 0), ("kv8", "none", 8), ("kv4", "none", 4)):
-            runtime.override(model, kind=kind, kv_bits=kv_bits)
+            settings.override(model, kind=kind, kv_bits=kv_bits)
             differences[name] = float((model(ids).logits - plain).abs().max() / plain.abs().max())
-        runtime.override(model, kind="none", kv_bits=0)
+        settings.override(model, kind="none", kv_bits=0)
         assert torch.equal(model(ids).logits, plain)
     assert 0 < differences["token8"] < 0.05
     assert 0 < differences["kv8"] < differences["kv4"] < 0.5
@@ -318,7 +318,7 @@ def test_unknown_settings_are_refused(options, said):
 def test_settings_that_cannot_be_applied_are_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"need calibrated ranges.*rankbook quantize --activations static8"):
-        runtime.override(model, kind="static8", kv_bits=None)
+        settings.override(model, kind="static8", kv_bits=None)
     with pytest.raises(ValueError, match="no input range for"):
         activations.install(model, ActivationConfig("static8", {"x": StaticRange(0.1)}), ["model.layers.0.mlp.up_proj"])
     with pytest.raises(ValueError, match="is damaged"):

@@ -162,15 +162,15 @@ def test_flexround_is_found_by_name_and_is_lrq_with_a_full_matrix() -> None:
     assert all(torch.equal(ours[name].codes, theirs[name].codes) for name in ours)
     assert {record.method for record in ours.values()} == {"flexround"}
     divisors = config.divisors(64, 128)
-    assert divisors.rank == 0
+    assert divisors.scaling_rank == 0
     assert not divisors.columns
 
 
 def test_the_rank_defaults_to_a_quarter_and_is_cut_to_what_exists() -> None:
-    assert LrqConfig().divisors(4096, 4096).rank == 1024
-    assert LrqConfig().divisors(576, 192).rank == 48
-    assert LrqConfig(rank=500).divisors(576, 192).rank == 192
-    assert LrqConfig(rank=7).divisors(576, 192).rank == 7
+    assert LrqConfig().divisors(4096, 4096).scaling_rank == 1024
+    assert LrqConfig().divisors(576, 192).scaling_rank == 48
+    assert LrqConfig(rank=500).divisors(576, 192).scaling_rank == 192
+    assert LrqConfig(rank=7).divisors(576, 192).scaling_rank == 7
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_rank_defaults_to_a_quarter_and_is_cut_to_what_exists() -> None:
 )
 def test_compat_has_the_ranks_of_the_released_code(shape: tuple[int, int], rank: int) -> None:
     divisors = COMPAT.divisors(*shape)
-    assert divisors.rank == rank
+    assert divisors.scaling_rank == rank
     assert divisors.columns == (rank > 0)
     assert divisors.rate == divisors.scale_rate == 5e-4
 

@@ -13,7 +13,6 @@ from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
     CodebookLinear,
     TiedCodebookLinear,
-    dematerialize_all,
     materialize_all,
     packed_modules,
     replace_module,
@@ -101,11 +100,12 @@ def test_tied_layer_shares_the_tensors_of_its_embedding() -> None:
     assert torch.equal(copied.head.record().weight(), record.weight())
 
 
-def test_materialize_all_and_back() -> None:
+def test_materialize_and_back() -> None:
     model = nn.Sequential(nn.Linear(48, 48), nn.ReLU())
     replace_module(model, "0", CodebookLinear.from_record(random_record(48)))
     assert list(packed_modules(model)) == ["0"]
     materialize_all(model)
     assert model[0].weight is model[0].weight
-    dematerialize_all(model)
+    layer: Any = model[0]
+    layer.dematerialize()
     assert model[0].weight is not model[0].weight

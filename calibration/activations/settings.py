@@ -22,11 +22,8 @@ from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.patterns import matches
 
-KEYS = ("activations", "kv_bits")
-"""Names of the entries."""
 
-
-def settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) -> dict[str, Any]:
+def chosen_settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) -> dict[str, Any]:
     """Return the entries that `QuantizeOptions` ask for; static ranges are calibrated.
 
     Args:
@@ -103,7 +100,7 @@ def override(model: Any, *, kind: str | None, kv_bits: int | None) -> None:
 
     Args:
         model: A checkpoint, or any causal language model: the linear layers of its blocks are quantized then.
-        kind: ``none`` or a dynamic kind of `rankbook.calibration.settings.ACTIVATIONS`.
+        kind: ``none`` or a dynamic kind of `rankbook.calibration.settings.ACTIVATION_FORMATS`.
         kv_bits: One of `rankbook.calibration.settings.KV_BITS`.
 
     Raises:
