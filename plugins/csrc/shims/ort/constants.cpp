@@ -198,7 +198,8 @@ WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : c
 
   constants.expect_type(codes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
   constants.expect(codes, {{weight_.panels(), weight_.blocks(), bits, kPanel, 4}});
-  constants.expect_type(codes + 1, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16});
+  // ONNX Runtime casts every fp16 input of a node that stands between nodes without fp16 kernels, constants too.
+  constants.expect_type(codes + 1, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
   const Shape levels = constants.shape(codes + 1);
   const int64_t width = int64_t{1} << bits;
   if (levels.size() != 2 || levels[1] != width || levels[0] <= offset || levels[0] > width) {
