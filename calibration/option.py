@@ -82,7 +82,7 @@ class Described:
 
     def shown_default(self) -> str:
         """Return the default for people; empty where nothing is set."""
-        if self.default in (MISSING, None, False, (), {}):
+        if self.default is MISSING or self.default is None or self.default is False or self.default in ((), {}):
             return ""
         return " ".join(map(str, self.default)) if self.many else str(self.default)
 

@@ -26,7 +26,7 @@ class ExportOptions(Options):
     dialect: str = option(
         dialects.NATIVE,
         "operators of packed layers: rankbook (its own, any method), qdq (standard DequantizeLinear, which TensorRT"
-        " fuses: symmetric 4 or 8 bits), ort (MatMulNBits of ONNX Runtime: affine 2 or 4 bits, symmetric 8)",
+        " fuses), ort (MatMulNBits of ONNX Runtime); a layer that a dialect cannot hold is refused with the reason",
         choices=dialects.names(),
     )
     activations: str = option(

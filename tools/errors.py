@@ -41,11 +41,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; earlier outputs are as they were", INTERRUPTED
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"the package {error.name!r} is not installed; `rankbook doctor` lists what each package enables",
-            MISSING,
-        )
+    if isinstance(error, ImportError):
+        return _missing(error), MISSING
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}; earlier outputs are as they were; free some space and run again", USAGE
@@ -56,6 +53,15 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "out of memory; use fewer calibration sequences or a shorter context", CHECK_FAILED
     return f"{type(error).__name__}: {_first_lines(str(error))}; run again with --debug for the traceback", CHECK_FAILED
+
+
+def _missing(error: ImportError) -> str:
+    """Return the sentence of an import that failed: that of whoever wrote one, in place of Python's own."""
+    if isinstance(error, ModuleNotFoundError) and str(error).startswith("No module named"):
+        return f"the package {error.name!r} is not installed; `rankbook doctor` lists what each package enables"
+    if str(error).startswith("cannot import name"):
+        return f"{_first_lines(str(error))}; another version of the package is needed: `rankbook doctor` lists them"
+    return _first_lines(str(error))
 
 
 def _first_lines(text: str, limit: int = 600) -> str:

@@ -100,6 +100,17 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path
         (errors.MissingError("no GPU"), 3, "no GPU"),
         (ValueError("bits 5; choose 2, 3, 4, 8"), 2, "choose"),
         (ModuleNotFoundError("No module named 'gguf'", name="gguf"), 3, "'gguf' is not installed"),
+        (
+            ModuleNotFoundError("it needs scipy: pip install scipy", name="scipy"),
+            3,
+            "it needs scipy: pip install scipy",
+        ),
+        (
+            ImportError("FP8 needs\n\naccelerate: pip install accelerate"),
+            3,
+            "FP8 needs accelerate: pip install accelerate",
+        ),
+        (ImportError("cannot import name 'a' from 'onnx' (x.py)", name="onnx"), 3, "another version of the package"),
         (OSError(errno.ENOSPC, "No space left on device", "out/model.onnx"), 2, "disk is full while writing out/model"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 2, "a.txt does not exist"),
         (KeyboardInterrupt(), 130, "interrupted"),
