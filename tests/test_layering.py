@@ -198,3 +198,11 @@ def test_plugins_need_only_numpy() -> None:
     code += "print(sorted({n.split('.')[0] for n in sys.modules} & {'torch', 'onnx', 'transformers', 'onnxruntime'}))\n"
     code += f"print(sorted({{n.split('.')[1] for n in sys.modules if n.startswith('rankbook.')}} & set({PARTS})))"
     assert run_python(code).splitlines() == ["[]", "['plugins']"]
+
+
+def test_the_verbs_are_found_without_any_library() -> None:
+    """A shell waits for ``rankbook --help``; what a verb computes with is loaded when it runs."""
+    heavy = sorted({library for libraries in OWN_LIBRARIES.values() for library in libraries} | LAZY)
+    code = "import sys\nfrom rankbook.tools.commands import discover\nfrom rankbook.tools.flags import flags_of\n"
+    code += f"for c in discover().values(): flags_of(c.options)\nprint(sorted(set({heavy}) & set(sys.modules)))"
+    assert run_python(code) == "[]"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankbook.calibration.option import argument
 from rankbook.tools.command import Command, Common, Outcome
-from rankbook.tools.inspect.inspection import Inspection, inspect
 from rankbook.tools.report import Table, plain
+
+if TYPE_CHECKING:
+    from rankbook.tools.inspect.inspection import Inspection
 
 _SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version")
 
@@ -25,6 +28,8 @@ class Inspect(Common):
 
 def run(options: Inspect) -> Outcome:
     """Describe it."""
+    from rankbook.tools.inspect.inspection import inspect
+
     found = inspect(options.path)
     report = {**plain(found), "bits_per_weight": found.bits_per_weight}
     return Outcome(report=report, tables=[_table(found)], text=_summary(found))
