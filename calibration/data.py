@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration import text as reading
+from rankbook.calibration.model.continuation import Continuation
 from rankbook.calibration.notes import note
 from rankbook.calibration.text import Text, pieces, plain_text, read_text, sample_pieces
 
@@ -174,13 +175,10 @@ def sample_from_model(model: Any, sequences: int, length: int, seed: int, prefix
 
 @torch.no_grad()
 def _sample_batch(model: Any, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    tokens, past, count = [first], None, first.shape[1]
-    while count < length:
-        output = model(input_ids=tokens[-1], past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(-1)
+    tokens, text = [first], Continuation(model)
+    for _ in range(length - first.shape[1]):
+        probabilities = text.extend(tokens[-1]).softmax(-1)
         tokens.append(torch.multinomial(probabilities, 1, generator=generator))
-        count += 1
     return torch.cat(tokens, dim=1)
 
 

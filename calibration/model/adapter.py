@@ -199,6 +199,10 @@ class ModelAdapter:
         found = [module for name, module in self.model.named_modules() if hasattr(module, "inv_freq")]
         return found[0] if len(found) == 1 else None
 
+    def restart_at(self) -> int:
+        """Return the length of text beyond which ``generate`` of transformers computes the cache again; 0 for never."""
+        return 0
+
 
 def adapter_of(model: Any) -> ModelAdapter:
     """Return the adapter of a transformers model.

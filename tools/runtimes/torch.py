@@ -40,7 +40,7 @@ class TorchModel(LanguageModel):
         materialize_all(self.model)
         self.name = f"torch {source}"
         self._source = Path(source)
-        self._cache: Any = None
+        self._text: Any = None
 
     @property
     def file_bytes(self) -> int:
@@ -66,7 +66,9 @@ class TorchModel(LanguageModel):
 
     def start(self, tokens: Tokens) -> Logits:
         """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
-        self._cache = None
+        from rankbook.calibration.model.continuation import Continuation
+
+        self._text = Continuation(self.model)
         return self._advance(tokens)
 
     def step(self, token: int) -> Logits:
@@ -79,9 +81,7 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            output = self.model(input_ids=torch.from_numpy(tokens), past_key_values=self._cache, use_cache=True)
-        self._cache = output.past_key_values
-        last: Logits = output.logits[0, -1].float().numpy()
+            last: Logits = self._text.extend(torch.from_numpy(tokens))[0].numpy()
         return last
 
 
