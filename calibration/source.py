@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -110,8 +111,24 @@ def _engine(folder: Path) -> str | None:
     return ENGINE_NAME if (folder / ENGINE_MANIFEST).is_file() else None
 
 
+def is_checkpoint(folder: str | Path) -> bool:
+    """Return whether a folder is a checkpoint of this project: by its manifest, or by config.json and weights.
+
+    The manifest is missing where transformers has saved the model again.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ours = config["quantization_config"]["quant_method"] == "rankbook"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return ours and any(folder.glob("*.safetensors"))
+
+
 def _checkpoint(folder: Path) -> str | None:
-    return "" if (folder / MANIFEST).is_file() else None
+    return "" if is_checkpoint(folder) else None
 
 
 def _onnx(folder: Path) -> str | None:

@@ -29,7 +29,7 @@ from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.kv_cache import QuantizeCache
 from rankbook.exporter.passes.masks import CheckMasks
 from rankbook.exporter.passes.merge import MergeProducts
-from rankbook.exporter.passes.metadata import CONTEXT, AddMetadata
+from rankbook.exporter.passes.metadata import CONTEXT, DATA_SHA256, AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
@@ -122,13 +122,13 @@ def export(
     options = options or ExportOptions()
     output = Path(output_dir).absolute()
     check_replaceable(output, MODEL)
-    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir)), options)
+    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir, verify=True)), options)
     report = progress or _silent
     report("trace", 0, 1)
     model = build_model(checkpoint, options)
     with replaced_folder(output, MODEL) as folder:
         digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))
-        model.metadata_props["rankbook.data_sha256"] = digest
+        model.metadata_props[DATA_SHA256] = digest
         ir.save(model, folder / MODEL)
         _copy_extras(checkpoint, folder)
         if problems := conform.check_model(folder / MODEL):

@@ -8,20 +8,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
+from rankbook.calibration.checkpoint.integrity import (
+    INDEX,
+    WEIGHTS,
+    check_files,
+    check_tensors,
+    member,
+    opened,
+    read_json,
+    read_layers,
+    tensor_files,
+)
+from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
+from rankbook.calibration.source import is_checkpoint as is_checkpoint
 from rankbook.plugins.layer_spec import LayerSpec
 
 FORMAT_VERSION = 1
@@ -30,12 +43,6 @@ QUANT_METHOD = "rankbook"
 """Value of ``quant_method`` in config.json."""
 SHARD_BYTES = 2 << 30
 """Largest size of one safetensors file, unless a single tensor is larger."""
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, of another version or not one of ours."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,24 @@ class Checkpoint:
         owner = self.layers[name].shared_with or name
         spec = self.layers[owner]
         try:
-            tensors = {part: self.tensor(f"{owner}.{part}") for part in spec.tensors()}
-            spec.check(tensors, owner)
-            return QuantizedLinear.unpack(tensors, spec)
+            return QuantizedLinear.unpack({part: self.part(owner, part) for part in spec.tensors()}, spec)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {owner}: {error}") from error
+
+    def part(self, name: str, part: str) -> Tensor:
+        """Return one tensor of a packed layer that has its own.
+
+        Raises:
+            CheckpointError: There is none, its file is damaged, or it is not what the layer's entry says.
+        """
+        tensor = self.tensor(f"{name}.{part}")
+        try:
+            self.layers[name].tensors()[part].check(f"{name}.{part}", tensor)
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
+        return tensor
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -86,16 +106,18 @@ class Checkpoint:
         """Return one stored tensor by its full name.
 
         Raises:
-            CheckpointError: There is none, or its file is damaged.
+            CheckpointError: There is none, its file is damaged, or it holds NaN or infinity.
         """
         file = self.files.get(name)
         if file is None:
             raise CheckpointError(
                 f"{self.folder} holds no tensor {name!r}; the checkpoint is incomplete, write it again"
             )
-        with _opened(self.folder / file) as stream:
+        with opened(self.folder / file) as stream:
             tensor: Tensor = stream.get_tensor(self.stored_names.get(name, name))
-            return tensor
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{self.folder}: {name} holds NaN or infinity; write or copy the checkpoint again")
+        return tensor
 
     def unquantized(self) -> list[str]:
         """Return the names of the tensors that belong to no packed layer (norms, embeddings, ...)."""
@@ -154,29 +176,41 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
 def open_checkpoint(folder: str | Path, *, verify: bool = False) -> Checkpoint:
     """Open a checkpoint.
 
+    One that transformers saved again (``save_pretrained``) has no manifest: its files say all that is known.
+
     Args:
         folder: What `write_checkpoint` wrote.
-        verify: Also compare the SHA-256 of every file; without it only sizes are compared.
+        verify: Also compare the SHA-256 of every file of weights; without it only sizes are compared.
 
     Raises:
         CheckpointError: Not a checkpoint, another version, or a file is missing, truncated or changed.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
+    if not is_checkpoint(folder):
         raise CheckpointError(f"{folder} holds no {MANIFEST}; give a folder written by 'rankbook quantize'")
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else _resaved(folder, verify)
     check_version(manifest.get("format_version"), folder / MANIFEST)
-    _check_files(folder, manifest, verify)
-    config = _read_json(folder / "config.json")
-    quantization = config.get("quantization_config", {})
+    check_files(folder, manifest, verify=verify)
+    if "layers" in manifest:
+        member(manifest, "layers", folder / MANIFEST)
+    config = read_json(folder / "config.json")
+    quantization = member(config, "quantization_config", folder / "config.json")
     if quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder}/config.json has no quantization_config of rankbook; write it again")
     check_version(quantization.get("format_version"), folder / "config.json")
-    try:
-        layers = {name: LayerSpec.from_json(name, entry) for name, entry in quantization["layers"].items()}
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
-    return Checkpoint(folder, config, manifest, layers, _tensor_files(folder))
+    layers, files = read_layers(quantization.get("layers"), folder / "config.json"), tensor_files(folder)
+    check_tensors(folder, layers, files)
+    return Checkpoint(folder, config, manifest, layers, files)
+
+
+def _resaved(folder: Path, verify: bool) -> dict[str, Any]:
+    """Return a manifest for a checkpoint that another program has saved: what its files are now."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path) if verify else "-" * 64}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+    note = f"saved again without {MANIFEST}: errors of layers, and whether weights have changed, are not known"
+    return {"format_version": FORMAT_VERSION, "note": note, "files": files}
 
 
 _LANGUAGE = "model.language_model."
@@ -210,13 +244,14 @@ def language_view(checkpoint: Checkpoint) -> Checkpoint:
         for name, spec in checkpoint.layers.items()
     }
     quantization = dict(config.get("quantization_config", {}))
-    if ranges := quantization.get("activations", {}).get("ranges"):
+    if ranges := (quantization.get("activations") or {}).get("ranges"):
         renamed = {language_name(name): found for name, found in ranges.items()}
         quantization["activations"] = {**quantization["activations"], "ranges": renamed}
     noted = {language_name(name): entry for name, entry in checkpoint.manifest.get("layers", {}).items()}
+    text = member(config, "text_config", checkpoint.folder / "config.json")
     return replace(
         checkpoint,
-        config={**config["text_config"], "quantization_config": quantization},
+        config={**text, "quantization_config": quantization},
         manifest={**checkpoint.manifest, "layers": noted},
         layers=layers,
         files={name: checkpoint.files[stored] for name, stored in inside.items()},
@@ -233,11 +268,6 @@ def load_records(folder: str | Path) -> dict[str, QuantizedLinear]:
     checkpoint = open_checkpoint(folder)
     records = {name: checkpoint.record(name) for name, spec in checkpoint.layers.items() if not spec.shared_with}
     return {name: records[spec.shared_with or name] for name, spec in checkpoint.layers.items()}
-
-
-def is_checkpoint(folder: str | Path) -> bool:
-    """Return whether ``folder`` looks like one of our checkpoints."""
-    return (Path(folder) / MANIFEST).is_file()
 
 
 def check_version(version: object, where: Path | str) -> None:
@@ -278,7 +308,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
         shards[-1][name] = tensor.detach().contiguous()
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -286,50 +316,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> None:
-    for name, entry in manifest.get("files", {}).items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, write or copy it again")
-        # Small text files may be edited by hand (a chat template, a generation setting); weights may not.
-        if path.suffix == ".safetensors" and path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}: truncated; copy it again"
-            )
-        if verify and path.suffix == ".safetensors" and sha256_file(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} has changed since it was written (SHA-256 differs); copy it again")
-
-
-def _tensor_files(folder: Path) -> dict[str, str]:
-    if (folder / _INDEX).is_file():
-        return dict(_read_json(folder / _INDEX)["weight_map"])
-    with _opened(folder / _WEIGHTS) as stream:
-        return dict.fromkeys(stream.keys(), _WEIGHTS)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """`safe_open` whose errors are `CheckpointError`."""
-    try:
-        with safe_open(path, framework="pt") as stream:
-            yield stream
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; it is missing or truncated, copy it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}; the checkpoint is damaged, write or copy it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not an object; the checkpoint is damaged")
-    return content
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import only what transformers has loaded by then: the base classes that it joins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rankbook.calibration.checkpoint.format import (
     is_checkpoint,
     open_checkpoint,
 )
+from rankbook.calibration.checkpoint.integrity import check_tensors, read_layers
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
     CodebookLinear,
@@ -56,20 +58,19 @@ class ConfigPart:
         """Check the version and every entry.
 
         Raises:
-            CheckpointError: Another format version.
-            ValueError: A damaged entry.
+            CheckpointError: Another format version, or a damaged entry.
         """
         check_version(format_version, "quantization_config")
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.layers = layers or {}
+        self.layers = {} if layers is None else layers
         self.activations = activations
         self.kv_bits = kv_bits
         self.specs()
 
     def specs(self) -> dict[str, LayerSpec]:
         """Return the packed layers by name."""
-        return {name: LayerSpec.from_json(name, entry) for name, entry in self.layers.items()}
+        return read_layers(self.layers, "quantization_config")
 
 
 class QuantizerPart:
@@ -95,9 +96,10 @@ class QuantizerPart:
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        for module in packed_modules(model).values():
+        for name, module in packed_modules(model).items():
             if isinstance(module, PackedModule):
                 module.compute_dtype = model.dtype
+                _check_values(name, module)
         config = self.quantization_config
         settings.install(model, {"activations": config.activations, "kv_bits": config.kv_bits})
         return model
@@ -176,11 +178,20 @@ def _check_complete(specs: Mapping[str, LayerSpec], files: Sequence[str]) -> Non
     for file in files:
         with safe_open(file, framework="pt") as stream:
             stored |= set(stream.keys())
-    wanted = [f"{n}.{part}" for n, spec in specs.items() if not spec.shared_with for part in spec.tensors()]
-    if files and (missing := [name for name in wanted if name not in stored]):
-        raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; write or copy it again"
-        )
+    if files:
+        check_tensors("the checkpoint", specs, stored)
+
+
+def _check_values(name: str, module: PackedModule) -> None:
+    """Refuse damaged tensors; the bias follows the dtype of the model, the others are data."""
+    for part, form in module.spec.tensors().items():
+        tensor = module.get_buffer(part)
+        try:
+            (replace(form, dtype=str(tensor.dtype).removeprefix("torch.")) if part == "bias" else form).check(
+                f"{name}.{part}", tensor
+            )
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def _dense(module: Any, dtype: torch.dtype) -> nn.Module:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.checkpoint.integrity import read_layers
 from rankbook.calibration.model.packed_modules import CodebookLinear
-from rankbook.plugins.layer_spec import LayerSpec
 
 _STATE, _TOKENS = "state.json", "tokens.safetensors"
 
@@ -91,17 +91,10 @@ class PartialState:
         """
         try:
             with safe_open(self._path(index), framework="pt") as stream:
-                metadata = stream.metadata()
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
+                return _block(tensors, stream.metadata())
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path(index)} is damaged ({error}); start again without --resume") from error
-        layers = {}
-        for name, entry in json.loads(metadata["layers"]).items():
-            spec = LayerSpec.from_json(name, entry)
-            layers[name] = CodebookLinear(spec, {part: tensors[f"{name}.{part}"] for part in spec.tensors()})
-        others = json.loads(metadata["others"])
-        changed = {name: tensors[name] for name in others["tensors"]}
-        return BlockResult(layers, json.loads(metadata["errors"]), changed, others["scaled"])
 
     def tokens(self) -> tuple[Tensor, str] | None:
         """Return the calibration tokens (sequences, length) of the interrupted run and their description, if stored."""
@@ -131,6 +124,15 @@ class PartialState:
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
+
+
+def _block(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockResult:
+    layers = {}
+    for name, spec in read_layers(json.loads(metadata["layers"]), "the list of layers").items():
+        layers[name] = CodebookLinear(spec, {part: tensors[f"{name}.{part}"] for part in spec.tensors()})
+    others = json.loads(metadata["others"])
+    changed = {name: tensors[name] for name in others["tensors"]}
+    return BlockResult(layers, json.loads(metadata["errors"]), changed, others["scaled"])
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def packed_layer(
         owner,
         spec,
         embedding,
-        lambda part: checkpoint.tensor(f"{owner}.{part}"),
+        lambda part: checkpoint.part(owner, part),
         dtype,
         config.ranges.get(name),
         config.symmetric,

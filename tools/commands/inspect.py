@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankbook.calibration.option import argument
+from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.report import Table, plain
 
@@ -24,13 +24,14 @@ class Inspect(Common):
     path: Path = argument(
         "checkpoint, exported folder, .onnx file, engine folder, Hugging Face folder or GGUF", metavar="ANY"
     )
+    verify: bool = option(True, "read the weights and compare their SHA-256 with what was written")
 
 
 def run(options: Inspect) -> Outcome:
     """Describe it."""
     from rankbook.tools.inspect.inspection import inspect
 
-    found = inspect(options.path)
+    found = inspect(options.path, verify=options.verify)
     report = {**plain(found), "bits_per_weight": found.bits_per_weight}
     return Outcome(report=report, tables=[_table(found)], text=_summary(found))
 
@@ -76,6 +77,7 @@ def _summary(found: Inspection) -> str:
             f"{left['share']:.1%} of the weights are in float" + (f", the largest are {largest}" if largest else "")
         )
     lines += [f"{key}: {found.facts[key]}" for key in _SHORT if key in found.facts]
+    lines += [f"NOTE: {found.facts['note']}"] if "note" in found.facts else []
     lines += [f"{tool}: {command}" for tool, command in found.facts.get("commands", {}).items()]
     if metadata := found.facts.get("metadata"):
         lines += [f"{key}: {value}" for key, value in sorted(metadata.items()) if len(value) <= 100]

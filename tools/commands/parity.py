@@ -41,6 +41,9 @@ class Parity(ParityOptions, ExactKernelOptions, Common):
 
 def run(options: Parity) -> Outcome:
     """Compare, report, decide."""
+    from rankbook.calibration.checkpoint.format import open_checkpoint
+    from rankbook.exporter import external
+    from rankbook.exporter.passes.metadata import DATA_SHA256
     from rankbook.tools.evaluate import parity
     from rankbook.tools.inspect import onnx_file
     from rankbook.tools.runtimes import find
@@ -50,10 +53,13 @@ def run(options: Parity) -> Outcome:
     runtime, source = find(options.model, options.chosen_kernels())
     if options.tokens <= parity.CACHED_TOKENS:
         raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
-    onnx_file.require_ours(onnx_file.read(source.path))
+    file = onnx_file.read(source.path)
+    onnx_file.require_ours(file)
+    external.verify(file.path, file.metadata.get(DATA_SHA256))
     checkpoint = _checkpoint(source.path, options.checkpoint)
     if checkpoint is None:
         raise UsageError(f"the checkpoint of {options.model} is not where it was; name it with --checkpoint DIR")
+    open_checkpoint(checkpoint, verify=True)
     console = Console(quiet=options.quiet)
     with console.progress("parity") as progress:
         progress(0.0, "loading")

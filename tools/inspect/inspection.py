@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, Kind, identify
+from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, Kind, Source, identify
 from rankbook.plugins.forms import TensorSpec
 from rankbook.plugins.layer_spec import LayerSpec, bits_of
 from rankbook.tools.errors import UsageError
@@ -79,21 +79,41 @@ class Inspection:
         return bits / weights if weights else None
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, verify: bool = True) -> Inspection:
     """Describe whatever ``path`` is.
 
     >>> found = rankbook.inspect("onnx")
     >>> found.layers[0].name, found.layers[0].bits
     ('model.layers.0.self_attn.q_proj', 4)
 
+    Args:
+        path: Anything that `Kind` has.
+        verify: Read the weights of a checkpoint or an exported file and compare their SHA-256 with what was written.
+
     Raises:
-        UsageError: It is none of the things that can be described.
+        UsageError: It is none of the things that can be described, or it is damaged.
     """
     try:
         found = identify(path, _DESCRIBE)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if verify:
+        _verify(found)
     return _DESCRIBE[found.kind](found.path.parent if found.kind is Kind.ENGINE else found.path)
+
+
+def _verify(source: Source) -> None:
+    from rankbook.calibration.checkpoint.format import open_checkpoint
+    from rankbook.exporter import external
+    from rankbook.exporter.passes.metadata import DATA_SHA256
+
+    try:
+        if source.kind is Kind.CHECKPOINT:
+            open_checkpoint(source.path, verify=True)
+        elif source.kind is Kind.ONNX:
+            external.verify(source.path, onnx_file.read(source.path).metadata.get(DATA_SHA256))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _checkpoint(path: Path) -> Inspection:

@@ -1,0 +1,57 @@
+"""Finished blocks come back as they were saved, and a damaged file is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.calibration.model.resume import BlockResult, PartialState
+from tests.calibration.records import random_record
+
+
+def saved(folder: Path) -> tuple[PartialState, CodebookLinear]:
+    """Save one block of one layer."""
+    state = PartialState(folder / "out", {}, resume=False)
+    layer = CodebookLinear.from_record(random_record(bias=True, rank=2))
+    state.save(0, BlockResult({"a.b": layer}, {"a.b": 0.5}, {"a.norm": torch.ones(3)}, ["a.b"]))
+    return state, layer
+
+
+def test_a_block_comes_back(tmp_path: Path) -> None:
+    state, layer = saved(tmp_path)
+    found = state.load(0)
+    assert found.layers["a.b"].spec == layer.spec
+    assert all(torch.equal(t, layer.packed()[name]) for name, t in found.layers["a.b"].packed().items())
+    assert (found.errors, list(found.tensors), found.scaled) == ({"a.b": 0.5}, ["a.norm"], ["a.b"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, notes: notes.pop("layers"),
+        lambda tensors, notes: notes.update(layers="["),
+        lambda tensors, notes: notes.update(layers="[]"),
+        lambda tensors, notes: notes.update(layers=json.dumps({"a.b": {"bits": 3}})),
+        lambda tensors, notes: notes.update(others="3"),
+        lambda tensors, notes: tensors.pop("a.b.step"),
+        lambda tensors, notes: tensors["a.b.step"].fill_(torch.nan),
+        lambda tensors, notes: tensors.update({"a.b.codes": torch.zeros(3)}),
+    ],
+)
+def test_a_damaged_block_is_named(tmp_path: Path, damage: Any) -> None:
+    state, _ = saved(tmp_path)
+    path = next(state.folder.glob("block-*"))
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as stream:
+        notes = stream.metadata()
+    damage(tensors, notes)
+    save_file(tensors, path, metadata=notes)
+    with pytest.raises(ValueError, match=r"block-00000.safetensors is damaged .*start again without --resume"):
+        state.load(0)
