@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.option import Seeded, Threaded, option
 from rankbook.calibration.settings import EFFORTS, ERROR_BRANCHES
 from rankbook.plugins.widths import BITS
@@ -42,7 +43,9 @@ class DemoOptions(Seeded, Threaded):
     steps: int = option(40, "training steps per block; 0: the effort's", metavar="N", least=0)
     error_branch: str = option("qera", "kind of the error branch", choices=ERROR_BRANCHES)
     error_rank: int = option(16, "rank of the error branch", metavar="Q", least=1)
-    calib_sequences: int = option(32, "calibration windows of 512 tokens", metavar="N", least=1)
+    calib_sequences: int = option(
+        32, f"calibration windows of {QuantizeOptions.calib_length} tokens", metavar="N", least=1
+    )
     max_tokens: int = option(4096, "tokens to evaluate on", metavar="N", least=1)
     compute_capability: tuple[str, ...] = option(("SM86",), "GPUs to build the engine for", metavar="SM")
 

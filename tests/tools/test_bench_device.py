@@ -97,19 +97,19 @@ def test_layers_and_peers_run_on_the_cuda_provider_alone(sessions, monkeypatch, 
 
 def test_models_run_with_native_cuda(tmp_path, monkeypatch, sessions) -> None:
     """Those that do not choose kernels; turns are timed on the wall."""
-    seen: list[model_bench.ModelOptions] = []
+    seen: list[model_bench.ModelRace] = []
 
-    def measure(options: model_bench.ModelOptions, _progress: object) -> list[model_bench.ModelResult]:
-        seen.append(options)
+    def measure(race: model_bench.ModelRace, _progress: object) -> list[model_bench.ModelResult]:
+        seen.append(race)
         return []
 
     monkeypatch.setattr(model_bench, "measure_models", measure)
     models = [tmp_path, f"{tmp_path}@bodies"]
     assert run_cli("bench", *models, "--device", "cuda", "--threads", 1, "--quiet") == errors.OK
-    (options,) = seen
-    assert [subject.runtime for subject in options.subjects] == ["native-cuda", "bodies"]
-    assert options.clock_threads is None
-    assert replace(options, subjects=options.subjects[1:]).clock_threads == 1
+    (race,) = seen
+    assert [subject.runtime for subject in race.subjects] == ["native-cuda", "bodies"]
+    assert race.clock_threads is None
+    assert replace(race, subjects=race.subjects[1:]).clock_threads == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

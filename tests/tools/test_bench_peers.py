@@ -18,7 +18,8 @@ from onnx import helper, numpy_helper
 from rankbook.tools import errors
 from rankbook.tools.bench import model_bench
 from rankbook.tools.bench.memory import Memory
-from rankbook.tools.bench.model_bench import ModelOptions, measure_models
+from rankbook.tools.bench.model_bench import ModelRace, measure_models
+from rankbook.tools.bench.options import ModelOptions
 from rankbook.tools.bench.subject import ModelSubject, random_tokens
 from rankbook.tools.inspect.sizes import foreign_size
 from rankbook.tools.runtimes import LanguageModel, Setting, genai, llamacpp, matmulnbits, open_model
@@ -62,12 +63,12 @@ def test_subjects_are_compared_with_every_peer(tmp_path, monkeypatch) -> None:
         ModelSubject(tmp_path, "genai"),
         ModelSubject(tmp_path, "llamacpp"),
     )
-    options = ModelOptions(subjects, threads=1, repeats=2, prompt=4, steps=8, prefill=0)
-    results = measure_models(options, lambda *_: None)
+    race = ModelRace(subjects, ModelOptions(threads=1, repeats=2, prompt=4, steps=8, prefill=0))
+    results = measure_models(race, lambda *_: None)
     prompt = random_tokens(4)[0].tolist()
     assert all(fake.seen == prompt + [prompt[-1] + 1 + index for index in range(8)] for fake in opened.values())
     mine, first, second = results
-    assert set(mine.decode_ratios) == {first.name, second.name} == set(options.references)
+    assert set(mine.decode_ratios) == {first.name, second.name} == set(race.references)
     assert set(first.decode_ratios) == {second.name}
     assert mine.bits == 4
     assert mine.memory.ratio == 10 / 8
@@ -76,7 +77,7 @@ def test_subjects_are_compared_with_every_peer(tmp_path, monkeypatch) -> None:
 def test_without_peers_the_last_model_is_the_reference(tmp_path) -> None:
     """As in a comparison of two exports."""
     subjects = (ModelSubject(tmp_path / "a"), ModelSubject(tmp_path / "b"))
-    assert ModelOptions(subjects, None, 1, 1, 1, 0).references == (subjects[1].name,)
+    assert ModelRace(subjects, ModelOptions()).references == (subjects[1].name,)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +237,8 @@ def test_genai_beside_itself(tmp_path) -> None:
     first = model.start(random_tokens(8))
     model.step(int(first.argmax()))
     np.testing.assert_array_equal(model.start(random_tokens(8)), first)
-    options = ModelOptions((subject,), threads=1, repeats=1, prompt=4, steps=2, prefill=8)
-    (result,) = measure_models(options, lambda *_: None)
+    race = ModelRace((subject,), ModelOptions(threads=1, repeats=1, prompt=4, steps=2, prefill=8))
+    (result,) = measure_models(race, lambda *_: None)
     assert result.decode > 0
     assert result.prefill is not None
     assert result.prefill > 0

@@ -287,3 +287,11 @@ def test_quantize_has_a_flag_for_every_option():
         assert found[item.name].flags[0].startswith("--")
         assert found[item.name].keys[0] == found[item.name].flags[0][2:].replace("-", "_")
         assert found[item.name].option.about.text
+
+
+def test_export_notes_its_checkpoint_so_that_it_is_found_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = cli._build_parser(discover())[1]
+    flag = known["export"]["checkpoint"]
+    assert flag.parse("q") == tmp_path.resolve() / "q"
+    assert config.select({"checkpoint": "q"}, "export", known, "c.yaml") == {"checkpoint": tmp_path.resolve() / "q"}

@@ -1,4 +1,4 @@
-"""Every dtype, graph and choice of kernels: the file runs with the logits of torch, or a sentence says which one does."""
+"""Every dtype, graph and choice of kernels: the logits of torch, or a sentence that says which choice gives them."""
 
 from __future__ import annotations
 

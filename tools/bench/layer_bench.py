@@ -10,30 +10,25 @@ from typing import Any
 import numpy as np
 
 from rankbook.tools.bench.layers import LayerSubject
+from rankbook.tools.bench.options import LayerOptions
 from rankbook.tools.bench.timing import interleave, median_ratio, seconds
 from rankbook.tools.runtimes.ort import NO_FALLBACK, session
 
 
 @dataclass(frozen=True)
-class LayerOptions:
-    """What to measure.
+class LayerRace:
+    """The kinds of layers, and how they are measured.
 
     Attributes:
-        subjects: The kinds of layers.
-        shapes: (N, K) of each layer.
-        tokens: Rows of x.
+        subjects: The kinds.
+        options: Sizes and turns.
         threads: Thread counts.
-        repeats: Turns.
-        stream: Bytes of constants that one run reads at least.
         cuda: Run on ONNX Runtime's CUDA provider, nothing on the CPU; the clock is the wall's.
     """
 
     subjects: tuple[LayerSubject, ...]
-    shapes: tuple[tuple[int, int], ...]
-    tokens: tuple[int, ...]
+    options: LayerOptions
     threads: tuple[int, ...]
-    repeats: int
-    stream: int
     cuda: bool = False
 
 
@@ -70,14 +65,14 @@ class LayerResult:
     ratio: float | None
 
 
-def measure_layers(options: LayerOptions, progress: Callable[[float, str], None]) -> list[LayerResult]:
+def measure_layers(race: LayerRace, progress: Callable[[float, str], None]) -> list[LayerResult]:
     """Time every subject at every shape, number of tokens and threads.
 
     Raises:
         MissingError: ONNX Runtime or the native library is missing.
         UsageError: A shape does not fit a subject.
     """
-    cells = [(shape, threads) for shape in options.shapes for threads in options.threads]
+    cells = [(shape, threads) for shape in race.options.sizes for threads in race.threads]
     results: list[LayerResult] = []
     for index, (shape, threads) in enumerate(cells):
         name = f"{shape[0]} x {shape[1]}, {threads} threads"
@@ -86,40 +81,40 @@ def measure_layers(options: LayerOptions, progress: Callable[[float, str], None]
             progress((index + fraction) / len(cells), name)
 
         show(0.0)
-        results += _measure_cell(options, shape, threads, show)
+        results += _measure_cell(race, shape, threads, show)
     return results
 
 
 def _measure_cell(
-    options: LayerOptions, shape: tuple[int, int], threads: int, show: Callable[[float], None]
+    race: LayerRace, shape: tuple[int, int], threads: int, show: Callable[[float], None]
 ) -> list[LayerResult]:
     opened: dict[str, tuple[LayerSubject, Any, int, int]] = {}
-    for subject in options.subjects:
-        model, copies, size = subject.model(shape, options.stream)
+    for subject in race.subjects:
+        model, copies, size = subject.model(shape, race.options.stream_bytes)
         # Workers of one session must not spin while another one is timed.
         entries = {"session.force_spinning_stop": "1"}
         held = session(
             model.SerializeToString(),
             threads=threads,
             native=subject.native,
-            cuda=options.cuda,
+            cuda=race.cuda,
             activations=subject.activations,
-            entries=entries | ({NO_FALLBACK: "1"} if options.cuda else {}),
+            entries=entries | ({NO_FALLBACK: "1"} if race.cuda else {}),
         )
         opened[subject.name] = (subject, held, copies, size)
     results = []
-    for step, tokens in enumerate(options.tokens):
+    for step, tokens in enumerate(race.options.tokens):
         x = np.random.default_rng(0).standard_normal((tokens, shape[1])).astype(np.float32)
         runs = {
             # A thread that waits for the GPU spends no time of its own. `run` returns when the result is back.
-            name: seconds(_call(held, x.astype(subject.dtype)), None if options.cuda else threads)
+            name: seconds(_call(held, x.astype(subject.dtype)), None if race.cuda else threads)
             for name, (subject, held, _, _) in opened.items()
         }
 
         def part(fraction: float, step: int = step) -> None:
-            show((step + fraction) / len(options.tokens))
+            show((step + fraction) / len(race.options.tokens))
 
-        times = interleave(runs, options.repeats, part)
+        times = interleave(runs, race.options.repeats, part)
         per_layer = {name: [value / opened[name][2] for value in values] for name, values in times.items()}
         for subject, _, _, size in opened.values():
             results.append(_result(subject, shape, (tokens, threads), size, per_layer, [*opened]))

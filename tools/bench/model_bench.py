@@ -7,30 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rankbook.tools.bench.memory import Memory, measure_memory
+from rankbook.tools.bench.options import ModelOptions
 from rankbook.tools.bench.subject import ModelSubject, random_tokens
 from rankbook.tools.bench.timing import clock, interleave, median_ratio, seconds
 from rankbook.tools.runtimes import LanguageModel, Setting, runtimes
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """What to measure.
-
-    Attributes:
-        subjects: The models.
-        threads: Threads; the choice of each runtime when None.
-        repeats: Turns.
-        prompt: Tokens before decoding begins.
-        steps: Tokens decoded in a turn.
-        prefill: Tokens of the prefill; 0 leaves it out.
-    """
+class ModelRace:
+    """The models, and how they are measured."""
 
     subjects: tuple[ModelSubject, ...]
-    threads: int | None
-    repeats: int
-    prompt: int
-    steps: int
-    prefill: int
+    options: ModelOptions
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -42,7 +30,7 @@ class ModelOptions:
     def clock_threads(self) -> int | None:
         """What `clock` is chosen by: a thread that waits for a GPU spends no time of its own."""
         cuda = any(item.cuda for item in map(runtimes().get, (subject.runtime for subject in self.subjects)) if item)
-        return None if cuda else self.threads
+        return None if cuda else self.options.threads
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ class ModelResult:
     memory: Memory
 
 
-def measure_models(options: ModelOptions, progress: Callable[[float, str], None]) -> list[ModelResult]:
+def measure_models(race: ModelRace, progress: Callable[[float, str], None]) -> list[ModelResult]:
     """Time every subject.
 
     Raises:
@@ -82,25 +70,26 @@ def measure_models(options: ModelOptions, progress: Callable[[float, str], None]
         UsageError: A runtime refuses its model.
         CheckFailedError: The process that measures memory failed.
     """
+    options = race.options
     capacity = max(options.prompt + options.steps, options.prefill) + 1
-    setting = Setting(options.threads, capacity, shared=len(options.subjects) > 1)
-    models = {subject.name: subject.open(setting) for subject in options.subjects}
+    setting = Setting(options.threads, capacity, shared=len(race.subjects) > 1)
+    models = {subject.name: subject.open(setting) for subject in race.subjects}
     progress(0.0, "decoding")
     decode = interleave(
-        {name: decode_rate(model, options) for name, model in models.items()},
+        {name: decode_rate(model, race) for name, model in models.items()},
         options.repeats,
         lambda fraction: progress(0.5 * fraction, "decoding"),
     )
     prefill: dict[str, list[float]] = {}
     if options.prefill:
         prefill = interleave(
-            {name: prefill_rate(model, options) for name, model in models.items()},
+            {name: prefill_rate(model, race) for name, model in models.items()},
             options.repeats,
             lambda fraction: progress(0.5 + 0.3 * fraction, "prefill"),
         )
     results = []
-    for index, subject in enumerate(options.subjects):
-        progress(0.8 + 0.2 * index / len(options.subjects), "memory")
+    for index, subject in enumerate(race.subjects):
+        progress(0.8 + 0.2 * index / len(race.subjects), "memory")
         model = models[subject.name]
         packed, weights = model.packed
         mine = prefill.get(subject.name)
@@ -112,9 +101,9 @@ def measure_models(options: ModelOptions, progress: Callable[[float, str], None]
                 packed_bytes=packed,
                 decode=statistics.median(decode[subject.name]),
                 decode_best=max(decode[subject.name]),
-                decode_ratios=_ratios(decode, subject.name, options.references),
+                decode_ratios=_ratios(decode, subject.name, race.references),
                 prefill=None if mine is None else statistics.median(mine),
-                prefill_ratios={} if mine is None else _ratios(prefill, subject.name, options.references),
+                prefill_ratios={} if mine is None else _ratios(prefill, subject.name, race.references),
                 memory=measure_memory(subject, options.threads),
             )
         )
@@ -125,9 +114,9 @@ def _ratios(rates: Mapping[str, Sequence[float]], name: str, references: Sequenc
     return {reference: median_ratio(rates[name], rates[reference]) for reference in references if reference != name}
 
 
-def decode_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], float]:
+def decode_rate(model: LanguageModel, race: ModelRace) -> Callable[[], float]:
     """Return a subject that decodes greedily behind a prompt and gives tokens per second, the prompt not counted."""
-    now = clock(options.clock_threads)
+    now, options = clock(race.clock_threads), race.options
     tokens = random_tokens(options.prompt)
 
     def run() -> float:
@@ -140,8 +129,8 @@ def decode_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], flo
     return run
 
 
-def prefill_rate(model: LanguageModel, options: ModelOptions) -> Callable[[], float]:
+def prefill_rate(model: LanguageModel, race: ModelRace) -> Callable[[], float]:
     """Return a subject that fills the cache from the tokens of the prefill and gives tokens per second."""
-    tokens = random_tokens(options.prefill)
-    one = seconds(lambda: model.start(tokens), options.clock_threads)
-    return lambda: options.prefill / one()
+    tokens = random_tokens(race.options.prefill)
+    one = seconds(lambda: model.start(tokens), race.clock_threads)
+    return lambda: race.options.prefill / one()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.option import argument, option
-from rankbook.plugins.widths import BITS
+from rankbook.tools.bench.options import LayerOptions, ModelOptions
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -27,12 +27,9 @@ CUDA_PEER_BITS = (4, 8)
 """Widths of ONNX Runtime's MatMulNBits on a GPU."""
 
 
-LAYERS, MODELS = "single layers", "exported models"
-
-
 @dataclass(frozen=True, kw_only=True)
-class Bench(KernelOptions, Common):
-    """Options of the verb."""
+class Bench(ModelOptions, LayerOptions, KernelOptions, Common):
+    """Options of the verb: those of models and of single layers, and what to compare."""
 
     models: tuple[str, ...] = argument(
         "exported folders or .onnx files, MODEL@KERNELS to choose kernels; single layers when none is given",
@@ -44,7 +41,6 @@ class Bench(KernelOptions, Common):
         "cuda: everything on an NVIDIA GPU, models with the kernels native-cuda, layers with x in fp16",
         choices=("cpu", "cuda"),
     )
-    repeats: int = option(15, "turns; every subject runs once in each", metavar="N", least=1)
     peers: tuple[str, ...] = option(
         (),
         "layers: matmulnbits (the default), fp32 or none; models: genai=DIR, llamacpp=FILE.gguf, matmulnbits=DIR",
@@ -53,19 +49,6 @@ class Bench(KernelOptions, Common):
     output: Path | None = option(
         None, "write bench.json, bench.md and, for models, bench.png", metavar="DIR", flags=("-o", "--output")
     )
-    prompt: int = option(64, "tokens before decoding begins", metavar="N", least=1, group=MODELS)
-    steps: int = option(32, "tokens decoded in a turn", metavar="N", least=1, group=MODELS)
-    prefill: int = option(512, "tokens of the prefill; 0 leaves it out", metavar="N", least=0, group=MODELS)
-    shapes: tuple[str, ...] = option(("4096x4096", "4096x14336"), "sizes", metavar="NxK", group=LAYERS)
-    bits: tuple[int, ...] = option((4, 3, 2), "bits of a code", choices=BITS, metavar="B", group=LAYERS)
-    ranks: tuple[int, ...] = option((1, 2), "planes of the codebooks", metavar="R", least=1, group=LAYERS)
-    branch: int = option(0, "also with an error branch of this rank", metavar="R", least=0, group=LAYERS)
-    group_size: int = option(64, "inputs per group", metavar="G", group=LAYERS)
-    tokens: tuple[int, ...] = option(
-        (1,), "tokens of x; 1 is decoding", metavar="M", least=1, flags=("--tokens", "--rows"), group=LAYERS
-    )
-    exact: bool = option(False, "also with fp32 activations", group=LAYERS)
-    stream: int = option(160, "read at least this much per run", metavar="MB", least=1, group=LAYERS)
 
 
 def run(options: Bench) -> Outcome:
@@ -134,19 +117,11 @@ def _bandwidth(options: Bench) -> dict[int, float]:
 
 
 def _layers(options: Bench) -> tuple[Table, list[LayerResult]]:
-    from rankbook.tools.bench.layer_bench import LayerOptions, measure_layers
+    from rankbook.tools.bench.layer_bench import LayerRace, measure_layers
 
-    settings = LayerOptions(
-        subjects=tuple(_subjects(options)),
-        shapes=tuple(_shape(text) for text in options.shapes),
-        tokens=options.tokens,
-        threads=_threads(options),
-        repeats=options.repeats,
-        stream=options.stream * 1_000_000,
-        cuda=_kernels(options) == "native-cuda",
-    )
+    race = LayerRace(tuple(_subjects(options)), options, _threads(options), _kernels(options) == "native-cuda")
     with Console(quiet=options.quiet).progress("layers") as progress:
-        results = measure_layers(settings, progress)
+        results = measure_layers(race, progress)
     rows = [
         (
             item.name,
@@ -190,15 +165,8 @@ def _subjects(options: Bench) -> list[LayerSubject]:
     return [*subjects, plain_float()] if "fp32" in peers else subjects
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, columns = text.lower().partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise UsageError(f"--shapes {text}: give out features x in features, e.g. 4096x14336")
-    return int(rows), int(columns)
-
-
 def _models(options: Bench) -> tuple[Table, list[ModelResult]]:
-    from rankbook.tools.bench.model_bench import ModelOptions, measure_models
+    from rankbook.tools.bench.model_bench import ModelRace, measure_models
     from rankbook.tools.bench.subject import ModelSubject
 
     kernels = _kernels(options)
@@ -209,17 +177,10 @@ def _models(options: Bench) -> tuple[Table, list[ModelResult]]:
         )
     subjects = [ModelSubject.parse(text, kernels) for text in options.models]
     subjects += [ModelSubject.parse_peer(text) for text in options.peers]
-    settings = ModelOptions(
-        subjects=tuple(dict.fromkeys(subjects)),
-        threads=options.threads,
-        repeats=options.repeats,
-        prompt=options.prompt,
-        steps=options.steps,
-        prefill=options.prefill,
-    )
+    race = ModelRace(tuple(dict.fromkeys(subjects)), options)
     with Console(quiet=options.quiet).progress("models") as progress:
-        results = measure_models(settings, progress)
-    return _model_table(results, settings.references), results
+        results = measure_models(race, progress)
+    return _model_table(results, race.references), results
 
 
 def _model_table(results: list[ModelResult], references: tuple[str, ...]) -> Table:
