@@ -112,12 +112,14 @@ def build(kind: str, out: Path) -> Path:
 
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    """Every module of the four parts is in the wheel; tests, C++ sources and stray top-level names are not."""
+    """Every module of the four parts but those for developers is in the wheel, and no other; tests, C++ sources and stray top-level names are not."""
     wheel = build("wheel", tmp_path)
     assert re.fullmatch(r"rankbook-[^-]+-py3-none-(any|linux_\w+)\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"rankbook/{path.relative_to(ROOT)}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
-    assert wanted | {"rankbook/__init__.py", "rankbook/py.typed"} <= names
+    modules = {path.relative_to(ROOT) for part in PARTS for path in (ROOT / part).rglob("*.py")}
+    wanted = {f"rankbook/{path}" for path in modules if path.parts[:2] != ("tools", "dev")}
+    own = {f"rankbook/{name}" for name in ("__init__.py", "_transformers_hook.py", "py.typed")}
+    assert {name for name in names if name.endswith((".py", ".typed"))} == wanted | own
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rankbook"}
     assert [name for name in names if "csrc" in name or "test" in name or "__pycache__" in name] == []
