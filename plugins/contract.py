@@ -36,6 +36,9 @@ PLUGIN_KINDS = KINDS
 
 FLOATS = ("float32", "float16", "bfloat16")
 
+CUDA_PLANES, CUDA_COLUMNS = 4, 1 << 20
+"""Most planes of levels and most inputs of a row that the CUDA kernels take; the CPU's take 2**bits planes."""
+
 
 @dataclass(frozen=True)
 class Port:

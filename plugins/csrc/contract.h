@@ -11,6 +11,12 @@ inline constexpr int kBits[] = {2, 3, 4, 8};
 inline constexpr const char* kMerged = "Merged";
 inline constexpr int kMostMerged = 3;
 inline constexpr const char* kMergedParts[] = {"down", "params", "up", "codes"};
+inline constexpr int kPanel = 32, kBlock = 32;
+inline constexpr int kLargestSize = 2147483647;  // largest N, K and R: kernels count in 32 bits
+inline constexpr int kGroupMultiple = 16;  // groups are multiples of so many inputs, or the whole row
+inline constexpr int kLargestGroup = 256;  // inputs of a group that is not the whole row
+inline constexpr int kCudaPlanes = 4;  // planes of levels that the CUDA kernels take; others take 2^bits
+inline constexpr int kCudaColumns = 1048576;  // inputs of a row that the CUDA kernels take
 inline constexpr const char* kInFeatures = "in_features";
 inline constexpr const char* kOutFeatures = "out_features";
 inline constexpr const char* kOffset = "offset";
@@ -48,6 +54,92 @@ struct CodebookMatMulLowRankA8 {  // CodebookMatMulLowRank<bits>A8
   static constexpr const char* kSuffix = "A8";
   enum Input { kX, kCodes, kLevels, kParams, kStep, kBase, kBias, kDown, kDownScale, kUp, kUpScale, kInputCount };
   static constexpr const char* kInputs[] = {"x", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
+};
+
+// How constants are stored (plugins/forms.py): those of one part of a layer have one of its forms together.
+enum Letter : int { kLetterN = -1, kLetterK = -2, kLetterNP = -3, kLetterKB = -4, kLetterBits = -5, kLetterL = -6, kLetterG = -7, kLetterQ = -8, kLetterR = -9 };
+inline constexpr const char* kLetters[] = {"", "N", "K", "NP", "KB", "b", "L", "G", "Q", "R"};  // by the size's negative
+enum class Type { kOther, kFloat32, kFloat16, kBfloat16, kInt8, kInt32, kInt64 };
+inline constexpr const char* kTypes[] = {"another type", "float32", "float16", "bfloat16", "int8", "int32", "int64"};
+inline constexpr int kData = -1;  // a constant that is no placeholder
+struct Stored {
+  int input;     // of CodebookMatMulLowRank
+  Type type;
+  int value;     // what a placeholder holds, or kData
+  int axes;
+  int sizes[5];  // numbers, or letters
+};
+struct Form {
+  int bits;  // of an element; 0 where there is one form only
+  int count;
+  Stored constants[4];
+};
+struct Part {
+  int count;
+  Form forms[3];
+};
+enum PartIndex { kCodesPart, kParamsPart, kLevelsPart, kBiasPart, kFactorsPart, kPartCount };
+inline constexpr Part kParts[] = {
+    {1,
+     {
+         {0, 1, {
+             {CodebookMatMulLowRank::kCodes, Type::kInt8, kData, 5, {kLetterNP, kLetterKB, kLetterBits, 32, 4}},
+         }},
+     }},
+    {3,
+     {
+         {8, 3, {
+             {CodebookMatMulLowRank::kParams, Type::kInt8, kData, 4, {kLetterNP, kLetterG, kLetterQ, 32}},
+             {CodebookMatMulLowRank::kStep, Type::kFloat32, kData, 4, {kLetterNP, 1, kLetterQ, 1}},
+             {CodebookMatMulLowRank::kBase, Type::kFloat32, kData, 4, {kLetterNP, 1, kLetterQ, 1}},
+         }},
+         {16, 3, {
+             {CodebookMatMulLowRank::kParams, Type::kInt8, 1, 4, {1, 1, 1, 1}},
+             {CodebookMatMulLowRank::kStep, Type::kFloat16, kData, 4, {kLetterNP, kLetterG, kLetterQ, 32}},
+             {CodebookMatMulLowRank::kBase, Type::kFloat32, 0, 4, {1, 1, 1, 1}},
+         }},
+         {32, 3, {
+             {CodebookMatMulLowRank::kParams, Type::kInt8, 1, 4, {1, 1, 1, 1}},
+             {CodebookMatMulLowRank::kStep, Type::kFloat32, kData, 4, {kLetterNP, kLetterG, kLetterQ, 32}},
+             {CodebookMatMulLowRank::kBase, Type::kFloat32, 0, 4, {1, 1, 1, 1}},
+         }},
+     }},
+    {1,
+     {
+         {0, 1, {
+             {CodebookMatMulLowRank::kLevels, Type::kFloat16, kData, 2, {kLetterQ, kLetterL}},
+         }},
+     }},
+    {2,
+     {
+         {0, 1, {
+             {CodebookMatMulLowRank::kBias, Type::kFloat32, kData, 1, {kLetterN}},
+         }},
+         {0, 1, {
+             {CodebookMatMulLowRank::kBias, Type::kFloat32, 0, 1, {1}},
+         }},
+     }},
+    {3,
+     {
+         {8, 4, {
+             {CodebookMatMulLowRank::kDown, Type::kInt8, kData, 2, {kLetterR, kLetterK}},
+             {CodebookMatMulLowRank::kDownScale, Type::kFloat32, kData, 2, {kLetterR, 1}},
+             {CodebookMatMulLowRank::kUp, Type::kInt8, kData, 2, {kLetterN, kLetterR}},
+             {CodebookMatMulLowRank::kUpScale, Type::kFloat32, kData, 2, {1, kLetterR}},
+         }},
+         {16, 4, {
+             {CodebookMatMulLowRank::kDown, Type::kInt8, 1, 2, {1, 1}},
+             {CodebookMatMulLowRank::kDownScale, Type::kFloat16, kData, 2, {kLetterR, kLetterK}},
+             {CodebookMatMulLowRank::kUp, Type::kInt8, 1, 2, {1, 1}},
+             {CodebookMatMulLowRank::kUpScale, Type::kFloat16, kData, 2, {kLetterN, kLetterR}},
+         }},
+         {32, 4, {
+             {CodebookMatMulLowRank::kDown, Type::kInt8, 1, 2, {1, 1}},
+             {CodebookMatMulLowRank::kDownScale, Type::kFloat32, kData, 2, {kLetterR, kLetterK}},
+             {CodebookMatMulLowRank::kUp, Type::kInt8, 1, 2, {1, 1}},
+             {CodebookMatMulLowRank::kUpScale, Type::kFloat32, kData, 2, {kLetterN, kLetterR}},
+         }},
+     }},
 };
 
 struct Attention {

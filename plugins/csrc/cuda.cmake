@@ -77,7 +77,7 @@ endif()
 message(STATUS "TensorRT headers: ${RANKBOOK_TRT_INCLUDE}")
 
 add_library(rankbook_trt MODULE
-  shims/trt/creator.cpp shims/trt/operator.cpp shims/trt/plugin.cpp)
+  shims/trt/creator.cpp shims/trt/operator.cpp shims/trt/plugin.cpp shims/view.cpp)
 target_link_libraries(rankbook_trt PRIVATE rankbook_flags rankbook_cuda_kernels)
 target_include_directories(rankbook_trt SYSTEM PRIVATE ${RANKBOOK_TRT_INCLUDE} ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 set_target_properties(rankbook_trt PROPERTIES CUDA_RUNTIME_LIBRARY Static LINK_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/shims/trt/exports.map)

@@ -5,41 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from rankbook.exporter.bodies.rows import row_function
-from rankbook.plugins import contract, library, row_contract
+from rankbook.plugins import library, row_contract
 from rankbook.plugins.row_contract import ADD_NORM, SWIGLU
 from tests.ops.runners import built, run_in_process
+from tests.plugins.row_models import Floats, model_of
 
-Floats = npt.NDArray[np.float32]
-EPSILON = 1e-5
 SHAPES = [(1, 1, 576), (2, 3, 40), (3, 7), (700, 128)]
 """One token; rows that end inside a vector; enough numbers for several tasks."""
 RELATIVE = 2e-6
 """fp32 on both sides: one sum of up to 576 squares in another order, an exponential within 2.2e-7 of the true one;
 relative to the largest output."""
-
-
-def model_of(name: str, scale: Floats) -> onnx.ModelProto:
-    """Return a model of one node with its body."""
-    operator = row_contract.OPERATORS[name]
-    inputs, outputs = [*operator.inputs], [*operator.outputs]
-    attributes: dict[str, Any] = {"epsilon": EPSILON} if operator.floats else {}
-    node = helper.make_node(name, inputs, outputs, name="layer", domain=contract.DOMAIN, **attributes)
-    constants = [numpy_helper.from_array(scale, "scale")] if "scale" in inputs else []
-    fed = [helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in inputs if key != "scale"]
-    given = [helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in outputs]
-    graph = helper.make_graph([node], "op", fed, given, constants)
-    opsets = [
-        helper.make_opsetid("", 23),
-        helper.make_opsetid(contract.DOMAIN, 1),
-        helper.make_opsetid("com.microsoft", 1),
-    ]
-    return helper.make_model(graph, opset_imports=opsets, functions=[row_function(name)], ir_version=11)
 
 
 def run(name: str, scale: Floats, feeds: dict[str, Floats], *, native: bool = True) -> list[Any]:

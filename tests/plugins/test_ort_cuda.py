@@ -7,7 +7,6 @@ without a driver, serves the CPU as the other one does, and registers an operato
 from __future__ import annotations
 
 import ctypes as c
-import os
 import re
 import shutil
 from collections import Counter
@@ -26,21 +25,15 @@ from rankbook.tools.runtimes import ort as backend
 from rankbook.tools.runtimes import runtimes, trt
 from tests.ops.cases import FORMS, WIDE, Case, relative_error
 from tests.plugins import emulated
+from tests.plugins.form_cases import COMBINATIONS, Combination
 from tests.plugins.merged_ops import draw_several, model_of
-from tests.plugins.toolchain import EXPECTED, output, required_tool
+from tests.plugins.toolchain import EXPECTED, ort_headers, output, required_tool
 
 FLOATS = ("1", "10", "16")
 """float32, float16 and bfloat16 in ONNX."""
 built = pytest.mark.skipif(
     library.unavailable("ort-cuda") is not None and not EXPECTED, reason=str(library.unavailable("ort-cuda"))
 )
-
-
-def ort_headers() -> Path | None:
-    """Return the folder of ONNX Runtime's headers, or None."""
-    folders = [Path(os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "/nowhere")), Path("/usr/include/onnxruntime")]
-    folders += (emulated.ROOT / "build" / "native" / "onnxruntime-headers").glob("**/include/onnxruntime")
-    return next((folder for folder in folders if (folder / "onnxruntime_cxx_api.h").is_file()), None)
 
 
 emulates = pytest.mark.skipif(
@@ -55,7 +48,7 @@ def driver() -> Path:
     headers = ort_headers()
     assert headers is not None
     shims = ["shims/ort_cuda/cuda_ops.cpp", "shims/ort/constants.cpp", "shims/ort/huge_pages.cpp"]
-    sources = [*emulated.SOURCES, *shims, "kernels/cpu/packed/linear.cpp"]
+    sources = [*emulated.SOURCES, *shims, "shims/view.cpp"]
     sources.append(str(Path(__file__).with_name("ort_cuda_driver.cpp")))
     return emulated.build("rankbook_ort_cuda_emulated", sources, [headers])
 
@@ -138,6 +131,18 @@ def test_a_wrong_shape_is_refused_with_the_name_of_the_node(
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, constant))
     with pytest.raises(Exception, match=message):
         run(driver(), model, op.x)
+
+
+@emulates
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_constants_must_belong_together(combination: Combination) -> None:
+    """Those that are a layer give what the reference gives; the kernels never see the others."""
+    op = combination.op()
+    if combination.legal:
+        assert relative_error(run(driver(), op.model(), op.x), op.expected()) < 1e-5
+        return
+    with pytest.raises(Exception, match=rf"'layer': input ({'|'.join(combination.parts)}) (has shape|is) .*it must be"):
+        run(driver(), op.model(), op.x)
 
 
 @emulates

@@ -21,6 +21,7 @@ from rankbook.plugins import contract
 from tests.calibration.records import random_record
 from tests.ops.cases import FORMS, Case, Op, random_x, relative_error
 from tests.plugins import emulated
+from tests.plugins.form_cases import COMBINATIONS
 
 TRT_TYPES = {"float32": 0, "float16": 1, "int8": 2, "int64": 8}
 """nvinfer1::DataType; its values are part of TensorRT's stable interface."""
@@ -48,6 +49,7 @@ def driver() -> c.CDLL:
     headers = trt_headers()
     assert headers is not None
     sources = [*emulated.SOURCES, *(f"shims/trt/{name}.cpp" for name in ("creator", "operator", "plugin"))]
+    sources.append("shims/view.cpp")
     sources.append(str(Path(__file__).parent / "trt_driver.cpp"))
     includes = [headers, emulated.CSRC / "emulation" / "include"]
     lib = c.CDLL(str(emulated.build("rankbook_trt_emulated", sources, includes)))
@@ -128,11 +130,15 @@ def test_scratch_for_many_tokens_is_asked_for():
 @pytest.mark.parametrize(
     ("port", "shape", "message"),
     [
-        ("codes", (2, 2, 4, 32, 4), r"configurePlugin.*layer\.7: codes has shape .* it must be \(2, 2, 3, 32, 4\)"),
+        (
+            "codes",
+            (2, 2, 4, 32, 4),
+            r"configurePlugin.*layer\.7: input codes has shape .* it must be \(2, 2, 3, 32, 4\)",
+        ),
         ("levels", (2, 8), r"levels has shape \(2, 8\); it must be \(3, 8\)"),
-        ("step", (2, 1, 2, 1), r"step has shape .* it must be \(2, 1, 3, 1\) or \(2, 3, 3, 32\)"),
+        ("step", (2, 1, 2, 1), r"step has shape .* it must be \(2, 1, 3, 1\) beside params of shape \(2, 3, 3, 32\)"),
         ("bias", (39,), r"bias has shape \(39\); it must be \(40\) or \(1\)"),
-        ("x", (2, 3, 47), r"x has shape \(2, 3, 47\); it must be \(\.\.\., 48\)"),
+        ("x", (2, 3, 47), r"x has shape \(2, 3, 47\); its last size must be in_features = 48"),
     ],
 )
 def test_a_wrong_shape_is_refused_with_the_name_of_the_layer(port, shape, message):
@@ -142,12 +148,26 @@ def test_a_wrong_shape_is_refused_with_the_name_of_the_layer(port, shape, messag
         run(op, np.zeros((2, 3, 40), np.float32))
 
 
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_constants_must_belong_together(combination):
+    """Those that are a layer give what the reference gives; others are refused before the builder tries them."""
+    op = combination.op()
+    y = np.zeros((3, 40), np.float32)
+    if combination.legal:
+        run(op, y)
+        assert relative_error(y, op.expected()) < 1e-5
+        return
+    message = rf"configurePlugin.*layer\.7: input ({'|'.join(combination.parts)}) (has shape|is) .*it must be"
+    with pytest.raises(RuntimeError, match=message):
+        run(op, y)
+
+
 def test_missing_attributes_are_refused():
     op = FORMS["plain"].draw()
     y = np.zeros((2, 3, 40), np.float32)
-    with pytest.raises(RuntimeError, match=r"createPlugin: .*layer\.7: offset is -1; it must be 0 or 1"):
+    with pytest.raises(RuntimeError, match=r"createPlugin: .*layer\.7: attribute offset is -1; it must be 0 or 1"):
         run(op, y, fields=2)
-    with pytest.raises(RuntimeError, match="both must be given and positive"):
+    with pytest.raises(RuntimeError, match="out_features is 0; it must be 1 to"):
         run(op, y, fields=1)
 
 

@@ -23,15 +23,27 @@ def tool(name: str) -> str | None:
 
 def build_check(folder: Path, *options: str) -> Path:
     """Build tests/native/check_kernels.cpp with the kernels in ``folder``; skips where CMake or Ninja is missing."""
+    return build(folder, "-DRANKBOOK_KERNEL_CHECK=ON", *options) / "check_kernels"
+
+
+def build(folder: Path, *options: str, target: str = "all") -> Path:
+    """Build a target of the native code in ``folder`` and return where it lies."""
     cmake, ninja = tool("cmake"), tool("ninja")
     if not (cmake and ninja):
         pytest.skip("cmake and ninja are needed: make native installs them")
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += ["-DCMAKE_BUILD_TYPE=None", "-DRANKBOOK_KERNEL_CHECK=ON", *options]
-    for command in (configure, [cmake, "--build", str(folder)]):
+    configure += ["-DCMAKE_BUILD_TYPE=None", *options]
+    for command in (configure, [cmake, "--build", str(folder), "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return folder / "plugins" / "csrc" / "check_kernels"
+    return folder / "plugins" / "csrc"
+
+
+def ort_headers() -> Path | None:
+    """Return the folder of ONNX Runtime's headers, or None."""
+    folders = [Path(os.environ.get("ONNXRUNTIME_INCLUDE_DIR", "/nowhere")), Path("/usr/include/onnxruntime")]
+    folders += (ROOT / "build" / "native" / "onnxruntime-headers").glob("**/include/onnxruntime")
+    return next((folder for folder in folders if (folder / "onnxruntime_cxx_api.h").is_file()), None)
 
 
 def required_tool(name: str) -> str:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rankbook.plugins import attention_contract, contract, layout, merged, row_contract
+from rankbook.plugins import attention_contract, contract, forms, layer_spec, layout, merged, row_contract
+
+Forms = Sequence[tuple[int, Mapping[str, forms.PartForm]]]
+"""Constants of a part by their bits, 0 where there is one form only."""
+LETTERS = ("N", "K", "NP", "KB", "b", "L", "G", "Q", "R")
+"""Letters of shapes, see `rankbook.plugins.forms`."""
+TYPES = ("float32", "float16", "bfloat16", "int8", "int32", "int64")
+"""Element types that operators take."""
+LIMITS = {
+    "kLargestSize": (layer_spec.LARGEST_SIZE, "largest N, K and R: kernels count in 32 bits"),
+    "kGroupMultiple": (layer_spec.GROUP_MULTIPLE, "groups are multiples of so many inputs, or the whole row"),
+    "kLargestGroup": (layer_spec.MAX_GROUP, "inputs of a group that is not the whole row"),
+    "kCudaPlanes": (contract.CUDA_PLANES, "planes of levels that the CUDA kernels take; others take 2^bits"),
+    "kCudaColumns": (contract.CUDA_COLUMNS, "inputs of a row that the CUDA kernels take"),
+}
+"""What kernels take; the same everywhere but where the name says it."""
 
 
 def header_text() -> str:
@@ -25,6 +40,8 @@ def header_text() -> str:
         f"inline constexpr int kMostMerged = {merged.MOST};",
         f"inline constexpr const char* kMergedParts[] = {{{_quoted(merged.PARTS)}}};",
     ]
+    lines += [f"inline constexpr int kPanel = {layout.PANEL}, kBlock = {layout.BLOCK};"]
+    lines += [f"inline constexpr int {name} = {value};  // {doc}" for name, (value, doc) in LIMITS.items()]
     attributes = contract.OPERATORS[contract.op_name(contract.MATMUL, layout.BITS[0])].attributes
     names = [attribute.name for attribute in attributes if attribute.kind == "int"]
     lines += [f'inline constexpr const char* k{_camel(name)} = "{name}";' for name in names]
@@ -40,7 +57,68 @@ def header_text() -> str:
             f"  enum Input {{ {', '.join(f'k{_camel(name)}' for name in operator.input_names())}, kInputCount }};"
         )
         lines += [f"  static constexpr const char* kInputs[] = {{{_quoted(operator.input_names())}}};", "};"]
-    return "\n".join([*lines, *_attention(), *_rows(), "", "}  // namespace rankbook::contract", ""])
+    parts = [*lines, *_parts(), *_attention(), *_rows()]
+    return "\n".join([*parts, "", "}  // namespace rankbook::contract", ""])
+
+
+def _parts() -> list[str]:
+    """The table of `rankbook.plugins.forms`, each part of a layer in the forms that its constants may have together."""
+    table: dict[str, Forms] = {
+        name: [(0, {name: part}) for part in forms.CONSTANTS[name]] for name in ("codes", "levels", "bias")
+    }
+    table["params"] = [(int(form), parts) for form, parts in forms.PARAMS.items()]
+    table["factors"] = [(int(form), parts) for form, parts in forms.FACTORS.items()]
+    table = {
+        name: table[name] for name in ("codes", "params", "levels", "bias", "factors")
+    }  # params say how many levels
+    return [
+        "",
+        "// How constants are stored (plugins/forms.py): those of one part of a layer have one of its forms together.",
+        "enum Letter : int { " + ", ".join(f"k{_letter(name)} = -{i + 1}" for i, name in enumerate(LETTERS)) + " };",
+        f"inline constexpr const char* kLetters[] = {{{_quoted(('', *LETTERS))}}};  // by the size's negative",
+        f"enum class Type {{ kOther, {', '.join(f'k{_camel(name)}' for name in TYPES)} }};",
+        f"inline constexpr const char* kTypes[] = {{{_quoted(('another type', *TYPES))}}};",
+        "inline constexpr int kData = -1;  // a constant that is no placeholder",
+        "struct Stored {",
+        "  int input;     // of CodebookMatMulLowRank",
+        "  Type type;",
+        "  int value;     // what a placeholder holds, or kData",
+        "  int axes;",
+        "  int sizes[5];  // numbers, or letters",
+        "};",
+        "struct Form {",
+        "  int bits;  // of an element; 0 where there is one form only",
+        "  int count;",
+        "  Stored constants[4];",
+        "};",
+        "struct Part {",
+        "  int count;",
+        "  Form forms[3];",
+        "};",
+        f"enum PartIndex {{ {', '.join(f'k{_camel(name)}Part' for name in table)}, kPartCount }};",
+        "inline constexpr Part kParts[] = {",
+        *(line for held in table.values() for line in _part(held)),
+        "};",
+    ]
+
+
+def _part(held: Forms) -> list[str]:
+    lines = [f"    {{{len(held)},", "     {"]
+    for bits, parts in held:
+        lines.append(f"         {{{bits}, {len(parts)}, {{")
+        for name, part in parts.items():
+            sizes = ", ".join(f"k{_letter(size)}" if isinstance(size, str) else str(size) for size in part.shape)
+            value = "kData" if part.value is None else str(part.value)
+            lines.append(
+                f"             {{CodebookMatMulLowRank::k{_camel(name)}, Type::k{_camel(part.dtype)}, {value},"
+                f" {len(part.shape)}, {{{sizes}}}}},"
+            )
+        lines.append("         }},")
+    return [*lines, "     }},"]
+
+
+def _letter(name: str) -> str:
+    return f"Letter{name if name != 'b' else 'Bits'}"
 
 
 def _rows() -> list[str]:

@@ -9,7 +9,6 @@
 #include "shims/ort/constants.h"
 #include "shims/ort/guarded.h"
 #include "shims/ort/pool.h"
-#include "shims/ort/sizes.h"
 
 namespace rankbook::ort {
 namespace {
@@ -27,7 +26,7 @@ class AttentionKernel {
   void read_tables(const Constants& constants);
   void compute(const Ort::KernelContext& context) const;
   void read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const;
-  Ort::ConstValue input(const Ort::KernelContext& context, size_t index, const Sizes& sizes) const;
+  Ort::ConstValue input(const Ort::KernelContext& context, size_t index, const Shape& sizes) const;
   [[noreturn]] void fail(const std::string& sentence) const {
     throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
   }
@@ -37,19 +36,6 @@ class AttentionKernel {
   AttentionArgs fixed_;  // what all calls share
 };
 
-float float_attribute(const Ort::ConstKernelInfo& info, const Constants& constants, const char* name) {
-  float value = 0.0F;
-  try {
-    value = info.GetAttribute<float>(name);
-  } catch (const Ort::Exception&) {
-    constants.fail(std::string("the float attribute ") + name + " is missing");
-  }
-  if (!(value >= 0.0F) || std::isinf(value)) {
-    constants.fail(std::string("attribute ") + name + " is " + std::to_string(value) + "; it must be 0 or a positive number");
-  }
-  return value;
-}
-
 AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKernels& kernels) : kernels_(kernels) {
   const Constants constants(info, Attention::kInputs, Attention::kName);
   const Ort::ConstKernelInfo read(info);
@@ -57,8 +43,8 @@ AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKerne
   fixed_.heads = constants.attribute(Attention::kNumHeads, 1);
   fixed_.kv_heads = constants.attribute(Attention::kKvNumHeads, 1);
   fixed_.window = constants.attribute(Attention::kLocalWindowSize, -1);
-  fixed_.scale = float_attribute(read, constants, Attention::kScale);
-  fixed_.softcap = float_attribute(read, constants, Attention::kSoftcap);
+  fixed_.scale = constants.float_attribute(Attention::kScale);
+  fixed_.softcap = constants.float_attribute(Attention::kSoftcap);
   if (fixed_.heads % fixed_.kv_heads != 0) {
     fail("kv_num_heads = " + std::to_string(fixed_.kv_heads) + " does not divide num_heads = " + std::to_string(fixed_.heads));
   }
@@ -70,29 +56,30 @@ AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKerne
     fail("do_rotary is " + std::to_string(rotary) + " with " + std::to_string(count) + " inputs; it must be 1 with " +
          std::to_string(Attention::kInputCount) + " inputs, or 0 with " + std::to_string(Attention::kCos));
   }
+  constants.expect_inputs(count);
   if (rotary == 1) read_tables(constants);
 }
 
 // Tables stay where ONNX Runtime has them: initializers live as long as their session.
 void AttentionKernel::read_tables(const Constants& constants) {
-  const std::vector<int64_t> shape = constants.shape(Attention::kCos);
-  if (shape.size() != 2 || shape[0] < 1 || shape[1] < 1 || shape[1] * 2 % Attention::kRotaryStep != 0) {
-    fail("cos has shape " + describe(shape) + "; it must be rows of half a head, whose size is a multiple of " +
+  const Constant cos = constants.constant(Attention::kCos);
+  const Constant sin = constants.constant(Attention::kSin);
+  const int64_t size = cos.shape.at[1] * 2;
+  if (cos.shape.axes != 2 || cos.shape.at[0] < 1 || size < 1 || size % Attention::kRotaryStep != 0) {
+    fail("input cos has shape " + cos.shape.text() + "; it must be rows of half a head, whose size is a multiple of " +
          std::to_string(Attention::kRotaryStep) + " here");
   }
-  constants.expect(Attention::kSin, {shape});
-  for (const size_t table : {size_t{Attention::kCos}, size_t{Attention::kSin}}) {
-    constants.expect_type(table, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
-  }
-  fixed_.positions = shape[0];
-  fixed_.size = shape[1] * 2;
+  if (!(sin.shape == cos.shape)) fail("input sin has shape " + sin.shape.text() + "; it must be that of cos, " + cos.shape.text());
+  if (cos.type != contract::Type::kFloat32 || sin.type != contract::Type::kFloat32) fail("inputs cos and sin must be float32");
+  fixed_.positions = cos.shape.at[0];
+  fixed_.size = size;
   fixed_.cos = constants.tensor(Attention::kCos).GetTensorData<float>();
   fixed_.sin = constants.tensor(Attention::kSin).GetTensorData<float>();
 }
 
-Ort::ConstValue AttentionKernel::input(const Ort::KernelContext& context, size_t index, const Sizes& sizes) const {
+Ort::ConstValue AttentionKernel::input(const Ort::KernelContext& context, size_t index, const Shape& sizes) const {
   const Ort::ConstValue value = context.GetInput(index);
-  const Sizes found(value);
+  const Shape found = shape_of(value);
   if (!(found == sizes)) {
     fail(std::string(Attention::kInputs[index]) + " has shape " + found.text() + "; it must have shape " + sizes.text());
   }
@@ -101,7 +88,7 @@ Ort::ConstValue AttentionKernel::input(const Ort::KernelContext& context, size_t
 
 void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const {
   const Ort::ConstValue query = context.GetInput(Attention::kQuery);
-  const Sizes shape(query);
+  const Shape shape = shape_of(query);
   const int64_t width = args.heads * (args.positions > 0 ? args.size : kHeadStep);
   if (shape.axes != 3 || shape.at[2] % width != 0 || shape.at[2] == 0 || (args.positions > 0 && shape.at[2] != width)) {
     fail("the last of three sizes of query must be num_heads times the size of a head, twice the width of cos if there is one"
@@ -111,12 +98,12 @@ void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionAr
   args.tokens = shape.at[1];
   args.size = shape.at[2] / args.heads;
   args.query = query.GetTensorData<float>();
-  const Sizes fresh{args.batch, args.tokens, args.kv_heads * args.size};
+  const Shape fresh{args.batch, args.tokens, args.kv_heads * args.size};
   args.key = input(context, Attention::kKey, fresh).GetTensorData<float>();
   args.value = input(context, Attention::kValue, fresh).GetTensorData<float>();
   const Ort::ConstValue past = context.GetInput(Attention::kPastKey);
-  const Sizes buffer(past);
-  const Sizes wanted{args.batch, args.kv_heads, buffer.at[2], args.size};
+  const Shape buffer = shape_of(past);
+  const Shape wanted{args.batch, args.kv_heads, buffer.at[2], args.size};
   if (!(buffer == wanted)) fail("past_key has shape " + buffer.text() + "; it must have shape " + wanted.text());
   args.past = buffer.at[2];
   args.past_key = past.GetTensorData<float>();
@@ -149,7 +136,7 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
     case Status::kBadIndex:
       fail("a position lies outside [0, " + std::to_string(args.positions) + "), the rows of cos");
     case Status::kUnsupported:
-      fail("heads of " + std::to_string(args.size) + " numbers; they must be a multiple of " + std::to_string(kHeadStep) +
+      fail("heads of " + std::to_string(args.size) + " elements; they must be a multiple of " + std::to_string(kHeadStep) +
            " up to " + std::to_string(kLargestHead));
     default:
       fail("seqlens_k and total_sequence_length = " + std::to_string(args.total) + " do not fit " +

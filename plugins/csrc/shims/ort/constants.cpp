@@ -12,34 +12,43 @@
 namespace rankbook::ort {
 namespace {
 
-using Shape = std::vector<int64_t>;
-
-constexpr int64_t kLargestSize = int64_t{1} << 31;
 constexpr size_t kMergedData = 1;  // input of a merged node
 
-const char* type_name(ONNXTensorElementDataType type) {
+using Numbers = std::vector<int64_t>;
+
+contract::Type type_of(ONNXTensorElementDataType type) {
   switch (type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-      return "float32";
+      return contract::Type::kFloat32;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return "float16";
+      return contract::Type::kFloat16;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-      return "bfloat16";
+      return contract::Type::kBfloat16;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
-      return "int8";
+      return contract::Type::kInt8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
+      return contract::Type::kInt32;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return contract::Type::kInt64;
     default:
-      return "another type";
+      return contract::Type::kOther;
   }
 }
 
-int64_t elements(const Shape& shape) {
+int64_t elements(const Numbers& shape) {
   int64_t count = 1;
   for (const int64_t size : shape) count *= size;
   return count;
 }
 
+std::string describe(const Numbers& numbers) {
+  std::string text = "(";
+  for (size_t i = 0; i < numbers.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(numbers[i]);
+  return text + ")";
+}
+
 // Whether a part, its first byte and then its sizes, lies within so many bytes.
-bool lies_within(const Shape& place, int64_t bytes) {
+bool lies_within(const Numbers& place, int64_t bytes) {
   if (place.size() < 2 || place[0] < 0) return false;
   int64_t left = bytes - place[0];
   for (size_t i = 1; i < place.size(); ++i) {
@@ -55,10 +64,11 @@ HugeCopy copy_of(const Ort::ConstValue& value, size_t element_size) {
 
 }  // namespace
 
-std::string describe(const Shape& shape) {
-  std::string text = "(";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + ")";
+Shape shape_of(const Ort::TensorTypeAndShapeInfo& info) {
+  Shape out;
+  out.axes = info.GetDimensionsCount();
+  if (out.axes <= Shape::kMostAxes) Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, out.at.data(), out.axes));
+  return out;
 }
 
 Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product)
@@ -68,18 +78,72 @@ Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::s
 
 void Constants::fail(const std::string& sentence) const { throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT); }
 
-int64_t Constants::attribute(const char* name, int64_t low) const {
+int64_t Constants::integer(const char* name) const {
   const std::string full = name + suffix_;
-  int64_t value = 0;
   try {
-    value = info_.GetAttribute<int64_t>(full.c_str());
+    return info_.GetAttribute<int64_t>(full.c_str());
   } catch (const Ort::Exception&) {
     fail("the integer attribute " + full + " is missing");
   }
-  if (value < low || value >= kLargestSize) {
-    fail("attribute " + full + " is " + std::to_string(value) + "; it must be at least " + std::to_string(low));
+}
+
+int64_t Constants::attribute(const char* name, int64_t low) const {
+  const int64_t value = integer(name);
+  if (value < low || value > contract::kLargestSize) {
+    fail("attribute " + (name + suffix_) + " is " + std::to_string(value) + "; it must be at least " + std::to_string(low));
   }
   return value;
+}
+
+float Constants::float_attribute(const char* name) const {
+  float value = 0.0F;
+  try {
+    value = info_.GetAttribute<float>(name);
+  } catch (const Ort::Exception&) {
+    fail(std::string("the float attribute ") + name + " is missing");
+  }
+  if (!(value >= 0.0F) || std::isinf(value)) {
+    fail(std::string("attribute ") + name + " is " + std::to_string(value) + "; it must be 0 or a positive number");
+  }
+  return value;
+}
+
+// ONNX lets a node leave out what is optional; custom operators declare variadic and optional inputs, so nothing else looks.
+void Constants::expect_inputs(size_t count) const {
+  const size_t actual = info_.GetInputCount();
+  if (actual != count) fail("it has " + std::to_string(actual) + " inputs; it must have " + std::to_string(count));
+  for (size_t i = 0; i < count; ++i) {
+    if (info_.GetInputName(i).empty()) fail("input number " + std::to_string(i) + " is left out; the node needs all " + std::to_string(count));
+  }
+  for (size_t i = 0; i < info_.GetOutputCount(); ++i) {
+    if (info_.GetOutputName(i).empty()) fail("output number " + std::to_string(i) + " is left out; the node writes all of them");
+  }
+}
+
+Layer Constants::layer(int bits, size_t inputs, const Limits& limits) const {
+  const LayerAttributes attributes{bits, integer(contract::kOutFeatures), integer(contract::kInFeatures), integer(contract::kOffset)};
+  Constant constants[Port::kInputCount];
+  for (size_t i = 1; i < inputs; ++i) constants[i] = constant(i);
+  // ONNX Runtime casts every fp16 input of a node that stands between nodes without fp16 kernels, constants too: parameters
+  // and factors then have another form of the table.
+  contract::Type& levels = constants[Port::kLevels].type;
+  if (limits.casts && levels == contract::Type::kFloat32) levels = contract::Type::kFloat16;
+  Layer out;
+  if (const std::string problem = read_layer(attributes, constants, inputs, limits, suffix_, &out); !problem.empty()) fail(problem);
+  return out;
+}
+
+void Constants::check_elements(const Layer& layer, bool on_gpu) const {
+  layer.each([&](const contract::Stored& stored) {
+    const auto input = static_cast<size_t>(stored.input);
+    if (on_gpu && !is_attribute(input)) return;
+    const Ort::ConstValue value = tensor(input);
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    const auto count = static_cast<int64_t>(info.GetElementCount());
+    const contract::Type type = type_of(info.GetElementType());
+    const std::string problem = rankbook::check_elements(stored, type, value.GetTensorRawData(), count, suffix_);
+    if (!problem.empty()) fail(problem);
+  });
 }
 
 Ort::ConstValue Constants::tensor(size_t input) const {
@@ -117,7 +181,7 @@ Place Constants::place(size_t input) const {
 // A constant of a merged node: a tensor among the attributes, or a part of the input that holds all.
 Ort::Value Constants::part(size_t input) const {
   const std::string full = name(input);
-  Shape place;
+  Numbers place;
   try {
     if (is_attribute(input)) return info_.GetTensorAttribute(full.c_str(), Ort::AllocatorWithDefaultOptions());
     place = info_.GetAttributes<int64_t>(full.c_str());
@@ -131,125 +195,63 @@ Ort::Value Constants::part(size_t input) const {
   if (!lies_within(place, held)) {
     fail("attribute " + full + " is " + describe(place) + ", which input data of " + std::to_string(held) + " bytes does not hold");
   }
-  const Shape sizes(place.begin() + 1, place.end());
+  const Numbers sizes(place.begin() + 1, place.end());
   auto* const at = static_cast<uint8_t*>(const_cast<void*>(data.GetTensorRawData())) + place[0];
   return Ort::Value::CreateTensor(data.GetTensorMemoryInfo(), at, static_cast<size_t>(elements(sizes)), sizes.data(), sizes.size(),
                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
 }
 
-Shape Constants::shape(size_t input) const { return tensor(input).GetTensorTypeAndShapeInfo().GetShape(); }
+Constant Constants::constant(size_t input) const {
+  const Ort::ConstValue value = tensor(input);
+  return {type_of(value.GetTensorTypeAndShapeInfo().GetElementType()), shape_of(value)};
+}
 
 std::vector<float> Constants::floats(size_t input) const {
-  expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                      ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
   const Ort::ConstValue value = tensor(input);
   const auto info = value.GetTensorTypeAndShapeInfo();
   const size_t count = info.GetElementCount();
   const void* data = value.GetTensorRawData();
   std::vector<float> out(count);
-  switch (info.GetElementType()) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-      std::copy_n(static_cast<const float*>(data), count, out.begin());
-      break;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
-      std::copy_n(static_cast<const int8_t*>(data), count, out.begin());
-      break;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      for (size_t i = 0; i < count; ++i) out[i] = half_to_float(static_cast<const uint16_t*>(data)[i]);
-      break;
-    default:
-      for (size_t i = 0; i < count; ++i) out[i] = bfloat_to_float(static_cast<const uint16_t*>(data)[i]);
+  if (info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    std::copy_n(static_cast<const float*>(data), count, out.begin());
+  } else {
+    for (size_t i = 0; i < count; ++i) out[i] = half_to_float(static_cast<const uint16_t*>(data)[i]);
   }
   return out;
 }
 
-void Constants::expect_count(size_t inputs) const {
-  const size_t actual = info_.GetInputCount();
-  if (actual != inputs) fail("it has " + std::to_string(actual) + " inputs; it must have " + std::to_string(inputs));
-}
-
-void Constants::expect(size_t input, const std::vector<Shape>& shapes) const {
-  const Shape actual = shape(input);
-  std::string allowed;
-  for (const Shape& candidate : shapes) {
-    if (candidate == actual) return;
-    allowed += (allowed.empty() ? "" : " or ") + describe(candidate);
-  }
-  fail("input " + name(input) + " has shape " + describe(actual) + "; it must be " + allowed);
-}
-
-void Constants::expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const {
-  const auto actual = tensor(input).GetTensorTypeAndShapeInfo().GetElementType();
-  std::string allowed;
-  for (const auto type : types) {
-    if (type == actual) return;
-    allowed += std::string(allowed.empty() ? "" : " or ") + type_name(type);
-  }
-  fail("input " + name(input) + " is " + type_name(actual) + "; it must be " + allowed);
-}
-
-WeightStore::WeightStore(const Constants& constants, int bits, size_t codes) : codes_input_(codes), params_input_(codes + 2) {
-  weight_.bits = bits;
-  weight_.out_features = constants.attribute(contract::kOutFeatures, 1);
-  weight_.in_features = constants.attribute(contract::kInFeatures, 1);
-  const int64_t offset = constants.attribute(contract::kOffset, 0);
-  if (offset > 1) constants.fail("attribute offset is " + std::to_string(offset) + "; it must be 0 or 1");
-  weight_.has_offset = offset == 1;
-
-  constants.expect_type(codes, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
-  constants.expect(codes, {{weight_.panels(), weight_.blocks(), bits, kPanel, 4}});
-  // ONNX Runtime casts every fp16 input of a node that stands between nodes without fp16 kernels, constants too.
-  constants.expect_type(codes + 1, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
-  const Shape levels = constants.shape(codes + 1);
-  const int64_t width = int64_t{1} << bits;
-  if (levels.size() != 2 || levels[1] != width || levels[0] <= offset || levels[0] > width) {
-    constants.fail("input " + constants.name(codes + 1) + " has shape " + describe(levels) + "; it must be (Q, " +
-                   std::to_string(width) + ") with Q from " + std::to_string(1 + offset) + " to " + std::to_string(width));
-  }
-  weight_.planes = static_cast<int>(levels[0] - offset);
-  levels_ = constants.floats(codes + 1);
-  for (int64_t code = 0; offset == 1 && code < width; ++code) {
+WeightStore::WeightStore(const Constants& constants, const Layer& layer)
+    : params_input_(layer.param_bits() == 8 ? Port::kParams : Port::kStep) {
+  constants.check_elements(layer, false);
+  weight_.bits = layer.bits;
+  weight_.has_offset = layer.has_offset;
+  weight_.out_features = layer.rows;
+  weight_.in_features = layer.columns;
+  weight_.groups = layer.groups;
+  weight_.planes = static_cast<int>(layer.planes());
+  levels_ = constants.floats(Port::kLevels);
+  const int64_t width = int64_t{1} << layer.bits;
+  for (int64_t code = 0; layer.has_offset && code < width; ++code) {
     if (levels_[static_cast<size_t>(weight_.planes * width + code)] != 1.0F) {
       constants.fail("attribute offset is 1, but the last row of levels is not all ones");
     }
   }
-  read_params(constants);
+  if (layer.param_bits() == 8) {
+    step_ = constants.floats(Port::kStep);
+    base_ = constants.floats(Port::kBase);
+  } else {
+    weight_.form = layer.param_bits() == 16 ? ParamForm::kFloat16 : ParamForm::kFloat32;
+  }
   fit_lines();
-  codes_place_ = constants.place(codes_input_);
-  params_place_ = constants.place(params_input_);
-  if (check_weight(weight_) != Status::kOk) {
-    constants.fail(std::to_string(weight_.groups) + " groups cannot cut rows of " + std::to_string(weight_.in_features) +
-                   " inputs: a group must be a multiple of 16 inputs, or the whole row");
-  }
-}
-
-void WeightStore::read_params(const Constants& constants) {
-  const size_t step = params_input_ + 1;
-  const size_t base = params_input_ + 2;
-  const int64_t planes = weight_.param_planes();
-  const bool plain = elements(constants.shape(params_input_)) == 1;
-  constants.expect_type(params_input_, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
-  const Shape full = constants.shape(plain ? step : params_input_);
-  if (full.size() != 4 || full[0] != weight_.panels() || full[1] < 1 || full[2] != planes || full[3] != kPanel) {
-    constants.fail("input " + constants.name(plain ? step : params_input_) + " has shape " + describe(full) +
-                   "; it must be (" + std::to_string(weight_.panels()) + ", groups, " + std::to_string(planes) + ", 32)");
-  }
-  weight_.groups = full[1];
-  if (!plain) {
-    const Shape narrow = {weight_.panels(), 1, planes, 1};
-    constants.expect(step, {narrow});
-    constants.expect(base, {narrow});
-    step_ = constants.floats(step);
-    base_ = constants.floats(base);
+  codes_place_ = constants.place(Port::kCodes);
+  if (!constants.is_attribute(params_input_)) {
+    params_place_ = constants.place(params_input_);
     return;
   }
-  constants.expect(base, {{1, 1, 1, 1}});
-  constants.expect_type(step, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16});
-  const auto type = constants.tensor(step).GetTensorTypeAndShapeInfo().GetElementType();
-  weight_.form = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? ParamForm::kFloat16 : ParamForm::kFloat32;
-  weight_.value_scale = constants.floats(params_input_)[0];
-  weight_.value_base = constants.floats(base)[0];
-  params_input_ = step;
+  const Ort::ConstValue values = constants.tensor(params_input_);
+  const auto* bytes = static_cast<const uint8_t*>(values.GetTensorRawData());
+  const size_t size = values.GetTensorTypeAndShapeInfo().GetElementCount() * static_cast<size_t>(layer.param_bits() / 8);
+  held_params_.assign(bytes, bytes + size);
 }
 
 // 8-bit codes have 256 levels, too many for registers; where they lie on a line (affine formats), code and slope suffice.
@@ -270,15 +272,17 @@ void WeightStore::fit_lines() {
 void WeightStore::copy_params(const Constants& constants) {
   const size_t size = weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4;
   params_ = copy_of(constants.tensor(params_input_), size);
+  if (params_.data() != nullptr) std::vector<uint8_t>().swap(held_params_);
 }
 
-void WeightStore::copy_codes(const Constants& constants) { codes_ = copy_of(constants.tensor(codes_input_), 1); }
+void WeightStore::copy_codes(const Constants& constants) { codes_ = copy_of(constants.tensor(Port::kCodes), 1); }
 
 CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   CodebookWeight weight = weight_;
   const void* codes = codes_.data();
   const void* params = params_.data();
   weight.codes = static_cast<const uint8_t*>(codes != nullptr ? codes : codes_place_.in(context));
+  if (params == nullptr && !held_params_.empty()) params = held_params_.data();
   weight.params = params != nullptr ? params : params_place_.in(context);
   weight.levels = levels_.data();
   weight.slopes = slopes_.empty() ? nullptr : slopes_.data();
@@ -287,42 +291,28 @@ CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   return weight;
 }
 
-Factors::Factors(const Constants& constants, size_t first, int64_t out_features, int64_t in_features) {
-  const auto load = [&](size_t input, int64_t rows, int64_t columns, const Shape& scale) {
+Factors::Factors(const Constants& constants, const Layer& layer) {
+  const auto load = [&](size_t input, int64_t count) {
     Factor factor;
-    constants.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
-    const bool plain = constants.shape(input + 1) == Shape{rows, columns} && elements(constants.shape(input)) == 1;
-    if (plain) {
+    if (layer.factor_bits() != 8) {
       factor.values = constants.floats(input + 1);
-      const float unit = constants.floats(input)[0];
-      for (float& value : factor.values) value *= unit;
-      factor.scales.assign(static_cast<size_t>(rank), 1.0F);
+      factor.scales.assign(static_cast<size_t>(layer.rank), 1.0F);
       return factor;
     }
-    constants.expect(input, {{rows, columns}, {1, 1}});
-    constants.expect(input + 1, {scale});
     const auto* codes = static_cast<const int8_t*>(constants.tensor(input).GetTensorRawData());
-    factor.codes.assign(codes, codes + rows * columns);
+    factor.codes.assign(codes, codes + count);
     drop_mapped(codes, factor.codes.size());
     factor.scales = constants.floats(input + 1);
     return factor;
   };
-  const Shape shape = constants.shape(first);
-  const Shape scale = constants.shape(first + 1);
-  const Shape& full = elements(shape) == 1 && scale.size() == 2 && scale[1] == in_features ? scale : shape;
-  if (full.size() != 2 || full[0] < 1 || full[1] != in_features) {
-    constants.fail("input " + constants.name(first) + " has shape " + describe(shape) + "; it must be (rank, " +
-                   std::to_string(in_features) + ")");
-  }
-  rank = full[0];
-  down = load(first, rank, in_features, {rank, 1});
-  up = load(first + 2, out_features, rank, {1, rank});
+  down = load(Port::kDown, layer.rank * layer.columns);
+  up = load(Port::kUp, layer.rows * layer.rank);
 }
 
-BranchStore::BranchStore(const Factors& factors, int64_t out_features, int64_t in_features)
-    : rank_(factors.rank), middle_(static_cast<size_t>(factors.rank)) {
-  down_ = {to_panels(factors.down.codes, rank_, in_features), to_panels(factors.down.values, rank_, in_features)};
-  up_ = {to_panels(factors.up.codes, out_features, rank_), to_panels(factors.up.values, out_features, rank_)};
+BranchStore::BranchStore(const Factors& factors, const Layer& layer)
+    : rank_(layer.rank), middle_(static_cast<size_t>(layer.rank)) {
+  down_ = {to_panels(factors.down.codes, rank_, layer.columns), to_panels(factors.down.values, rank_, layer.columns)};
+  up_ = {to_panels(factors.up.codes, layer.rows, rank_), to_panels(factors.up.values, layer.rows, rank_)};
   for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = factors.down.scales[i] * factors.up.scales[i];
 }
 

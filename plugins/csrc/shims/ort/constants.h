@@ -9,6 +9,7 @@
 #include "kernels/cpu/packed/codebook.h"
 #include "shims/ort/api.h"
 #include "shims/ort/huge_pages.h"
+#include "shims/view.h"
 
 namespace rankbook::ort {
 
@@ -31,13 +32,20 @@ class Constants {
   Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product = kAlone);
   static constexpr int kAlone = -1;
 
+  // Fails where the node has another number of inputs, or leaves out one of them or an output.
+  void expect_inputs(size_t count) const;
   int64_t attribute(const char* name, int64_t low) const;
+  float float_attribute(const char* name) const;  // finite, not negative
+
+  // The layer that the first `inputs` of an operator of one product describe.
+  Layer layer(int bits, size_t inputs, const Limits& limits) const;
+  // Fails at NaN, infinity, and placeholders that hold something else; looks at what is in this process' memory alone
+  // where `on_gpu`.
+  void check_elements(const Layer& layer, bool on_gpu) const;
+
   Ort::ConstValue tensor(size_t input) const;
-  std::vector<int64_t> shape(size_t input) const;
-  std::vector<float> floats(size_t input) const;  // any of float32, float16, bfloat16, int8
-  void expect_count(size_t inputs) const;
-  void expect(size_t input, const std::vector<std::vector<int64_t>>& shapes) const;
-  void expect_type(size_t input, const std::vector<ONNXTensorElementDataType>& types) const;
+  Constant constant(size_t input) const;
+  std::vector<float> floats(size_t input) const;  // of float32 or float16
   [[noreturn]] void fail(const std::string& sentence) const;
 
   // Gives the pages of a merged node's tensor back, once nothing reads it: pages that two parts share, and those that the
@@ -46,10 +54,11 @@ class Constants {
 
   bool is_attribute(size_t input) const;  // and has no place
   Place place(size_t input) const;
-  std::string name(size_t input) const { return names_[input] + suffix_; }
   const std::string& node() const { return node_; }
 
  private:
+  int64_t integer(const char* name) const;
+  std::string name(size_t input) const { return names_[input] + suffix_; }
   Ort::ConstValue input(size_t position, const std::string& name) const;
   Ort::Value part(size_t input) const;
 
@@ -60,13 +69,13 @@ class Constants {
   mutable std::map<size_t, Ort::Value> held_;  // of a merged node
 };
 
-std::string describe(const std::vector<int64_t>& shape);
+Shape shape_of(const Ort::TensorTypeAndShapeInfo& info);
+inline Shape shape_of(const Ort::ConstValue& value) { return shape_of(value.GetTensorTypeAndShapeInfo()); }
 
 // A weight whose small parts are owned here. Codes and params stay where ONNX Runtime has them, or are copied once.
 class WeightStore {
  public:
-  // `codes` is the position of that input; levels, params, step and base follow it.
-  WeightStore(const Constants& constants, int bits, size_t codes);
+  WeightStore(const Constants& constants, const Layer& layer);
 
   // Copies one of them to huge pages, where there are any.
   void copy_params(const Constants& constants);
@@ -82,13 +91,13 @@ class WeightStore {
   const std::vector<float>& base() const { return base_; }
 
  private:
-  void read_params(const Constants& constants);
   void fit_lines();
 
-  size_t codes_input_, params_input_;  // params, or step where that holds the values themselves
+  size_t params_input_;  // params, or step where that holds the values themselves
   Place codes_place_, params_place_;
   CodebookWeight weight_;
   std::vector<float> levels_, slopes_, step_, base_;
+  std::vector<uint8_t> held_params_;  // of a merged node that has them as an attribute, which ends with its creation
   HugeCopy codes_, params_;
 };
 
@@ -99,11 +108,9 @@ struct Factor {
   std::vector<float> scales;  // one per rank
 };
 
-// Both factors. `down` is the position of that input; down_scale, up and up_scale follow it.
 struct Factors {
-  int64_t rank = 0;
   Factor down, up;
-  Factors(const Constants& constants, size_t down, int64_t out_features, int64_t in_features);
+  Factors(const Constants& constants, const Layer& layer);
 };
 
 // (rows, columns) to (ceil(rows / 32), columns, 32), zero-padded.
@@ -130,7 +137,7 @@ struct StoredFactor {
 class BranchStore {
  public:
   BranchStore() = default;
-  BranchStore(const Factors& factors, int64_t out_features, int64_t in_features);
+  BranchStore(const Factors& factors, const Layer& layer);
 
   LowRankBranch bind() const;
 

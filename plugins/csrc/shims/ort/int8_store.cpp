@@ -77,8 +77,8 @@ Int8WeightStore::Int8WeightStore(const Constants& constants, const WeightStore& 
   }
   if (weight.has_offset) units.push_back(1.0F);
   per_panel_ = weight.form == ParamForm::kInt8;
-  step_ = per_panel_ ? store.step() : std::vector<float>(units.size(), weight.value_scale);
-  base_ = per_panel_ ? store.base() : std::vector<float>(units.size(), weight.value_base);
+  step_ = per_panel_ ? store.step() : std::vector<float>(units.size(), 1.0F);
+  base_ = per_panel_ ? store.base() : std::vector<float>(units.size(), 0.0F);
   for (size_t i = 0; i < step_.size(); ++i) {
     step_[i] *= units[i % units.size()];
     base_[i] *= units[i % units.size()];
@@ -95,14 +95,14 @@ Int8Weight Int8WeightStore::bind(const CodebookWeight& weight) const {
   return {weight, data_of(tables_copy_, tables_), is_signed_, data_of(step_copy_, step_), data_of(base_copy_, base_), per_panel_};
 }
 
-Int8BranchStore::Int8BranchStore(const Factors& factors, const CodebookWeight& weight, const Int8Kernels& kernels)
-    : middle_(static_cast<size_t>(factors.rank)) {
-  const int64_t rank = factors.rank;
-  const int64_t k = weight.in_features;
+Int8BranchStore::Int8BranchStore(const Factors& factors, const Layer& layer, const Int8Kernels& kernels)
+    : middle_(static_cast<size_t>(layer.rank)) {
+  const int64_t rank = layer.rank;
+  const int64_t k = layer.columns;
   down_.bits = 8;
   down_.out_features = rank;
   down_.in_features = k;
-  down_.groups = weight.groups;
+  down_.groups = layer.groups;
   down_.planes = 1;
   down_.form = ParamForm::kFloat32;
   std::vector<int8_t> codes = factors.down.codes;
@@ -119,7 +119,7 @@ Int8BranchStore::Int8BranchStore(const Factors& factors, const CodebookWeight& w
   straight_levels(levels);
   is_signed_ = needs_signed(levels, 256, kernels);
   table_ = straight_table(is_signed_);
-  up_ = {to_panels(factors.up.codes, weight.out_features, rank), to_panels(factors.up.values, weight.out_features, rank)};
+  up_ = {to_panels(factors.up.codes, layer.rows, rank), to_panels(factors.up.values, layer.rows, rank)};
   for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = scales[i] * factors.up.scales[i];
 }
 

@@ -32,7 +32,7 @@ class Int8WeightStore {
 class Int8BranchStore {
  public:
   Int8BranchStore() = default;
-  Int8BranchStore(const Factors& factors, const CodebookWeight& weight, const Int8Kernels& kernels);
+  Int8BranchStore(const Factors& factors, const Layer& layer, const Int8Kernels& kernels);
 
   // Moves an int8 factor to huge pages, where there are any; or copies the scales between the two.
   void copy_down();

@@ -7,7 +7,6 @@
 #include "kernels/cpu/simd/half.h"
 #include "shims/ort/guarded.h"
 #include "shims/ort/pool.h"
-#include "shims/ort/sizes.h"
 
 namespace rankbook::ort {
 namespace {
@@ -65,7 +64,7 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
     return guarded([&] {
       if (kind == Kind::kGather) {
         const Constants constants(info, Gather::kInputs, name);
-        constants.expect_count(Gather::kInputCount);
+        constants.expect_inputs(inputs_alone());
         *kernel = new GatherKernel(constants, bits);
       } else {
         *kernel = new MatMulKernel(read_products(info), Constants(info, LowRank::kInputs, name).node(), kernels);
@@ -78,8 +77,8 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
     std::vector<Constants> constants;
     for (int i = 0; i < products(); ++i) {
       constants.emplace_back(info, LowRank::kInputs, name, merged > 0 ? i : Constants::kAlone);
-      constants[i].expect_count(inputs());
-      out.emplace_back(constants[i], bits, kind == Kind::kLowRank, kernels);
+      constants[i].expect_inputs(merged > 0 ? 2 : inputs_alone());
+      out.emplace_back(constants[i], constants[i].layer(bits, inputs_alone(), kCpuLimits), kernels);
       if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
         constants[i].fail("all products must have the same in_features and, where activations are rounded, the same groups");
       }
@@ -90,8 +89,10 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
 
   int products() const { return merged > 0 ? merged : 1; }
 
-  size_t inputs() const {
-    return merged > 0 ? 2 : kind == Kind::kLowRank ? size_t{LowRank::kInputCount} : size_t{MatMul::kInputCount};
+  size_t inputs_alone() const {
+    return kind == Kind::kGather    ? size_t{Gather::kInputCount}
+           : kind == Kind::kLowRank ? size_t{LowRank::kInputCount}
+                                    : size_t{MatMul::kInputCount};
   }
 
   const char* GetName() const { return name.c_str(); }
@@ -134,7 +135,7 @@ struct MatMulKernel::Call {
 void MatMulKernel::compute(const Ort::KernelContext& context) const {
   const Ort::ConstValue x = context.GetInput(MatMul::kX);
   const auto info = x.GetTensorTypeAndShapeInfo();
-  Sizes shape(info);
+  Shape shape = shape_of(info);
   const int64_t in_features = products_[0].in_features();
   if (!shape.has(1) || shape.last() != in_features) {
     fail(node_, "x has shape " + shape.text() + "; its last size must be in_features = " + std::to_string(in_features));
@@ -204,7 +205,7 @@ void MatMulKernel::multiply(const Call& call) const {
 }
 
 GatherKernel::GatherKernel(const Constants& constants, int bits)
-    : node_(constants.node()), weight_(constants, bits, Gather::kCodes) {}
+    : node_(constants.node()), weight_(constants, constants.layer(bits, Gather::kInputCount, kCpuLimits)) {}
 
 OrtStatusPtr GatherKernel::ComputeV2(OrtKernelContext* context) noexcept {
   return guarded([&] { compute(Ort::KernelContext(context)); });

@@ -21,7 +21,7 @@ struct Kernels {
 
 class Product {
  public:
-  Product(const Constants& constants, int bits, bool low_rank, const Kernels& kernels);
+  Product(const Constants& constants, const Layer& layer, const Kernels& kernels);
 
   // Copies what is read at every call to huge pages, where there are any. `products` are all of a node, `constants` theirs.
   static void copy(std::vector<Product>& products, const std::vector<Constants>& constants);
@@ -34,8 +34,6 @@ class Product {
   Int8Product int8(const Ort::KernelContext& context) const;
 
  private:
-  void read_bias(const Constants& constants);
-  void read_branch(const Constants& constants, const Kernels& kernels);
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
 
   WeightStore weight_;

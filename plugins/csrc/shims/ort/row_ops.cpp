@@ -1,5 +1,7 @@
 #include "shims/ort/row_ops.h"
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -7,7 +9,6 @@
 #include "shims/ort/constants.h"
 #include "shims/ort/guarded.h"
 #include "shims/ort/pool.h"
-#include "shims/ort/sizes.h"
 
 namespace rankbook::ort {
 namespace {
@@ -15,12 +16,12 @@ namespace {
 using Norm = contract::AddRMSNormalization;
 using Gate = contract::SwiGLU;
 
-constexpr int64_t kTaskNumbers = 1 << 15;  // numbers that one task handles at least: waking a thread costs more than fewer
+constexpr int64_t kTaskElements = 1 << 15;  // elements that one task handles at least: waking a thread costs more than fewer
 
-// Runs work(from, to) over pieces of [0, count), each a multiple of `step` numbers.
+// Runs work(from, to) over pieces of [0, count), each a multiple of `step` elements.
 template <class Work>
 void in_pieces(const Ort::KernelContext& context, int64_t count, int64_t step, Work work) {
-  const int64_t piece = ceil_div(kTaskNumbers, step) * step;
+  const int64_t piece = ceil_div(kTaskElements, step) * step;
   if (count <= piece) return work(0, count);
   struct Job {
     Work& work;
@@ -39,11 +40,17 @@ class NormKernel {
   NormKernel(const OrtKernelInfo* info, const RowKernels& kernels) : kernels_(kernels) {
     const Constants constants(info, Norm::kInputs, Norm::kName);
     node_ = constants.node();
-    epsilon_ = Ort::ConstKernelInfo(info).GetAttribute<float>(Norm::kEpsilon);
-    const std::vector<int64_t> shape = constants.shape(Norm::kScale);
-    if (shape.size() != 1) constants.fail("input scale has shape " + describe(shape) + "; it must have one axis");
-    size_ = shape[0];
+    constants.expect_inputs(Norm::kInputCount);
+    epsilon_ = constants.float_attribute(Norm::kEpsilon);
+    const Constant scale = constants.constant(Norm::kScale);
+    size_ = scale.shape.at[0];
+    if (scale.shape.axes != 1 || size_ < 1 || scale.type != contract::Type::kFloat32) {
+      constants.fail("input scale has shape " + scale.shape.text() + "; it must be float32 of one axis, and hold at least one element");
+    }
     scale_ = constants.tensor(Norm::kScale).GetTensorData<float>();  // initializers live as long as their session
+    if (!std::all_of(scale_, scale_ + size_, [](float value) { return std::isfinite(value); })) {
+      constants.fail("input scale holds NaN or infinity; the file is damaged: write or copy it again");
+    }
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
@@ -54,8 +61,8 @@ class NormKernel {
   void compute(const Ort::KernelContext& context) const {
     const Ort::ConstValue a = context.GetInput(Norm::kA);
     const Ort::ConstValue b = context.GetInput(Norm::kB);
-    const Sizes sizes(a);
-    const Sizes other(b);
+    const Shape sizes = shape_of(a);
+    const Shape other = shape_of(b);
     if (!(sizes == other) || !sizes.has(1) || sizes.last() != size_) {
       throw Ort::Exception(node_ + ": a has shape " + sizes.text() + " and b " + other.text() + "; both must be (..., " +
                                std::to_string(size_) + ")",
@@ -82,7 +89,11 @@ class NormKernel {
 class GateKernel {
  public:
   GateKernel(const OrtKernelInfo* info, const RowKernels& kernels)
-      : kernels_(kernels), node_(Constants(info, Gate::kInputs, Gate::kName).node()) {}
+      : kernels_(kernels) {
+    const Constants constants(info, Gate::kInputs, Gate::kName);
+    constants.expect_inputs(Gate::kInputCount);
+    node_ = constants.node();
+  }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
     return guarded([&] { compute(Ort::KernelContext(context)); });
@@ -92,8 +103,8 @@ class GateKernel {
   void compute(const Ort::KernelContext& context) const {
     const Ort::ConstValue gate = context.GetInput(Gate::kGate);
     const Ort::ConstValue up = context.GetInput(Gate::kUp);
-    const Sizes sizes(gate);
-    const Sizes other(up);
+    const Shape sizes = shape_of(gate);
+    const Shape other = shape_of(up);
     if (!(sizes == other) || !sizes.has(0)) {
       throw Ort::Exception(node_ + ": gate has shape " + sizes.text() + " and up " + other.text() + "; they must be the same",
                            ORT_INVALID_ARGUMENT);

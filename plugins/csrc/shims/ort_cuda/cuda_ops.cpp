@@ -12,14 +12,13 @@
 
 #include "contract.h"
 #include "kernels/cuda/launch.h"
+#include "shims/matmul.h"
 #include "shims/ort/constants.h"
 #include "shims/ort/guarded.h"
 
 namespace rankbook::ort {
 namespace {
 
-using Branch = contract::CodebookMatMulLowRank;  // its inputs are those of the others, and more
-using Shape = std::vector<int64_t>;
 
 enum class Kind { kMatMul, kLowRank, kGather };
 
@@ -38,80 +37,6 @@ cuda::DataType kernel_type(ONNXTensorElementDataType type) {
   if (type == kHalf) return cuda::DataType::kFloat16;
   return type == kBFloat ? cuda::DataType::kBFloat16 : cuda::DataType::kFloat32;
 }
-
-// Reads shapes and types of the constants, never what is in them: that lies on the GPU.
-class Reader {
- public:
-  Reader(const Constants& constants, int bits) : c_(constants) {
-    cuda::PackedWeight& w = m.weight;
-    w.bits = bits;
-    w.rows = static_cast<int>(c_.attribute(contract::kOutFeatures, 1));
-    w.columns = static_cast<int>(c_.attribute(contract::kInFeatures, 1));
-    const int64_t offset = c_.attribute(contract::kOffset, 0);
-    if (offset > 1) c_.fail("attribute offset is " + std::to_string(offset) + "; it must be 0 or 1");
-    w.has_offset = offset == 1;
-    panels_ = cuda::ceil_div(w.rows, cuda::kPanel);
-    c_.expect(Branch::kCodes, {{panels_, cuda::ceil_div(w.columns, cuda::kBlock), bits, cuda::kPanel, 4}});
-    for (const auto input : {Branch::kCodes, Branch::kParams}) c_.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
-    c_.expect_type(Branch::kLevels, {kHalf});
-    c_.expect_type(Branch::kStep, {kFloat, kHalf});
-    c_.expect_type(Branch::kBase, {kFloat});
-    read_params();
-  }
-
-  void read_bias() {
-    c_.expect(Branch::kBias, {{m.weight.rows}, {1}});
-    c_.expect_type(Branch::kBias, {kFloat});
-    m.bias_full = c_.shape(Branch::kBias) == Shape{m.weight.rows};
-  }
-
-  void read_branch() {
-    const Shape scale = c_.shape(Branch::kUpScale);
-    if (scale.size() != 2 || scale[1] < 1) {
-      c_.fail("input up_scale has shape " + describe(scale) + "; it must be (1, R) or (N, R)");
-    }
-    m.rank = static_cast<int>(scale[1]);
-    read_factor(Branch::kDown, m.rank, m.weight.columns, {m.rank, 1}, &m.down);
-    read_factor(Branch::kUp, m.weight.rows, m.rank, {1, m.rank}, &m.up);
-  }
-
-  cuda::Matmul m;  // without pointers
-
- private:
-  void read_params() {
-    cuda::PackedWeight& w = m.weight;
-    w.params_full = full(Branch::kParams);
-    w.step_full = full(Branch::kStep);
-    const Shape shape = c_.shape(w.params_full ? Branch::kParams : Branch::kStep);
-    if (!w.params_full && !w.step_full) c_.fail("neither params nor step has a shape (N / 32, groups, Q, 32)");
-    w.groups = static_cast<int>(shape[1]);
-    w.params_planes = static_cast<int>(shape[2]);
-    const Shape narrow = {panels_, 1, shape[2], 1}, wide = {panels_, shape[1], shape[2], cuda::kPanel}, one = {1, 1, 1, 1};
-    c_.expect(Branch::kParams, {wide, one});
-    c_.expect(Branch::kStep, {narrow, wide});
-    c_.expect(Branch::kBase, {narrow, one});
-    c_.expect(Branch::kLevels, {{shape[2], int64_t{1} << w.bits}});
-    w.base_full = c_.shape(Branch::kBase) == narrow;
-  }
-
-  bool full(size_t input) const {
-    const Shape shape = c_.shape(input);
-    return shape.size() == 4 && shape[3] == cuda::kPanel;
-  }
-
-  void read_factor(size_t input, int64_t rows, int64_t columns, const Shape& narrow, cuda::Factor* factor) const {
-    const Shape wide = {rows, columns};
-    c_.expect(input, {wide, {1, 1}});
-    c_.expect(input + 1, {narrow, wide});
-    c_.expect_type(input, {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8});
-    c_.expect_type(input + 1, {kFloat, kHalf});
-    factor->codes_full = c_.shape(input) == wide;
-    factor->scale_full = c_.shape(input + 1) != narrow;
-  }
-
-  const Constants& c_;
-  int64_t panels_ = 0;
-};
 
 // Memory of the provider for one call. ONNX Runtime keeps it from other streams until the work of this one is done.
 class Scratch {
@@ -186,20 +111,20 @@ class DeviceCopy {
 struct Source {
   Place place;
   std::shared_ptr<const DeviceCopy> copy;  // instead of a place
-  cuda::DataType type = cuda::DataType::kFloat32;
 
   const void* in(const Ort::KernelContext& context) const { return copy != nullptr ? copy->get() : place.in(context); }
 };
 
-// One product of a node: its sizes, and its constants by input.
-struct Shaped {
+// One product of a node: what it is, and its constants by input.
+struct Product {
+  Layer layer;
   cuda::Matmul sizes;  // without pointers
   std::vector<Source> sources;
 };
 
 class CudaKernel {
  public:
-  CudaKernel(std::vector<Shaped> products, std::string node, Kind kind)
+  CudaKernel(std::vector<Product> products, std::string node, Kind kind)
       : products_(std::move(products)), node_(std::move(node)), kind_(kind) {}
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
@@ -208,21 +133,21 @@ class CudaKernel {
 
  private:
   void compute(const Ort::KernelContext& context) const {
-    const Ort::ConstValue x = context.GetInput(Branch::kX);
+    const Ort::ConstValue x = context.GetInput(Port::kX);
     const auto info = x.GetTensorTypeAndShapeInfo();
-    Shape shape = info.GetShape();
+    Shape shape = shape_of(info);
     if (kind_ == Kind::kGather) return gather(context, x, shape);
     const int columns = products_[0].sizes.weight.columns;
-    if (shape.empty() || shape.back() != columns) {
-      fail("x has shape " + describe(shape) + "; its last size must be in_features = " + std::to_string(columns));
+    if (!shape.has(1) || shape.last() != columns) {
+      fail("x has shape " + shape.text() + "; its last size must be in_features = " + std::to_string(columns));
     }
     const size_t tokens = info.GetElementCount() / static_cast<size_t>(columns);
     if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) fail("x has more than 2^31 - 1 rows");
     for (size_t i = 0; i < products_.size(); ++i) {
       cuda::Matmul m = bound(context, i);
-      shape.back() = m.weight.rows;
+      shape.last() = m.weight.rows;
       m.x = x.GetTensorRawData();
-      m.y = context.GetOutput(i, shape).GetTensorMutableRawData();
+      m.y = context.GetOutput(i, shape.at.data(), shape.axes).GetTensorMutableRawData();
       m.type = kernel_type(info.GetElementType());
       m.tokens = static_cast<int>(tokens);
       if (tokens == 0) continue;
@@ -235,29 +160,17 @@ class CudaKernel {
   void gather(const Ort::KernelContext& context, const Ort::ConstValue& indices, Shape shape) const {
     const cuda::Matmul m = bound(context, 0);
     const auto count = static_cast<int64_t>(indices.GetTensorTypeAndShapeInfo().GetElementCount());
-    shape.push_back(m.weight.columns);
-    auto* y = context.GetOutput(0, shape).GetTensorMutableData<float>();
+    if (!shape.has(0) || shape.axes == Shape::kMostAxes) fail("indices have shape " + shape.text() + "; that is too many axes");
+    shape.at[shape.axes++] = m.weight.columns;
+    auto* y = context.GetOutput(0, shape.at.data(), shape.axes).GetTensorMutableData<float>();
     report(cuda::launch_gather({m.weight, indices.GetTensorData<int64_t>(), y, count}, context.GetGPUComputeStream()));
   }
 
   // One product with its pointers.
   cuda::Matmul bound(const Ort::KernelContext& context, size_t product) const {
-    cuda::Matmul m = products_[product].sizes;
-    const std::vector<Source>& sources = products_[product].sources;
-    const auto raw = [&](size_t input) { return sources[input].in(context); };
-    const auto floats = [&](size_t input) { return cuda::Floats{raw(input), sources[input].type}; };
-    cuda::PackedWeight& w = m.weight;
-    w.codes = static_cast<const uint32_t*>(raw(Branch::kCodes));
-    w.levels = static_cast<const uint16_t*>(raw(Branch::kLevels));
-    w.params = static_cast<const int8_t*>(raw(Branch::kParams));
-    w.step = floats(Branch::kStep);
-    w.base = static_cast<const float*>(raw(Branch::kBase));
-    if (kind_ != Kind::kGather) m.bias = static_cast<const float*>(raw(Branch::kBias));
-    if (kind_ != Kind::kLowRank) return m;
-    m.down.codes = static_cast<const int8_t*>(raw(Branch::kDown));
-    m.down.scale = floats(Branch::kDownScale);
-    m.up.codes = static_cast<const int8_t*>(raw(Branch::kUp));
-    m.up.scale = floats(Branch::kUpScale);
+    const Product& one = products_[product];
+    cuda::Matmul m = one.sizes;
+    set_constants(one.layer, [&](size_t input) { return one.sources[input].in(context); }, &m);
     return m;
   }
 
@@ -269,7 +182,7 @@ class CudaKernel {
     throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT);
   }
 
-  std::vector<Shaped> products_;
+  std::vector<Product> products_;
   std::string node_;
   Kind kind_;
 };
@@ -286,7 +199,7 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
   CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_, int merged_)
       : kind(kind_), bits(bits_), type(type_), rounds(rounds_), merged(merged_) {
     name = kind == Kind::kGather    ? contract::CodebookGather::kName
-           : kind == Kind::kLowRank ? Branch::kName
+           : kind == Kind::kLowRank ? Port::kName
                                     : contract::CodebookMatMul::kName;
     name += std::to_string(bits) + (rounds ? contract::CodebookMatMulA8::kSuffix : "");
     if (merged > 0) name += contract::kMerged + std::to_string(merged);
@@ -296,17 +209,15 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
     return guarded([&] { *kernel = new CudaKernel(read_products(info), Constants(info, names(), name).node(), kind); });
   }
 
-  std::vector<Shaped> read_products(const OrtKernelInfo* info) const {
-    std::vector<Shaped> out;
+  std::vector<Product> read_products(const OrtKernelInfo* info) const {
+    std::vector<Product> out;
     for (int i = 0; i < products(); ++i) {
       const Constants constants(info, names(), name, merged > 0 ? i : Constants::kAlone);
-      constants.expect_count(merged > 0 ? 2 : inputs_alone());
-      Reader reader(constants, bits);
-      if (kind != Kind::kGather) reader.read_bias();
-      if (kind == Kind::kLowRank) reader.read_branch();
-      reader.m.int8_activations = rounds;
-      out.push_back({reader.m, read_sources(info, constants)});
-      if (reader.m.weight.columns != out[0].sizes.weight.columns) constants.fail("all products must have the same in_features");
+      constants.expect_inputs(merged > 0 ? 2 : inputs_alone());
+      const Layer layer = constants.layer(bits, inputs_alone(), kCudaLimits);
+      constants.check_elements(layer, true);
+      out.push_back({layer, matmul_of(layer, rounds), read_sources(info, constants)});
+      if (layer.columns != out[0].layer.columns) constants.fail("all products must have the same in_features");
     }
     return out;
   }
@@ -315,7 +226,6 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
     std::vector<Source> out(inputs_alone());
     for (size_t input = 1; input < out.size(); ++input) {
       const Ort::ConstValue value = constants.tensor(input);
-      out[input].type = kernel_type(value.GetTensorTypeAndShapeInfo().GetElementType());
       if (constants.is_attribute(input)) {
         out[input].copy = std::make_shared<const DeviceCopy>(info, value);
       } else {
@@ -329,11 +239,11 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
 
   size_t inputs_alone() const {
     return kind == Kind::kGather    ? size_t{contract::CodebookGather::kInputCount}
-           : kind == Kind::kLowRank ? size_t{Branch::kInputCount}
+           : kind == Kind::kLowRank ? size_t{Port::kInputCount}
                                     : size_t{contract::CodebookMatMul::kInputCount};
   }
 
-  const char* const* names() const { return kind == Kind::kGather ? contract::CodebookGather::kInputs : Branch::kInputs; }
+  const char* const* names() const { return kind == Kind::kGather ? contract::CodebookGather::kInputs : Port::kInputs; }
 
   const char* GetName() const { return name.c_str(); }
   const char* GetExecutionProviderType() const { return kProvider; }

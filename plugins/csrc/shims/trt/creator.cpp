@@ -48,7 +48,7 @@ std::string read_fields(const nvinfer1::PluginFieldCollection& fields, Operator*
       layer->assign(static_cast<const char*>(field.data), static_cast<std::size_t>(field.length));
     }
   }
-  return op->check();
+  return check_attributes({op->bits, op->out_features, op->in_features, op->offset}, "");
 }
 
 }  // namespace

@@ -7,80 +7,15 @@ namespace {
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 
-constexpr std::int64_t kAny = -1;
-
-// Whether dims equal the wanted sizes, kAny matching every size.
-bool fits(const Dims& dims, std::initializer_list<std::int64_t> want) {
-  if (dims.nbDims != static_cast<std::int32_t>(want.size())) return false;
-  std::int32_t i = 0;
-  for (const std::int64_t size : want) {
-    const std::int64_t have = dims.d[i++];
-    if (size != kAny && have != size) return false;
+contract::Type type_of(DataType type) {
+  switch (type) {
+    case DataType::kFLOAT: return contract::Type::kFloat32;
+    case DataType::kHALF: return contract::Type::kFloat16;
+    case DataType::kBF16: return contract::Type::kBfloat16;
+    case DataType::kINT8: return contract::Type::kInt8;
+    case DataType::kINT64: return contract::Type::kInt64;
+    default: return contract::Type::kOther;
   }
-  return true;
-}
-
-std::string wrong(Input input, const Dims& dims, const std::string& want) {
-  return std::string(Branch::kInputs[input]) + " has shape " + text_of(dims) + "; it must be " + want;
-}
-
-std::string shape(std::initializer_list<std::int64_t> sizes) {
-  Dims dims{};
-  for (const std::int64_t size : sizes) dims.d[dims.nbDims++] = size;
-  return text_of(dims);
-}
-
-std::string read_params(const Operator& op, const Dims* dims, cuda::PackedWeight* w) {
-  const std::int64_t panels = cuda::ceil_div(op.out_features, cuda::kPanel);
-  w->params_full = dims[Branch::kParams].nbDims == 4 && dims[Branch::kParams].d[3] == cuda::kPanel;
-  w->step_full = dims[Branch::kStep].nbDims == 4 && dims[Branch::kStep].d[3] == cuda::kPanel;
-  const Dims& full = w->params_full ? dims[Branch::kParams] : dims[Branch::kStep];
-  if (!fits(full, {panels, kAny, kAny, cuda::kPanel})) {
-    return wrong(w->params_full ? Branch::kParams : Branch::kStep, full, "(" + std::to_string(panels) + ", G, Q, 32)");
-  }
-  const std::int64_t groups = full.d[1], planes = full.d[2];
-  w->groups = static_cast<std::int32_t>(groups);
-  w->params_planes = static_cast<std::int32_t>(planes);
-  if (!w->params_full && !fits(dims[Branch::kParams], {1, 1, 1, 1})) {
-    return wrong(Branch::kParams, dims[Branch::kParams], shape({panels, groups, planes, 32}) + " or " + shape({1, 1, 1, 1}));
-  }
-  if (!fits(dims[Branch::kStep], {panels, 1, planes, 1}) && !fits(dims[Branch::kStep], {panels, groups, planes, cuda::kPanel})) {
-    return wrong(Branch::kStep, dims[Branch::kStep], shape({panels, 1, planes, 1}) + " or " + shape({panels, groups, planes, 32}));
-  }
-  w->base_full = fits(dims[Branch::kBase], {panels, 1, planes, 1});
-  if (!w->base_full && !fits(dims[Branch::kBase], {1, 1, 1, 1})) {
-    return wrong(Branch::kBase, dims[Branch::kBase], shape({panels, 1, planes, 1}) + " or " + shape({1, 1, 1, 1}));
-  }
-  if (w->planes() < 1 || w->planes() > cuda::kMaxPlanes) {
-    return "there are " + std::to_string(w->planes()) + " planes of coefficients; allowed are 1 to 4";
-  }
-  if (groups < 1 || op.in_features % groups != 0 || (groups > 1 && op.in_features / groups % 16 != 0)) {
-    return std::to_string(op.in_features) + " inputs cannot be cut into " + std::to_string(groups) +
-           " groups; groups are multiples of 16 inputs, or one is the whole row";
-  }
-  const std::int64_t levels = std::int64_t{1} << op.bits;
-  return fits(dims[Branch::kLevels], {planes, levels}) ? "" : wrong(Branch::kLevels, dims[Branch::kLevels], shape({planes, levels}));
-}
-
-std::string read_branch(const Operator& op, const Dims* dims, cuda::Matmul* m) {
-  if (dims[Branch::kUpScale].nbDims != 2 || dims[Branch::kUpScale].d[1] < 1) return wrong(Branch::kUpScale, dims[Branch::kUpScale], "(1, R) or (N, R)");
-  const std::int64_t rank = dims[Branch::kUpScale].d[1], rows = op.out_features, columns = op.in_features;
-  m->rank = static_cast<std::int32_t>(rank);
-  m->down.codes_full = fits(dims[Branch::kDown], {rank, columns});
-  m->up.codes_full = fits(dims[Branch::kUp], {rows, rank});
-  m->down.scale_full = fits(dims[Branch::kDownScale], {rank, columns}) && columns > 1;
-  m->up.scale_full = fits(dims[Branch::kUpScale], {rows, rank}) && rows > 1;
-  if (!m->down.codes_full && !fits(dims[Branch::kDown], {1, 1})) {
-    return wrong(Branch::kDown, dims[Branch::kDown], shape({rank, columns}) + " or (1, 1)");
-  }
-  if (!m->up.codes_full && !fits(dims[Branch::kUp], {1, 1})) return wrong(Branch::kUp, dims[Branch::kUp], shape({rows, rank}) + " or (1, 1)");
-  if (!m->down.scale_full && !fits(dims[Branch::kDownScale], {rank, 1})) {
-    return wrong(Branch::kDownScale, dims[Branch::kDownScale], shape({rank, 1}) + " or " + shape({rank, columns}));
-  }
-  if (!m->up.scale_full && !fits(dims[Branch::kUpScale], {1, rank})) {
-    return wrong(Branch::kUpScale, dims[Branch::kUpScale], shape({1, rank}) + " or " + shape({rows, rank}));
-  }
-  return "";
 }
 
 }  // namespace
@@ -100,55 +35,36 @@ std::int32_t Operator::inputs() const {
   }
 }
 
-std::string Operator::check() const {
-  if (in_features < 1 || out_features < 1) {
-    return "in_features is " + std::to_string(in_features) + " and out_features is " + std::to_string(out_features) +
-           "; both must be given and positive";
+std::string Operator::read(const Constant* given, Layer* layer) const {
+  const Shape& x = given[Port::kX].shape;
+  if (kind != Kind::kGather && (!x.has(1) || (x.last() != in_features && x.last() != -1))) {
+    return "x has shape " + x.text() + "; its last size must be in_features = " + std::to_string(in_features);
   }
-  return offset == 0 || offset == 1 ? "" : "offset is " + std::to_string(offset) + "; it must be 0 or 1";
+  return read_layer({bits, out_features, in_features, offset}, given, static_cast<std::size_t>(inputs()), kCudaLimits, "", layer);
 }
 
 bool Operator::allows(std::int32_t position, DataType type, DataType x_type) const {
-  const bool wide = type == DataType::kFLOAT || type == DataType::kHALF;
   if (position == inputs()) return type == (kind == Kind::kGather ? DataType::kFLOAT : x_type);
-  switch (position) {
-    case Branch::kX: return kind == Kind::kGather ? type == DataType::kINT64 : wide || type == DataType::kBF16;
-    case Branch::kCodes:
-    case Branch::kParams:
-    case Branch::kDown:
-    case Branch::kUp: return type == DataType::kINT8;
-    case Branch::kLevels: return type == DataType::kHALF;
-    case Branch::kStep:
-    case Branch::kDownScale:
-    case Branch::kUpScale: return wide;
-    default: return type == DataType::kFLOAT;
+  if (position == Port::kX) {
+    const bool is_float = type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+    return kind == Kind::kGather ? type == DataType::kINT64 : is_float;
   }
+  for (const contract::Part& part : contract::kParts) {
+    for (const contract::Form& form : part.forms) {
+      for (const contract::Stored& stored : form.constants) {
+        if (stored.input == position && stored.type == type_of(type)) return true;
+      }
+    }
+  }
+  return false;
 }
 
-std::string read_shapes(const Operator& op, const Dims* dims, cuda::Matmul* out) {
-  *out = cuda::Matmul{};
-  out->int8_activations = op.int8;
-  cuda::PackedWeight& w = out->weight;
-  w.rows = op.out_features;
-  w.columns = op.in_features;
-  w.bits = op.bits;
-  w.has_offset = op.offset == 1;
-  const Dims& x = dims[Branch::kX];
-  if (op.kind != Kind::kGather && (x.nbDims < 1 || (x.d[x.nbDims - 1] != op.in_features && x.d[x.nbDims - 1] != kAny))) {
-    return wrong(Branch::kX, x, "(..., " + std::to_string(op.in_features) + ")");
-  }
-  const std::int64_t panels = cuda::ceil_div(op.out_features, cuda::kPanel);
-  const std::int64_t blocks = cuda::ceil_div(op.in_features, cuda::kBlock);
-  if (!fits(dims[Branch::kCodes], {panels, blocks, op.bits, cuda::kPanel, 4})) {
-    return wrong(Branch::kCodes, dims[Branch::kCodes], shape({panels, blocks, op.bits, cuda::kPanel, 4}));
-  }
-  if (std::string problem = read_params(op, dims, &w); !problem.empty()) return problem;
-  if (op.kind == Kind::kGather) return "";
-  out->bias_full = fits(dims[Branch::kBias], {op.out_features});
-  if (!out->bias_full && !fits(dims[Branch::kBias], {1})) {
-    return wrong(Branch::kBias, dims[Branch::kBias], shape({op.out_features}) + " or (1)");
-  }
-  return op.kind == Kind::kMatmulLowRank ? read_branch(op, dims, out) : "";
+Constant constant_of(DataType type, const Dims& dims) {
+  Constant out;
+  out.type = type_of(type);
+  out.shape.axes = static_cast<std::size_t>(dims.nbDims);
+  for (std::int32_t i = 0; i < dims.nbDims; ++i) out.shape.at[static_cast<std::size_t>(i)] = dims.d[i];
+  return out;
 }
 
 std::int64_t count_items(const Operator& op, const Dims& dims) {
@@ -158,12 +74,6 @@ std::int64_t count_items(const Operator& op, const Dims& dims) {
     count *= dims.d[i];
   }
   return count;
-}
-
-std::string text_of(const Dims& dims) {
-  std::string text = "(";
-  for (std::int32_t i = 0; i < dims.nbDims; ++i) text += (i > 0 ? ", " : "") + std::to_string(dims.d[i]);
-  return text + ")";
 }
 
 }  // namespace rankbook::trt

@@ -6,19 +6,14 @@
 #include <cstdint>
 #include <string>
 
-#include "contract.h"
-#include "kernels/cuda/params.h"
+#include "shims/view.h"
 
 namespace rankbook::trt {
 
 enum class Kind : std::int32_t { kMatmul, kMatmulLowRank, kGather };
 
-// Inputs by position: those of the largest operator, of which the others have the first ones (and a look-up, indices
-// in the place of x).
-using Input = contract::CodebookMatMulLowRank::Input;
-using Branch = contract::CodebookMatMulLowRank;
 inline constexpr const char* kLayerField = "layer";  // the layer's name, stored in engines for messages
-inline constexpr std::int32_t kMaxInputs = Branch::kInputCount;
+inline constexpr std::int32_t kMaxInputs = Port::kInputCount;
 
 // What an operator is and what its attributes say.
 struct Operator {
@@ -33,19 +28,16 @@ struct Operator {
   std::int32_t inputs() const;
   std::int32_t output_features() const { return kind == Kind::kGather ? in_features : out_features; }
 
-  // Empty, or what is wrong with the attributes.
-  std::string check() const;
+  // The layer that types and shapes of all inputs describe. Returns what is wrong, or nothing.
+  std::string read(const Constant* inputs_given, Layer* layer) const;
 
   // Whether `type` is allowed at input `position`, or for the output at position inputs(); x_type is the type of input 0.
   bool allows(std::int32_t position, nvinfer1::DataType type, nvinfer1::DataType x_type) const;
 };
 
-// Fills the sizes and forms that follow from the shapes of the inputs (no pointers). Returns what is wrong, or nothing.
-std::string read_shapes(const Operator& op, const nvinfer1::Dims* dims, cuda::Matmul* out);
+Constant constant_of(nvinfer1::DataType type, const nvinfer1::Dims& dims);
 
 // Product of the leading dimensions of x, or of all dimensions of indices; -1 if one is unknown.
 std::int64_t count_items(const Operator& op, const nvinfer1::Dims& dims);
-
-std::string text_of(const nvinfer1::Dims& dims);
 
 }  // namespace rankbook::trt

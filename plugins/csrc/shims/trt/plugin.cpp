@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/cuda/launch.h"
+#include "shims/matmul.h"
 
 namespace rankbook::trt {
 namespace {
@@ -27,21 +28,16 @@ cuda::DataType kernel_type(DataType type) {
   return type == DataType::kBF16 ? cuda::DataType::kBFloat16 : cuda::DataType::kFloat32;
 }
 
-void set_pointers(const PluginTensorDesc* in, const void* const* inputs, cuda::Matmul* m, bool low_rank) {
-  const auto floats = [&](Input i) { return cuda::Floats{inputs[i], kernel_type(in[i].type)}; };
-  cuda::PackedWeight& w = m->weight;
-  w.codes = static_cast<const std::uint32_t*>(inputs[Branch::kCodes]);
-  w.levels = static_cast<const std::uint16_t*>(inputs[Branch::kLevels]);
-  w.params = static_cast<const std::int8_t*>(inputs[Branch::kParams]);
-  w.step = floats(Branch::kStep);
-  w.base = static_cast<const float*>(inputs[Branch::kBase]);
-  if (low_rank) {
-    m->down.codes = static_cast<const std::int8_t*>(inputs[Branch::kDown]);
-    m->down.scale = floats(Branch::kDownScale);
-    m->up.codes = static_cast<const std::int8_t*>(inputs[Branch::kUp]);
-    m->up.scale = floats(Branch::kUpScale);
+// Types and shapes of all inputs; those of the builder at their largest.
+struct Given {
+  Constant inputs[kMaxInputs];
+  Given(const PluginTensorDesc* in, std::int32_t count) {
+    for (std::int32_t i = 0; i < count; ++i) inputs[i] = constant_of(in[i].type, in[i].dims);
   }
-}
+  Given(const DynamicPluginTensorDesc* in, std::int32_t count) {
+    for (std::int32_t i = 0; i < count; ++i) inputs[i] = constant_of(in[i].desc.type, in[i].max);
+  }
+};
 
 }  // namespace
 
@@ -63,7 +59,7 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapa
 nvinfer1::IPluginV3* Plugin::clone() noexcept {
   try {
     auto* copy = new Plugin(op_, layer_);
-    copy->shapes_ = shapes_;
+    copy->stored_ = stored_;
     return copy;
   } catch (const std::exception& error) {
     refuse(error.what());
@@ -76,9 +72,7 @@ std::int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int
   if (inputs != op_.inputs()) {
     return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
   }
-  Dims dims[kMaxInputs];
-  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].max;
-  const std::string problem = read_shapes(op_, dims, &shapes_);
+  const std::string problem = op_.read(Given(in, inputs).inputs, &stored_);
   return problem.empty() ? 0 : refuse(problem);
 }
 
@@ -87,7 +81,7 @@ std::int32_t Plugin::getOutputDataTypes(DataType* output_types, std::int32_t out
   if (outputs != 1 || inputs != op_.inputs()) {
     return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
   }
-  output_types[0] = op_.kind == Kind::kGather ? DataType::kFLOAT : input_types[Branch::kX];
+  output_types[0] = op_.kind == Kind::kGather ? DataType::kFLOAT : input_types[Port::kX];
   return 0;
 }
 
@@ -95,11 +89,11 @@ std::int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* in, std::int32_t
                                      std::int32_t, nvinfer1::DimsExprs* out, std::int32_t outputs,
                                      nvinfer1::IExprBuilder& builder) noexcept {
   const bool gather = op_.kind == Kind::kGather;
-  if (outputs != 1 || inputs != op_.inputs() || in[Branch::kX].nbDims < (gather ? 0 : 1) ||
-      in[Branch::kX].nbDims + (gather ? 1 : 0) > Dims::MAX_DIMS) {
+  if (outputs != 1 || inputs != op_.inputs() || in[Port::kX].nbDims < (gather ? 0 : 1) ||
+      in[Port::kX].nbDims + (gather ? 1 : 0) > Dims::MAX_DIMS) {
     return refuse("the number of inputs or the number of dimensions of the first one is wrong");
   }
-  out[0] = in[Branch::kX];
+  out[0] = in[Port::kX];
   if (gather) ++out[0].nbDims;
   out[0].d[out[0].nbDims - 1] = builder.constant(op_.output_features());
   return 0;
@@ -109,19 +103,18 @@ bool Plugin::supportsFormatCombination(std::int32_t position, const DynamicPlugi
                                        std::int32_t inputs, std::int32_t outputs) noexcept {
   if (inputs != op_.inputs() || outputs != 1 || position < 0 || position > inputs) return false;
   const PluginTensorDesc& tensor = tensors[position].desc;
-  return tensor.format == TensorFormat::kLINEAR && op_.allows(position, tensor.type, tensors[Branch::kX].desc.type);
+  return tensor.format == TensorFormat::kLINEAR && op_.allows(position, tensor.type, tensors[Port::kX].desc.type);
 }
 
 std::size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, std::int32_t inputs,
                                      const DynamicPluginTensorDesc*, std::int32_t) const noexcept {
   if (op_.kind == Kind::kGather || inputs != op_.inputs()) return 0;
-  Dims dims[kMaxInputs];
-  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].max;
-  cuda::Matmul m;
-  const std::int64_t tokens = count_items(op_, in[Branch::kX].max);
+  Layer layer;
+  const std::int64_t tokens = count_items(op_, in[Port::kX].max);
   // What is wrong with the shapes is reported by configurePlugin and onShapeChange.
-  if (!read_shapes(op_, dims, &m).empty() || tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;
-  m.type = kernel_type(in[Branch::kX].desc.type);
+  if (!op_.read(Given(in, inputs).inputs, &layer).empty() || tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;
+  cuda::Matmul m = matmul_of(layer, op_.int8);
+  m.type = kernel_type(in[Port::kX].desc.type);
   m.tokens = static_cast<int>(tokens);
   return cuda::matmul_workspace(m);
 }
@@ -131,30 +124,28 @@ std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inpu
   if (inputs != op_.inputs()) {
     return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
   }
-  Dims dims[kMaxInputs];
-  for (std::int32_t i = 0; i < inputs; ++i) dims[i] = in[i].dims;
-  if (const std::string problem = read_shapes(op_, dims, &shapes_); !problem.empty()) return refuse(problem);
-  const std::int64_t items = count_items(op_, in[Branch::kX].dims);
+  const Given given(in, inputs);
+  if (const std::string problem = op_.read(given.inputs, &stored_); !problem.empty()) return refuse(problem);
+  const std::int64_t items = count_items(op_, in[Port::kX].dims);
   if (items < 0 || items > std::numeric_limits<std::int32_t>::max()) {
-    return refuse("the first input has shape " + text_of(in[Branch::kX].dims) + ", which is unknown or too large");
+    return refuse("the first input has shape " + given.inputs[Port::kX].shape.text() + ", which is unknown or too large");
   }
   return 0;
 }
 
 std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
                              void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
-  cuda::Matmul m = shapes_;
-  set_pointers(in, inputs, &m, op_.kind == Kind::kMatmulLowRank);
-  const std::int64_t items = count_items(op_, in[Branch::kX].dims);
+  cuda::Matmul m = matmul_of(stored_, op_.int8);
+  set_constants(stored_, [&](int input) { return inputs[input]; }, &m);
+  const std::int64_t items = count_items(op_, in[Port::kX].dims);
   cuda::Status status;
   if (op_.kind == Kind::kGather) {
     status = cuda::launch_gather(
-        {m.weight, static_cast<const std::int64_t*>(inputs[Branch::kX]), static_cast<float*>(outputs[0]), items}, stream);
+        {m.weight, static_cast<const std::int64_t*>(inputs[Port::kX]), static_cast<float*>(outputs[0]), items}, stream);
   } else {
-    m.bias = static_cast<const float*>(inputs[Branch::kBias]);
-    m.x = inputs[Branch::kX];
+    m.x = inputs[Port::kX];
     m.y = outputs[0];
-    m.type = kernel_type(in[Branch::kX].type);
+    m.type = kernel_type(in[Port::kX].type);
     m.tokens = static_cast<int>(items);
     m.workspace = workspace;
     status = cuda::launch_matmul(m, stream);

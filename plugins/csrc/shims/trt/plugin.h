@@ -63,7 +63,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   std::string layer_;
   std::string name_;
   std::string timing_id_;
-  cuda::Matmul shapes_;  // sizes and forms of the inputs, set by onShapeChange; no pointers
+  Layer stored_;  // sizes and forms of the constants, set by onShapeChange
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection serialized_{};
 };

@@ -1,0 +1,192 @@
+#include "shims/view.h"
+
+#include <cmath>
+#include <iterator>
+
+#include "kernels/cpu/simd/half.h"
+
+namespace rankbook {
+namespace {
+
+using contract::Form;
+using contract::Part;
+using contract::Stored;
+
+using contract::kLargestSize;
+
+using Sizes = std::array<int64_t, std::size(contract::kLetters)>;  // by letter; 0 for those not met yet
+
+std::string spell(const Stored& stored, const Sizes& sizes) {
+  std::string out = "(";
+  for (int i = 0; i < stored.axes; ++i) {
+    const int size = stored.sizes[i];
+    const int64_t known = size < 0 ? sizes[static_cast<size_t>(-size)] : size;
+    out += (i == 0 ? "" : ", ") + (known > 0 ? std::to_string(known) : contract::kLetters[-size]);
+  }
+  return out + ")";
+}
+
+// Whether a constant has this shape; adds the letters met to `sizes`.
+bool match_shape(const Stored& stored, const Shape& shape, Sizes* sizes) {
+  if (shape.axes != static_cast<size_t>(stored.axes)) return false;
+  for (int i = 0; i < stored.axes; ++i) {
+    const int64_t have = shape.at[static_cast<size_t>(i)];
+    if (have < 1 || have > kLargestSize) return false;
+    int64_t want = stored.sizes[i];
+    if (want < 0) {
+      int64_t& known = (*sizes)[static_cast<size_t>(-want)];
+      if (known == 0) known = have;
+      want = known;
+    }
+    if (have != want) return false;
+  }
+  return true;
+}
+
+// How many constants of a form fit, one after another.
+int match(const Form& form, const Constant* constants, Sizes* sizes) {
+  int fitting = 0;
+  while (fitting < form.count) {
+    const Stored& stored = form.constants[fitting];
+    const Constant& given = constants[stored.input];
+    if (given.type != stored.type || !match_shape(stored, given.shape, sizes)) break;
+    ++fitting;
+  }
+  return fitting;
+}
+
+// The first constant that no form explains, what it is and what it could be beside those before it.
+std::string mismatch(const Part& part, const Constant* constants, const Sizes& before, int fitting, const std::string& suffix) {
+  std::string shapes, types, beside;
+  bool shape_fits = false;
+  for (int i = 0; i < part.count; ++i) {
+    Sizes sizes = before;
+    if (match(part.forms[i], constants, &sizes) != fitting) continue;
+    const Stored& stored = part.forms[i].constants[fitting];
+    const auto add = [](std::string* to, const std::string& text) {
+      if (to->find(text) == std::string::npos) *to += (to->empty() ? "" : " or ") + text;
+    };
+    Sizes tried = sizes;
+    if (match_shape(stored, constants[stored.input].shape, &tried)) {
+      shape_fits = true;
+      add(&types, contract::kTypes[static_cast<int>(stored.type)]);
+    }
+    add(&shapes, spell(stored, sizes));
+  }
+  const int input = part.forms[0].constants[fitting].input;
+  const Constant& given = constants[input];
+  if (fitting > 0) {
+    const int other = part.forms[0].constants[0].input;
+    beside = std::string(" beside ") + Port::kInputs[other] + suffix + " of shape " + constants[other].shape.text();
+  }
+  const std::string name = std::string("input ") + Port::kInputs[input] + suffix;
+  if (shape_fits) return name + " is " + contract::kTypes[static_cast<int>(given.type)] + "; it must be " + types + beside;
+  return name + " has shape " + given.shape.text() + "; it must be " + shapes + beside;
+}
+
+std::string check_sizes(const Layer& layer, const Limits& limits) {
+  const int64_t width = int64_t{1} << layer.bits;
+  const int64_t most = limits.planes < width ? limits.planes : width;
+  if (layer.columns > limits.columns) {
+    return "in_features is " + std::to_string(layer.columns) + "; this runtime takes up to " + std::to_string(limits.columns);
+  }
+  if (layer.planes() < 1 || layer.planes() > most) {
+    return "levels has " + std::to_string(layer.param_planes) + " rows and offset is " + std::to_string(layer.has_offset ? 1 : 0) +
+           ": there are " + std::to_string(layer.planes()) + " planes of levels; this runtime takes 1 to " + std::to_string(most);
+  }
+  const int64_t group = layer.columns / layer.groups;
+  const bool whole = layer.groups == 1;
+  const bool fits = group % contract::kGroupMultiple == 0 && group <= contract::kLargestGroup;
+  if (layer.columns % layer.groups != 0 || (!whole && !fits)) {
+    return std::to_string(layer.groups) + " groups cannot cut rows of " + std::to_string(layer.columns) +
+           " inputs: a group must be a multiple of " + std::to_string(contract::kGroupMultiple) + " inputs up to " +
+           std::to_string(contract::kLargestGroup) + ", or the whole row";
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string check_attributes(const LayerAttributes& given, const std::string& suffix) {
+  struct Range {
+    const char* name;
+    int64_t value, low, high;
+  };
+  for (const Range& each : {Range{contract::kInFeatures, given.in_features, 1, kLargestSize},
+                            Range{contract::kOutFeatures, given.out_features, 1, kLargestSize},
+                            Range{contract::kOffset, given.offset, 0, 1}}) {
+    if (each.value >= each.low && each.value <= each.high) continue;
+    return "attribute " + (each.name + suffix) + " is " + std::to_string(each.value) + "; it must be " +
+           std::to_string(each.low) + (each.high == 1 ? " or " : " to ") + std::to_string(each.high);
+  }
+  return "";
+}
+
+std::string read_layer(const LayerAttributes& attributes, const Constant* constants, size_t inputs, const Limits& limits,
+                       const std::string& suffix, Layer* out) {
+  if (std::string problem = check_attributes(attributes, suffix); !problem.empty()) return problem;
+  *out = Layer{};
+  out->bits = attributes.bits;
+  out->rows = attributes.out_features;
+  out->columns = attributes.in_features;
+  out->has_offset = attributes.offset == 1;
+  out->inputs = inputs;
+  Sizes sizes{};
+  const auto size_of = [&](contract::Letter letter) -> int64_t& { return sizes[static_cast<size_t>(-letter)]; };
+  size_of(contract::kLetterN) = out->rows;
+  size_of(contract::kLetterK) = out->columns;
+  size_of(contract::kLetterNP) = (out->rows + contract::kPanel - 1) / contract::kPanel;
+  size_of(contract::kLetterKB) = (out->columns + contract::kBlock - 1) / contract::kBlock;
+  size_of(contract::kLetterBits) = out->bits;
+  size_of(contract::kLetterL) = int64_t{1} << out->bits;
+  for (int part = 0; part < contract::kPartCount; ++part) {
+    if (!out->has_part(part)) continue;
+    const Part& allowed = contract::kParts[part];
+    int best = 0;
+    for (int form = 0; form < allowed.count; ++form) {
+      Sizes found = sizes;
+      const int fitting = match(allowed.forms[form], constants, &found);
+      if (fitting == allowed.forms[form].count) {
+        out->forms[static_cast<size_t>(part)] = form;
+        sizes = found;
+        best = -1;
+        break;
+      }
+      best = fitting > best ? fitting : best;
+    }
+    if (best >= 0) return mismatch(allowed, constants, sizes, best, suffix);
+  }
+  out->groups = size_of(contract::kLetterG);
+  out->param_planes = size_of(contract::kLetterQ);
+  out->rank = size_of(contract::kLetterR);
+  return check_sizes(*out, limits);
+}
+
+std::string check_elements(const Stored& stored, contract::Type type, const void* elements, int64_t count,
+                           const std::string& suffix) {
+  const auto each = [&](auto&& is_wrong) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (is_wrong(i)) return true;
+    }
+    return false;
+  };
+  const auto value_of = [&](int64_t i) {
+    switch (type) {
+      case contract::Type::kFloat32:
+        return static_cast<const float*>(elements)[i];
+      case contract::Type::kFloat16:
+        return half_to_float(static_cast<const uint16_t*>(elements)[i]);
+      default:
+        return static_cast<float>(static_cast<const int8_t*>(elements)[i]);
+    }
+  };
+  const std::string name = std::string("input ") + Port::kInputs[stored.input] + suffix;
+  if (stored.value != contract::kData) {
+    if (!each([&](int64_t i) { return value_of(i) != static_cast<float>(stored.value); })) return "";
+    return name + " is a placeholder and must hold " + std::to_string(stored.value) + "; it holds " + std::to_string(value_of(0));
+  }
+  if (stored.type == contract::Type::kInt8 || !each([&](int64_t i) { return !std::isfinite(value_of(i)); })) return "";
+  return name + " holds NaN or infinity; the file is damaged: write or copy it again";
+}
+
+}  // namespace rankbook

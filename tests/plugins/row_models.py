@@ -1,0 +1,34 @@
+"""Models of one node that works on rows, with its body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from rankbook.exporter.bodies.rows import row_function
+from rankbook.plugins import contract, row_contract
+
+Floats = npt.NDArray[np.float32]
+EPSILON = 1e-5
+
+
+def model_of(name: str, scale: Floats) -> onnx.ModelProto:
+    """Return a model of one node with its body."""
+    operator = row_contract.OPERATORS[name]
+    inputs, outputs = [*operator.inputs], [*operator.outputs]
+    attributes: dict[str, Any] = {"epsilon": EPSILON} if operator.floats else {}
+    node = helper.make_node(name, inputs, outputs, name="layer", domain=contract.DOMAIN, **attributes)
+    constants = [numpy_helper.from_array(scale, "scale")] if "scale" in inputs else []
+    fed = [helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in inputs if key != "scale"]
+    given = [helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in outputs]
+    graph = helper.make_graph([node], "op", fed, given, constants)
+    opsets = [
+        helper.make_opsetid("", 23),
+        helper.make_opsetid(contract.DOMAIN, 1),
+        helper.make_opsetid("com.microsoft", 1),
+    ]
+    return helper.make_model(graph, opset_imports=opsets, functions=[row_function(name)], ir_version=11)
