@@ -112,7 +112,7 @@ def build(kind: str, out: Path) -> Path:
 
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    """Every module of the four parts but those for developers is in the wheel, and no other; tests, C++ sources and stray top-level names are not."""
+    """Every module but those for developers is in the wheel; tests, C++ sources and stray top-level names are not."""
     wheel = build("wheel", tmp_path)
     assert re.fullmatch(r"rankbook-[^-]+-py3-none-(any|linux_\w+)\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
