@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
+from rankbook.calibration.record import halves
 from rankbook.exporter import attention, emit
 from rankbook.plugins import contract
 from rankbook.plugins.layer_spec import LayerSpec
@@ -179,7 +180,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, owners: 
                 f"{checkpoint.folder} holds no tensor {name!r}, which the model needs; write the checkpoint again"
             )
         if parameter.numel() * dtype.itemsize <= SMALL_BYTES:
-            values = checkpoint.tensor(stored).to(dtype).clone()
+            values = halves.narrowed(stored, checkpoint.tensor(stored), dtype).clone()
         else:
             values = torch.zeros((), dtype=dtype).expand(parameter.shape)
         parent, _, leaf = name.rpartition(".")

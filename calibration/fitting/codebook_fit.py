@@ -110,7 +110,7 @@ def clipped_grid(grouped: Tensor, energy: Tensor, count: int) -> Codebooks:
     best: tuple[Tensor, Tensor, Tensor] | None = None
     low, high = grouped.amin(1), grouped.amax(1)
     for factor in _SHRINK:
-        step = ((high - low) * (factor / (count - 1))).clamp_min(1e-9)
+        step = ((high - low) * (factor / (count - 1))).clamp_min(torch.finfo(torch.float32).tiny)
         first = (high + low) / 2 - step * ((count - 1) / 2)
         error = _grid_error(grouped, energy, step, first, count)
         if best is None:
@@ -182,7 +182,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
         for _ in range(2):
             for other in kept:
                 rest = rest - (rest @ other) * other
-        if rest.norm() > 1e-4 * max(float(row.norm()), 1e-12):
+        if rest.norm() > 1e-4 * max(float(row.norm()), torch.finfo(torch.float32).tiny):
             kept.append(rest / rest.norm())
     return torch.stack(kept).float()
 

@@ -9,17 +9,21 @@ from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks, solve_ridge
 from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, GroupParams
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def round_levels(books: Codebooks, bits: int, level_dtype: str) -> Codebooks:
     """Round the levels to what is stored; the tables keep their place (shift and scale go to offset and coefficients).
 
-    Integer levels are centred and scaled to fill the allowed range, so that seven bits lose least.
+    Integer levels are centred and scaled to fill the allowed range, so that seven bits lose least; those in float16 lie
+    between 1 and 2 in magnitude, a power of two goes to the coefficients.
     """
     if level_dtype == "float16":
-        return Codebooks(books.levels.half().float(), books.coeffs, books.offset)
+        unit = 2.0 ** torch.floor(torch.log2(books.levels.abs().amax(1, True).clamp_min(TINY)))  # exact to divide by
+        return Codebooks((books.levels / unit).half().float(), books.coeffs * unit[..., None], books.offset)
     top = LEVEL_LIMIT[bits] - 1
     centre = (books.levels.amax(1, True) + books.levels.amin(1, True)) / 2
-    scale = (books.levels - centre).abs().amax(1, True).clamp_min(1e-12) / top
+    scale = (books.levels - centre).abs().amax(1, True).clamp_min(TINY) / top
     levels = ((books.levels - centre) / scale).round()
     offset = books.offset + torch.einsum("pgn,p->gn", books.coeffs, centre[:, 0])
     return Codebooks(levels, books.coeffs * scale[..., None], offset)

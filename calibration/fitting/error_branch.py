@@ -153,4 +153,4 @@ def _store(error: Tensor, up: Tensor, down: Tensor, gram: Tensor, bits: int) -> 
         system = dense @ weighted
         ridge = 1e-6 * system.diagonal().mean() + torch.finfo(torch.float32).tiny
         up = torch.linalg.solve(system + ridge * torch.eye(len(system)), (error @ weighted).T).T
-    return LowRank(stored_down, Factor.quantize(up.contiguous(), bits, 1))
+    return LowRank.joined(stored_down, Factor.quantize(up.contiguous(), bits, 1))

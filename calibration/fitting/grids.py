@@ -138,7 +138,7 @@ def _affine(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tensor,
     low, high = grouped.amin(1).clamp_max(0), grouped.amax(1).clamp_min(0)
 
     def candidate(shrink: float) -> tuple[Tensor, Tensor]:
-        scale = ((high - low) * (shrink / top)).clamp_min(1e-9)
+        scale = ((high - low) * (shrink / top)).clamp_min(torch.finfo(torch.float32).tiny)
         return scale, (-low * shrink / scale).round()
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _symmetric(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tens
     peak = grouped.abs().amax(1)
 
     def candidate(shrink: float) -> tuple[Tensor, ...]:
-        return ((peak * (shrink / max(half - 1, 1))).clamp_min(1e-9),)
+        return ((peak * (shrink / max(half - 1, 1))).clamp_min(torch.finfo(torch.float32).tiny),)
 
     def error(scale: Tensor) -> Tensor:
         codes = (grouped / scale[:, None]).round().clamp_(-half, half - 1)
@@ -179,7 +179,7 @@ def _nf4(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tensor, Gr
     """NF4 levels times the largest magnitude (QLoRA, Dettmers et al. 2023)."""
     levels = nf4_levels(LEVEL_DTYPES[grid.level_dtype])
     table = levels.float()[0] / float(levels.float().max())
-    peak = grouped.abs().amax(1).clamp_min(1e-9)
+    peak = grouped.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
 
     def error(scale: Tensor) -> Tensor:
         tables = table[None, :, None] * scale[:, None]

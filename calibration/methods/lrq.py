@@ -131,7 +131,8 @@ def _released_search(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     def candidate(choice: float) -> tuple[Tensor, Tensor]:
         part, zero = divmod(int(choice), count)
-        scale = (span * ((_COMPAT_RANGES - part) / _COMPAT_RANGES / (count - 1))).clamp_min(1e-8)
+        scale = span * ((_COMPAT_RANGES - part) / _COMPAT_RANGES / (count - 1))
+        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
         return scale, torch.full_like(scale, zero)
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:

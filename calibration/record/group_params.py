@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankbook.calibration.record import halves
 from rankbook.plugins import layout
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
@@ -55,6 +56,8 @@ class GroupParams:
     def quantize(cls, values: Tensor, bits: int = 8) -> GroupParams:
         """Store values (N, G, Q) in ``bits``: 8 (step and base per panel and plane), 16 (float16) or 32.
 
+        Of 16 bits, float32 is taken where float16 does not hold a plane (`rankbook.calibration.record.halves`).
+
         Raises:
             ValueError: Another number of bits, or values that are not finite.
         """
@@ -62,8 +65,10 @@ class GroupParams:
             raise ValueError(
                 "group parameters hold NaN or infinity; the weights or the statistics they came from do too"
             )
-        if bits in (16, 32):
-            return cls(values=values.to(torch.float16 if bits == 16 else torch.float32).contiguous())
+        if bits == 16:
+            return cls(values=halves.stored(values, axis=2))
+        if bits == 32:
+            return cls(values=values.float().contiguous())
         if bits != 8:
             raise ValueError(f"group parameters in {bits} bits are not supported; choose 8, 16 or 32")
         step, base = panel_range(values.float())
@@ -76,7 +81,7 @@ class GroupParams:
 
         In 8 bits a panel of 32 rows covers the seven octaves below its largest exponent (codes 1, 2, 4 .. 128,
         shifted by 128 through ``base``); smaller exponents are raised to the lowest of them. In 32 bits every
-        exponent is exact, in 16 bits those from -24 to 15.
+        exponent is exact; 16 bits are float16, or float32 where that does not hold them.
 
         Raises:
             ValueError: Another number of bits, or exponents that are not finite.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rankbook.calibration.record import halves
 from rankbook.calibration.record.group_params import GroupParams, check_finite, check_tensor
 from rankbook.plugins import layout
 from rankbook.plugins.forms import Form
@@ -45,13 +46,17 @@ class Factor:
 
     @classmethod
     def quantize(cls, values: Tensor, bits: int, rank_axis: int) -> Factor:
-        """Store a factor in 8 bits (symmetric, one scale per entry of ``rank_axis``) or in 16.
+        """Store a factor in ``bits``: 8 (symmetric, one scale per entry of ``rank_axis``), 16 or 32.
+
+        Of 16 bits, float32 is taken where float16 does not hold it (`rankbook.calibration.record.halves`).
 
         Raises:
             ValueError: Another number of bits.
         """
-        if bits in (16, 32):
-            return cls(values=values.to(torch.float16 if bits == 16 else torch.float32).contiguous())
+        if bits == 16:
+            return cls(values=halves.stored(values, axis=rank_axis))
+        if bits == 32:
+            return cls(values=values.float().contiguous())
         if bits != 8:
             raise ValueError(f"error-branch factors in {bits} bits are not supported; choose 8, 16 or 32")
         peak = values.float().abs().amax(1 - rank_axis, keepdim=True)
@@ -104,6 +109,13 @@ class LowRank:
             raise ValueError(f"down has rank {self.down.shape[0]} and up has rank {self.up.shape[1]}; they must agree")
         if self.down.form is not self.up.form:
             raise ValueError(f"down is {self.down.form.dtype} and up {self.up.form.dtype}; both must have one form")
+
+    @classmethod
+    def joined(cls, down: Factor, up: Factor) -> LowRank:
+        """Join two factors; where only one could be stored in float16, both are in float32."""
+        if {down.form, up.form} == {Form.FLOAT16, Form.FLOAT32}:
+            down, up = Factor(values=down.dense()), Factor(values=up.dense())
+        return cls(down, up)
 
     @property
     def branch_rank(self) -> int:

@@ -18,9 +18,11 @@ from rankbook.calibration.training.learned_rounding import codebooks_of
 GRADIENTS = ("straight-through", "assignment")
 
 _CLIP_RATE, _SHARE_RATE, _LEVEL_RATE = 1e-2, 5e-3, 1e-3
+_TINY = torch.finfo(torch.float32).tiny
 _EPSILON = 1e-15
 """Of Adam: gradients of a block's relative error are about 1e-8, where the usual 1e-8 would brake."""
-_MIN_STEP = 1e-5
+_MIN_STEP = 1e-3
+"""Smallest step of a group relative to the mean of all at the start."""
 _REACH = 1.5
 
 
@@ -59,7 +61,7 @@ def decode(grouped: Tensor, tables: Tensor, gradient: str) -> Tensor:
         inside = (below > 0) & (below < fixed.shape[1])
         lower = (below - 1).clamp(0, fixed.shape[1] - 2)
         start = fixed.gather(1, lower)
-        phi = (grouped - start) / (fixed.gather(1, lower + 1) - start).clamp_min(1e-12)
+        phi = (grouped - start) / (fixed.gather(1, lower + 1) - start).clamp_min(_TINY)
     between = (1 - phi) * ordered.gather(1, lower) + phi * ordered.gather(1, lower + 1)
     return hit + torch.where(inside, between.detach() - between, torch.zeros(()))
 
@@ -85,11 +87,13 @@ class ClippedCodebooks:
         count = start.levels.shape[1]
         self._low, self._high = grouped.amin(1).clamp_max(0), grouped.amax(1).clamp_min(0)
         head = start.levels[0].sort().values
-        span = (head[-1] - head[0]).clamp_min(1e-12)
-        step = (start.coeffs[0] * span / (count - 1)).abs().clamp_min(_MIN_STEP)
+        span = (head[-1] - head[0]).clamp_min(_TINY)
+        step = (start.coeffs[0] * span / (count - 1)).abs()
+        self._least = float(step.mean()) * _MIN_STEP + _TINY
+        step = step.clamp_min(self._least)
         low = start.offset + start.coeffs[0] * head[0]
-        self.gamma = _logit((low + step * (count - 1)) / (_REACH * self._high).clamp_min(1e-12))
-        self.beta = _logit(low / (_REACH * self._low).clamp_max(-1e-12))
+        self.gamma = _logit((low + step * (count - 1)) / (_REACH * self._high).clamp_min(_TINY))
+        self.beta = _logit(low / (_REACH * self._low).clamp_max(-_TINY))
         self.shares = start.coeffs[1:] / step
         rises = (head.diff() / span).clamp_min(1e-3)
         self.growth = torch.log(torch.expm1(rises * (count - 1)))
@@ -111,7 +115,7 @@ class ClippedCodebooks:
         extra = extra * (extra * self.extra).sum(1, keepdim=True).detach().sign()
         high = _REACH * torch.sigmoid(self.gamma) * self._high
         low = _REACH * torch.sigmoid(self.beta) * self._low
-        step = ((high - low) / (count - 1)).clamp_min(_MIN_STEP)
+        step = ((high - low) / (count - 1)).clamp_min(self._least)
         norms = self.extra.detach().norm(dim=1, keepdim=True)
         levels = torch.cat([head[None], extra * norms])
         return Codebooks(levels, torch.cat([step[None], step * self.shares]), low)

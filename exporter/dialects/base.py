@@ -13,6 +13,9 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from rankbook.calibration.activations.inputs import StaticRange
+from rankbook.calibration.record import halves
+from rankbook.calibration.record.group_params import GroupParams
+from rankbook.calibration.record.quantized_linear import Factor
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -94,9 +97,10 @@ class NodeWriter:
         return node.outputs[0]
 
     def floats(self, part: str, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.Value:
-        """Return a constant in the dtype of the activations."""
+        """Return a constant in the dtype of the activations, which must hold it when the file is written."""
         dtype = self.layer.dtype
-        return self.lazy(part, from_torch_dtype(dtype), shape, lambda: load().to(dtype))
+        name = f"{self.layer.name}.{part}"
+        return self.lazy(part, from_torch_dtype(dtype), shape, lambda: halves.narrowed(name, load(), dtype))
 
     def quantized_input(self, x: ir.Value) -> ir.Value:
         """Return x after QuantizeLinear and DequantizeLinear where the layer has an input range, else x itself.
@@ -164,16 +168,38 @@ def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
 
     Raises:
         DialectError: It cannot; each reason is given once, with a layer as an example.
+        NotHeldError: Activations are float16, which does not hold a layer's weights.
     """
     reasons: Counter[str] = Counter()
     example: dict[str, str] = {}
     for layer in layers:
+        if layer.dtype == torch.float16:
+            _check_half(layer)
         if reason := dialect.refuse(layer):
             reasons[reason] += 1
             example.setdefault(reason, layer.name)
     if reasons:
         told = "; ".join(f"{example[reason]} (and {count - 1} more): {reason}" for reason, count in reasons.items())
         raise DialectError(f"dialect {dialect.name!r} cannot express this checkpoint: {told}")
+
+
+def _check_half(layer: PackedLayer) -> None:
+    """Refuse a layer whose decoded weight, error branch or bias float16 does not hold."""
+    spec, read = layer.spec, layer.read
+    held = {name: read(name) for name in spec.tensors() if name != "codes"}
+    params = GroupParams.unpack(held, spec).dense()
+    peaks = torch.cat([held["levels"].float().abs().amax(1), torch.ones(int(spec.has_offset))])
+    largest = float((params.abs().amax((0, 1)) * peaks).sum())  # of a weight, or more
+    if 0 < largest < halves.SMALLEST:
+        raise halves.NotHeldError(
+            f"float16 does not hold the weights of {layer.name}, which are at most {largest:.3g}; export with --dtype"
+            " bf16 or fp32"
+        )
+    if spec.branch_rank and not layer.embedding:
+        for name in ("down", "up"):
+            halves.narrowed(f"{layer.name}.{name}", Factor.unpack(name, held, spec.factors).dense(), torch.float16)
+    if spec.bias:
+        halves.narrowed(f"{layer.name}.bias", held["bias"], torch.float16)
 
 
 def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.LazyTensor:

@@ -69,8 +69,9 @@ def dequantized_weight(writer: NodeWriter) -> ir.Value:
         return (affine.integers().to(torch.int16) + int(affine.first)).to(torch.int8).T
 
     def scales() -> Tensor:
-        # TensorRT wants positive scales; a group of zeros may have any.
-        return affine.scales().clamp_min(torch.finfo(writer.layer.dtype).tiny).T
+        # TensorRT wants positive scales; a group of zeros, or of what is nothing beside the others, has the smallest.
+        limits = torch.finfo(writer.layer.dtype)
+        return affine.scales().clamp_min(limits.smallest_normal * (limits.eps if limits.bits == 16 else 1)).T
 
     groups = spec.in_features // spec.group
     stored = writer.lazy("codes", _TYPES[spec.bits], (spec.in_features, spec.out_features), codes)

@@ -10,6 +10,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.format import Checkpoint
+from rankbook.calibration.record import halves
 from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
 from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
 from rankbook.plugins import contract
@@ -97,7 +98,8 @@ class BindWeights(ir.passes.InPlacePass):
         owner, dtype = self._skeleton.owners[parameter], self._skeleton.dtype
 
         def load() -> ir.TensorProtocol:
-            return TorchTensor(self._checkpoint.tensor(owner).to(dtype).contiguous(), name=owner)
+            values = halves.narrowed(owner, self._checkpoint.tensor(owner), dtype)
+            return TorchTensor(values.contiguous(), name=owner)
 
         return ir.LazyTensor(load, from_torch_dtype(dtype), ir.Shape(self._checkpoint.tensor(owner).shape), name=owner)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.loading import load_model
+from rankbook.calibration.record.halves import NotHeldError
 from rankbook.calibration.record.quantized_linear import Factor, GroupParams, LowRank, QuantizedLinear
 from rankbook.exporter import dialects
 from rankbook.exporter.affine import AffineLayer, NotAffineError
@@ -279,3 +281,36 @@ def test_negative_scales_and_dead_groups_with_an_offset_are_named():
         affine = AffineLayer.of(record.spec(), record.pack().__getitem__)
         with pytest.raises(NotAffineError, match=said):
             affine.scales()
+
+
+SMALL = ({"scale": 1e-8}, {"bias": 1e6}, {"branch": 1e-12})
+
+
+@pytest.mark.parametrize("change", SMALL, ids=str)
+@pytest.mark.parametrize("name", ["rankbook", "qdq", "ort"])
+def test_weights_that_float16_does_not_hold_are_refused_in_fp16_alone(name: str, change: dict[str, float]) -> None:
+    record = quantized(branch_bits=16 if "branch" in change else 0, bits=4, weight_format="symmetric", param_bits=16)
+    if "scale" in change:
+        record = replace(record, params=GroupParams.quantize(record.params.dense() * change["scale"], 16))
+    if "bias" in change and record.bias is not None:
+        record = replace(record, bias=record.bias * change["bias"])
+    if "branch" in change and record.low_rank is not None:
+        down, up = (factor.dense() * change["branch"] for factor in (record.low_rank.down, record.low_rank.up))
+        record = record.with_low_rank(LowRank(Factor.quantize(down, 16, 0), Factor.quantize(up, 16, 1)))
+    read = record.pack().__getitem__
+    for dtype in (torch.float32, torch.bfloat16):
+        check_layers(dialects.dialect(name), [PackedLayer("a.b", "a.b", record.spec(), False, read, dtype)])
+    with pytest.raises(NotHeldError, match=r"float16 does not hold .*a\.b.*--dtype bf16 or fp32"):
+        check_layers(dialects.dialect(name), [PackedLayer("a.b", "a.b", record.spec(), False, read, torch.float16)])
+
+
+def test_constants_that_float16_does_not_hold_are_never_written() -> None:
+    graph = ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["" : 23]> g (float16[b,48] x) => (float16[b,48] y) { y = Identity (x) }'
+    ).graph
+    record = random_record()
+    layer = PackedLayer("a", "a", record.spec(), False, record.pack().__getitem__, torch.float16)
+    value = NodeWriter(graph, layer).floats("scales", (2,), lambda: torch.tensor([1e-9, 2e-9]))
+    assert value.const_value is not None
+    with pytest.raises(NotHeldError, match=r"float16 does not hold a\.scales, whose largest magnitude is 2e-09"):
+        value.const_value.numpy()
