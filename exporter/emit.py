@@ -19,13 +19,13 @@ from rankbook.plugins.forms import TensorSpec
 from rankbook.plugins.layer_spec import LayerSpec
 
 
-def operator(spec: LayerSpec, kind: str = "") -> contract.OpContract:
+def operator(spec: LayerSpec, kind: str = "") -> contract.Operator:
     """Return the operator that computes a layer; ``kind`` overrides the layer's own (a matmul tied to an embedding)."""
     if not kind and spec.kind == "embedding":
         kind = contract.GATHER
     if not kind:
         kind = contract.matmul_kind(low_rank=bool(spec.branch_rank), int8_activations=False)
-    return contract.OPERATORS[contract.op_name(kind, spec.bits)]
+    return contract.PACKED[contract.op_name(kind, spec.bits)]
 
 
 def attributes(spec: LayerSpec) -> dict[str, int | str]:
@@ -35,12 +35,12 @@ def attributes(spec: LayerSpec) -> dict[str, int | str]:
         "out_features": spec.out_features,
         "offset": int(spec.has_offset),
     }
-    op = contract.OPERATORS[contract.op_name(contract.MATMUL, spec.bits)]
+    op = contract.PACKED[contract.op_name(contract.MATMUL, spec.bits)]
     return values | {attribute.name: attribute.value for attribute in op.attributes if attribute.kind == "string"}
 
 
 def initializers(
-    spec: LayerSpec, op: contract.OpContract, read: Callable[[str], Tensor], prefix: str
+    spec: LayerSpec, op: contract.Operator, read: Callable[[str], Tensor], prefix: str
 ) -> dict[str, ir.TensorProtocol]:
     """Return the constants of a layer by formal name; tensors are named ``<prefix>.<formal name>``.
 

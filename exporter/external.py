@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from rankbook.calibration.checkpoint.files import sha256_file
-
 THRESHOLD_BYTES = 256
 """Tensors up to this size stay in the graph's own file."""
 ALIGNMENT_BYTES = 64
@@ -59,28 +57,6 @@ def write(model: ir.Model, path: Path, progress: Callable[[int, int], None] | No
                 base_dir=path.parent,
             )
     return digest.hexdigest()
-
-
-def verify(graph: Path, digest: str | None) -> None:
-    """Check that the data file beside a graph is the one that was written with it.
-
-    Args:
-        graph: The ``.onnx`` file.
-        digest: What the graph says about its data file (`write`); None of files that do not say it.
-
-    Raises:
-        ValueError: The file is missing, or it is another one.
-    """
-    data = graph.with_name(f"{graph.name}.data")
-    if digest is None:
-        return
-    if not data.is_file():
-        raise ValueError(f"{data} is missing; {graph.name} keeps its weights there: copy both, or export again")
-    if sha256_file(data) != digest:
-        raise ValueError(
-            f"{data} is not the file that {graph.name} was written with (SHA-256 differs): it was changed, or belongs"
-            " to another export; copy both files again, or export again"
-        )
 
 
 def _bytes(tensor: ir.TensorProtocol) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,19 @@ import onnx
 from onnx import helper, numpy_helper
 
 from rankbook.plugins import contract
+from rankbook.plugins.contract import Attribute, Operator
 
 OPSET = 23
 """Version of the default ONNX domain in the model and in the bodies of the operators."""
+_VERSIONS = {"": OPSET, contract.DOMAIN: contract.VERSION}
+"""Versions of the domains in the bodies; 1 of others."""
+_KINDS = {
+    "int": onnx.AttributeProto.INT,
+    "float": onnx.AttributeProto.FLOAT,
+    "ints": onnx.AttributeProto.INTS,
+    "string": onnx.AttributeProto.STRING,
+    "tensor": onnx.AttributeProto.TENSOR,
+}
 DEQUANTIZE = "RankbookDequantize"
 """Name of the function that turns INT8 into float32; every DequantizeLinear of a file is in it."""
 _DEQUANTIZE_NODE = "ONNXTRT_ShapeSlice"
@@ -28,11 +39,22 @@ of its own.
 
 
 def dequantize_function() -> onnx.FunctionProto:
-    """Return the function `DEQUANTIZE`: INT8 codes to float32 values."""
+    """Return the function `DEQUANTIZE`: INT8 codes to float32 values.
+
+    The zero point says that codes are signed. Without it the optimizers of ONNX Runtime before 1.28 put an unsigned one
+    in, and refuse the file (1.23, 1.24, 1.27) or take negative codes for 0 (1.25, 1.26; its issues 27845, 28491 and
+    28716).
+    """
     one = helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.array(1, np.float32)))
-    values = helper.make_node("DequantizeLinear", ["codes", "one"], ["values"], name=_DEQUANTIZE_NODE)
+    zero = helper.make_node("Constant", [], ["zero"], value=numpy_helper.from_array(np.array(0, np.int8)))
+    values = helper.make_node("DequantizeLinear", ["codes", "one", "zero"], ["values"], name=_DEQUANTIZE_NODE)
     opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_function(contract.DOMAIN, DEQUANTIZE, ["codes"], ["values"], [one, values], opsets)
+    return helper.make_function(contract.DOMAIN, DEQUANTIZE, ["codes"], ["values"], [one, zero, values], opsets)
+
+
+def forwarded(item: Attribute, caller: str) -> onnx.AttributeProto:
+    """Return an attribute of a node inside a function that is the attribute ``caller`` of the calling node."""
+    return onnx.AttributeProto(name=item.name, type=_KINDS[item.kind], ref_attr_name=caller)
 
 
 class FunctionWriter:
@@ -41,7 +63,6 @@ class FunctionWriter:
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
-        self._calls = False
 
     def node(self, op_type: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Append a node of the default domain; an empty input is one left out."""
@@ -51,7 +72,6 @@ class FunctionWriter:
 
     def dequantize(self, codes: str) -> str:
         """Return the INT8 tensor ``codes`` in float32, by way of `dequantize_function`."""
-        self._calls = True
         return self.node(DEQUANTIZE, codes, domain=contract.DOMAIN)
 
     def floats(self, values: npt.ArrayLike) -> str:
@@ -78,20 +98,30 @@ class FunctionWriter:
         """Return the size of one axis as an int64 tensor of shape (1,)."""
         return self.node("Shape", value, start=axis, end=axis + 1)
 
-    def call(self, op_type: str, inputs: list[str], output: str, *attributes: onnx.AttributeProto) -> None:
-        """Append a call of a function of our domain."""
-        self._calls = True
-        self._nodes.append(helper.make_node(op_type, inputs, [output], domain=contract.DOMAIN))
+    def call(
+        self,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        attributes: Iterable[onnx.AttributeProto],
+    ) -> None:
+        """Append a node of another domain; an empty output is one that nothing uses."""
+        self._nodes.append(helper.make_node(op_type, inputs, outputs, domain=domain))
         self._nodes[-1].attribute.extend(attributes)
 
-    def function(
-        self, domain: str, name: str, inputs: list[str], outputs: list[str], attributes: list[str]
-    ) -> onnx.FunctionProto:
-        """Return the function."""
-        opsets = [helper.make_opsetid("", OPSET)]
-        if self._calls:
-            opsets.append(helper.make_opsetid(contract.DOMAIN, contract.VERSION))
-        return helper.make_function(domain, name, inputs, outputs, self._nodes, opsets, attributes=attributes)
+    def function(self, operator: Operator) -> onnx.FunctionProto:
+        """Return the function of an operator."""
+        domains = sorted({node.domain for node in self._nodes} | {""})
+        return helper.make_function(
+            contract.DOMAIN,
+            operator.name,
+            operator.input_names(),
+            [port.name for port in operator.outputs],
+            self._nodes,
+            [helper.make_opsetid(domain, _VERSIONS.get(domain, 1)) for domain in domains],
+            attributes=[item.name for item in operator.attributes],
+        )
 
     def _attribute(self, field: str, kind: onnx.AttributeProto.AttributeType, name: str) -> str:
         output = f"t{len(self._nodes)}"

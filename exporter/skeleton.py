@@ -50,7 +50,7 @@ class Skeleton:
 class CodebookPlaceholder(nn.Module):
     """A packed linear layer as one node with one input."""
 
-    def __init__(self, name: str, spec: LayerSpec, op: contract.OpContract) -> None:
+    def __init__(self, name: str, spec: LayerSpec, op: contract.Operator) -> None:
         super().__init__()
         self.name, self.spec, self.op = name, spec, op
 
@@ -63,7 +63,7 @@ class CodebookPlaceholder(nn.Module):
 class GatherPlaceholder(CodebookPlaceholder):
     """A packed embedding as one node."""
 
-    def __init__(self, name: str, spec: LayerSpec, op: contract.OpContract, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, spec: LayerSpec, op: contract.Operator, dtype: torch.dtype) -> None:
         super().__init__(name, spec, op)
         self.dtype = dtype
 

@@ -68,7 +68,7 @@ class Launch:
 def names() -> tuple[str, ...]:
     """Return the op_types that there are kernels for: all but those that round x, of which engines get the body."""
     kinds = (contract.MATMUL, contract.MATMUL_LOW_RANK, contract.GATHER)
-    return tuple(name for name, operator in contract.OPERATORS.items() if operator.kind in kinds)
+    return tuple(name for name, operator in contract.PACKED.items() if operator.kind in kinds)
 
 
 def unavailable() -> str | None:
@@ -102,7 +102,7 @@ def launch(op_name: str, attributes: Mapping[str, Any], shapes: Shapes, types: M
     Raises:
         ValueError: No kernel in this form serves the layer.
     """
-    operator = contract.OPERATORS[op_name]
+    operator = contract.PACKED[op_name]
     held = {name: TensorSpec(tuple(shape), _DTYPES.get(types[name], types[name])) for name, shape in shapes.items()}
     spec = LayerSpec.of_constants(operator.bits, attributes, held)
     sizes: tuple[int, ...] = (*(spec.sizes[letter] for letter in "NKGQ"), _forms(spec))
@@ -159,7 +159,7 @@ def register(trt: Any, trtp: Any) -> None:
 
 def _description(trt: Any, trtp: Any, name: str) -> Any:
     """The function that infers type and shape of y."""
-    operator = contract.OPERATORS[name]
+    operator = contract.PACKED[name]
     gather = operator.kind == contract.GATHER
 
     def describe(x: Any, *_: Any, **attributes: int) -> Any:
@@ -173,7 +173,7 @@ def _description(trt: Any, trtp: Any, name: str) -> Any:
 
 def _implementation(trt: Any, trtp: Any, name: str) -> Any:
     """The function that names kernel, PTX and launch of a layer."""
-    operator = contract.OPERATORS[name]
+    operator = contract.PACKED[name]
     dtypes = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16", trt.DataType.FLOAT: "fp32"}
     dtypes[trt.DataType.INT8] = "int8"
 
@@ -202,12 +202,12 @@ def _implementation(trt: Any, trtp: Any, name: str) -> Any:
     return _signed(implement, operator, trtp.TensorDesc, ("outputs", "tactic"), result)
 
 
-def _attributes(operator: contract.OpContract) -> tuple[str, ...]:
+def _attributes(operator: contract.Operator) -> tuple[str, ...]:
     """Integer attributes in the order of `contract`; the others are read by the parser itself."""
     return tuple(item.name for item in operator.attributes if item.name in ("in_features", "out_features", "offset"))
 
 
-def _signed(function: Any, operator: contract.OpContract, desc: Any, more: Sequence[str], result: Any) -> Any:
+def _signed(function: Any, operator: contract.Operator, desc: Any, more: Sequence[str], result: Any) -> Any:
     """Give a function the signature that TensorRT reads inputs and attributes from."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=desc) for name in operator.input_names()]

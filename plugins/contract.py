@@ -1,8 +1,10 @@
-"""The operators as data: names, ports, attributes. No other file spells these strings.
+"""The operators as data: what each takes, gives and computes. No other file spells these strings.
 
-An operator has one name per code width and arity, because the ONNX parser of TensorRT finds model-local functions by
-name only and knows no optional inputs: ``CodebookMatMul3`` multiplies by a matrix of 3-bit codes, exactly, and
-``CodebookMatMul3A8`` rounds x to 8 bits first, with one scale per token and group (`rankbook.plugins.int8`).
+`Operator` is the type of all of them; they stand in one list, `rankbook.plugins.operators.OPERATORS`. This module holds
+the type, and the operators with packed weights: products and gathers. Those have one name per code width and arity,
+because the ONNX parser of TensorRT finds model-local functions by name only and knows no optional inputs:
+``CodebookMatMul3`` multiplies by a matrix of 3-bit codes, exactly, and ``CodebookMatMul3A8`` rounds x to 8 bits first,
+with one scale per token and group (`rankbook.plugins.int8`).
 
 Letters in the shapes, and the forms of constants, are those of `rankbook.plugins.forms`; ``...`` stands for any
 leading dimensions. The last of the Q parameter planes is the offset where the attribute ``offset`` is 1, and its row of
@@ -11,10 +13,16 @@ levels is all ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from rankbook.plugins import forms, layout
-from rankbook.plugins.forms import Shape
+import numpy as np
+import numpy.typing as npt
+
+from rankbook.plugins import forms, int8, layout, reference
+from rankbook.plugins.forms import Shape, TensorSpec
+from rankbook.plugins.layer_spec import LayerSpec
 
 DOMAIN = "rankbook"
 """ONNX domain of the operators and of the functions that hold their standard-ONNX bodies."""
@@ -30,14 +38,16 @@ INT8_SUFFIX = "A8"
 MATMUL, MATMUL_LOW_RANK, GATHER = "CodebookMatMul", "CodebookMatMulLowRank", "CodebookGather"
 MATMUL_INT8, MATMUL_LOW_RANK_INT8 = MATMUL + INT8_SUFFIX, MATMUL_LOW_RANK + INT8_SUFFIX
 KINDS = (MATMUL, MATMUL_LOW_RANK, GATHER, MATMUL_INT8, MATMUL_LOW_RANK_INT8)
-"""Operator kinds; the name of an operator is its kind with its bits at the end, or before `INT8_SUFFIX`."""
-PLUGIN_KINDS = KINDS
-"""Kinds that the TensorRT plugin library has creators for; of others the parser takes the function body."""
+"""Kinds of operators with packed weights; a name is a kind with its bits at the end, or before `INT8_SUFFIX`."""
 
 FLOATS = ("float32", "float16", "bfloat16")
 
 CUDA_PLANES, CUDA_COLUMNS = 4, 1 << 20
 """Most planes of levels and most inputs of a row that the CUDA kernels take; the CPU's take 2**bits planes."""
+
+Array = npt.NDArray[np.generic]
+Reference = Callable[[Mapping[str, Array], Mapping[str, Any]], tuple[Array, ...]]
+"""Takes inputs by formal name and attributes, returns the outputs in order."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +56,12 @@ class Port:
 
     Attributes:
         name: Formal name.
-        shapes: Allowed shapes; sizes are numbers or the letters of the module docstring.
+        shapes: Allowed shapes; sizes are numbers or letters.
         dtypes: Allowed element types, by numpy name.
         constant: Whether it must be an initializer (a weight the engines keep packed).
         doc: What it holds.
+        given_if: Integer attribute without which (where it is 0) nodes end before this port; empty for a port that
+            every node has.
     """
 
     name: str
@@ -57,6 +69,7 @@ class Port:
     dtypes: tuple[str, ...]
     constant: bool
     doc: str
+    given_if: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,9 @@ class Attribute:
 
     Attributes:
         name: Name.
-        kind: ``int`` or ``string``.
-        low: Smallest integer allowed.
-        high: Largest integer allowed.
+        kind: ``int``, ``float``, ``string``, ``ints`` or ``tensor``.
+        low: Smallest number allowed.
+        high: Largest number allowed.
         value: The only string allowed.
         doc: What it says.
     """
@@ -75,33 +88,60 @@ class Attribute:
     name: str
     kind: str
     doc: str
-    low: int = 0
-    high: int = 2**31 - 1
+    low: float = 0
+    high: float = 2**31 - 1
     value: str = ""
 
+    def problem(self, value: object) -> str:
+        """Return what is wrong with a value, or an empty string."""
+        what = f"attribute {self.name!r} is"
+        if value is None:
+            return f"{what} missing"
+        if self.kind == "string":
+            return "" if value == self.value else f"{what} {value!r:.80}; it must be {self.value!r}"
+        if self.kind in ("int", "float"):
+            types, article = ((int,), "an integer") if self.kind == "int" else ((int, float), "a number")
+            right = isinstance(value, types) and self.low <= value <= self.high
+            return "" if right else f"{what} {value!r:.80}; it must be {article} in [{self.low}, {self.high}]"
+        if self.kind == "ints":
+            right = isinstance(value, Sequence) and all(isinstance(item, int) and item >= 0 for item in value)
+            return "" if right else f"{what} {value!r:.80}; it must be integers of at least 0"
+        return "" if hasattr(value, "shape") else f"{what} {type(value).__name__}; it must be a tensor"
 
-@dataclass(frozen=True)
-class OpContract:
+
+@dataclass(frozen=True, eq=False)
+class Operator:
     """One operator.
 
     Attributes:
-        kind: One of `KINDS`.
-        bits: Bits per code.
-        inputs: Inputs in order, all required.
+        name: The op_type.
+        kind: The name without the width of its codes; the C++ header has one entry a kind.
+        inputs: Inputs in order; those that not every node has come last.
         outputs: Outputs in order.
         attributes: Attributes, all required.
+        reference: What it computes, in numpy: the definition that every runtime is compared with.
+        body: Module of `rankbook.exporter.bodies` that writes it in standard ONNX.
+        bits: Bits of a code; 0 for an operator without packed weights.
+        sizes: Returns the sizes that follow from the attributes, by the letters of the shapes.
+        check: Returns what is wrong with attributes and constants together, each being right alone, or nothing.
+        limits: Limits of the kernels by name, for the C++ header.
+        member: What each of its products is alone, for an operator of several (`rankbook.plugins.merged`).
+        count: How many products it has.
     """
 
+    name: str
     kind: str
-    bits: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     attributes: tuple[Attribute, ...]
-
-    @property
-    def name(self) -> str:
-        """The op_type."""
-        return op_name(self.kind, self.bits)
+    reference: Reference
+    body: str
+    bits: int = 0
+    sizes: Callable[[Mapping[str, Any]], dict[str, int]] = lambda _: {}
+    check: Callable[[Mapping[str, Any], Mapping[str, TensorSpec]], str] = lambda *_: ""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    member: Operator | None = None
+    count: int = 1
 
     @property
     def int8_activations(self) -> bool:
@@ -113,13 +153,33 @@ class OpContract:
         """Whether there is an error branch."""
         return self.kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INT8)
 
+    @property
+    def has_plugin(self) -> bool:
+        """Whether the TensorRT plugin library has a creator for it; of others the parser takes the function body."""
+        return any(attribute.name == "plugin_namespace" for attribute in self.attributes)
+
     def input_names(self) -> tuple[str, ...]:
-        """Formal names of the inputs, in order."""
+        """Formal names of all inputs, in order."""
         return tuple(port.name for port in self.inputs)
 
     def constants(self) -> tuple[str, ...]:
         """Formal names of the inputs that must be initializers, in order."""
         return tuple(port.name for port in self.inputs if port.constant)
+
+    def given(self, attributes: Mapping[str, Any]) -> tuple[Port, ...]:
+        """Return the inputs that a node with these attributes has."""
+        return tuple(port for port in self.inputs if not port.given_if or attributes.get(port.given_if))
+
+    def compute(self, inputs: Sequence[Array], attributes: Mapping[str, Any]) -> tuple[Array, ...]:
+        """Return the outputs of the numpy reference for the inputs that a node has, in order.
+
+        Raises:
+            ValueError: The number of inputs is wrong.
+        """
+        names = [port.name for port in self.given(attributes)]
+        if len(inputs) != len(names):
+            raise ValueError(f"{self.name} has {len(names)} inputs {tuple(names)}; {len(inputs)} were given")
+        return self.reference(dict(zip(names, inputs, strict=True)), attributes)
 
 
 def op_name(kind: str, bits: int) -> str:
@@ -172,22 +232,33 @@ _ATTRIBUTES = (
 )
 
 
-def _contract(kind: str, bits: int) -> OpContract:
-    if kind == GATHER:
-        return OpContract(kind, bits, (_INDICES, *_WEIGHT), (_ROWS,), _ATTRIBUTES)
-    branch = _BRANCH if kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INT8) else ()
-    return OpContract(kind, bits, (_X, *_WEIGHT, _BIAS, *branch), (_Y,), _ATTRIBUTES)
+def _packed(kind: str, bits: int) -> Operator:
+    def sizes(attributes: Mapping[str, Any]) -> dict[str, int]:
+        return known_sizes(bits, attributes["out_features"], attributes["in_features"])
+
+    name, outputs = op_name(kind, bits), (_ROWS if kind == GATHER else _Y,)
+    inputs: tuple[Port, ...] = (_INDICES, *_WEIGHT)
+    computes, body = reference.codebook_gather, "gather"
+    if kind != GATHER:
+        branch = _BRANCH if kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INT8) else ()
+        inputs, body = (_X, *_WEIGHT, _BIAS, *branch), "product"
+        computes = int8.codebook_matmul if kind.endswith(INT8_SUFFIX) else reference.codebook_matmul
+
+    def compute(given: Mapping[str, Array], attributes: Mapping[str, Any]) -> tuple[Array, ...]:
+        return (computes(given, attributes),)
+
+    def check(attributes: Mapping[str, Any], constants: Mapping[str, TensorSpec]) -> str:
+        try:  # each part alone is one that is allowed; together they must be a layer
+            LayerSpec.of_constants(bits, attributes, constants)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return Operator(name, kind, inputs, outputs, _ATTRIBUTES, compute, body, bits, sizes, check)
 
 
-OPERATORS: dict[str, OpContract] = {
-    op_name(kind, bits): _contract(kind, bits) for kind in KINDS for bits in layout.BITS
-}
-"""Every operator by its op_type."""
-
-
-def plugin_names() -> tuple[str, ...]:
-    """Return the op_types that the TensorRT plugin library has creators for."""
-    return tuple(name for name, operator in OPERATORS.items() if operator.kind in PLUGIN_KINDS)
+PACKED: dict[str, Operator] = {op_name(kind, bits): _packed(kind, bits) for kind in KINDS for bits in layout.BITS}
+"""The operators with packed weights by op_type; several products in one node are in `rankbook.plugins.merged`."""
 
 
 def known_sizes(bits: int, out_features: int, in_features: int) -> dict[str, int]:

@@ -144,16 +144,22 @@ CONSTANTS: Mapping[str, tuple[PartForm, ...]] = {
 """Every form of the constants that an operator takes, by formal name; see `LayerSpec.constants`."""
 
 
-def match_shape(shape: Shape, actual: tuple[int, ...], sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """Match a shape against one with letters.
+def match_shape(shape: Shape, actual: Sequence[int | None], sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """Match a shape, of which None is a size that is not known, against one with letters.
 
     Returns:
-        ``sizes`` completed by the letters met, or None if the shapes differ.
+        ``sizes`` completed by the letters met, or None if the shapes differ. ``...`` stands for any leading sizes;
+        sizes made of others (``N * H``) fit any.
     """
+    if shape and shape[0] == "...":
+        shape = shape[1:]
+        actual = actual[max(0, len(actual) - len(shape)) :]
     if len(shape) != len(actual):
         return None
     found = dict(sizes)
     for want, have in zip(shape, actual, strict=True):
+        if have is None or (isinstance(want, str) and not want.isalpha()):
+            continue
         if (found.setdefault(want, have) if isinstance(want, str) else want) != have:
             return None
     return found

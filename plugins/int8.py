@@ -28,12 +28,12 @@ Letters as in `rankbook.plugins.contract`; M rows of x, g one of G groups, p one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from rankbook.plugins import contract, layout
+from rankbook.plugins import layout
 from rankbook.plugins.forms import Form, TensorSpec
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -124,20 +124,6 @@ def codebook_matmul(inputs: Mapping[str, Array], attributes: Mapping[str, int | 
     y = (total + inputs["bias"].astype(np.float32)).astype(inputs["x"].dtype)
     result: Array = y.reshape(*inputs["x"].shape[:-1], rows)
     return result
-
-
-def run(op_type: str, inputs: Sequence[Array], attributes: Mapping[str, int | str]) -> Array:
-    """Compute a matmul operator in the int8 mode on inputs in the order of its contract (a gather has no such mode).
-
-    Raises:
-        KeyError: There is no such operator.
-        ValueError: It is a gather, or the number of inputs is wrong.
-    """
-    operator = contract.OPERATORS[op_type]
-    names = operator.input_names()
-    if operator.kind == contract.GATHER or len(inputs) != len(names):
-        raise ValueError(f"{op_type} takes {names} and {len(inputs)} were given; only products have an int8 mode")
-    return codebook_matmul(dict(zip(names, inputs, strict=True)), attributes)
 
 
 def _dots(q: npt.NDArray[np.int8], weight: npt.NDArray[np.int32]) -> FloatArray:

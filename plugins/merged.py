@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rankbook.plugins import contract
+from rankbook.plugins.contract import Array, Attribute, Operator, Port
 
 SUFFIX = "Merged"
 """Stands in the name of an operator before the number of its products."""
@@ -38,12 +39,10 @@ class Part:
     """Where a constant lies in the tensor of a node, in bytes, and its shape.
 
     Attributes:
-        data: Name of the tensor.
         start: First byte.
         shape: Sizes; an element is a byte.
     """
 
-    data: str
     start: int
     shape: tuple[int, ...]
 
@@ -52,156 +51,129 @@ class Part:
         """The byte behind it."""
         return self.start + math.prod(self.shape)
 
-
-@dataclass(frozen=True)
-class MergedContract:
-    """One operator of several products.
-
-    Attributes:
-        member: What each product is alone.
-        count: How many there are, 1 to `MOST`.
-    """
-
-    member: contract.OpContract
-    count: int
-
-    @property
-    def name(self) -> str:
-        """The op_type."""
-        return f"{self.member.name}{SUFFIX}{self.count}"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The activations and the tensor of the constants."""
-        return (self.member.inputs[0].name, DATA)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The product of each layer."""
-        return tuple(f"{self.member.outputs[0].name}_{i}" for i in range(self.count))
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Constants of a product that lie in the tensor, in their order there."""
-        return tuple(name for name in PARTS if name in self.member.constants())
-
-    @property
-    def integers(self) -> tuple[str, ...]:
-        """Attributes of a product that are integers."""
-        return tuple(item.name for item in self.member.attributes if item.kind == "int")
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """Names of the attributes: integers, places of parts (``[start, *shape]``), tensors."""
-        names = (*self.integers, *self.member.constants())
-        return tuple(f"{name}_{i}" for i in range(self.count) for name in names)
-
-
-OPERATORS: dict[str, MergedContract] = {
-    merged.name: merged
-    for member in contract.OPERATORS.values()
-    if member.kind != contract.GATHER
-    for merged in (MergedContract(member, count) for count in range(1, MOST + 1))
-}
-"""Every such operator by its op_type."""
+    def of(self, data: Array) -> Array:
+        """Return the constant as a view of the tensor of its node."""
+        return data[self.start : self.end].reshape(self.shape)
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node of our domain as its parts.
+class Product:
+    """One product of a node: what it has alone.
 
     Attributes:
-        name: Its name.
-        op_type: Its operator.
-        inputs: Names of its inputs.
-        outputs: Names of its outputs.
         attributes: By name.
-        constants: Of a product that was taken out of a node: inputs that the file does not hold under their name, as a
-            `Part` or as the tensor itself.
+        constants: By formal name; as tensors, or where they lie in the tensor of the node.
     """
 
-    name: str
-    op_type: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
-    constants: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any]
 
 
-def merge(nodes: Sequence[Node], constants: Mapping[str, Any]) -> tuple[Node, list[tuple[str, Part]]]:
-    """Return the node that computes several, which have one op_type and one x, and what its tensor holds.
+def name_of(operator: Operator, count: int) -> str:
+    """Return the op_type of several products of one operator."""
+    return f"{operator.name}{SUFFIX}{count}"
+
+
+def parts(member: Operator) -> tuple[str, ...]:
+    """Return the constants of a product that lie in the tensor, in their order there."""
+    return tuple(name for name in PARTS if name in member.constants())
+
+
+def pack(member: Operator, products: Sequence[Product]) -> tuple[dict[str, Any], list[tuple[int, str, Part]]]:
+    """Return the attributes of the node of several products, and what its tensor holds.
 
     Args:
-        nodes: Products alone.
-        constants: Their constants by name; those of `PARTS` have a ``shape``, others become attributes as they are.
+        member: The operator of each.
+        products: With tensors as constants; those of `PARTS` have a ``shape``, others become attributes as they are.
 
     Returns:
-        The node, and name and place of every part in their order.
-
-    Raises:
-        KeyError: There is no operator for so many of them.
+        Attributes by name, and (product, formal name, place) of every part in their order in the tensor.
     """
-    op_type = nodes[0].op_type
-    merged = OPERATORS[f"{op_type}{SUFFIX}{len(nodes)}"]
-    data = f"{nodes[0].name}.{DATA}"
-    named = [dict(zip(merged.member.constants(), node.inputs[1:], strict=True)) for node in nodes]
     attributes: dict[str, Any] = {}
-    layout: list[tuple[str, Part]] = []
+    layout: list[tuple[int, str, Part]] = []
     end = 0
-    for port in merged.parts:
-        for i, names in enumerate(named):
-            part = Part(data, -(-end // ALIGNMENT) * ALIGNMENT, tuple(constants[names[port]].shape))
+    for port in parts(member):
+        for i, product in enumerate(products):
+            part = Part(-(-end // ALIGNMENT) * ALIGNMENT, tuple(product.constants[port].shape))
             attributes[f"{port}_{i}"] = [part.start, *part.shape]
-            layout.append((names[port], part))
+            layout.append((i, port, part))
             end = part.end
-    for i, (node, names) in enumerate(zip(nodes, named, strict=True)):
-        attributes |= {f"{name}_{i}": node.attributes[name] for name in merged.integers}
-        attributes |= {f"{port}_{i}": constants[name] for port, name in names.items() if port not in merged.parts}
-    outputs = tuple(node.outputs[0] for node in nodes)
-    name = JOINT.join(node.name for node in nodes)
-    return Node(name, merged.name, (nodes[0].inputs[0], data), outputs, attributes), layout
+    for i, product in enumerate(products):
+        attributes |= {f"{name}_{i}": product.attributes[name] for name in _integers(member)}
+        small = (name for name in member.constants() if name not in PARTS)
+        attributes |= {f"{name}_{i}": product.constants[name] for name in small}
+    return attributes, layout
 
 
-def split(node: Node) -> tuple[Node, ...]:
-    """Return the nodes that one of `OPERATORS` stands for; any other is returned alone.
-
-    A constant has the name of its layer with its formal name behind it.
+def unpack(operator: Operator, attributes: Mapping[str, Any]) -> tuple[Product, ...]:
+    """Return the products of a node of several.
 
     Raises:
-        ValueError: It has the wrong number of names, inputs or outputs, lacks an attribute, or says something
-            impossible about where constants lie; the message says which.
+        ValueError: An attribute is missing or impossible; the message says which.
     """
-    merged = OPERATORS.get(node.op_type)
-    if merged is None:
-        return (node,)
-    names = node.name.split(JOINT)
-    if (len(names), len(node.outputs), len(node.inputs)) != (merged.count, merged.count, 2):
-        raise ValueError(
-            f"has {len(names)} names, {len(node.outputs)} outputs and {len(node.inputs)} inputs; it must have"
-            f" {merged.count}, {merged.count} and 2"
-        )
-    if missing := [name for name in merged.attributes if name not in node.attributes]:
+    if missing := [item.name for item in operator.attributes if item.name not in attributes]:
         raise ValueError(f"lacks the attributes {', '.join(missing)}")
-    return tuple(_product(merged, node, i, layer) for i, layer in enumerate(names))
+    member = operator.member or operator
+    return tuple(_product(member, attributes, i) for i in range(operator.count))
 
 
-def _product(merged: MergedContract, node: Node, i: int, layer: str) -> Node:
-    constants = {f"{layer}.{port}": value for port, value in _constants(merged, node, i)}
-    attributes = {
-        item.name: item.value if item.kind == "string" else node.attributes[f"{item.name}_{i}"]
-        for item in merged.member.attributes
+def _product(member: Operator, attributes: Mapping[str, Any], i: int) -> Product:
+    own = {
+        item.name: item.value if item.kind == "string" else attributes[f"{item.name}_{i}"] for item in member.attributes
     }
-    inputs = (node.inputs[0], *constants)
-    return Node(layer, merged.member.name, inputs, (node.outputs[i],), attributes, constants)
+    constants = {name: attributes[f"{name}_{i}"] for name in member.constants()}
+    for name in parts(member):
+        place = constants[name]
+        sizes = list(place) if isinstance(place, Sequence) else []
+        if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"attribute {name}_{i} is {place!r:.80}; it must be a first byte and a shape")
+        constants[name] = Part(sizes[0], tuple(sizes[1:]))
+    return Product(own, constants)
 
 
-def _constants(merged: MergedContract, node: Node, i: int) -> Iterator[tuple[str, Any]]:
-    for port in merged.member.constants():
-        value = node.attributes[f"{port}_{i}"]
-        if port in merged.parts:
-            sizes = list(value) if isinstance(value, Sequence) else []
-            if len(sizes) < 2 or not all(isinstance(size, int) and size >= 0 for size in sizes):
-                raise ValueError(f"attribute {port}_{i} is {value!r}; it must be a first byte and a shape")
-            yield port, Part(node.inputs[1], sizes[0], tuple(sizes[1:]))
-        else:
-            yield port, value
+def _integers(member: Operator) -> tuple[str, ...]:
+    return tuple(item.name for item in member.attributes if item.kind == "int")
+
+
+def _attributes(member: Operator, i: int) -> Iterator[Attribute]:
+    for item in member.attributes:
+        if item.kind == "int":
+            yield replace(item, name=f"{item.name}_{i}")
+    for port in member.inputs:
+        if port.constant:
+            kind, doc = ("ints", f"first byte and shape of {port.name}") if port.name in PARTS else ("tensor", port.doc)
+            yield Attribute(f"{port.name}_{i}", kind, doc)
+
+
+def _merged(member: Operator, count: int) -> Operator:
+    def compute(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> tuple[Array, ...]:
+        x, data = inputs[member.inputs[0].name], inputs[DATA]
+        results: list[Array] = []
+        for product in unpack(operator, attributes):
+            held = {name: at.of(data) if isinstance(at, Part) else at for name, at in product.constants.items()}
+            results += member.compute([x, *held.values()], product.attributes)
+        return tuple(results)
+
+    (y,) = member.outputs
+    operator = Operator(
+        name_of(member, count),
+        f"{member.kind}{SUFFIX}",
+        (member.inputs[0], Port(DATA, (("D",),), ("int8",), True, "constants of all products")),
+        tuple(replace(y, name=f"{y.name}_{i}") for i in range(count)),
+        tuple(item for i in range(count) for item in _attributes(member, i)),
+        compute,
+        "merged",
+        member.bits,
+        member=member,
+        count=count,
+    )
+    return operator
+
+
+OPERATORS = tuple(
+    _merged(member, count)
+    for member in contract.PACKED.values()
+    if member.kind != contract.GATHER
+    for count in range(1, MOST + 1)
+)
+"""The operators of this module."""

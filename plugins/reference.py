@@ -1,16 +1,16 @@
-"""Numpy ground truth of each operator: weights are decoded in float32, as by every runtime; products are in float64.
+"""Numpy definition of products and gathers: weights are decoded in float32, as by every runtime; products in float64.
 
-Operators that round x to 8 bits are defined in `rankbook.plugins.int8`.
+Products that round x to 8 bits are defined in `rankbook.plugins.int8`; letters as in `rankbook.plugins.contract`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from rankbook.plugins import contract, int8, layout
+from rankbook.plugins import layout
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -49,27 +49,3 @@ def codebook_gather(inputs: Mapping[str, Array], attributes: Mapping[str, int | 
     rows, columns = int(attributes["out_features"]), int(attributes["in_features"])
     table = tables(inputs["levels"], inputs["params"], inputs["step"], inputs["base"], rows)
     return weight(inputs["codes"], table, rows, columns)[inputs["indices"].astype(np.int64)]
-
-
-FUNCTIONS: dict[str, Callable[[Mapping[str, Array], Mapping[str, int | str]], Array]] = {
-    contract.MATMUL: codebook_matmul,
-    contract.MATMUL_LOW_RANK: codebook_matmul,
-    contract.GATHER: codebook_gather,
-    contract.MATMUL_INT8: int8.codebook_matmul,
-    contract.MATMUL_LOW_RANK_INT8: int8.codebook_matmul,
-}
-"""Ground truth by operator kind."""
-
-
-def run(op_type: str, inputs: Sequence[Array], attributes: Mapping[str, int | str]) -> Array:
-    """Compute operator ``op_type`` on inputs in the order of its contract.
-
-    Raises:
-        KeyError: There is no such operator.
-        ValueError: The number of inputs is wrong.
-    """
-    operator = contract.OPERATORS[op_type]
-    names = operator.input_names()
-    if len(inputs) != len(names):
-        raise ValueError(f"{op_type} has {len(names)} inputs {names}; {len(inputs)} were given")
-    return FUNCTIONS[operator.kind](dict(zip(names, inputs, strict=True)), attributes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rankbook.plugins import contract, row_contract
+from rankbook.plugins import contract, rows
 
 
 class FuseGates(ir.passes.InPlacePass):
@@ -28,7 +28,7 @@ def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> bool:
     up = None if last is None else _other(last, silu.outputs[0])
     if last is None or up is None or gate.dtype != ir.DataType.FLOAT or gate.shape is None or gate.shape != up.shape:
         return False
-    node = ir.node(row_contract.SWIGLU.name, [gate, up], domain=contract.DOMAIN, name=last.name)
+    node = ir.node(rows.SWIGLU.name, [gate, up], domain=contract.DOMAIN, name=last.name)
     graph.insert_before(last, [node])
     new, old = node.outputs[0], last.outputs[0]
     new.name, new.type, new.shape = old.name, old.type, old.shape

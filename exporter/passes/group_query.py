@@ -7,9 +7,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rankbook.exporter.passes.kv_cache import PAST, cache_layers
-from rankbook.plugins import attention_contract, contract
+from rankbook.plugins import attention, contract
 
-DOMAIN = attention_contract.STOCK_DOMAIN
+DOMAIN = attention.STOCK_DOMAIN
 """Domain of ONNX Runtime's own operators."""
 Tables = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """cos and sin of a rotary embedding by position, (positions, size / 2) each."""
@@ -60,7 +60,7 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             fusion.apply(lengths, self._tables, self._windows)
         if nodes:
             model.opset_imports[DOMAIN] = 1
-        if any(node.op_type == attention_contract.NAME and node.domain == contract.DOMAIN for node in model.graph):
+        if any(node.op_type == attention.NAME and node.domain == contract.DOMAIN for node in model.graph):
             model.opset_imports[contract.DOMAIN] = contract.VERSION
         return ir.passes.PassResult(model, modified=bool(nodes))
 
@@ -86,9 +86,9 @@ class _Fusion:
         self._new = [_given(node, cache.inputs[1]) for cache in self._caches]
         self._past = [_given(node, cache.inputs[0]) for cache in self._caches]
         self._heads, self._size = _size(self._query, 1), _size(self._query, 3)
-        if self._size % attention_contract.HEAD_STEP:
+        if self._size % attention.HEAD_STEP:
             raise ValueError(
-                f"ONNX Runtime's attention takes heads of a multiple of {attention_contract.HEAD_STEP} numbers,"
+                f"ONNX Runtime's attention takes heads of a multiple of {attention.HEAD_STEP} numbers,"
                 f" and these have {self._size}; export with graph standard"
             )
 
@@ -123,9 +123,9 @@ class _Fusion:
         }
         rows = [self._rows(value) for value in (self._query, *self._new)]
         inputs = [*rows, *self._past, *lengths, *rotary]
-        ours = self._past[0].dtype == ir.DataType.FLOAT and attention_contract.supports(self._size, rotary=bool(rotary))
+        ours = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
         domain, name = contract.DOMAIN if ours else DOMAIN, str(self._node.name)
-        fused = ir.node(attention_contract.NAME, inputs, attributes, num_outputs=3, domain=domain, name=name)
+        fused = ir.node(attention.NAME, inputs, attributes, num_outputs=3, domain=domain, name=name)
         self._nodes.append(fused)
         self._graph.insert_before(self._node, self._nodes)
         self._finish(*fused.outputs)

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from rankbook.plugins import contract, merged
+from rankbook.plugins.contract import Operator
+from rankbook.plugins.operators import OPERATORS
 
 
 class MergeProducts(ir.passes.InPlacePass):
@@ -31,13 +33,13 @@ def _together(graph: ir.Graph) -> Iterator[list[ir.Node]]:
     """Yield the nodes to be merged, in graph order."""
     found: dict[tuple[object, ...], list[ir.Node]] = {}
     for node in graph:
-        operator = contract.OPERATORS.get(node.op_type) if node.domain == contract.DOMAIN else None
-        if operator is None or operator.kind == contract.GATHER:
+        operator = _operator(node)
+        if operator is None or merged.name_of(operator, 1) not in OPERATORS:
             continue
         ports = _ports(node, operator)
         if not all(value.is_initializer() and len(value.uses()) == 1 for value in ports.values()):
             continue
-        if all(_full(ports[port]) for port in merged.PARTS if port in ports):
+        if all(_full(ports[port]) for port in merged.parts(operator)):
             groups = _sizes(ports["params"])[1]
             found.setdefault((id(node.inputs[0]), node.op_type, groups), []).append(node)
     for nodes in found.values():
@@ -45,10 +47,14 @@ def _together(graph: ir.Graph) -> Iterator[list[ir.Node]]:
             yield nodes[first : first + merged.MOST]
 
 
-def _ports(node: ir.Node, operator: contract.OpContract) -> dict[str, ir.Value]:
+def _operator(node: ir.Node) -> Operator | None:
+    return OPERATORS.get(node.op_type) if node.domain == contract.DOMAIN else None
+
+
+def _ports(node: ir.Node, operator: Operator) -> dict[str, ir.Value]:
     """Return the constants of a node by formal name."""
     constants = [value for value in node.inputs[1:] if value is not None]
-    return dict(zip(operator.constants(), constants, strict=True))
+    return dict(zip(operator.constants(), constants, strict=False))
 
 
 def _sizes(value: ir.Value) -> tuple[int, ...]:
@@ -61,22 +67,31 @@ def _full(value: ir.Value) -> bool:
 
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    old = [node.outputs[0] for node in nodes]
-    constants = {str(value.name): _tensor(value) for node in nodes for value in node.inputs[1:] if value is not None}
-    parts, layout = merged.merge([_parts(node) for node in nodes], constants)
-    data = _data(parts.inputs[1], layout, constants)
+    member = OPERATORS[nodes[0].op_type]
+    operator = OPERATORS[merged.name_of(member, len(nodes))]
+    ports = [_ports(node, member) for node in nodes]
+    products = [_product(node, values) for node, values in zip(nodes, ports, strict=True)]
+    packed, layout = merged.pack(member, products)
+    data = _data(f"{nodes[0].name}.{merged.DATA}", [(products[i].constants[name], part) for i, name, part in layout])
     graph.register_initializer(data)
-    attributes = [_attribute(name, value) for name, value in parts.attributes.items()]
+    attributes = [_attribute(name, value) for name, value in packed.items()]
+    name = merged.JOINT.join(str(node.name) for node in nodes)
     inputs = [nodes[0].inputs[0], data]
-    node = ir.Node(contract.DOMAIN, parts.op_type, inputs, attributes, num_outputs=len(old), name=parts.name)
+    node = ir.Node(contract.DOMAIN, operator.name, inputs, attributes, num_outputs=len(nodes), name=name)
     graph.insert_before(nodes[0], [node])
-    for new, replaced in zip(node.outputs, old, strict=True):
+    for new, replaced in zip(node.outputs, [node.outputs[0] for node in nodes], strict=True):
         new.name, new.type, new.shape = replaced.name, replaced.type, replaced.shape
         replaced.name = f"{replaced.name}.alone"
         ir.convenience.replace_all_uses_with(replaced, new, replace_graph_outputs=True)
     graph.remove(nodes, safe=True)
-    for name in constants:
-        del graph.initializers[name]
+    for values in ports:
+        for value in values.values():
+            del graph.initializers[str(value.name)]
+
+
+def _product(node: ir.Node, ports: Mapping[str, ir.Value]) -> merged.Product:
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return merged.Product(attributes, {name: _tensor(value) for name, value in ports.items()})
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
@@ -85,14 +100,14 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _data(name: str, layout: Sequence[tuple[str, merged.Part]], constants: Mapping[str, ir.TensorProtocol]) -> ir.Value:
+def _data(name: str, parts: Sequence[tuple[ir.TensorProtocol, merged.Part]]) -> ir.Value:
     """Return the initializer that holds the parts; they are read when the file is written."""
-    shape = ir.Shape([layout[-1][1].end])
+    shape = ir.Shape([parts[-1][1].end])
 
     def load() -> ir.TensorProtocol:
         out = np.zeros(shape.numpy(), np.int8)
-        for part, place in layout:
-            out[place.start : place.end] = constants[part].numpy().reshape(-1)
+        for tensor, place in parts:
+            out[place.start : place.end] = tensor.numpy().reshape(-1)
         return ir.tensor(out, name=name)
 
     tensor = ir.LazyTensor(load, dtype=ir.DataType.INT8, shape=shape, name=name)
@@ -104,14 +119,4 @@ def _attribute(name: str, value: object) -> ir.Attr:
         return ir.AttrInt64(name, value)
     if isinstance(value, list):
         return ir.AttrInt64s(name, value)
-    return ir.AttrTensor(name, value)  # type: ignore[arg-type]  # a constant, see merged.merge
-
-
-def _parts(node: ir.Node) -> merged.Node:
-    return merged.Node(
-        str(node.name),
-        node.op_type,
-        tuple(str(value.name) for value in node.inputs if value is not None),
-        tuple(str(value.name) for value in node.outputs),
-        {name: attribute.value for name, attribute in node.attributes.items()},
-    )
+    return ir.AttrTensor(name, value)  # type: ignore[arg-type]  # a constant, see merged.pack

@@ -18,7 +18,7 @@ LAYERS = "rankbook.layers"
 """Metadata key of the description of each packed layer, as JSON."""
 
 DATA_SHA256 = "rankbook.data_sha256"
-"""Metadata key of the SHA-256 of the data file, see `rankbook.exporter.external.verify`."""
+"""Metadata key of the SHA-256 of the data file, see `rankbook.exporter.file.ExportedModel.verify`."""
 DIALECT = "rankbook.dialect"
 """Metadata key of the dialect; files without it are in our own."""
 CONTEXT = "rankbook.context"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from rankbook.exporter.passes.group_query import DOMAIN
-from rankbook.plugins import contract, row_contract
+from rankbook.plugins import contract, rows
 
 
 class FuseSkipNorms(ir.passes.InPlacePass):
@@ -41,7 +41,7 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
     attributes = {"epsilon": norm.attributes["epsilon"].as_float()}
     inputs = [*parts, scale]
     if total.dtype == ir.DataType.FLOAT:
-        name = row_contract.ADD_NORM.name
+        name = rows.ADD_NORM.name
         node = ir.node(name, inputs, attributes, num_outputs=2, domain=contract.DOMAIN, name=norm.name)
         normalized, summed = node.outputs
     else:

@@ -73,7 +73,7 @@ def model_of(record, kind, dtype="float32"):
     if kind == contract.GATHER:
         return look_up_model(record)
     return op_model(
-        record, dtype, int8_activations=contract.OPERATORS[contract.op_name(kind, record.bits)].int8_activations
+        record, dtype, int8_activations=contract.PACKED[contract.op_name(kind, record.bits)].int8_activations
     )
 
 
@@ -81,10 +81,10 @@ def model_of(record, kind, dtype="float32"):
 @pytest.mark.trt
 @pytest.mark.parametrize("kind", contract.KINDS)
 def test_tensorrt_rtx_builds_the_body_and_keeps_weights_packed(kind, tmp_path):
-    rank = 4 if contract.OPERATORS[contract.op_name(kind, 4)].low_rank else 0
+    rank = 4 if contract.PACKED[contract.op_name(kind, 4)].low_rank else 0
     exact = kind in (contract.MATMUL, contract.MATMUL_LOW_RANK)
     # The codes of A8 operators are decoded by the same nodes as those of the others.
-    for bits in (3, 8) if contract.OPERATORS[contract.op_name(kind, 4)].int8_activations else layout.BITS:
+    for bits in (3, 8) if contract.PACKED[contract.op_name(kind, 4)].int8_activations else layout.BITS:
         record = random_record(512, 512, bits=bits, group=128, planes=1, rank=rank)
         for dtype in contract.FLOATS if exact else ("float32",) if kind == contract.GATHER else ("float16",):
             path = tmp_path / f"{kind}{bits}{dtype}.onnx"

@@ -12,10 +12,10 @@ import pytest
 
 from rankbook.exporter import conform
 from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
 from rankbook.exporter.passes.merge import MergeProducts
+from rankbook.exporter.stored import ExportedFileError
 from rankbook.plugins import contract
-from rankbook.tools.errors import UsageError
-from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes.ort import OrtModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
@@ -55,11 +55,11 @@ def test_bodies_compute_what_single_nodes_compute(folder: Path) -> None:
 
 def test_the_file_lists_every_layer(folder: Path) -> None:
     """Inspection and parity see layers, whatever node holds them."""
-    merged, single = (onnx_file.read(folder / name) for name in ("ort", "standard"))
-    assert [node.name for node in merged.nodes] == list(merged.outputs_of)
-    assert {node.name: node.ports() for node in merged.nodes}.keys() == {node.name for node in single.nodes}
-    for node in merged.nodes:
-        twin = next(other for other in single.nodes if other.name == node.name)
+    merged, single = (ExportedModel.open(folder / name) for name in ("ort", "standard"))
+    assert [node.name for node in merged.packed] == list(merged.outputs_of)
+    assert {node.name: node.ports() for node in merged.packed}.keys() == {node.name for node in single.packed}
+    for node in merged.packed:
+        twin = next(other for other in single.packed if other.name == node.name)
         assert (node.op_type, node.attributes, node.inputs[1:]) == (twin.op_type, twin.attributes, twin.inputs[1:])
     assert merged.code_tensors == single.code_tensors
 
@@ -70,7 +70,7 @@ def test_parity_checks_every_layer(kernels: str, folder: Path, capsys: pytest.Ca
     options = ("--checkpoint", folder / "checkpoint", "--every-node", "--kernels", kernels, "--json", "--quiet")
     assert run_cli("parity", folder / "ort", *options) == 0
     report = stdout_json(capsys)
-    layers = len(onnx_file.read(folder / "ort").nodes)
+    layers = len(ExportedModel.open(folder / "ort").packed)
     assert (len(report["operators"]), len(report["layers"])) == (layers, layers)
 
 
@@ -80,8 +80,8 @@ def test_a_damaged_node_is_reported(folder: Path, tmp_path: Path) -> None:
     node.name = "gate"
     assert any("has 1 names" in problem for problem in conform.check_proto(model))
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(UsageError, match="'gate' has 1 names"):
-        onnx_file.read(tmp_path)
+    with pytest.raises(ExportedFileError, match="'gate' has 1 names"):
+        ExportedModel.open(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import onnx_ir as ir
 import pytest
 
 from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
 from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
+from rankbook.exporter.stored import ExportedFileError
 from rankbook.tools import errors
-from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import open_model
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
@@ -125,8 +126,8 @@ def test_commands_know_such_files(work: Path, capsys: pytest.CaptureFixture[str]
     report = stdout_json(capsys)
     assert report["cached"]["passed"]
     assert len(report["layers"]) == 14
-    with pytest.raises(errors.UsageError, match="--graph standard"):
-        onnx_file.require_standard(onnx_file.read(work / "onnx"))
+    with pytest.raises(ExportedFileError, match="--graph standard"):
+        ExportedModel.open(work / "onnx").require_standard()
 
 
 def test_what_it_cannot_do_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from rankbook.exporter import conform
 from rankbook.exporter.export import ExportOptions, export
-from rankbook.plugins import row_contract
+from rankbook.plugins import rows
 from tests.exporter.checkpoints import make_checkpoint
 
-OURS = (row_contract.ADD_NORM.name, row_contract.SWIGLU.name)
+OURS = (rows.ADD_NORM.name, rows.SWIGLU.name)
 
 
 def kinds_of(folder: Path) -> collections.Counter[str]:
@@ -37,7 +37,7 @@ def test_float32_has_ours(checkpoint: Path, tmp_path: Path) -> None:
     del node.attribute[:]
     node.input.pop()
     problems = conform.check_proto(model)
-    assert "has attributes []; the contract asks for ['epsilon']" in problems[0]
+    assert "attribute 'epsilon' is missing" in problems[0]
     assert "has 2 inputs and 2 outputs; the contract asks for a, b, scale and y, sum" in problems[1]
 
 

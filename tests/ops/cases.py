@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter import emit
-from rankbook.exporter.bodies.codebook import functions
+from rankbook.exporter.bodies import functions
 from rankbook.exporter.functions import OPSET
-from rankbook.plugins import contract, layout, reference
+from rankbook.plugins import contract, layout
 from tests.calibration import records
 
 Array = npt.NDArray[Any]
@@ -104,9 +104,9 @@ class Op:
         return cls(operator.name, {operator.inputs[0].name: x, **constants}, dict(emit.attributes(spec)), record)
 
     @property
-    def contract(self) -> contract.OpContract:
+    def contract(self) -> contract.Operator:
         """What the operator says about itself."""
-        return contract.OPERATORS[self.op_type]
+        return contract.PACKED[self.op_type]
 
     @property
     def gather(self) -> bool:
@@ -133,7 +133,7 @@ class Op:
 
     def expected(self) -> Array:
         """Return the output of the numpy reference, in the type of x."""
-        return reference.run(self.op_type, list(self.inputs.values()), self.attributes)
+        return self.contract.compute(list(self.inputs.values()), self.attributes)[0]
 
     def unrounded(self) -> Array:
         """Return the output of the numpy reference before it is rounded to the type of x, (..., N) or (..., K)."""

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rankbook.exporter.bodies.attention import attention_function
-from rankbook.plugins import attention_contract, contract, library
+from rankbook.exporter.bodies import body
+from rankbook.plugins import attention, contract, library
 
 Array = npt.NDArray[Any]
 POSITIONS = 400
@@ -37,7 +37,7 @@ class Node:
         """Return the model; its inputs are those of the node but for the tables."""
         kinds = {"seqlens_k": (TensorProto.INT32, 1), "total_sequence_length": (TensorProto.INT32, 0)}
         kinds["position_ids"] = (TensorProto.INT64, 2)
-        names = [*attention_contract.INPUTS, *(attention_contract.ROTARY_INPUTS if self.rotary else ())]
+        names = [port.name for port in attention.OPERATOR.given({attention.ROTARY: self.rotary})]
         names = [name for name in names if name not in self.dropped]
         values = []
         for name in names:
@@ -46,23 +46,34 @@ class Node:
                 values.append(helper.make_tensor_value_info(name, kind, [None] * axes))
         outputs = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name == "output" else 4))
-            for name in attention_contract.OUTPUTS
+            for name in (port.name for port in attention.OPERATOR.outputs)
         ]
-        domain = contract.DOMAIN if self.ours else attention_contract.STOCK_DOMAIN
-        attributes: dict[str, Any] = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale}
-        attributes |= {"softcap": self.softcap, "local_window_size": self.window, "do_rotary": int(self.rotary)}
-        attributes |= self.changed
+        domain = contract.DOMAIN if self.ours else attention.STOCK_DOMAIN
         node = helper.make_node(
-            attention_contract.NAME, names, [value.name for value in outputs], "att", domain=domain, **attributes
+            attention.NAME, names, [value.name for value in outputs], "att", domain=domain, **self.attributes()
         )
         tables = [numpy_helper.from_array(table, name) for name, table in self.tables().items() if name in names]
         graph = helper.make_graph([node], "attention", values, outputs, tables)
-        domains = {"": 23, contract.DOMAIN: contract.VERSION, attention_contract.STOCK_DOMAIN: 1}
+        domains = {"": 23, contract.DOMAIN: contract.VERSION, attention.STOCK_DOMAIN: 1}
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid(*item) for item in domains.items()],
-            functions=[attention_function()] if self.body else [],
+            functions=[body(attention.NAME)] if self.body else [],
             ir_version=11,
+        )
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the attributes."""
+        attributes: dict[str, Any] = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale}
+        attributes |= {"softcap": self.softcap, "local_window_size": self.window, "do_rotary": int(self.rotary)}
+        return attributes | self.changed
+
+    def expected(self, feeds: dict[str, Array]) -> tuple[Array, ...]:
+        """Return the outputs of the numpy reference."""
+        given = {**feeds, **self.tables()}
+        attributes = self.attributes()
+        return attention.OPERATOR.compute(
+            [given[port.name] for port in attention.OPERATOR.given(attributes)], attributes
         )
 
     def tables(self) -> dict[str, Array]:

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rankbook.exporter.bodies.rows import row_function
-from rankbook.plugins import contract, row_contract
+from rankbook.exporter.bodies import body
+from rankbook.plugins import contract
+from rankbook.plugins.operators import OPERATORS
 
 Floats = npt.NDArray[np.float32]
 EPSILON = 1e-5
@@ -18,9 +19,9 @@ EPSILON = 1e-5
 
 def model_of(name: str, scale: Floats) -> onnx.ModelProto:
     """Return a model of one node with its body."""
-    operator = row_contract.OPERATORS[name]
-    inputs, outputs = [*operator.inputs], [*operator.outputs]
-    attributes: dict[str, Any] = {"epsilon": EPSILON} if operator.floats else {}
+    operator = OPERATORS[name]
+    inputs, outputs = operator.input_names(), [port.name for port in operator.outputs]
+    attributes: dict[str, Any] = {item.name: EPSILON for item in operator.attributes}
     node = helper.make_node(name, inputs, outputs, name="layer", domain=contract.DOMAIN, **attributes)
     constants = [numpy_helper.from_array(scale, "scale")] if "scale" in inputs else []
     fed = [helper.make_tensor_value_info(key, TensorProto.FLOAT, None) for key in inputs if key != "scale"]
@@ -31,4 +32,4 @@ def model_of(name: str, scale: Floats) -> onnx.ModelProto:
         helper.make_opsetid(contract.DOMAIN, 1),
         helper.make_opsetid("com.microsoft", 1),
     ]
-    return helper.make_model(graph, opset_imports=opsets, functions=[row_function(name)], ir_version=11)
+    return helper.make_model(graph, opset_imports=opsets, functions=[body(name)], ir_version=11)

@@ -22,9 +22,9 @@ def build_all(folder: Path) -> dict[str, dict[str, Any]]:
     from tests.ops.cases import look_up_model, op_model
 
     for bits in layout.BITS:
-        for kind in contract.PLUGIN_KINDS:
+        for kind in contract.KINDS:
             name = contract.op_name(kind, bits)
-            operator = contract.OPERATORS[name]
+            operator = contract.PACKED[name]
             record = random_record(bits=bits, rank=4 if operator.low_rank else 0)
             dtype = {2: "float32", 3: "float16", 4: "bfloat16", 8: "float16"}[bits]
             if kind == contract.GATHER:

@@ -74,7 +74,7 @@ def test_near_the_exact_product(bits: int, rank: int) -> None:
     over many terms: well below 2 % of the largest output."""
     op = WIDE.draw(bits=bits, rank=rank, bias=True, has_offset=bits > 2, planes=2, in_features=256, tokens=(5,))
     exact = op.expected()
-    got = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
+    got = int8.codebook_matmul(op.inputs, op.attributes)
     assert got.dtype == exact.dtype
     error = np.abs(got.astype(np.float64) - exact.astype(np.float64)).max() / np.abs(exact).max()
     assert 1e-6 < error < 0.02
@@ -86,12 +86,5 @@ def test_small_integers_are_exact() -> None:
     x = np.random.default_rng(0).integers(-126, 127, op.inputs["x"].shape).astype(np.float32)
     x[:, ::64] = 127
     op.inputs["x"] = x
-    got = int8.run(op.op_type, list(op.inputs.values()), op.attributes)
+    got = int8.codebook_matmul(op.inputs, op.attributes)
     np.testing.assert_allclose(got.astype(np.float64), op.expected().astype(np.float64), rtol=2e-5, atol=1e-6)
-
-
-def test_a_gather_has_no_such_mode() -> None:
-    """Nothing is multiplied there."""
-    op = WIDE.draw(gather=True)
-    with pytest.raises(ValueError, match="int8 mode"):
-        int8.run(op.op_type, list(op.inputs.values()), op.attributes)

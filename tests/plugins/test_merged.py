@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from rankbook.plugins import library, merged
 from tests.ops.cases import WIDE
 from tests.ops.runners import built, ort_session, run_native
-from tests.plugins.merged_ops import draw_several, merge, model_of, node_of
+from tests.plugins.merged_ops import draw_several, merge, model_of, operator_of
 
 
 def run(
@@ -24,30 +24,23 @@ def run(
     return list(ort_session(model, path, activations=activations, memory=memory).run(None, {"x": x}))
 
 
-def test_splitting_gives_back_what_was_merged() -> None:
+def test_unpacking_gives_back_what_was_packed() -> None:
     ops = draw_several(replace(WIDE, rank=4), 3)
-    nodes = [node_of(op, i) for i, op in enumerate(ops)]
-    several, data = merge(ops)
-    assert several.op_type == "CodebookMatMulLowRank4Merged3"
-    assert several.inputs == ("x", "layer.0.data")
-    assert merged.split(nodes[0]) == (nodes[0],)
-    for got, node, op in zip(merged.split(several), nodes, ops, strict=True):
-        assert replace(got, constants={}) == node
-        for name, value in got.constants.items():
-            held = (
-                data[value.start : value.end].reshape(value.shape)
-                if isinstance(value, merged.Part)
-                else numpy_helper.to_array(value)
-            )
-            np.testing.assert_array_equal(held, op.inputs[name.rpartition(".")[2]])
+    operator, (attributes, data) = operator_of(ops), merge(ops)
+    assert operator.name == "CodebookMatMulLowRank4Merged3"
+    assert set(attributes) == {item.name for item in operator.attributes}
+    for product, op in zip(merged.unpack(operator, attributes), ops, strict=True):
+        assert product.attributes == op.attributes
+        for name, value in product.constants.items():
+            held = value.of(data) if isinstance(value, merged.Part) else value
+            np.testing.assert_array_equal(held, op.inputs[name])
 
 
 def test_parts_lie_on_cache_lines_without_overlap() -> None:
     ops = draw_several(replace(WIDE, rank=5, in_features=112, group=16), 3)
-    several, data = merge(ops)
-    parts = [
-        value for node in merged.split(several) for value in node.constants.values() if isinstance(value, merged.Part)
-    ]
+    attributes, data = merge(ops)
+    products = merged.unpack(operator_of(ops), attributes)
+    parts = [value for product in products for value in product.constants.values() if isinstance(value, merged.Part)]
     parts.sort(key=lambda part: part.start)
     assert len(parts) == 4 * len(ops)
     assert all(part.start % merged.ALIGNMENT == 0 for part in parts)
@@ -55,18 +48,30 @@ def test_parts_lie_on_cache_lines_without_overlap() -> None:
     assert parts[-1].end == len(data)
 
 
+@pytest.mark.parametrize("int8_activations", [False, True])
+def test_the_reference_is_that_of_each_product(int8_activations: bool) -> None:
+    ops = draw_several(replace(WIDE, bits=3, rank=4, int8_activations=int8_activations), 3)
+    attributes, data = merge(ops)
+    for got, op in zip(operator_of(ops).compute([ops[0].x, data], attributes), ops, strict=True):
+        np.testing.assert_array_equal(got, op.expected())
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "message"),
     [
-        ({"name": "layer.0"}, "1 names, 2 outputs and 2 inputs; it must have 2, 2 and 2"),
-        ({"inputs": ("x",)}, "1 inputs"),
-        ({"attributes": {}}, "lacks the attributes in_features_0, out_features_0, offset_0, codes_0"),
+        ("offset_0", None, "lacks the attributes offset_0"),
+        ("codes_1", [64], r"attribute codes_1 is \[64\]; it must be a first byte and a shape"),
+        ("codes_1", [0, -1], "attribute codes_1 is"),
+        ("params_0", 3, "attribute params_0 is 3; it must be"),
+        ("params_0", "text", "attribute params_0 is 'text'"),
     ],
 )
-def test_a_damaged_node_is_refused(change: dict[str, Any], message: str) -> None:
-    several, _ = merge(draw_several(WIDE, 2))
+def test_a_damaged_attribute_is_refused(name: str, value: Any, message: str) -> None:
+    ops = draw_several(WIDE, 2)
+    attributes, _ = merge(ops)
+    changed = {key: item for key, item in attributes.items() if key != name}
     with pytest.raises(ValueError, match=message):
-        merged.split(replace(several, **change))
+        merged.unpack(operator_of(ops), changed if value is None else {**changed, name: value})
 
 
 @built

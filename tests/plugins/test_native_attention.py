@@ -72,6 +72,16 @@ def test_it_is_the_node_of_onnx_runtime(size: str, kind: str) -> None:
     compare(replace(SIZES[size], **KINDS[kind]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", ["tail of a vector", "more heads than a tile has rows"])
+def test_the_reference_is_the_node_of_onnx_runtime(size: str, kind: str) -> None:
+    node = replace(SIZES[size], **KINDS[kind])
+    stock = session(replace(node, ours=False, body=False), native=False)
+    for name, call in CALLS.items():
+        feeds = call.feeds(node)
+        check(name, call, list(node.expected(feeds)), stock.run(None, feeds))
+
+
 @built
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:

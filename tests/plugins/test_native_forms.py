@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from rankbook.plugins import attention_contract, int8, library
-from rankbook.plugins.row_contract import ADD_NORM, SWIGLU
+from rankbook.plugins import attention, int8, library
+from rankbook.plugins.rows import ADD_NORM, SWIGLU
 from tests.ops.cases import Case, Op, relative_error
 from tests.ops.runners import built, ort_session
 from tests.plugins import attention_models, row_models
@@ -61,7 +61,7 @@ def test_a_legal_form_is_what_the_reference_computes(combination: Combination) -
         for model in models(op):
             got = run(model, op.x, activations, memory=memory)[-1]
             if activations == "int8":
-                np.testing.assert_array_equal(got, int8.run(op.op_type, list(op.inputs.values()), op.attributes))
+                np.testing.assert_array_equal(got, int8.codebook_matmul(op.inputs, op.attributes))
             else:
                 assert relative_error(got, op.expected()) < RELATIVE
 
@@ -158,11 +158,11 @@ def test_a_product_without_an_input_is_refused(index: int) -> None:
         run(leave_out(op.model(), "input", index), op.x)
 
 
-@pytest.mark.parametrize("name", attention_contract.ROTARY_INPUTS)
+@pytest.mark.parametrize("name", [port.name for port in attention.OPERATOR.inputs if port.given_if])
 def test_attention_without_an_input_of_the_rotary_embedding_is_refused(name: str) -> None:
     """It crashed at the first run."""
     node = attention_models.Node(body=False)
-    index = [*attention_contract.INPUTS, *attention_contract.ROTARY_INPUTS].index(name)
+    index = attention.OPERATOR.input_names().index(name)
     with pytest.raises(Exception, match=rf"GroupQueryAttention 'att'.*(input number {index} is left out|9 inputs)"):
         create(leave_out(node.model(), "input", index))
 

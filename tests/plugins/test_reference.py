@@ -38,5 +38,5 @@ def test_a_triple_loop_gives_the_same_weight():
 
 def test_attributes_follow_the_contract():
     record = random_record()
-    names = {attribute.name for attribute in contract.OPERATORS["CodebookMatMul3"].attributes}
+    names = {attribute.name for attribute in contract.PACKED["CodebookMatMul3"].attributes}
     assert set(Op.of(record, random_x(record)).attributes) == names

@@ -82,12 +82,12 @@ def run(op, y, *, fields=3):
 
 def test_there_is_one_creator_per_operator():
     lines = [line.split() for line in driver().rb_creators().decode().splitlines()]
-    assert sorted(line[0] for line in lines) == sorted(contract.plugin_names())
+    assert sorted(line[0] for line in lines) == sorted(contract.PACKED)
     for _, namespace, version, *fields in lines:
         assert namespace == contract.PLUGIN_NAMESPACE
         assert version == contract.PLUGIN_VERSION
         # The parser drops attributes that no field names, and warns about fields without an attribute.
-        assert sorted(fields) == sorted(a.name for a in contract.OPERATORS["CodebookMatMul4"].attributes)
+        assert sorted(fields) == sorted(a.name for a in contract.PACKED["CodebookMatMul4"].attributes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from rankbook.tools.inspect import onnx_file
+from rankbook.exporter.file import load
 from rankbook.tools.runtimes import runtimes
 from tests.calibration.records import random_record
 from tests.ops.cases import op_model
@@ -63,7 +63,7 @@ def stdout_json(capsys: Any) -> Any:
 
 def damage(folder: Path, name: str) -> None:
     """Flip the bytes of a stored tensor."""
-    graph = onnx_file.load_graph(folder / "model.onnx").graph
+    graph = load(folder / "model.onnx").graph
     tensor = next(item for item in graph.initializer if item.name == name)
     assert tensor.data_location == onnx.TensorProto.EXTERNAL
     entries = {item.key: item.value for item in tensor.external_data}

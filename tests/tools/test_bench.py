@@ -151,11 +151,11 @@ def test_sizes_add_up(tmp_path) -> None:
     """Packed bytes are those of the nodes' constants, weights N x K of each layer."""
     import onnx
 
-    from rankbook.tools.inspect import onnx_file
+    from rankbook.exporter.file import ExportedModel
 
     model, copies, size = ours(4, 1).model((64, 128), 20_000)
     onnx.save(model, tmp_path / "model.onnx")
-    assert packed_size(onnx_file.read(tmp_path)) == (copies * size, copies * 64 * 128)
+    assert packed_size(ExportedModel.open(tmp_path)) == (copies * size, copies * 64 * 128)
 
 
 def test_reading_a_file_loads_no_torch(tmp_path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rankbook.exporter.file import ExportedModel
+from rankbook.exporter.stored import ExportedFileError
 from rankbook.tools import errors
-from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import trt
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import damage, run_cli, stdout_json
@@ -71,8 +72,8 @@ def test_eval_and_generate_run_and_inspect_tells_the_stored_form(name, work, cap
 
 
 def test_tensorrt_is_not_given_operators_of_onnx_runtime(work, tmp_path, capsys):
-    with pytest.raises(errors.UsageError, match=r"com\.microsoft.*--dialect rankbook or qdq"):
-        onnx_file.require_standard(onnx_file.read(work / "ort"))
+    with pytest.raises(ExportedFileError, match=r"com\.microsoft.*--dialect rankbook or qdq"):
+        ExportedModel.open(work / "ort").require_standard()
     if trt.rtx_unavailable() is None:
         assert run_cli("build", work / "ort", "-o", tmp_path / "engine", "--quiet") == errors.USAGE
         assert "com.microsoft" in capsys.readouterr().err

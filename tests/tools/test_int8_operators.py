@@ -41,7 +41,7 @@ def test_every_product_rounds_and_no_look_up_does(work: Path) -> None:
     model = onnx.load(work / "int8" / "model.onnx", load_external_data=False)
     kinds = {node.op_type for node in model.graph.node if node.domain == contract.DOMAIN}
     assert all(
-        contract.OPERATORS[kind].int8_activations or contract.OPERATORS[kind].kind == contract.GATHER for kind in kinds
+        contract.PACKED[kind].int8_activations or contract.PACKED[kind].kind == contract.GATHER for kind in kinds
     )
     assert kinds & {contract.op_name(contract.MATMUL_LOW_RANK_INT8, 4)}
     plain = onnx.load(work / "float" / "model.onnx", load_external_data=False)

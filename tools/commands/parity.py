@@ -42,10 +42,8 @@ class Parity(ParityOptions, ExactKernelOptions, Common):
 def run(options: Parity) -> Outcome:
     """Compare, report, decide."""
     from rankbook.calibration.checkpoint.format import open_checkpoint
-    from rankbook.exporter import external
-    from rankbook.exporter.passes.metadata import DATA_SHA256
+    from rankbook.exporter.file import ExportedModel
     from rankbook.tools.evaluate import parity
-    from rankbook.tools.inspect import onnx_file
     from rankbook.tools.runtimes import find
     from rankbook.tools.runtimes.ort import OrtModel
     from rankbook.tools.runtimes.torch import TorchModel
@@ -53,9 +51,9 @@ def run(options: Parity) -> Outcome:
     runtime, source = find(options.model, options.chosen_kernels())
     if options.tokens <= parity.CACHED_TOKENS:
         raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
-    file = onnx_file.read(source.path)
-    onnx_file.require_ours(file)
-    external.verify(file.path, file.metadata.get(DATA_SHA256))
+    file = ExportedModel.open(source.path)
+    file.require_ours()
+    file.verify()
     checkpoint = _checkpoint(source.path, options.checkpoint)
     if checkpoint is None:
         raise UsageError(f"the checkpoint of {options.model} is not where it was; name it with --checkpoint DIR")
@@ -63,7 +61,7 @@ def run(options: Parity) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress("parity") as progress:
         progress(0.0, "loading")
-        model = OrtModel(source.path, threads=options.threads, kernels=runtime.name)
+        model = OrtModel(file, threads=options.threads, kernels=runtime.name)
         torch_model = TorchModel(checkpoint, threads=options.threads)
         tokens = _tokens(options, torch_model)
         report = parity.check(model, torch_model, tokens, options, progress)

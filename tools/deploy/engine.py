@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
@@ -19,10 +19,11 @@ from rankbook.tools.deploy import engine_commands, engine_log
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes, make_profiles
 from rankbook.tools.errors import CheckFailedError, UsageError
-from rankbook.tools.inspect import onnx_file
-from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.report import plain
 from rankbook.tools.runtimes import trt
+
+if TYPE_CHECKING:
+    from rankbook.exporter.file import ExportedModel, Node
 
 TIMING_CACHE_NAME = "timing.cache"
 """Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
@@ -31,8 +32,8 @@ WEIGHTS_SLACK = 1.05
 WEIGHTS_SLACK_BYTES = 1 << 20
 """... and by this (lookup tables of the bodies, shape constants)."""
 
-_LOG_TYPES = {"INT8": "Int8", "INT4": "Int4"}
-"""Element types of codes in the builder's log by their names in ONNX."""
+_LOG_TYPES = {"int8": "Int8", "int4": "Int4"}
+"""Element types of codes in the builder's log by their names."""
 
 
 class ParserRefusedError(CheckFailedError):
@@ -118,11 +119,13 @@ def build(
         CheckFailedError: The builder failed.
         FileExistsError: ``output`` holds something else than an engine.
     """
+    from rankbook.exporter.file import ExportedModel  # with numpy, for which --help does not wait
+
     options, output = options or BuildOptions(), Path(output)
     options.check()
-    model = onnx_file.read(Path(source))
-    onnx_file.require_ours(model)
-    onnx_file.require_standard(model)
+    model = ExportedModel.open(Path(source))
+    model.require_ours()
+    model.require_standard()
     profiles = make_profiles(model.inputs, options.limits)
     with replaced_folder(output, ENGINE_MANIFEST) as folder, _workspace(folder, options.keep_files) as work:
         plugins = options.plugin_library()
@@ -157,13 +160,13 @@ def _why_no_plugins(options: BuildOptions) -> str:
 
 
 def _build_either_way(
-    model: OnnxFile, request: dict[str, Any], work: Path, progress: Callable[[float, str | None], None]
+    model: ExportedModel, request: dict[str, Any], work: Path, progress: Callable[[float, str | None], None]
 ) -> tuple[dict[str, Any], Path]:
     """Build from the file as it is or, where the parser refuses its functions, from the graph without functions."""
     try:
         return run_worker(request, work, progress), model.path
     except ParserRefusedError:
-        if request["plugins"] and all(map(has_plugin, model.nodes)):  # no function is expanded: another reason
+        if request["plugins"] and all(map(has_plugin, model.packed)):  # no function is expanded: another reason
             raise
         graph = inline_bodies(model, work)
         return run_worker({**request, "onnx": str(graph)}, work, progress), graph
@@ -178,7 +181,7 @@ def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def inline_bodies(model: OnnxFile, folder: Path) -> Path:
+def inline_bodies(model: ExportedModel, folder: Path) -> Path:
     """Write the graph with the bodies of our nodes expanded; weights stay where they are, reached through links.
 
     TensorRT's parser names a DequantizeLinear layer after its node and may refuse a name twice, that is the second use
@@ -188,16 +191,17 @@ def inline_bodies(model: OnnxFile, folder: Path) -> Path:
     import onnx
     import onnx.inliner
 
-    inlined = onnx.inliner.inline_local_functions(onnx_file.load_graph(model.path))
+    inlined = onnx.inliner.inline_local_functions(model.proto)
     for index, node in enumerate(inlined.graph.node):
         if node.op_type == "DequantizeLinear":
             node.name = f"{node.name or 'dequantize'}_{index}"
     target = folder / "inlined.onnx"
     target.write_bytes(inlined.SerializeToString())
-    for name in model.data_files:
+    for name, file in model.data_files.items():
         link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
-            link.symlink_to((model.path.parent / name).resolve())
+            link.symlink_to(file)
     return target
 
 
@@ -255,14 +259,14 @@ def _last_lines(text: str, count: int = 3) -> str:
 
 
 def _report(
-    model: OnnxFile,
+    model: ExportedModel,
     options: BuildOptions,
     profiles: dict[str, Shapes],
     result: dict[str, Any],
     log: engine_log.EngineLog,
     sha256: str,
 ) -> EngineReport:
-    source = {"path": str(model.path), "sha256": sha256_file(model.path), "metadata": model.metadata}
+    source = {"path": str(model.path), "sha256": sha256_file(model.path), "metadata": dict(model.metadata.properties)}
     return EngineReport(
         target=options.target,
         version=result["version"],
@@ -271,7 +275,7 @@ def _report(
         engine_bytes=result["engine_bytes"],
         engine_sha256=sha256,
         weights_bytes=log.weights_bytes,
-        stored_bytes=model.initializer_bytes,
+        stored_bytes=model.stored_bytes,
         constant_bytes=log.constant_bytes(),
         activation_bytes=log.activation_bytes,
         network_layers=result["network_layers"],
@@ -289,13 +293,13 @@ def _report(
 
 
 def verify(
-    model: OnnxFile, profiles: dict[str, Shapes], result: dict[str, Any], log: engine_log.EngineLog
+    model: ExportedModel, profiles: dict[str, Shapes], result: dict[str, Any], log: engine_log.EngineLog
 ) -> tuple[Check, ...]:
     """Compare the engine with the file: names, profiles, and that packed weights stayed packed."""
     names = [item["name"] for item in result["inputs"]], [item["name"] for item in result["outputs"]]
     codes, held = model.code_bytes, log.constant_bytes()
     packed = all(held.get(_LOG_TYPES.get(dtype, dtype), 0) >= size for dtype, size in codes.items())
-    bound = int(model.initializer_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
+    bound = int(model.stored_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
     return (
         Check("inputs", sorted(names[0]) == sorted(model.inputs), f"{len(names[0])} of {len(model.inputs)}"),
         Check("outputs", sorted(names[1]) == sorted(model.outputs), f"{len(names[1])} of {len(model.outputs)}"),
@@ -312,20 +316,18 @@ def verify(
     )
 
 
-def has_plugin(node: CustomNode) -> bool:
+def has_plugin(node: Node) -> bool:
     """Say whether the plugin library knows the operator of a node; of others the parser takes the body."""
-    from rankbook.plugins import contract  # with numpy, for which --help does not wait
-
-    return node.op_type in contract.plugin_names()
+    return node.operator is not None and node.operator.has_plugin
 
 
-def verify_plugins(model: OnnxFile, options: BuildOptions, result: dict[str, Any]) -> Check:
+def verify_plugins(model: ExportedModel, options: BuildOptions, result: dict[str, Any]) -> Check:
     """Compare the plugin layers with the nodes that there are plugins for; none where the bodies are built."""
-    wanted = sum(has_plugin(node) for node in model.nodes) if options.plugin_library() else 0
+    wanted = sum(has_plugin(node) for node in model.packed) if options.plugin_library() else 0
     if options.aot:
         from rankbook.plugins import aot
 
-        wanted = sum(node.op_type in aot.names() for node in model.nodes)
+        wanted = sum(node.op_type in aot.names() for node in model.packed)
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
 

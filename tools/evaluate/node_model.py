@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankbook.tools.inspect import onnx_file
-from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
+if TYPE_CHECKING:
+    from rankbook.exporter.file import ExportedModel, Node
 
 Array = np.ndarray[Any, Any]
 
 
-def single_node(model: OnnxFile, node: CustomNode, constants: dict[str, Array], inputs: dict[str, Array]) -> bytes:
+def single_node(model: ExportedModel, node: Node, constants: dict[str, Array], inputs: dict[str, Array]) -> bytes:
     """Return a serialized model with one node, its body and its constants.
 
     Args:
@@ -26,33 +26,34 @@ def single_node(model: OnnxFile, node: CustomNode, constants: dict[str, Array], 
 
     from rankbook.plugins import contract
 
-    source = onnx_file.load_graph(model.path)
+    outputs = [port.name for port in node.operator.outputs] if node.operator else []
     call = helper.make_node(
-        node.op_type, list(node.ports()), ["y"], name=node.name, domain=contract.DOMAIN, **node.attributes
+        node.op_type, list(node.ports()), outputs, name=node.name, domain=contract.DOMAIN, **node.attributes
     )
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
         for name, array in inputs.items()
     ]
-    # The output's type is inferred from the body.
+    # The types of the outputs are inferred from the body.
     graph = helper.make_graph(
         [call],
         node.name or "node",
         values,
-        [onnx.ValueInfoProto(name="y")],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    single = helper.make_model(graph, opset_imports=source.opset_import, functions=source.functions)
-    single.ir_version = source.ir_version
+    single = helper.make_model(graph, opset_imports=model.proto.opset_import, functions=model.proto.functions)
+    single.ir_version = model.proto.ir_version
     serialized: bytes = single.SerializeToString()
     return serialized
 
 
-def graph_with_outputs(model: OnnxFile, names: list[str]) -> bytes:
+def graph_with_outputs(model: ExportedModel, names: list[str]) -> bytes:
     """Return the serialized graph of a file in which the values ``names`` are outputs too; weights stay outside."""
     import onnx
 
-    graph = onnx_file.load_graph(model.path)
+    graph = onnx.ModelProto()
+    graph.CopyFrom(model.proto)
     present = {value.name for value in graph.graph.output}
     graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
     serialized: bytes = graph.SerializeToString()

@@ -25,12 +25,12 @@ from rankbook.tools.evaluate.tolerance import (
     match_settings,
     rounds_inside,
 )
-from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
 from rankbook.tools.runtimes import reference
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 
 if TYPE_CHECKING:
+    from rankbook.exporter.file import ExportedModel, Node
     from rankbook.tools.runtimes.base import LanguageModel, Tokens
 
 CACHED_TOKENS = 4
@@ -122,13 +122,13 @@ def check(
         options: What to check.
         note: Called with the fraction done and the name of the step.
     """
-    from rankbook.exporter.conform import check_model
+    from rankbook.exporter import conform
 
     file = model.file
     tolerance = options.tolerance or default_tolerance(file)
     match_settings(file, torch_model)
     note(0.0, "structure")
-    problems = tuple(check_model(file.path))
+    problems = tuple(conform.check(file))
     note(0.1, "logits")
     logits, top1 = compare_logits(model, torch_model, tokens, tolerance)
     note(0.3, "cached decoding")
@@ -238,9 +238,9 @@ def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tol
 def compare_operators(model: OrtModel, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
     """Compare custom nodes, each alone in ONNX Runtime, with the numpy reference on random inputs."""
     file = model.file
-    kinds: dict[tuple[Any, ...], list[CustomNode]] = {}
-    for node in file.nodes:
-        shapes = tuple(file.initializers[name].shape for name in node.inputs if name in file.initializers)
+    kinds: dict[tuple[Any, ...], list[Node]] = {}
+    for node in file.packed:
+        shapes = tuple(tensor.shape for tensor in node.constants.values())
         key = (node.name,) if options.every_node else (node.op_type, node.attributes.get("offset"), shapes)
         kinds.setdefault(key, []).append(node)
     checks = []
@@ -253,11 +253,11 @@ def compare_operators(model: OrtModel, tolerance: float, options: ParityOptions)
     return tuple(checks)
 
 
-def random_inputs(file: OnnxFile, node: CustomNode, rng: np.random.Generator) -> dict[str, Array]:
+def random_inputs(file: ExportedModel, node: Node, rng: np.random.Generator) -> dict[str, Array]:
     """Return random values for the inputs of a node that are not constants: 5 rows of activations or of indices."""
     inputs: dict[str, Array] = {}
-    for formal, actual in node.ports().items():
-        if actual in file.initializers:
+    for formal in node.ports():
+        if formal in node.constants:
             continue
         if formal == "indices":
             inputs[formal] = rng.integers(0, int(node.attributes["out_features"]), (1, 5))
@@ -266,19 +266,19 @@ def random_inputs(file: OnnxFile, node: CustomNode, rng: np.random.Generator) ->
     return inputs
 
 
-def _activation(file: OnnxFile) -> Any:
+def _activation(file: ExportedModel) -> Any:
     import ml_dtypes
 
-    return {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(file.metadata.get("rankbook.dtype", ""), np.float32)
+    return {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(file.metadata.dtype, np.float32)
 
 
-def compare_node(model: OrtModel, node: CustomNode, inputs: dict[str, Array], tolerance: float) -> Agreement:
+def compare_node(model: OrtModel, node: Node, inputs: dict[str, Array], tolerance: float) -> Agreement:
     """Compare one node in ONNX Runtime with the numpy reference."""
     file = model.file
-    constants = reference.constants(file, node)
+    constants = reference.constants(node)
 
     def infer(values: Any) -> dict[str, Array]:
-        return {"y": reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})}
+        return reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})
 
     serialized = single_node(file, node, constants, inputs)
     runner = ort_runner(f"onnxruntime {node.name}", lambda: model.open_graph(serialized))
@@ -341,13 +341,13 @@ def compare_layers(model: OrtModel, captured: Captured, tokens: Tokens, toleranc
 def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float) -> float | None:
     """Feed one node with the input of its torch module: is the layer wrong, or what it was given?"""
     file = model.file
-    node = next((node for node in file.nodes if node.name == name), None)
+    node = next((node for node in file.packed if node.name == name), None)
     if node is None:  # a layer of another dialect is more than one node
         return None
-    formal = next(formal for formal, actual in node.ports().items() if actual not in file.initializers)
+    formal = next(formal for formal in node.ports() if formal not in node.constants)
     values = captured.inputs[name]
     inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
-    serialized = single_node(file, node, reference.constants(file, node), inputs)
+    serialized = single_node(file, node, reference.constants(node), inputs)
     expected = {"y": captured.outputs[name]}
     runner = ort_runner(f"onnxruntime {name}", lambda: model.open_graph(serialized))
     (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)

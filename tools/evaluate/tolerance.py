@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankbook.tools.inspect.onnx_file import OnnxFile
+    from rankbook.exporter.file import ExportedModel
     from rankbook.tools.runtimes.torch import TorchModel
 
 TOLERANCE = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 1e-1}
@@ -14,28 +14,28 @@ ROUNDED_TOLERANCE = 5e-2
 """The same where inputs or the cache are rounded to 8 bits: a last digit that differs moves a value by a whole step."""
 
 
-def default_tolerance(file: OnnxFile) -> float:
+def default_tolerance(file: ExportedModel) -> float:
     """Return the largest relative difference that passes by what a file rounds."""
     tolerance = exact_tolerance(file)
-    rounds = file.metadata.get("rankbook.kv") == "int8" or file.metadata.get("rankbook.activations", "none") != "none"
+    rounds = file.metadata.kv == "int8" or file.metadata.activations != "none"
     return max(tolerance, ROUNDED_TOLERANCE) if rounds else tolerance
 
 
-def exact_tolerance(file: OnnxFile) -> float:
+def exact_tolerance(file: ExportedModel) -> float:
     """Return the largest relative difference of one layer on one input, by the file's activation type."""
-    return TOLERANCE.get(file.metadata.get("rankbook.dtype", "fp32"), TOLERANCE["fp32"])
+    return TOLERANCE.get(file.metadata.dtype, TOLERANCE["fp32"])
 
 
-def rounds_inside(file: OnnxFile) -> bool:
+def rounds_inside(file: ExportedModel) -> bool:
     """Return whether the file's own operators round their input: each of them can be compared alone."""
-    return file.metadata.get("rankbook.activations") == "int8"
+    return file.metadata.activations == "int8"
 
 
-def match_settings(file: OnnxFile, torch_model: TorchModel) -> None:
+def match_settings(file: ExportedModel, torch_model: TorchModel) -> None:
     """Take from the torch model the settings of activations and cache that the file was exported without."""
     from rankbook.calibration.activations.settings import override
 
-    kind = file.metadata.get("rankbook.activations", "none")
+    kind = file.metadata.activations
     if kind in ("none", "int8"):
         override(torch_model.model, kind="none", kv_bits=0)
     if kind == "int8":

@@ -8,17 +8,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, Kind, Source, identify
-from rankbook.plugins.forms import TensorSpec
 from rankbook.plugins.layer_spec import LayerSpec, bits_of
 from rankbook.tools.errors import UsageError
-from rankbook.tools.inspect import onnx_file
-from rankbook.tools.inspect.onnx_file import CustomNode, OnnxFile
+
+if TYPE_CHECKING:
+    from rankbook.exporter.file import ExportedModel, Node
 
 _ELEMENT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I8": 8, "U8": 8, "BOOL": 8}
 
+_DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a description raises where an entry is missing or of another type."""
 _LARGEST = 5
 """Tensors in float that a report names."""
 
@@ -97,21 +99,26 @@ def inspect(path: str | Path, *, verify: bool = True) -> Inspection:
         found = identify(path, _DESCRIBE)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if verify:
-        _verify(found)
-    return _DESCRIBE[found.kind](found.path.parent if found.kind is Kind.ENGINE else found.path)
+    try:
+        if verify:
+            _verify(found)
+        return _DESCRIBE[found.kind](found.path.parent if found.kind is Kind.ENGINE else found.path)
+    except _DAMAGE as error:
+        raise UsageError(
+            f"{path} is damaged or of another version: it lacks or misstates something"
+            f" ({type(error).__name__}: {error!s:.200}); write it again"
+        ) from error
 
 
 def _verify(source: Source) -> None:
     from rankbook.calibration.checkpoint.format import open_checkpoint
-    from rankbook.exporter import external
-    from rankbook.exporter.passes.metadata import DATA_SHA256
+    from rankbook.exporter.file import ExportedModel
 
     try:
         if source.kind is Kind.CHECKPOINT:
             open_checkpoint(source.path, verify=True)
         elif source.kind is Kind.ONNX:
-            external.verify(source.path, onnx_file.read(source.path).metadata.get(DATA_SHA256))
+            ExportedModel.open(source.path).verify()
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -149,40 +156,31 @@ def _error(entry: Any) -> float | None:
 
 
 def _onnx(path: Path) -> Inspection:
-    model = onnx_file.read(path)
-    onnx_file.require_ours(model)
+    from rankbook.exporter.file import ExportedModel
+
+    model = ExportedModel.open(path)
+    model.require_ours()
     facts = {
         "file_bytes": model.file_bytes,
-        "stored_bytes": model.initializer_bytes,
+        "stored_bytes": model.stored_bytes,
         "opset": model.opset,
         "inputs": model.inputs,
         "outputs": model.outputs,
-        "metadata": model.metadata,
+        "metadata": dict(model.metadata.properties),
     }
-    noted = onnx_file.noted_layers(model.metadata)
-    ours = {node.name: node for node in model.nodes}
-    try:
-        layers = tuple(
-            _onnx_layer(model, ours[name], _noted(model, noted, name))
-            if name in ours
-            else _other(model, name, noted[name])
-            for name in model.outputs_of
-        )
-    except KeyError as error:
-        raise UsageError(
-            f"{model.path}: a node lacks {error}; the file is damaged or of another version: export it again"
-        ) from None
+    noted, ours = model.metadata.layers, {node.name: node for node in model.packed}
+    layers = tuple(
+        _onnx_layer(model, ours[name], {"method": model.metadata.method, **noted.get(name, {})})
+        if name in ours
+        else _other(model, name, noted[name])
+        for name in model.outputs_of
+    )
     return Inspection("onnx", str(model.path), layers, facts)
 
 
-def _noted(model: OnnxFile, noted: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What the exporter wrote about a layer: its method and its error."""
-    return {"method": model.metadata.get("rankbook.method", ""), **noted.get(name, {})}
-
-
-def _other(model: OnnxFile, name: str, entry: Mapping[str, Any]) -> Layer:
+def _other(model: ExportedModel, name: str, entry: Mapping[str, Any]) -> Layer:
     """A layer in operators that are not ours: what the exporter wrote about it, and the tensors under its name."""
-    held = {part: item for part, item in model.initializers.items() if part.rpartition(".")[0] == name}
+    held = {part: item for part, item in model.tensors.items() if part.rpartition(".")[0] == name}
     stored = sum(item.bytes for part, item in held.items() if not part.endswith(".bias"))
     try:
         spec = LayerSpec.from_json(name, {key: value for key, value in entry.items() if key != "error"})
@@ -191,19 +189,15 @@ def _other(model: OnnxFile, name: str, entry: Mapping[str, Any]) -> Layer:
     return replace(_layer(name, spec, 8 * stored / spec.weights), error=_error(entry))
 
 
-def _onnx_layer(model: OnnxFile, node: CustomNode, noted: dict[str, Any]) -> Layer:
-    from rankbook.plugins import contract
-
-    operator = contract.OPERATORS.get(node.op_type)
+def _onnx_layer(model: ExportedModel, node: Node, noted: dict[str, Any]) -> Layer:
+    operator = node.operator
     if operator is None:
-        known = ", ".join(contract.OPERATORS)
         raise UsageError(
-            f"{model.path}: node {node.name} is a {node.op_type}, which is none of {known}: export it again"
+            f"{model.path}: node {node.name} is a {node.op_type}, an operator that this version does not know: export"
+            " it again"
         )
-    ports = node.ports().items()
-    held = {formal: model.initializers[name] for formal, name in ports if name in model.initializers}
+    constants = {formal: tensor.spec for formal, tensor in node.constants.items()}
     try:
-        constants = {formal: TensorSpec(item.shape, item.numpy_dtype) for formal, item in held.items()}
         spec = LayerSpec.of_constants(operator.bits, node.attributes, constants)
     except ValueError as error:
         raise UsageError(f"{model.path}: node {node.name}: {error}; export it again") from None

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankbook.tools.inspect.onnx_file import OnnxFile, load_graph
+if TYPE_CHECKING:
+    from rankbook.exporter.file import ExportedModel
 
 _CONSTANTS = slice(1, 4)
 """Inputs of MatMulNBits: codes, scales, zero points."""
 
 
-def packed_size(file: OnnxFile) -> tuple[int, int]:
+def packed_size(file: ExportedModel) -> tuple[int, int]:
     """Return the bytes of the constants of packed layers, each counted once, and the number of their weights."""
-    foreign = foreign_size(load_graph(file.path))
+    foreign = foreign_size(file.proto)
     seen: set[str] = set()
     packed, weights = foreign
-    for node in file.nodes:
-        ports = node.ports()
-        new = {name for name in ports.values() if name in file.initializers} - seen
-        seen |= new
-        packed += sum(file.initializers[name].bytes for name in new)
-        if ports.get("codes") in new:
+    for node in file.packed:
+        new = {formal: tensor for formal, tensor in node.constants.items() if tensor.name not in seen}
+        seen |= {tensor.name for tensor in new.values()}
+        packed += sum(tensor.bytes for tensor in new.values())
+        if "codes" in new:
             weights += int(node.attributes["out_features"]) * int(node.attributes["in_features"])
     return packed, weights
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import UsageError
-from rankbook.tools.inspect.onnx_file import load_graph
 from rankbook.tools.inspect.sizes import foreign_size
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
@@ -58,7 +57,9 @@ class GenAiModel(LanguageModel):
     @cached_property
     def packed(self) -> tuple[int, int]:
         """Of MatMulNBits."""
-        return foreign_size(load_graph(self._file))
+        from rankbook.exporter.file import load
+
+        return foreign_size(load(self._file))
 
     @property
     def file_bytes(self) -> int:
@@ -87,7 +88,9 @@ class GenAiModel(LanguageModel):
 def _prepare(source: Source) -> None:
     import onnxruntime_genai  # noqa: F401
 
-    load_graph(source.path)
+    from rankbook.exporter.file import load
+
+    load(source.path)
 
 
 RUNTIMES = (

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import UsageError
-from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import ort
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
@@ -20,7 +19,9 @@ def fast_graph(path: Path) -> bytes:
     Raises:
         UsageError: It has no such operator.
     """
-    model = onnx_file.load_graph(path)
+    from rankbook.exporter.file import load
+
+    model = load(path)
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     if not nodes:
         raise UsageError(f"{path} has no MatMulNBits; export with --dialect ort")

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.inspect import onnx_file
-from rankbook.tools.inspect.onnx_file import OnnxFile
 from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from rankbook.exporter.file import ExportedModel
     from rankbook.tools.runtimes.base import Logits, Tokens
     from rankbook.tools.runtimes.ort_steps import BoundSteps
 
@@ -134,7 +133,7 @@ class OrtModel(LanguageModel):
 
     def __init__(
         self,
-        path: Path,
+        path: Path | ExportedModel,
         *,
         threads: int | None = None,
         kernels: str = "bodies",
@@ -154,16 +153,17 @@ class OrtModel(LanguageModel):
             UsageError: Not a file with ``input_ids`` and ``logits``.
             MissingError: ONNX Runtime or the native library is missing.
         """
+        from rankbook.exporter.file import ExportedModel
         from rankbook.tools.runtimes import runtimes
 
-        self.file: OnnxFile = onnx_file.read(path)
+        self.file = path if isinstance(path, ExportedModel) else ExportedModel.open(path)
         self.name = f"onnxruntime {self.file.path}"
         if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
             raise UsageError(
                 f"{self.file.path} has no input_ids and logits, so it cannot be given text; give a file written by"
                 " `rankbook export` (with --inputs ids)"
             )
-        if self.file.metadata.get("rankbook.dtype") == "bf16":
+        if self.file.metadata.dtype == "bf16":
             raise UsageError(
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
             )
@@ -185,7 +185,7 @@ class OrtModel(LanguageModel):
         self._length = self._held = 0
         self._steps: BoundSteps | None = None
         # ONNX Runtime's attention writes new keys and values behind the old ones, in the same buffer.
-        self._in_place = self.file.metadata.get("rankbook.graph") == "ort"
+        self._in_place = self.file.metadata.graph == "ort"
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -207,7 +207,7 @@ class OrtModel(LanguageModel):
     @property
     def last_only(self) -> bool:
         """Whether the file gives the logits of the last position only."""
-        return self.file.metadata.get("rankbook.logits") == "last"
+        return self.file.metadata.logits == "last"
 
     def scores(self, tokens: Tokens) -> Logits:
         """Score tokens (batch, length) without a cache: float32 (batch, length or 1, vocabulary)."""
@@ -332,7 +332,9 @@ def prepare(source: Source) -> None:
     """Import ONNX Runtime and read what the file says about itself."""
     import onnxruntime  # noqa: F401
 
-    onnx_file.read(source.path)
+    from rankbook.exporter.file import ExportedModel
+
+    ExportedModel.open(source.path)
 
 
 def version_name() -> str:

@@ -8,6 +8,7 @@
 namespace rankbook {
 namespace {
 
+using Names = contract::CodebookMatMul;  // every kind has its attributes
 using contract::Form;
 using contract::Part;
 using contract::Stored;
@@ -112,9 +113,9 @@ std::string check_attributes(const LayerAttributes& given, const std::string& su
     const char* name;
     int64_t value, low, high;
   };
-  for (const Range& each : {Range{contract::kInFeatures, given.in_features, 1, kLargestSize},
-                            Range{contract::kOutFeatures, given.out_features, 1, kLargestSize},
-                            Range{contract::kOffset, given.offset, 0, 1}}) {
+  for (const Range& each : {Range{Names::kInFeatures, given.in_features, 1, kLargestSize},
+                            Range{Names::kOutFeatures, given.out_features, 1, kLargestSize},
+                            Range{Names::kOffset, given.offset, 0, 1}}) {
     if (each.value >= each.low && each.value <= each.high) continue;
     return "attribute " + (each.name + suffix) + " is " + std::to_string(each.value) + "; it must be " +
            std::to_string(each.low) + (each.high == 1 ? " or " : " to ") + std::to_string(each.high);

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from rankbook.exporter.file import ExportedModel, load
 from rankbook.tools import errors
 from rankbook.tools.deploy import engine, engine_log, rtx_worker
 from rankbook.tools.deploy.profiles import Limits, make_profiles
-from rankbook.tools.inspect import onnx_file
 from rankbook.tools.runtimes import trt
 from tests.tools.files import chain_model, pretend, run_cli, stdout_json
 
@@ -67,7 +67,7 @@ def test_a_failing_build_leaves_the_earlier_engine(tmp_path, capsys, monkeypatch
 def test_a_graph_whose_functions_the_parser_refuses_is_inlined(tmp_path, capsys):
     """Without the exporter's naming of the DequantizeLinear node the second use of a body fails in TensorRT-RTX 1.7."""
     path = chain_model(tmp_path / "onnx", nodes=2)
-    model = onnx_file.load_graph(path)
+    model = load(path)
     for function in model.functions:
         for node in function.node:
             node.name = ""
@@ -166,9 +166,9 @@ def test_inlined_bodies_compute_the_same_and_have_unique_names(tmp_path):
     from rankbook.tools.runtimes import ort
 
     path = chain_model(tmp_path / "onnx")
-    model = onnx_file.read(path)
+    model = ExportedModel.open(path)
     inlined = engine.inline_bodies(model, tmp_path)
-    graph = onnx_file.load_graph(inlined)
+    graph = load(inlined)
     names = [node.name for node in graph.graph.node if node.op_type == "DequantizeLinear"]
     assert len(names) >= 3
     assert len(set(names)) == len(names)

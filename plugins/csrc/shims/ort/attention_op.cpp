@@ -13,7 +13,7 @@
 namespace rankbook::ort {
 namespace {
 
-using Attention = contract::Attention;
+using Attention = contract::GroupQueryAttention;
 
 class AttentionKernel {
  public:

@@ -14,6 +14,7 @@ namespace {
 
 constexpr size_t kMergedData = 1;  // input of a merged node
 
+using Names = contract::CodebookMatMul;  // every kind has its attributes
 using Numbers = std::vector<int64_t>;
 
 contract::Type type_of(ONNXTensorElementDataType type) {
@@ -121,7 +122,7 @@ void Constants::expect_inputs(size_t count) const {
 }
 
 Layer Constants::layer(int bits, size_t inputs, const Limits& limits) const {
-  const LayerAttributes attributes{bits, integer(contract::kOutFeatures), integer(contract::kInFeatures), integer(contract::kOffset)};
+  const LayerAttributes attributes{bits, integer(Names::kOutFeatures), integer(Names::kInFeatures), integer(Names::kOffset)};
   Constant constants[Port::kInputCount];
   for (size_t i = 1; i < inputs; ++i) constants[i] = constant(i);
   // ONNX Runtime casts every fp16 input of a node that stands between nodes without fp16 kernels, constants too: parameters

@@ -70,8 +70,8 @@ class NormKernel {
     }
     const auto* left = a.GetTensorData<float>();
     const auto* right = b.GetTensorData<float>();
-    auto* y = context.GetOutput(Norm::kOutY, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
-    auto* sum = context.GetOutput(Norm::kOutSum, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
+    auto* y = context.GetOutput(Norm::kY, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
+    auto* sum = context.GetOutput(Norm::kSum, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
     in_pieces(context, sizes.count(), size_, [&](int64_t from, int64_t to) {
       for (int64_t at = from; at < to; at += size_) {
         kernels_.add_norm(left + at, right + at, scale_, size_, epsilon_, y + at, sum + at);
@@ -111,7 +111,7 @@ class GateKernel {
     }
     const auto* left = gate.GetTensorData<float>();
     const auto* right = up.GetTensorData<float>();
-    auto* y = context.GetOutput(Gate::kOutY, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
+    auto* y = context.GetOutput(Gate::kY, sizes.at.data(), sizes.axes).GetTensorMutableData<float>();
     in_pieces(context, sizes.count(), 1, [&](int64_t from, int64_t to) {
       kernels_.swiglu(left + from, right + from, to - from, y + from);
     });

@@ -1,6 +1,6 @@
 #pragma once
 
-// The operators on rows as ONNX Runtime sees them (plugins/row_contract.py); like attention, for the CPU's library alone.
+// The operators on rows as ONNX Runtime sees them (plugins/rows.py); like attention, for the CPU's library alone.
 
 #include "kernels/cpu/dispatch.h"
 #include "shims/ort/api.h"

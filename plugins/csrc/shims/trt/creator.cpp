@@ -15,6 +15,8 @@ static std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 
 namespace {
 
+using Names = contract::CodebookMatMul;  // every kind has these attributes
+
 using nvinfer1::ILogger;
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
@@ -39,10 +41,10 @@ std::string read_fields(const nvinfer1::PluginFieldCollection& fields, Operator*
   for (std::int32_t i = 0; i < fields.nbFields; ++i) {
     const PluginField& field = fields.fields[i];
     const std::string name = field.name == nullptr ? "" : field.name;
-    std::int32_t* target = name == contract::kInFeatures    ? &op->in_features
-                           : name == contract::kOutFeatures ? &op->out_features
-                           : name == contract::kOffset      ? &op->offset
-                                                            : nullptr;
+    std::int32_t* target = name == Names::kInFeatures    ? &op->in_features
+                           : name == Names::kOutFeatures ? &op->out_features
+                           : name == Names::kOffset      ? &op->offset
+                                                         : nullptr;
     if (target != nullptr && !read_integer(field, target)) return "attribute " + name + " must be one integer";
     if (name == kLayerField && field.data != nullptr) {
       layer->assign(static_cast<const char*>(field.data), static_cast<std::size_t>(field.length));
@@ -64,7 +66,7 @@ Creator::Creator(Kind kind, bool int8, std::int32_t bits) {
   op_.int8 = int8;
   op_.bits = bits;
   name_ = op_.name();
-  for (const char* field : {contract::kInFeatures, contract::kOutFeatures, contract::kOffset}) {
+  for (const char* field : {Names::kInFeatures, Names::kOutFeatures, Names::kOffset}) {
     fields_.emplace_back(field, nullptr, PluginFieldType::kINT32, 1);
   }
   // The parser looks for these two on the node. kLayerField is no attribute: only engines hold it.

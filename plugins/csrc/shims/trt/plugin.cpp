@@ -157,9 +157,9 @@ nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) 
 
 const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
   fields_ = {
-      {contract::kInFeatures, &op_.in_features, PluginFieldType::kINT32, 1},
-      {contract::kOutFeatures, &op_.out_features, PluginFieldType::kINT32, 1},
-      {contract::kOffset, &op_.offset, PluginFieldType::kINT32, 1},
+      {contract::CodebookMatMul::kInFeatures, &op_.in_features, PluginFieldType::kINT32, 1},
+      {contract::CodebookMatMul::kOutFeatures, &op_.out_features, PluginFieldType::kINT32, 1},
+      {contract::CodebookMatMul::kOffset, &op_.offset, PluginFieldType::kINT32, 1},
       {kLayerField, layer_.data(), PluginFieldType::kCHAR, static_cast<std::int32_t>(layer_.size())},
   };
   serialized_ = {static_cast<std::int32_t>(fields_.size()), fields_.data()};

@@ -1,6 +1,6 @@
 #pragma once
 
-// What works on rows between products, included once per instruction set (sets/*.cpp). See plugins/row_contract.py.
+// What works on rows between products, included once per instruction set (sets/*.cpp). See plugins/rows.py.
 
 #include <cmath>
 #include <cstring>

@@ -1,0 +1,145 @@
+"""The attention operator: ``rankbook::GroupQueryAttention``, in float32.
+
+It is ``com.microsoft::GroupQueryAttention`` of ONNX Runtime with the ports and attributes that the exporter gives it;
+its body is that one node.
+
+Letters in the shapes: B rows of the batch, S new tokens of each, N query heads, M heads of keys and values, H elements
+of a head, P positions of the past's buffer, L = max(P, total) of the present's, R rows of the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rankbook.plugins.contract import Array, Attribute, Operator, Port
+from rankbook.plugins.forms import TensorSpec
+
+NAME = "GroupQueryAttention"
+"""The op_type, in our domain and in `STOCK_DOMAIN`."""
+STOCK_DOMAIN = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+LARGEST_HEAD = 512
+"""Largest H."""
+HEAD_STEP, ROTARY_STEP = 8, 16
+"""What H is a multiple of, without and with a rotary embedding inside (ONNX Runtime's node asks for the same)."""
+ROTARY = "do_rotary"
+"""Attribute that says whether a node has the tables of a rotary embedding and positions."""
+
+Doubles = npt.NDArray[np.float64]
+
+
+def supports(head: int, *, rotary: bool) -> bool:
+    """Say whether the kernel takes heads of so many elements."""
+    return 0 < head <= LARGEST_HEAD and head % (ROTARY_STEP if rotary else HEAD_STEP) == 0
+
+
+def compute(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> tuple[Array, ...]:
+    """Return output (B, S, N * H), and keys and values (B, M, L, H) with the new ones behind the past, float32.
+
+    Sums are in float64. A prompt (S equals the total) begins at position 0; otherwise the last token of row b is number
+    ``seqlens_k[b]``. A query sees the keys up to its own, ``local_window_size`` of them where that is not -1. Scores
+    become ``softcap * tanh(score / softcap)`` where softcap is not 0. What the buffers hold behind the new keys is 0.
+    """
+    heads, kv_heads = int(attributes["num_heads"]), int(attributes["kv_num_heads"])
+    query, new, fresh = (
+        _heads(inputs[name], count) for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+    )
+    if attributes[ROTARY]:
+        query, new = _embed(query, inputs), _embed(new, inputs)
+    batch, _, tokens, size = query.shape
+    total, past = int(inputs["total_sequence_length"]), inputs["past_key"].shape[2]
+    keys, values = np.zeros((2, batch, kv_heads, max(past, total), size))
+    output = np.zeros((batch, tokens, heads, size))
+    for row in range(batch):
+        before = 0 if tokens == total else int(inputs["seqlens_k"][row]) + 1 - tokens
+        for buffer, old, added in ((keys, "past_key", new), (values, "past_value", fresh)):
+            buffer[row, :, :before] = inputs[old][row, :, :before]
+            buffer[row, :, before : before + tokens] = added[row]
+        for token in range(tokens):
+            output[row, token] = _attend(query[row, :, token], keys[row], values[row], before + token, attributes)
+    flat = output.reshape(batch, tokens, heads * size)
+    return flat.astype(np.float32), keys.astype(np.float32), values.astype(np.float32)
+
+
+def _heads(x: Array, heads: int) -> Doubles:
+    """Turn (B, S, heads * H) into (B, heads, S, H)."""
+    batch, tokens, width = x.shape
+    return x.astype(np.float64).reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _embed(x: Doubles, inputs: Mapping[str, Array]) -> Doubles:
+    """Rotate the halves of each head by the angles of its position (Su 2021, arXiv 2104.09864)."""
+    cos, sin = (inputs[name].astype(np.float64)[inputs["position_ids"]][:, None] for name in ("cos", "sin"))
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _attend(query: Doubles, keys: Doubles, values: Doubles, last: int, attributes: Mapping[str, Any]) -> Doubles:
+    """Return the result (N, H) of one token: query (N, H) over keys and values (M, L, H) up to position ``last``."""
+    window, softcap = int(attributes["local_window_size"]), float(attributes["softcap"])
+    first = max(0, last + 1 - window) if window > 0 else 0
+    groups = query.reshape(len(keys), -1, query.shape[1])
+    scale = float(attributes["scale"]) or query.shape[1] ** -0.5
+    scores = groups @ keys[:, first : last + 1].transpose(0, 2, 1) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: Doubles = weights / weights.sum(axis=-1, keepdims=True) @ values[:, first : last + 1]
+    return result.reshape(query.shape)
+
+
+def _port(name: str, shape: tuple[str, ...], doc: str, dtype: str = "float32") -> Port:
+    return Port(name, (shape,), (dtype,), False, doc)
+
+
+def _table(name: str) -> Port:
+    return Port(name, (("R", "H / 2"),), ("float32",), True, "of the angle of each position", ROTARY)
+
+
+def _check_heads(attributes: Mapping[str, Any], constants: Mapping[str, TensorSpec]) -> str:
+    del constants
+    heads, kv_heads = attributes["num_heads"], attributes["kv_num_heads"]
+    return f"kv_num_heads = {kv_heads} does not divide num_heads = {heads}" if heads % kv_heads else ""
+
+
+OPERATOR = Operator(
+    NAME,
+    NAME,
+    (
+        _port("query", ("B", "S", "N * H"), "of the new tokens"),
+        _port("key", ("B", "S", "M * H"), "of the new tokens"),
+        _port("value", ("B", "S", "M * H"), "of the new tokens"),
+        _port("past_key", ("B", "M", "P", "H"), "keys before them"),
+        _port("past_value", ("B", "M", "P", "H"), "values before them"),
+        _port("seqlens_k", ("B",), "keys of a row less one, new ones included", "int32"),
+        _port("total_sequence_length", (), "keys of the longest row", "int32"),
+        _table("cos"),
+        _table("sin"),
+        Port("position_ids", (("B", "S"),), ("int64",), False, "each in [0, R)", ROTARY),
+    ),
+    (
+        _port("output", ("B", "S", "N * H"), "result"),
+        _port("present_key", ("B", "M", "L", "H"), "may be the memory of past_key"),
+        _port("present_value", ("B", "M", "L", "H"), "may be the memory of past_value"),
+    ),
+    (
+        Attribute("num_heads", "int", "N", low=1),
+        Attribute("kv_num_heads", "int", "M, which divides N", low=1),
+        Attribute("local_window_size", "int", "keys that a query sees, its own included; -1 for all", low=-1),
+        Attribute(ROTARY, "int", "1 if query and key are embedded inside, else 0", high=1),
+        Attribute("scale", "float", "factor of the scores; 0 for H ** -0.5"),
+        Attribute("softcap", "float", "bound of the scores; 0 for none"),
+    ),
+    compute,
+    "attention",
+    sizes=lambda attributes: {"N": attributes["num_heads"], "M": attributes["kv_num_heads"]},
+    check=_check_heads,
+    limits={"largest_head": LARGEST_HEAD, "head_step": HEAD_STEP, "rotary_step": ROTARY_STEP},
+)
+
+OPERATORS = (OPERATOR,)
+"""The operators of this module."""
