@@ -17,10 +17,6 @@ from torch import Tensor
 
 from rankbook.calibration.model.adapter import adapter_of
 
-_STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding whose angles follow from the position alone."""
-_CHANGING_ROTARY = ("dynamic", "longrope")
-"""Kinds whose frequencies change once the text is longer than the original context, those of earlier tokens too."""
 IMPLEMENTATION = "rankbook_export"
 """Name under which `register` makes `attend` and `mask` known to transformers."""
 ADDITIVE = "rankbook_export_additive"
@@ -87,35 +83,12 @@ def additive_mask(*, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor
     return torch.where(mask(**given), 0.0, torch.finfo(dtype).min / 2).to(dtype)
 
 
-def fixed_kind(kind: str) -> str:
-    """Return the kind of rotary embedding that computes, up to the original context, what ``kind`` does."""
-    return "default" if any(name in kind for name in _CHANGING_ROTARY) else kind
-
-
-def context(config: Any) -> int:
-    """Return up to how many positions an exported model is right; 0 where the configuration sets no limit.
-
-    Where frequencies change with the length of the text (LongRoPE, dynamic NTK) that is the original context: beyond
-    it every key in the cache would have to be computed again.
-    """
-    limit = int(getattr(config, "max_position_embeddings", 0) or 0)
-    found = getattr(config, "rope_parameters", None) or {}
-    for rope in [found, *(entry for entry in found.values() if isinstance(entry, dict))]:
-        if fixed_kind(str(rope.get("rope_type", ""))) != rope.get("rope_type", ""):
-            original = rope.get("original_max_position_embeddings") or limit
-            limit = min(limit, int(original)) if limit else int(original)
-    return limit
-
-
 def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
-    """Return cos and sin of a model's rotary embedding, (positions, size / 2) each; None where it has no such tables.
-
-    That is where layers differ in their embedding, or where it depends on the length of the text.
-    """
-    found = adapter_of(model).rotary()
-    if found is None or getattr(found, "rope_type", None) not in _STATIC_ROTARY:
+    """Return cos and sin of a model's rotary embedding, (positions, size / 2) each; None where it has none."""
+    adapter = adapter_of(model)
+    if (found := adapter.rotary()) is None:
         return None
-    positions = torch.arange(context(model.config))[None]
+    positions = torch.arange(adapter.context())[None]
     with torch.no_grad():
         tables = found(torch.zeros(1, dtype=torch.float32), positions)
     cos, sin = (table[0, :, : table.shape[-1] // 2].float().numpy() for table in tables)

@@ -16,8 +16,9 @@ from onnx_ir.passes import common
 
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.files import check_replaceable, replaced_folder
-from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, language_view, open_checkpoint
+from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, open_checkpoint
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.language import language_view
 from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
@@ -187,7 +188,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
 
 def _limits(skeleton: Skeleton) -> dict[str, str]:
     """Return up to how many positions, past ones included, the file is right; nothing where there is no limit."""
-    limit = attention.context(skeleton.model.config)
+    limit = adapter_of(skeleton.model).context()
     return {CONTEXT: str(limit)} if limit else {}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.record import halves
@@ -124,19 +125,9 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         )
     if not through_interface:
         model.config._attn_implementation = attention.ADDITIVE
-    _keep_frequencies(model)
+    adapter_of(model).keep_frequencies()
     model.tie_weights()
     return model
-
-
-def _keep_frequencies(model: Any) -> None:
-    """Keep rotary frequencies as they are up to the original context, see `rankbook.exporter.attention.context`."""
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str):
-            module.rope_type = attention.fixed_kind(kinds)
-        elif isinstance(kinds, dict):
-            module.rope_type = {layer: attention.fixed_kind(kind) for layer, kind in kinds.items()}
 
 
 def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ class Checkpoint:
         manifest: Contents of rankbook.json.
         layers: Packed layers by name, those that share another's tensors included.
         files: File of each tensor by the tensor's full name.
-        stored_names: Name under which a file holds a tensor, where that is another one, see `language_view`.
+        stored_names: Name under which a file holds a tensor, where that is another one, see
+            `rankbook.calibration.model.language`.
     """
 
     folder: Path
@@ -211,52 +212,6 @@ def _resaved(folder: Path, verify: bool) -> dict[str, Any]:
     }
     note = f"saved again without {MANIFEST}: errors of layers, and whether weights have changed, are not known"
     return {"format_version": FORMAT_VERSION, "note": note, "files": files}
-
-
-_LANGUAGE = "model.language_model."
-"""Where models with a vision tower keep their language model; its own name for the same modules is ``model.``."""
-
-
-def language_name(name: str) -> str:
-    """Return the name of a module or tensor within the language model of a model with a vision tower."""
-    return f"model.{name.removeprefix(_LANGUAGE)}" if name.startswith(_LANGUAGE) else name
-
-
-def language_view(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the language model alone of a checkpoint with a vision tower, under the names it has alone.
-
-    A checkpoint without a vision tower is returned as it is.
-
-    Raises:
-        CheckpointError: The language model lies somewhere else than in LLaVA and its like.
-    """
-    config = checkpoint.config
-    if "vision_config" not in config or "text_config" not in config:
-        return checkpoint
-    inside = {language_name(name): name for name in checkpoint.files if name.startswith((_LANGUAGE, "lm_head."))}
-    if len(inside) < 2:
-        raise CheckpointError(
-            f"{checkpoint.folder}: a model of type {config.get('model_type')!r} keeps its language model in an unknown"
-            f" place (not {_LANGUAGE}*), so it cannot be exported alone"
-        )
-    layers = {
-        language_name(name): replace(spec, shared_with=language_name(spec.shared_with))
-        for name, spec in checkpoint.layers.items()
-    }
-    quantization = dict(config.get("quantization_config", {}))
-    if ranges := (quantization.get("activations") or {}).get("ranges"):
-        renamed = {language_name(name): found for name, found in ranges.items()}
-        quantization["activations"] = {**quantization["activations"], "ranges": renamed}
-    noted = {language_name(name): entry for name, entry in checkpoint.manifest.get("layers", {}).items()}
-    text = member(config, "text_config", checkpoint.folder / "config.json")
-    return replace(
-        checkpoint,
-        config={**text, "quantization_config": quantization},
-        manifest={**checkpoint.manifest, "layers": noted},
-        layers=layers,
-        files={name: checkpoint.files[stored] for name, stored in inside.items()},
-        stored_names=inside,
-    )
 
 
 def load_records(folder: str | Path) -> dict[str, QuantizedLinear]:

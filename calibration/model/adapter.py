@@ -9,13 +9,18 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankbook.calibration.model.packed_modules import TiedCodebookLinear
+
+_STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles follow from the position alone."""
+_CHANGING_ROTARY = ("dynamic", "longrope")
+"""Kinds whose frequencies change once the text is longer than the original context, those of earlier tokens too."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,11 @@ class ModelAdapter:
         """Return whether a module belongs to the language model."""
         return not any(part.startswith(self.towers) for part in name.split("."))
 
+    @classmethod
+    def language_name(cls, name: str) -> str:
+        """Return the name of a module or tensor of the whole model within the language model."""
+        return f"model.{name.removeprefix(cls.language)}" if name.startswith(cls.language) else name
+
     def embeddings(self) -> Embeddings:
         """Return the token embedding and the output layer."""
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -194,14 +204,45 @@ class ModelAdapter:
             )
         return [int(width) if kind == "sliding_attention" and width else -1 for kind in kinds]
 
-    def rotary(self) -> nn.Module | None:
-        """Return the module that computes cos and sin for all layers; None where layers differ or there is none."""
-        found = [module for name, module in self.model.named_modules() if hasattr(module, "inv_freq")]
-        return found[0] if len(found) == 1 else None
+    def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """Return the module that computes cos and sin of all layers from positions alone; None where there is none.
+
+        That is also where layers differ in their embedding, or where it depends on the length of the text.
+        """
+        found: list[Any] = [module for module in self.model.modules() if hasattr(module, "inv_freq")]
+        return found[0] if len(found) == 1 and getattr(found[0], "rope_type", None) in _STATIC_ROTARY else None
+
+    def context(self) -> int:
+        """Return up to how many positions a cache that only grows is right; 0 where the configuration sets no limit.
+
+        Where frequencies change with the length of the text (LongRoPE, dynamic NTK) that is the original context:
+        beyond it every key in the cache would have to be computed again.
+        """
+        limit = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        found = getattr(self.config, "rope_parameters", None) or {}
+        for rope in [found, *(entry for entry in found.values() if isinstance(entry, dict))]:
+            if _fixed(str(rope.get("rope_type", ""))) != rope.get("rope_type", ""):
+                original = rope.get("original_max_position_embeddings") or limit
+                limit = min(limit, int(original)) if limit else int(original)
+        return limit
+
+    def keep_frequencies(self) -> None:
+        """Keep rotary frequencies from now on as they are up to `context`."""
+        for module in self.model.modules():
+            kinds = getattr(module, "rope_type", None)
+            if isinstance(kinds, str):
+                module.rope_type = _fixed(kinds)
+            elif isinstance(kinds, dict):
+                module.rope_type = {layer: _fixed(kind) for layer, kind in kinds.items()}
 
     def restart_at(self) -> int:
         """Return the length of text beyond which ``generate`` of transformers computes the cache again; 0 for never."""
         return 0
+
+
+def _fixed(kind: str) -> str:
+    """Return the kind of rotary embedding that computes, up to the original context, what ``kind`` does."""
+    return "default" if any(name in kind for name in _CHANGING_ROTARY) else kind
 
 
 def adapter_of(model: Any) -> ModelAdapter:
@@ -213,12 +254,16 @@ def adapter_of(model: Any) -> ModelAdapter:
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"{type(model).__name__} is not a decoder-only model of transformers; no other is supported")
-    kinds = (config.model_type, config.get_text_config().model_type)
-    return next((_families()[kind] for kind in kinds if kind in _families()), ModelAdapter)(model)
+    return family_of(config.model_type, config.get_text_config().model_type)(model)
+
+
+def family_of(*kinds: str | None) -> type[ModelAdapter]:
+    """Return the adapter's class for the ``model_type`` of a model and of its language model."""
+    return next((_families()[kind] for kind in kinds if kind in _families()), ModelAdapter)
 
 
 @functools.cache
-def _families() -> dict[str, type[ModelAdapter]]:
+def _families() -> dict[str | None, type[ModelAdapter]]:
     """Return the classes of the modules in `families`, discovered, by ``model_type``."""
     from rankbook.calibration.model import families
 

@@ -296,10 +296,10 @@ class Captured:
 
 def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     """Run the torch model once and keep what goes into and comes out of every packed layer."""
-    from rankbook.calibration.checkpoint.format import language_name
+    from rankbook.calibration.model.adapter import adapter_of
     from rankbook.calibration.model.packed_modules import CodebookEmbedding, packed_modules
 
-    captured = Captured()
+    captured, adapter = Captured(), adapter_of(torch_model.model)
     hooks = []
 
     def remember(name: str, scale: float) -> Callable[..., None]:
@@ -311,7 +311,7 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
         return hook
 
     for stored, module in packed_modules(torch_model.model).items():
-        name = language_name(stored)  # the file of a model with a vision tower holds its language model alone
+        name = adapter.language_name(stored)  # the file of a model with a vision tower holds its language model alone
         scale = float(module.spec.scale) if isinstance(module, CodebookEmbedding) else 1.0
         hooks.append(module.register_forward_hook(remember(name, scale)))
     try:
