@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -116,7 +117,8 @@ def export(
         DialectError: The dialect cannot express a layer; the message says which, why and what to do.
         CheckpointError: The checkpoint is missing, damaged or of another version.
         FileExistsError: ``output_dir`` holds something else.
-        RuntimeError: The model cannot be traced, or the result breaks the contract of an operator.
+        NotExportableError: The model has something that is not served.
+        RuntimeError: The result breaks the contract of an operator.
         OSError: Writing failed; what was in ``output_dir`` is unchanged.
     """
     started = time.monotonic()
@@ -158,13 +160,13 @@ def export(
     )
 
 
-def build_model(checkpoint: Checkpoint, options: ExportOptions) -> ir.Model:
-    """Return the model of a checkpoint; its large tensors are lazy."""
+def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = None) -> ir.Model:
+    """Return the model of a checkpoint; its large tensors are lazy. ``config`` is for one without a folder."""
     dialect, dtype = dialects.dialect(options.dialect), DTYPES[options.dtype]
     int8 = options.activations == "int8"
     check_layers(dialect, (packed_layer(checkpoint, name, dtype, int8_activations=int8) for name in checkpoint.layers))
     kind = "int8" if int8 else checkpoint.settings.get("activations", {}).get("kind", "none")
-    skeleton = build(checkpoint, dtype)
+    skeleton = build(checkpoint, dtype, config)
     model = trace(skeleton, options.logits, options.inputs)
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),

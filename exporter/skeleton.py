@@ -7,7 +7,7 @@ So no large tensor exists while the graph is traced, whatever the size of the mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,12 @@ from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
+<<<<<<< HEAD
 from rankbook.calibration.record import halves
 from rankbook.exporter import attention, emit
+=======
+from rankbook.exporter import attention, emit, refusal
+>>>>>>> db26bd4 (What cannot be exported is said before quantizing, and by export in a sentence)
 from rankbook.plugins import contract
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -89,45 +93,94 @@ class DensePlaceholder(nn.Module):
         return _node(f"{TRACE_DOMAIN}::{DENSE}", x, self.name, x.dtype, [*x.shape[:-1], self.out_features])
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Skeleton:
+def build(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -> Skeleton:
     """Build the skeleton of a checkpoint.
+
+    Args:
+        checkpoint: Where small parameters come from.
+        dtype: Of the activations.
+        config: Configuration of the model; that in the checkpoint's folder without.
 
     Raises:
         CheckpointError: transformers does not know the model, or a parameter is missing.
+        NotExportableError: A model that is not served.
     """
-    attention.register()
-    model = _empty_model(checkpoint, dtype)
+    if config is None:
+        try:
+            config = read_config(str(checkpoint.folder))
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.folder}/config.json cannot be used: {error}") from error
+    model = empty_model(config, dtype, checkpoint.files)
     owners = _owners(model, checkpoint)
     _place(model, checkpoint, dtype)
     _load(model, checkpoint, dtype, owners)
     return Skeleton(model.eval().requires_grad_(False), dtype, owners)
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Return the model with its parameters on the meta device and its attention ready to be traced."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collection[str] | None = None) -> Any:
+    """Return a language model with its parameters on the meta device and its attention ready to be traced.
 
-    try:
-        config = read_config(str(checkpoint.folder)).get_text_config()
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.folder}/config.json cannot be used: {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # What is stored decides: flags of a wrapper and of its language model may differ.
-    ties = kind._tied_weights_keys or {}
-    heads = {name.rpartition(".")[0] for name in ties}
-    config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in checkpoint.files)
+    Args:
+        config: Configuration of the model, or of the model with towers around it.
+        dtype: Of the activations.
+        stored: Names of the tensors that a checkpoint holds: whether the output layer is tied follows from them, since
+            flags of a wrapper and of its language model may differ. Without, the configuration says so.
+
+    Raises:
+        NotExportableError: A model that is not served.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    attention.register()
+    text = config.get_text_config()
+    if hasattr(text, "quantization_config"):
+        del text.quantization_config
+    refusal.check_config(text)
+    inner = type(text) in auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    table = auto.MODEL_FOR_CAUSAL_LM_MAPPING if inner else auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    config = text if inner else config
+    if type(config) not in table:
+        raise refusal.NotExportableError(text, "transformers has no class for it alone")
+    kind: Any = table[type(config)]
+    if stored is not None:
+        heads = {name.rpartition(".")[0] for name in kind._tied_weights_keys or {}}
+        config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in stored)
     through_interface = kind._can_set_attn_implementation()
-    with _parameters_on_meta():
-        model = kind._from_config(
-            config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION if through_interface else "eager"
-        )
+    try:
+        with _parameters_on_meta():
+            model = kind._from_config(
+                config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION if through_interface else "eager"
+            )
+    except refusal.TRACE_ERRORS as error:
+        raise refusal.traced(text, error) from error
     if not through_interface:
         model.config._attn_implementation = attention.ADDITIVE
     adapter_of(model).keep_frequencies()
     model.tie_weights()
-    return model
+    return model if inner else _Language(model)
+
+
+class _Language(nn.Module):
+    """The language model within a model with towers, under the names that it would have alone."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.config = whole.config.get_text_config()
+        self.model, self.lm_head = whole.model.language_model, whole.get_output_embeddings()
+
+    def get_input_embeddings(self) -> Any:
+        """Return the token embedding."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """Return the output layer."""
+        return self.lm_head
+
+    def forward(self, **inputs: Any) -> Any:
+        """Return the logits and the cache."""
+        output = self.model(**inputs)
+        output["logits"] = self.lm_head(output.last_hidden_state)
+        return output
 
 
 def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.exporter import refusal
 from rankbook.exporter.functions import OPSET
 from rankbook.exporter.options import INPUTS, LOGITS
 from rankbook.exporter.skeleton import Skeleton
@@ -78,19 +79,22 @@ def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
 
     Raises:
         ValueError: ``logits`` or ``inputs`` is unknown.
-        RuntimeError: torch cannot trace the model; the message says where.
+        NotExportableError: torch cannot trace the model; the message says where.
     """
     if logits not in LOGITS:
         raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
     if inputs not in INPUTS:
         raise ValueError(f"inputs {inputs!r} is unknown; choose one of {tuple(INPUTS)}")
-    adapter = adapter_of(skeleton.model)
-    heads, size, layers = adapter.key_heads, adapter.head_size, adapter.layers
-    past = [(torch.zeros(_BATCH, heads, _PAST, size, dtype=skeleton.dtype),) * 2 for _ in range(layers)]
-    past = [(key, value.clone()) for key, value in past]
+    config = skeleton.model.config
+    if inputs == "embeds" and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        raise ValueError(
+            "positions of images have three parts in this model, and one in the file; export with --inputs ids"
+        )
+    past = _past(skeleton)
+    layers = len(past)
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
     if inputs == "embeds":
-        tokens = torch.zeros(_BATCH, _SEQUENCE, skeleton.model.config.hidden_size, dtype=skeleton.dtype)
+        tokens = torch.zeros(_BATCH, _SEQUENCE, config.hidden_size, dtype=skeleton.dtype)
     attention_mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64)
     positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous()
     rows = {0: "batch", 1: "sequence"}
@@ -112,9 +116,8 @@ def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
                 output_names=["logits", *_cache_names("present", layers)],
                 verbose=False,
             )
-        except torch.onnx.errors.OnnxExporterError as error:
-            kind = skeleton.model.config.model_type
-            raise RuntimeError(f"torch.onnx.export cannot trace a model of type {kind!r}: {error}") from error
+        except (torch.onnx.errors.OnnxExporterError, *refusal.TRACE_ERRORS) as error:
+            raise refusal.traced(config, error) from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program; check that onnxscript is installed")
     model = program.model
@@ -123,19 +126,52 @@ def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
     return model
 
 
+def _past(skeleton: Skeleton) -> list[tuple[Tensor, Tensor]]:
+    """Return an example of the keys and values of each layer, in the shapes that the model gives them.
+
+    Raises:
+        NotExportableError: Something else is kept.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import DynamicCache
+
+    model = skeleton.model
+    cache: Any = DynamicCache()
+    try:
+        with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+            positions = torch.arange(_SEQUENCE).expand(_BATCH, -1)
+            model(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        shapes = [tuple((_BATCH, part.shape[1], _PAST, part.shape[3]) for part in pair) for pair in kept]
+    except refusal.TRACE_ERRORS as error:
+        raise refusal.traced(model.config, error) from error
+    if len(shapes) != adapter_of(model).layers:
+        raise refusal.NotExportableError(model.config, f"{len(shapes)} of its layers keep keys and values")
+    return [(torch.zeros(key, dtype=skeleton.dtype), torch.zeros(value, dtype=skeleton.dtype)) for key, value in shapes]
+
+
 def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{index}.{part}" for index in range(layers) for part in ("key", "value")]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch says about optional packages and deprecated internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence what torch says about optional packages and deprecated internals, and before it raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

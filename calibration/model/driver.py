@@ -58,6 +58,7 @@ def quantize_model(
     *,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    begin: Callable[[Any], None] | None = None,
 ) -> QuantizeReport:
     """Quantize a causal language model and write the checkpoint.
 
@@ -77,6 +78,7 @@ def quantize_model(
         options: What to do.
         resume: Go on at the last finished block of an interrupted run with the same model and options.
         progress: Told of every step.
+        begin: Called with the model's configuration before anything is computed; what it raises ends the run.
 
     Raises:
         ValueError: Options that do not fit the model, weights with NaN, empty calibration text, a state to resume that
@@ -89,6 +91,8 @@ def quantize_model(
     check_replaceable(output, MANIFEST)
     model, tokenizer = _load_original(source)
     run = _Run.prepare(model, options, progress)
+    if begin is not None:
+        begin(model.config)
     digest = model_hash(source)
     state = PartialState(output, _fingerprint(options, digest), resume=resume)
     run.reporter.tell("calibration text", -1)

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.files import check_replaceable
 from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.notes import note
 from rankbook.calibration.option import WHERE, argument, option, part, required
 from rankbook.calibration.source import MANIFEST
 from rankbook.tools.command import Command, Common, Outcome
@@ -29,6 +30,7 @@ class Quantize(QuantizeOptions, Common):
     output: Path = required("folder for the checkpoint", metavar="DIR", flags=("-o", "--output"), group=WHERE)
     resume: bool = option(False, "go on at the last finished block of an earlier run", group=WHERE)
     overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
+    require_export: bool = option(False, "refuse a model that `rankbook export` cannot write", group=WHERE)
 
     def __post_init__(self) -> None:
         # Before the methods, and with them torch, are loaded: a mistake should not cost seconds.
@@ -51,18 +53,36 @@ def run(options: Quantize) -> Outcome:
     chosen: QuantizeOptions = part(options, QuantizeOptions)
     console = Console(quiet=options.quiet)
     width = f"{chosen.bits} bits" if chosen.target_bits is None else f"{chosen.target_bits} stored bits"
+    reasons: list[str] = []
+
+    def begin(config: Any) -> None:
+        from rankbook.exporter.exportable import check_exportable
+
+        reasons.append(check_exportable(config))
+        if reasons[0] and options.require_export:
+            raise UsageError(f"cannot be exported: {reasons[0]}; leave out --require-export to use it in PyTorch")
+        if reasons[0]:
+            note(f"the checkpoint cannot be exported: {reasons[0]}; it runs in PyTorch only")
+
     with console.progress(f"quantizing with {chosen.method} at {width}") as show:
 
         def progress(step: Progress) -> None:
             where = f"block {step.block + 1}/{step.blocks}, " if step.block >= 0 else ""
             show(step.fraction, f"{where}{step.stage}")
 
-        report = quantize_model(options.model, options.output, chosen, resume=options.resume, progress=progress)
+        report = quantize_model(
+            options.model, options.output, chosen, resume=options.resume, progress=progress, begin=begin
+        )
     if chosen.calib is None:
         console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
     if report.unknown:
         console.log(report.unknown)
-    summary = {"bits_per_weight": report.bits_per_weight, "method": chosen.method, **report.to_json()}
+    summary = {
+        "bits_per_weight": report.bits_per_weight,
+        "method": chosen.method,
+        "cannot_export": reasons[0],
+        **report.to_json(),
+    }
     return Outcome(summary, _tables(report), str(options.output), config_folder=options.output)
 
 

@@ -1,0 +1,60 @@
+"""Why a model cannot be exported, as a sentence."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from typing import Any
+
+_CACHED = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose cache is keys and values."""
+_LISTS = ("layer_types", "layers_block_type", "block_types")
+"""Where configurations name the kind of each layer."""
+TRACE_ERRORS = (
+    *(AssertionError, AttributeError, ImportError, LookupError, NotImplementedError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What running a model's code raises where it is not made for the exporter."""
+
+
+class NotExportableError(ValueError):
+    """A model that cannot be written as an ONNX graph; the message says what it has that is not served."""
+
+    def __init__(self, config: Any, reason: str) -> None:
+        super().__init__(
+            f"a model of type {config.model_type!r} cannot be exported: {reason}; its checkpoint runs in PyTorch only"
+        )
+        self.reason = reason
+
+
+def check_config(config: Any) -> None:
+    """Check what the configuration of a language model says.
+
+    Raises:
+        NotExportableError: It has layers that keep something else than keys and values.
+    """
+    kinds = {kind for name in _LISTS for kind in getattr(config, name, None) or () if isinstance(kind, str)}
+    if states := sorted(kind for kind in kinds - _CACHED if "attention" not in kind or "linear" in kind):
+        raise NotExportableError(config, f"layers of kind {', '.join(states)} keep a state instead of keys and values")
+    if not getattr(config, "num_attention_heads", None):
+        raise NotExportableError(config, "it has no attention")
+
+
+def traced(config: Any, error: BaseException) -> NotExportableError:
+    """Return what an exception of a trace means: the place in the model's code, and the first cause in one line."""
+    cause = error
+    while (before := cause.__cause__ or cause.__context__) is not None:
+        cause = before
+    everything = "".join(str(item) for item in (error, error.__cause__ or "", cause))
+    if found := re.search(r"No ONNX function found for <?OpOverload\(op='(?:\w+\.)?([\w.]+)'", everything):
+        what = "grouped products of experts have" if "grouped_mm" in found[1] else f"its operator {found[1]} has"
+        return NotExportableError(config, f"{what} no ONNX form")
+    stack = traceback.extract_tb(cause.__traceback__)
+    if any(frame.filename.endswith("/integrations/moe.py") for frame in stack):
+        return NotExportableError(config, "experts of a mixture that share one tensor are not served")
+    text = " ".join(str(cause).split())[:200].rstrip(".")
+    frames = [frame for frame in stack if "/transformers/models/" in frame.filename]
+    if not frames:
+        return NotExportableError(config, f"it cannot be traced ({text})")
+    place = f"{frames[-1].filename.rpartition('/transformers/')[2]}, line {frames[-1].lineno}"
+    return NotExportableError(config, f"its code cannot be traced at {place} ({text})")

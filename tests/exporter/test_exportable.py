@@ -1,0 +1,65 @@
+"""Whether a model can be exported is known before it is quantized, with a sentence; `export` refuses with the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rankbook.exporter.exportable import check_exportable
+from rankbook.tools import errors
+from tests.tiny import tiny_model, tiny_tokenizer, write_text
+from tests.tools.files import run_cli
+
+SIZES = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+STATE = "layers of kind linear_attention keep a state instead of keys and values"
+
+
+def config(kind: str, **more: Any) -> Any:
+    return AutoConfig.for_model(kind, **more)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (config("mamba", **SIZES), STATE),
+        (config("mixtral", **SIZES, **HEADS, num_local_experts=4), "experts"),
+        (config("gpt_oss", **SIZES, **HEADS, head_dim=16, num_local_experts=4), "s_aux"),
+        (config("mpt", d_model=48, n_heads=4, n_layers=2, vocab_size=259), "cannot be traced"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_is_not_served_is_said(asked: Any, reason: str) -> None:
+    assert reason in check_exportable(asked)
+
+
+def test_a_deep_model_is_judged_by_two_blocks() -> None:
+    deep = tiny_model("gemma2").config
+    deep.num_hidden_layers, deep.layer_types = 40, ["sliding_attention"] * 39 + ["full_attention"]
+    assert check_exportable(deep) == ""
+    assert deep.num_hidden_layers == 40
+    deep.layer_types = ["full_attention"] * 39 + ["linear_attention"]
+    assert check_exportable(deep) == STATE
+
+
+def test_quantize_warns_or_refuses_and_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config("mamba", **SIZES)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt")
+    how = ["--method", "rtn", "--bits", 4, "--calib", text, "--calib-sequences", 2, "--calib-length", 16, "-o"]
+    refused = run_cli("quantize", tmp_path / "model", *how, tmp_path / "q", "--require-export", "--quiet")
+    assert refused == errors.USAGE
+    assert STATE in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+    assert run_cli("quantize", tmp_path / "model", *how, tmp_path / "q", "--json") == 0
+    captured = capsys.readouterr()
+    assert f"cannot be exported: {STATE}" in captured.err
+    assert f'"cannot_export": "{STATE}"' in captured.out
+    assert run_cli("export", tmp_path / "q", "-o", tmp_path / "onnx", "--quiet") == errors.USAGE
+    assert f"a model of type 'mamba' cannot be exported: {STATE}" in capsys.readouterr().err
