@@ -18,12 +18,8 @@ from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
-<<<<<<< HEAD
 from rankbook.calibration.record import halves
-from rankbook.exporter import attention, emit
-=======
 from rankbook.exporter import attention, emit, refusal
->>>>>>> db26bd4 (What cannot be exported is said before quantizing, and by export in a sentence)
 from rankbook.plugins import contract
 from rankbook.plugins.layer_spec import LayerSpec
 
