@@ -11,7 +11,9 @@ import onnx
 import pytest
 from onnx import helper
 
+from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.exporter.file import load
+from rankbook.exporter.passes.metadata import DATA_SHA256
 from rankbook.tools.runtimes import runtimes
 from tests.calibration.records import random_record
 from tests.ops.cases import op_model
@@ -62,7 +64,7 @@ def stdout_json(capsys: Any) -> Any:
 
 
 def damage(folder: Path, name: str) -> None:
-    """Flip the bytes of a stored tensor."""
+    """Flip the bytes of a stored tensor, as an export that went wrong would: the file's hash is that of its data."""
     graph = load(folder / "model.onnx").graph
     tensor = next(item for item in graph.initializer if item.name == name)
     assert tensor.data_location == onnx.TensorProto.EXTERNAL
@@ -71,6 +73,16 @@ def damage(folder: Path, name: str) -> None:
     content = bytearray(path.read_bytes())
     content[offset : offset + length] = bytes(byte ^ 0x5A for byte in content[offset : offset + length])
     path.write_bytes(content)
+    note_hash(folder)
+
+
+def note_hash(folder: Path) -> None:
+    """Write into the graph that its data are those beside it."""
+    model = load(folder / "model.onnx")
+    for prop in model.metadata_props:
+        if prop.key == DATA_SHA256:
+            prop.value = sha256_file(folder / "model.onnx.data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str, reason: str | None = None) -> None:

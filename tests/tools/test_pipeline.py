@@ -17,7 +17,7 @@ from rankbook.tools.runtimes import trt
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.tiny import tiny_model, write_text
-from tests.tools.files import damage, run_cli, stdout_json
+from tests.tools.files import damage, note_hash, run_cli, stdout_json
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,7 @@ def _damage_norm(path: Path, name: str) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
     path.with_name("model.onnx.data").unlink()
     onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
+    note_hash(path.parent)
 
 
 def test_parity_without_its_checkpoint_asks_for_it(work, tmp_path, capsys):
