@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.activations.settings import chosen_settings, in_block
+from rankbook.calibration.activations.settings import chosen_settings
 from rankbook.calibration.checkpoint.files import check_replaceable, sha256_file
 from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, versions, write_checkpoint
 from rankbook.calibration.data import CalibrationData, calibration_batches
-from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model import capture, embeddings, scaling
+from rankbook.calibration.model import capture, embeddings
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.allocation import Choice, allocate
+from rankbook.calibration.model.block import BlockSolver, Site, Streams
 from rankbook.calibration.model.loading import load_model, model_hash
 from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.packed_modules import CodebookLinear, packed_modules, replace_module
+from rankbook.calibration.model.packed_modules import packed_modules, replace_module
 from rankbook.calibration.model.report import (
     LayerReport,
     Progress,
     QuantizeReport,
     Reporter,
     in_float,
-    output_error,
     peak_rss_bytes,
     totals,
 )
-from rankbook.calibration.model.resume import BlockResult, PartialState
+from rankbook.calibration.model.resume import PartialState
 from rankbook.calibration.model.selection import Selection, select
-from rankbook.calibration.model.solve import solve_layer
 from rankbook.calibration.notes import note
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 from rankbook.plugins.layer_spec import LayerSpec
 
 _HEAD_TOKENS = 8192
 """Calibration tokens that run through the original model to say what enters its output layer."""
-_QUANTIZE_SHARE = 0.3
-"""Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
 
 
 def quantize_model(
@@ -109,21 +101,6 @@ def quantize_model(
     return report
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """Calibration activations, moved from block to block in place.
-
-    Attributes:
-        inputs: Of the quantized prefix.
-        targets: Of the original model, or None for methods without a training stage.
-        end: Number of blocks that the streams must pass; 0 where no block is left to quantize.
-    """
-
-    inputs: capture.Stream
-    targets: capture.Stream | None
-    end: int
-
-
 @dataclass
 class _Run:
     """The state of one run over a loaded model."""
@@ -137,7 +114,6 @@ class _Run:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     embedding_layers: dict[str, LayerReport] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
-    choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -159,19 +135,22 @@ class _Run:
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the embeddings and every block, or take finished blocks from ``state``."""
         finished = state.finished()
-        self.choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
+        choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
+        solver = BlockSolver(self.options, self.model.dtype, self.reporter, choices)
         self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens)
-        targets = self._first_inputs(tokens) if self._trains() else None  # before the embedding may change
-        last = self._last_inputs(tokens)
+        targets = self._first_inputs(tokens) if solver.trains() else None  # before the embedding may change
+        last = self._last_inputs(tokens, solver)
         packed = embeddings.quantize_embedding(self.adapter, self.embeddings, self.options, last)
         same = None if packed else targets
         inputs = self._first_inputs(tokens) if same is None else capture.Stream(same.values.clone())
         # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
-        streams = _Streams(inputs, targets, len(calls) if finished < len(calls) else 0)
+        streams = Streams(inputs, targets, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
-        for index, call in enumerate(calls):
-            self._block(index, call, streams, state, solve=index >= finished)
+        each = zip(self.blocks.modules, self.selection.layers, calls, strict=True)
+        for index, (block, layers, call) in enumerate(each):
+            site = Site(index, f"{self.blocks.name}.{index}.", block, layers, call)
+            self._block(site, streams, solver, state, solve=index >= finished)
         packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
         self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
 
@@ -185,114 +164,45 @@ class _Run:
         with capture.within_range(self.model):
             return allocate(self.model, names, tokens, self.options)
 
-    def _trains(self) -> bool:
-        """Return whether blocks are trained."""
-        method = METHODS[self.options.method]
-        return method.refine is not None and method.trains(self.options.method_config())
-
-    def _arithmetic(self) -> AbstractContextManager[object]:
-        """Return the context of the calibration passes: they compute in what the blocks are trained in.
-
-        SmolLM2-135M, LCQ at 3 bits (16 x 512 tokens, 40 steps), error after four blocks on other text: 0.01365 and
-        0.01394 (two seeds) with passes in float32, 0.01407 and 0.01377 in bfloat16, in half their CPU time.
-        """
-        compute = getattr(self.options.method_config(), "compute", "float32") if self._trains() else "float32"
-        return arithmetic(compute_dtype(compute))
-
     def _first_inputs(self, tokens: Tensor) -> capture.Stream:
         dtype = next(self.blocks.modules[0].parameters()).dtype
         return capture.first_inputs(self.model, self.blocks, tokens, dtype)
 
-    def _last_inputs(self, tokens: Tensor) -> LayerStatistics | None:
+    def _last_inputs(self, tokens: Tensor, solver: BlockSolver) -> LayerStatistics | None:
         """Return the statistics of what enters the output layer of the original model, where it can use them."""
         if self.embeddings.head is None or not embeddings.wants_statistics(self.embeddings, self.options):
             return None
         self.reporter.tell("inputs of the output layer", -1)
         some = tokens[: max(1, _HEAD_TOKENS // tokens.shape[1])]
-        with self._arithmetic():
+        with solver.arithmetic():
             return capture.entering(self.model, self.blocks, self.embeddings.head[1], some)
 
-    def _block(
-        self, index: int, call: capture.BlockCall, streams: _Streams, state: PartialState, *, solve: bool
-    ) -> None:
+    def _block(self, site: Site, streams: Streams, solver: BlockSolver, state: PartialState, *, solve: bool) -> None:
         """Quantize one block, or replay it, and move both streams past it."""
-        block, prefix = self.blocks.modules[index], f"{self.blocks.name}.{index}."
-        _check_finite(block, prefix)
-        self.reporter.tell("calibrating" if solve else "replaying", index)
-        with capture.in_float32(block):
-            if streams.targets is not None and index < streams.end:
-                with self._arithmetic():
-                    capture.advance(block, call, streams.targets, f"block {prefix[:-1]} of the original model")
+        _check_finite(site.block, site.prefix)
+        what = f"block {site.prefix[:-1]}"
+        self.reporter.tell("calibrating" if solve else "replaying", site.index)
+        with capture.in_float32(site.block):
+            if streams.targets is not None and site.index < streams.end:
+                with solver.arithmetic():
+                    capture.advance(site.block, site.call, streams.targets, f"{what} of the original model")
             if solve:
-                state.save(index, self._solve(index, call, streams))
-            result = state.load(index)  # also when just solved: what is on disk is what the next block sees
+                state.save(site.index, solver.solve(site, streams))
+            result = state.load(site.index)  # also when just solved: what is on disk is what the next block sees
             for name, module in result.layers.items():
                 module.compute_dtype = self.model.dtype
                 module.materialize()
                 replace_module(self.model, name, module)
             for name, tensor in result.tensors.items():
                 self.model.get_parameter(name).data = tensor.float()
-            if index + 1 < streams.end:
-                with self._rounded_inputs(index, call, streams), self._arithmetic():
-                    capture.advance(block, call, streams.inputs, f"block {prefix[:-1]}")
+            if site.index + 1 < streams.end:
+                with solver.rounded_inputs(site, streams), solver.arithmetic():
+                    capture.advance(site.block, site.call, streams.inputs, what)
             for module in result.layers.values():
                 module.dematerialize()
         self.scaled += result.scaled
         for name, module in result.layers.items():
             self.layers[name] = LayerReport(module.spec, result.errors[name])
-
-    def _solve(self, index: int, call: capture.BlockCall, streams: _Streams) -> BlockResult:
-        """Return the records of one block in float32."""
-        block, prefix, names = self.blocks.modules[index], f"{self.blocks.name}.{index}.", self.selection.layers[index]
-        method, options = METHODS[self.options.method], self.options
-        with self._arithmetic():
-            statistics = capture.collect(block, call, streams.inputs.values, names)
-        scaled = self._scale_inputs(block, lambda: call(block, streams.inputs.values[:1].float()), statistics)
-        problems = {name: _problem(block, name, statistics[name]) for name in names}
-        share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed + index)
-            records: dict[str, QuantizedLinear] = {}
-            for position, (name, problem) in enumerate(problems.items()):
-                self.reporter.tell(f"quantizing {prefix}{name}", index, share * position / len(problems))
-                full = f"{prefix}{name}"
-                chosen = self.choices[full].applied(options) if full in self.choices else options
-                records[name] = solve_layer(replace(problem, name=full), chosen)
-            if method.refine is not None and streams.targets is not None and problems:
-                progress = _refine_progress(self.reporter, index)
-                seed = options.seed + index
-                given, wanted = streams.inputs.values, streams.targets.values
-                whole = BlockProblem(block, problems, given, wanted, call, seed, progress)
-                with self._rounded_inputs(index, call, streams):
-                    records = method.refine(whole, records, options.method_config())
-        errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
-        return BlockResult(
-            {f"{prefix}{name}": CodebookLinear.from_record(record) for name, record in records.items()},
-            errors,
-            {f"{prefix}{name}": tensor.to(self.model.dtype) for name, tensor in scaled.tensors.items()},
-            [f"{prefix}{name}" for name in scaled.layers],
-        )
-
-    def _rounded_inputs(self, index: int, call: capture.BlockCall, streams: _Streams) -> AbstractContextManager[None]:
-        """Quantize what enters a block's layers, in training and in the stream that follows it."""
-        block, names = self.blocks.modules[index], self.selection.layers[index]
-        if streams.targets is None:  # nothing is trained
-            return nullcontext()
-
-        def run() -> None:
-            for batch in torch.split(streams.inputs.values, capture.batch_size(streams.inputs.values)):
-                call(block, batch.float())
-
-        return in_block(block, f"{self.blocks.name}.{index}.", names, run, self.options)
-
-    def _scale_inputs(
-        self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]
-    ) -> scaling.Scaled:
-        options, kind = self.options, self.options.scaling()
-        if kind == "none":
-            return scaling.Scaled()
-        choose = scaling.chooser(kind, options.bits, options.group, options.scale_strength)
-        return scaling.scale_inputs(block, run, statistics, choose, self.model.dtype)
 
     def specs(self) -> dict[str, LayerSpec]:
         """Return the specs of every packed layer by name."""
@@ -332,21 +242,6 @@ class _Run:
         weight: Tensor = module.weight  # type: ignore[assignment]
         bits = sum(packed.stored_bits.values()) if packed else 8 * weight.nbytes
         return {"name": name, "weights": weight.numel(), "stored_bits": bits, "bits_per_weight": bits / weight.numel()}
-
-
-def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:
-    module = block.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is {type(module).__name__}, not a linear layer")
-    bias = module.bias.detach().clone() if module.bias is not None else None
-    return LayerProblem(name, module.weight.detach(), bias, statistics)
-
-
-def _refine_progress(reporter: Reporter, index: int) -> Callable[[float], None]:
-    def tell(fraction: float) -> None:
-        reporter.tell("training", index, _QUANTIZE_SHARE + (1 - _QUANTIZE_SHARE) * fraction)
-
-    return tell
 
 
 def _check_finite(module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
