@@ -12,7 +12,7 @@ import pytest
 
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
-from rankbook.tools.generation import Sampling, Stream, continue_ids
+from rankbook.tools.generation.loop import NextTokens, Sampling, Stream
 from rankbook.tools.runtimes import trt
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
@@ -92,7 +92,7 @@ def test_greedy_tokens_of_torch_and_onnx_runtime_agree(work):
     models = TorchModel(work / "q"), OrtModel(work / "onnx")
     for seed in range(3):
         prompt = np.random.default_rng(seed).integers(0, 256, 7).tolist()
-        ids = [list(continue_ids(Stream(model, Sampling(), 24, stop_at_end=False), prompt)) for model in models]
+        ids = [list(NextTokens(Stream(model, Sampling(), 24, stop_at_end=False), prompt)) for model in models]
         assert ids[0] == ids[1]
         assert len(ids[0]) == 24
 

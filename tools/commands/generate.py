@@ -9,9 +9,16 @@ from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console, peak_rss
 from rankbook.tools.errors import UsageError
-from rankbook.tools.generation import Sampling, Stream, generate
+from rankbook.tools.generation.loop import Sampling, Stream, generate
+from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.runtimes import Setting, open_model
+
+_WHY = {
+    "stop": "the end of the text",
+    "length": "--max-new-tokens",
+    "context": "the context of the model, which is full",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +55,10 @@ def run(options: Generate) -> Outcome:
     console.log(
         f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s ({result.kernels});"
         f" prompt of {result.prompt_tokens} tokens in {result.prompt_seconds:.2f} s;"
-        f" peak memory {peak_rss() / 1e9:.2f} GB"
+        f" peak memory {peak_rss() / 1e9:.2f} GB; ended by {_WHY[result.finish_reason]}"
     )
+    if advice := GenerationSettings(suggested=result.suggested).advice():
+        console.log(advice)
     return Outcome(report=result)
 
 

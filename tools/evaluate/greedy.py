@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rankbook.tools.errors import UsageError
-from rankbook.tools.generation import prompt_ids
+from rankbook.tools.generation.loop import prompt_ids
 from rankbook.tools.runtimes.base import LanguageModel
 
 PROMPTS = (

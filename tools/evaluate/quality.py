@@ -67,6 +67,7 @@ def measure(
     wanted = None if options.max_tokens is None else max(1, -(-options.max_tokens // options.context))
     windows = token_windows(tokenizer, text, options.context, most=wanted)
     count, length = windows.tokens.shape
+    model.check_room(length, "--context")
     if length < options.context or count < (wanted or 1):
         asked = f"{wanted or 'windows'} x {options.context}"
         note(f"{text.name} is short: evaluated on {count} x {length} tokens instead of {asked}; give more text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,27 @@ class LanguageModel(ABC):
     @abstractmethod
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,). `start` comes first."""
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model holds, prompt and answer together; None where nothing limits them."""
+        return None
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The fields of the model's generation_config.json."""
+        return {}
+
+    def check_room(self, positions: int, what: str) -> None:
+        """Check that the model holds so many positions.
+
+        Raises:
+            UsageError: ``what``, the flag that asks for them, wants more than there are.
+        """
+        if self.context is not None and positions > self.context:
+            raise UsageError(
+                f"{what} asks for {positions} positions; {self.name} holds {self.context}: give at most that many"
+            )
 
     def scores(self, tokens: Tokens) -> Logits:
         """Score tokens (batch, length) without a cache: float32 (batch, length, vocabulary).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,8 +42,10 @@ class GenAiModel(LanguageModel):
 
         self._library: Any = onnxruntime_genai
         self._library.disable_telemetry_events()
-        described = json.loads(configuration.read_text("utf-8"))["model"]
+        whole = json.loads(configuration.read_text("utf-8"))
+        described = whole["model"]
         self._file = folder / described["decoder"]["filename"]
+        self._ends, self._search = described.get("eos_token_id"), whole.get("search", {})
         self._capacity = setting.capacity or int(described["context_length"])
         self.name = f"genai {folder}"
         self.kernels = f"onnxruntime-genai {onnxruntime_genai.__version__}"
@@ -65,6 +68,16 @@ class GenAiModel(LanguageModel):
     def file_bytes(self) -> int:
         """The graph and its data."""
         return sum(part.stat().st_size for part in self._file.parent.glob(f"{self._file.name}*"))
+
+    @property
+    def context(self) -> int | None:
+        """The capacity that it was opened with."""
+        return self._capacity
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """End tokens, and what it would sample with."""
+        return {**self._search, "eos_token_id": self._ends}
 
     def start(self, tokens: Tokens) -> Logits:
         """Begin with tokens (1, length); the cache has the capacity from the beginning, as GenAI wants it."""

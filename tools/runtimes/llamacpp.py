@@ -48,7 +48,7 @@ class LlamaCppModel(LanguageModel):
         if not self._model:
             raise UsageError(f"llama.cpp cannot read {path}; give a .gguf file of a model that it knows")
         parameters = self._library.llama_context_default_params()
-        capacity = setting.capacity or self._library.llama_model_n_ctx_train(self._model)
+        capacity = self._capacity = setting.capacity or self._library.llama_model_n_ctx_train(self._model)
         parameters.n_ctx = capacity
         parameters.n_batch = max(parameters.n_batch, capacity)
         parameters.n_threads = parameters.n_threads_batch = setting.threads or len(os.sched_getaffinity(0))
@@ -70,6 +70,11 @@ class LlamaCppModel(LanguageModel):
     def packed(self) -> tuple[int, int]:
         """Of everything."""
         return self._library.llama_model_size(self._model), self._library.llama_model_n_params(self._model)
+
+    @property
+    def context(self) -> int | None:
+        """The capacity that it was opened with."""
+        return self._capacity
 
     def start(self, tokens: Tokens) -> Logits:
         """Begin with tokens (1, length)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.generation.settings import read_json, read_settings
 from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
@@ -193,6 +194,20 @@ class OrtModel(LanguageModel):
         from rankbook.calibration.model.tokenizer import read_tokenizer
 
         return read_tokenizer(str(self.file.path.parent))
+
+    @cached_property
+    def context(self) -> int | None:
+        """What the file says; for files that do not, the configuration beside them."""
+        folder = self.file.path.parent
+        value = self.file.metadata.get("rankbook.context") or read_json(folder / "config.json").get(
+            "max_position_embeddings"
+        )
+        return int(value) if value else None
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """That of the folder."""
+        return read_settings(self.file.path.parent)
 
     @cached_property
     def packed(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +51,20 @@ class TorchModel(LanguageModel):
         files = [file for kind in ("*.safetensors", "*.gguf") for file in self._source.glob(kind)]
         return sum(file.stat().st_size for file in files)
 
+    @property
+    def context(self) -> int | None:
+        """Positions of the configuration; dynamic NTK, whose frequencies follow the length, goes beyond them."""
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        factors = [rope.get("factor") or 1 for rope in _ropes(config) if rope.get("rope_type") == "dynamic"]
+        return int(limit * max(factors, default=1)) if limit else None
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """What transformers made of the folder's file, or of its config.json."""
+        settings = self.model.generation_config
+        return settings.to_dict() if settings is not None else {}
+
     def override(self, kind: str | None, kv_bits: int | None) -> None:
         """Replace the settings of activations and cache."""
         from rankbook.calibration.activations.settings import override
@@ -83,6 +98,12 @@ class TorchModel(LanguageModel):
         with torch.inference_mode():
             last: Logits = self._text.extend(torch.from_numpy(tokens))[0].numpy()
         return last
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """Return the settings of every rotary embedding of a configuration."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [found, *(entry for entry in found.values() if isinstance(entry, dict))]
 
 
 def _prepare(_: Source) -> None:

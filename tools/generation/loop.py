@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.option import Seeded, option
 from rankbook.tools.errors import UsageError
+from rankbook.tools.generation.settings import GenerationSettings
+from rankbook.tools.generation.stream import TextStream
 from rankbook.tools.runtimes.base import LanguageModel
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rankbook.tools.runtimes.base import Logits
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer gives for the first bytes of a character whose other bytes come with the next token."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,14 @@ class Generation:
     """What came out.
 
     Attributes:
-        text: The continuation.
+        text: The tokens.
         ids: Its tokens.
         prompt_tokens: Tokens of the prompt.
         tokens: Number of new tokens.
         kernels: What computed packed layers, see `LanguageModel`.
+        finish_reason: ``stop`` at an end token or a stop string, ``length`` after the number of tokens asked for,
+            ``context`` where the model can hold no more.
+        suggested: Settings that the model comes with and that were not taken.
         prompt_seconds: Time for the prompt.
         tokens_per_second: Rate of the tokens after the first.
     """
@@ -65,6 +67,8 @@ class Generation:
     prompt_tokens: int
     tokens: int
     kernels: str
+    finish_reason: str
+    suggested: Mapping[str, Any]
     prompt_seconds: float
     tokens_per_second: float
 
@@ -73,52 +77,81 @@ def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
     """Continue ``prompt``.
 
     Raises:
-        UsageError: An empty prompt, or a chat without a chat template.
+        UsageError: An empty prompt, one that fills the context, or a chat without a chat template.
     """
     tokenizer = stream.model.tokenizer
     ids = prompt_ids(tokenizer, prompt, chat)
+    tokens = NextTokens(stream, ids)
+    settings = tokens.settings
+    text = TextStream(tokenizer, settings.stop_strings if stream.stop_at_end else ())
     start = time.perf_counter()
     produced: list[int] = []
-    shown, first = "", 0.0
-    for token in continue_ids(stream, ids):
+    first = 0.0
+    for token in tokens:
         if not produced:
             first = time.perf_counter() - start
         produced.append(token)
-        text = tokenizer.decode(produced, skip_special_tokens=True)
-        if not text.endswith(_UNFINISHED):
-            stream.show(text[len(shown) :])
-            shown = text
-    text = tokenizer.decode(produced, skip_special_tokens=True)
-    stream.show(text[len(shown) :])
+        stream.show(text.push(token))
+        if text.stopped:
+            break
+    stream.show(text.finish())
     total = time.perf_counter() - start
     rate = (len(produced) - 1) / (total - first) if len(produced) > 1 else 0.0
     return Generation(
-        text=text,
+        text=text.text,
         ids=tuple(produced),
         prompt_tokens=len(ids),
         tokens=len(produced),
         kernels=stream.model.kernels,
+        finish_reason="stop" if text.stopped else tokens.finish_reason,
+        suggested=settings.suggested,
         prompt_seconds=first,
         tokens_per_second=rate,
     )
 
 
-def continue_ids(stream: Stream, ids: list[int]) -> Iterator[int]:
-    """Yield the tokens that continue ``ids``, the end token excluded."""
-    import numpy as np
+class NextTokens:
+    """The tokens that continue a prompt, the end token excluded, computed while they are taken.
 
-    generator = np.random.default_rng(stream.sampling.seed)
-    ends = end_tokens(stream.model) if stream.stop_at_end else set()
-    if stream.max_new_tokens < 1:
-        return
-    scores = stream.model.start(np.array([ids], np.int64))
-    for index in range(stream.max_new_tokens):
-        token = choose(scores, stream.sampling, generator)
-        if token in ends:
-            return
-        yield token
-        if index + 1 < stream.max_new_tokens:
-            scores = stream.model.step(token)
+    Attributes:
+        settings: What the model asks for.
+        finish_reason: Why it ended, see `Generation`; known at the end.
+    """
+
+    def __init__(self, stream: Stream, ids: Sequence[int]) -> None:
+        """Look whether there is room behind the prompt ``ids``.
+
+        Raises:
+            UsageError: There is none.
+        """
+        self._stream, self._ids = stream, list(ids)
+        self.settings = GenerationSettings.of(stream.model.generation_config, stream.model.tokenizer)
+        self.finish_reason = "length"
+        context = stream.model.context
+        if context is not None and len(self._ids) >= context:
+            raise UsageError(
+                f"the prompt has {len(self._ids)} tokens and {stream.model.name} holds {context}, new ones included;"
+                " give a shorter prompt"
+            )
+        self._room = stream.max_new_tokens if context is None else min(stream.max_new_tokens, context - len(self._ids))
+
+    def __iter__(self) -> Iterator[int]:
+        """Compute one token after the other."""
+        import numpy as np
+
+        wanted, model = self._stream.max_new_tokens, self._stream.model
+        generator = np.random.default_rng(self._stream.sampling.seed)
+        ids = list(self._ids)
+        for index in range(self._room):
+            scores = model.step(ids[-1]) if index else model.start(np.array([ids], np.int64))
+            scores = self.settings.allow(scores, ids, index, last=index + 1 == wanted)
+            token = choose(scores, self._stream.sampling, generator)
+            if self._stream.stop_at_end and token in self.settings.end_tokens:
+                self.finish_reason = "stop"
+                return
+            ids.append(token)
+            yield token
+        self.finish_reason = "length" if self._room == wanted else "context"
 
 
 def choose(scores: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
@@ -135,16 +168,6 @@ def choose(scores: Logits, sampling: Sampling, generator: np.random.Generator) -
     kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p) + 1)]
     weights = probabilities[kept] / probabilities[kept].sum()
     return int(generator.choice(kept, p=weights))
-
-
-def end_tokens(model: LanguageModel) -> set[int]:
-    """Return the tokens that end a text: those of the generation configuration and of the tokenizer."""
-    ends: set[int] = set()
-    settings = getattr(getattr(model, "model", None), "generation_config", None)
-    for owner in (settings, model.tokenizer):
-        value = getattr(owner, "eos_token_id", None)
-        ends |= set(value) if isinstance(value, (list, tuple)) else {value} if value is not None else set()
-    return ends
 
 
 def prompt_ids(tokenizer: object, prompt: str, chat: bool = False) -> list[int]:
