@@ -64,12 +64,14 @@ def measure(
     tokenizer = model.tokenizer or (reference.tokenizer if reference else None)
     if tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
-    wanted = None if options.max_tokens is None else max(1, -(-options.max_tokens // options.context))
-    windows = token_windows(tokenizer, text, options.context, most=wanted)
+    context = min(options.context, model.context or options.context)
+    if context < options.context:
+        note(f"{model.name} holds {context} positions: windows have {context} tokens instead of {options.context}")
+    wanted = None if options.max_tokens is None else max(1, -(-options.max_tokens // context))
+    windows = token_windows(tokenizer, text, context, most=wanted)
     count, length = windows.tokens.shape
-    model.check_room(length, "--context")
-    if length < options.context or count < (wanted or 1):
-        asked = f"{wanted or 'windows'} x {options.context}"
+    if length < context or count < (wanted or 1):
+        asked = f"{wanted or 'windows'} x {context}"
         note(f"{text.name} is short: evaluated on {count} x {length} tokens instead of {asked}; give more text")
     compared = None if reference is None else _logits(reference)
     given = len(windows.prefix)

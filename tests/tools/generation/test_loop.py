@@ -164,8 +164,9 @@ def test_end_tokens_of_a_folder_are_obeyed(name: str, work: Path, tmp_path: Path
     )
 
 
-def test_a_longer_text_than_the_context_is_not_evaluated(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_windows_are_no_longer_than_the_context(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "text.txt").write_text("the quick brown fox " * 60)
-    command = ["eval", work / "checkpoint", "--text", work / "text.txt", "--quiet"]
-    assert run_cli(*command, "--context", 200) == errors.USAGE
-    assert "--context asks for 200 positions" in capsys.readouterr().err
+    command = ["eval", work / "checkpoint", "--text", work / "text.txt", "--json", "--quiet"]
+    assert run_cli(*command, "--context", 200, "--max-tokens", 200) == 0
+    report = stdout_json(capsys)
+    assert any("windows have 128 tokens instead of 200" in note for note in report["notes"])
