@@ -24,6 +24,7 @@ class Metadata:
         kv: Type of the cache.
         inputs: ``ids``, or embedded tokens.
         activations: What products compute with.
+        context: Positions up to which the file is right, past ones included; empty without a limit.
         data_sha256: Hash of the data file; empty where an older version wrote the file.
         layers: Description of each packed layer by name.
         properties: All properties as they are.
@@ -37,6 +38,7 @@ class Metadata:
     kv: str = "float"
     inputs: str = "ids"
     activations: str = "none"
+    context: str = ""
     data_sha256: str = ""
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     properties: Mapping[str, str] = field(default_factory=dict)

@@ -199,9 +199,8 @@ class OrtModel(LanguageModel):
     def context(self) -> int | None:
         """What the file says; for files that do not, the configuration beside them."""
         folder = self.file.path.parent
-        value = self.file.metadata.get("rankbook.context") or read_json(folder / "config.json").get(
-            "max_position_embeddings"
-        )
+        noted = self.file.metadata.context
+        value = noted if noted.isdecimal() else read_json(folder / "config.json").get("max_position_embeddings")
         return int(value) if value else None
 
     @cached_property
