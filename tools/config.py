@@ -92,6 +92,8 @@ def select(
             _check_known([key], {*everything, *flags}, source)
     found: dict[str, Any] = {}
     for key, value in chosen.items():
+        if value is None:  # a key without a value says nothing
+            continue
         flag = keys[verb][key]
         if flag.option.name in found:
             raise UsageError(f"{source}: {' and '.join(flag.keys)} are one option; give one of them")

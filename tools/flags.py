@@ -34,7 +34,7 @@ class Flag:
         if item.about.positional:
             return cls(item, ())
         long = [name for name in item.about.flags if name.startswith("--")]
-        return cls(item, tuple([*item.about.flags] if long else [*item.about.flags, f"--{_dashed(item.name)}"]))
+        return cls(item, item.about.flags if long else (*item.about.flags, f"--{item.name.replace('_', '-')}"))
 
     @property
     def shown(self) -> str:
@@ -105,7 +105,7 @@ class Flag:
         return self.option.about.text + (f" (default: {default})" if default else "")
 
     def convert(self, value: Any, source: str) -> Any:
-        """Turn a value of a configuration file into that of the option.
+        """Turn a value of a configuration file, which is not None, into that of the option.
 
         Raises:
             UsageError: It is not one that the option takes.
@@ -117,14 +117,16 @@ class Flag:
             items = value if isinstance(value, (list, tuple)) else [value]
             return self.collected([self._convert_one(one, source) for one in items])
         if self.switch:
-            if not isinstance(value, bool) and not (value is None and item.default is None):
+            if not isinstance(value, bool):
                 raise UsageError(f"{source} is {value!r}; give true or false")
             return value
-        return None if value is None else self._convert_one(value, source)
+        return self._convert_one(value, source)
 
     def _convert_one(self, value: Any, source: str) -> Any:
         if isinstance(value, (dict, list)):
             raise UsageError(f"{source} is a {type(value).__name__}; give one value")
+        if isinstance(value, bool) or value is None:  # YAML reads yes, no, on, off and ~ so
+            raise UsageError(f"{source} is {value!r}; give a value, in quotes if it is meant as text")
         try:
             return self.parse(str(value))
         except argparse.ArgumentTypeError as error:
@@ -133,10 +135,6 @@ class Flag:
     def collected(self, values: Any) -> Any:
         """Turn the list of a repeated value into what the field holds."""
         return (dict if self.option.kind is dict else tuple)(values) if self.option.many else values
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -208,6 +208,8 @@ class TestConfiguration:
             ("size: 9", "choose one of 1, 2, 3"),
             ("size: many", "invalid literal"),
             ("fast: 1", "give true or false"),
+            ("source: yes", "source is True; give a value, in quotes"),
+            ("names: [a, ~]", "names is None; give a value"),
             ("[1, 2]", "must map names"),
             ("a: [", "not valid YAML"),
             ("siz: 2", "did you mean size?"),
@@ -242,6 +244,11 @@ class TestConfiguration:
         for path in ("c.yaml", "rankbook-echo.yaml"):
             assert run_cli("echo", "x", "--config", tmp_path / path, "--json") == 0
             assert stdout_json(capsys) == want
+
+    def test_a_key_without_a_value_says_nothing(self, tmp_path, capsys):
+        (tmp_path / "c.yaml").write_text("size:\nnames: ~\nfast: null\n")
+        assert run_cli("echo", "x", "--config", tmp_path / "c.yaml", "--json") == 0
+        assert stdout_json(capsys) == {"source": "x", "size": 1, "names": [], "fast": None, "seed": 0}
 
     def test_help_groups_options_and_shows_defaults(self, capsys):
         with pytest.raises(SystemExit):
