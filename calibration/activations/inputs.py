@@ -41,6 +41,10 @@ class StaticRange:
     step: float
     zero: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.step < float("inf"):
+            raise ValueError(f"the step of a static range is {self.step}; it must be positive and finite")
+
 
 @dataclass(frozen=True)
 class ActivationConfig:
@@ -94,7 +98,7 @@ class ActivationConfig:
         try:
             ranges = {name: StaticRange(float(s), int(z)) for name, (s, z) in entry.get("ranges", {}).items()}
             return cls(str(entry["kind"]), ranges, tuple(map(str, entry.get("skip", ()))))
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the entry 'activations' of config.json is damaged: {error}") from error
 
     def applies(self, layer: str) -> bool:

@@ -321,8 +321,16 @@ def test_settings_that_cannot_be_applied_are_refused():
         settings.override(model, kind="static8", kv_bits=None)
     with pytest.raises(ValueError, match="no input range for"):
         activations.install(model, ActivationConfig("static8", {"x": StaticRange(0.1)}), ["model.layers.0.mlp.up_proj"])
-    with pytest.raises(ValueError, match="is damaged"):
-        ActivationConfig.from_json({"ranges": {}})
+    damaged = [
+        {"ranges": {}},
+        3,
+        {"kind": "static8", "ranges": []},
+        {"kind": "static8", "ranges": {"x": [0.1, float("nan")]}},
+    ]
+    damaged += [{"kind": "static8", "ranges": {"x": [step, 0]}} for step in (0.0, -1.0, float("nan"), float("inf"))]
+    for entry in damaged:
+        with pytest.raises(ValueError, match="is damaged"):
+            ActivationConfig.from_json(entry)  # type: ignore[arg-type]
     del model.model.layers[1].self_attn.k_proj
     with pytest.raises(ValueError, match=r"leave out --kv-bits"):
         kv_cache.install(model, 8)
