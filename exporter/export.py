@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +15,9 @@ import torch
 from onnx_ir.passes import common
 
 from rankbook.calibration.activations.inputs import ActivationConfig
-from rankbook.calibration.checkpoint.files import check_replaceable, replaced_folder
-from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, open_checkpoint
+from rankbook.calibration.checkpoint.extras import copy_extras
+from rankbook.calibration.checkpoint.format import Checkpoint, open_checkpoint
+from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.language import language_view
 from rankbook.exporter import attention, conform, dialects, external
@@ -116,7 +116,7 @@ def export(
         ValueError: Settings of the checkpoint that exist in PyTorch only.
         DialectError: The dialect cannot express a layer; the message says which, why and what to do.
         CheckpointError: The checkpoint is missing, damaged or of another version.
-        FileExistsError: ``output_dir`` holds something else.
+        FileExistsError: ``output_dir`` holds something else, or another run writes there.
         NotExportableError: The model has something that is not served.
         RuntimeError: The result breaks the contract of an operator.
         OSError: Writing failed; what was in ``output_dir`` is unchanged.
@@ -124,16 +124,15 @@ def export(
     started = time.monotonic()
     options = options or ExportOptions()
     output = Path(output_dir).absolute()
-    check_replaceable(output, MODEL)
-    checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir, verify=True)), options)
     report = progress or _silent
-    report("trace", 0, 1)
-    model = build_model(checkpoint, options)
     with replaced_folder(output, MODEL) as folder:
+        checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir, verify=True)), options)
+        report("trace", 0, 1)
+        model = build_model(checkpoint, options)
         digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))
         model.metadata_props[DATA_SHA256] = digest
         ir.save(model, folder / MODEL)
-        _copy_extras(checkpoint, folder)
+        copy_extras(checkpoint.folder, folder, also=("config.json",))
         if problems := conform.check_model(folder / MODEL):
             raise RuntimeError("the exported model breaks the contract of its operators: " + "; ".join(problems))
         report("check", 0, 1)
@@ -228,13 +227,6 @@ def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint
             " exist in PyTorch only; give --weights-only, and --kv int8 for a cache of 8 bits"
         )
     return checkpoint
-
-
-def _copy_extras(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy everything of the checkpoint but weights and manifest: tokenizer, configuration, chat template."""
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.is_file() and path.name != MANIFEST and ".safetensors" not in path.name:
-            shutil.copyfile(path, folder / path.name)
 
 
 def _sizes(model: ir.Model, checkpoint: Checkpoint) -> tuple[int, int, int]:

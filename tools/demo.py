@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.checkpoint.output import claim
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.option import Seeded, Threaded, option
 from rankbook.calibration.settings import EFFORTS, ERROR_BRANCHES
@@ -113,7 +114,7 @@ def prepare(options: DemoOptions) -> Demo:
     if reasons:
         raise MissingError("; ".join(reasons))
     model = options.model or find_packaged_model()
-    options.output.mkdir(parents=True, exist_ok=True)
+    claim(options.output)
     (options.output / "demo.log").unlink(missing_ok=True)
     if options.calib is None:
         calib, text = default_texts(options.output)

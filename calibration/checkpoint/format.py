@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
+from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.integrity import (
     INDEX,
     WEIGHTS,
@@ -32,6 +32,7 @@ from rankbook.calibration.checkpoint.integrity import (
     tensor_files,
 )
 from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
+from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
 from rankbook.calibration.source import is_checkpoint as is_checkpoint
@@ -170,6 +171,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
         manifest["files"] = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(temporary.iterdir())
+            if path.is_file()
         }
         _write_json(temporary / MANIFEST, manifest)
 

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.activations.settings import chosen_settings
-from rankbook.calibration.checkpoint.files import check_replaceable, sha256_file
+from rankbook.calibration.checkpoint.extras import copy_extras
+from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, versions, write_checkpoint
+from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import capture, embeddings
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.allocation import Choice, allocate
 from rankbook.calibration.model.block import BlockSolver, Site, Streams
-from rankbook.calibration.model.loading import load_model, model_hash
+from rankbook.calibration.model.loading import load_model, model_hash, source_folder
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import packed_modules, replace_module
 from rankbook.calibration.model.report import (
@@ -75,30 +77,31 @@ def quantize_model(
     Raises:
         ValueError: Options that do not fit the model, weights with NaN, empty calibration text, a state to resume that
             belongs to other options.
-        FileExistsError: ``output_dir`` holds something else.
+        FileExistsError: ``output_dir`` holds something else, or another run writes there.
         OSError: Writing failed; an earlier result is untouched.
     """
-    output = Path(output_dir)
     start = time.monotonic()
-    check_replaceable(output, MANIFEST)
-    model, tokenizer = _load_original(source)
-    run = _Run.prepare(model, options, progress)
-    if begin is not None:
-        begin(model.config)
-    digest = model_hash(source)
-    state = PartialState(output, _fingerprint(options, digest), resume=resume)
-    run.reporter.tell("calibration text", -1)
-    data = _calibration(state, tokenizer, model, options)
-    resumed = state.finished()
-    run.blocks_in_order(data.tokens, state)
-    run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
-    acting = chosen_settings(model, data.tokens, run.layers, options)
-    report = run.report(output, data, resumed, start)
-    manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
-    write_checkpoint(output, replace(_parts(model, tokenizer, run.specs(), manifest), settings=acting))
-    state.remove()
-    run.reporter.tell("done", len(run.blocks.modules))
-    return report
+    with locked(Path(output_dir)) as output:
+        check_replaceable(output, MANIFEST)
+        model, tokenizer = _load_original(source)
+        run = _Run.prepare(model, options, progress)
+        if begin is not None:
+            begin(model.config)
+        digest = model_hash(source)
+        state = PartialState(output, _fingerprint(options, digest), resume=resume)
+        run.reporter.tell("calibration text", -1)
+        data = _calibration(state, tokenizer, model, options)
+        resumed = state.finished()
+        run.blocks_in_order(data.tokens, state)
+        run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
+        acting = chosen_settings(model, data.tokens, run.layers, options)
+        report = run.report(output, data, resumed, start)
+        manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
+        parts = _parts(model, tokenizer, run.specs(), manifest, source_folder(source))
+        write_checkpoint(output, replace(parts, settings=acting))
+        state.remove()
+        run.reporter.tell("done", len(run.blocks.modules))
+        return report
 
 
 @dataclass
@@ -318,8 +321,10 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
     }
 
 
-def _parts(model: Any, tokenizer: Any, specs: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> CheckpointParts:
-    """Gather what the checkpoint holds; tied weights are stored once."""
+def _parts(
+    model: Any, tokenizer: Any, specs: Mapping[str, LayerSpec], manifest: Mapping[str, Any], folder: Path | None
+) -> CheckpointParts:
+    """Gather what the checkpoint holds; tied weights are stored once, other files of the source's folder go along."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -335,10 +340,12 @@ def _parts(model: Any, tokenizer: Any, specs: Mapping[str, LayerSpec], manifest:
             if part is not None:
                 part["tie_word_embeddings"] = found.tied
 
-    def save_extras(folder: Path) -> None:
+    def save_extras(target: Path) -> None:
+        if folder is not None:
+            copy_extras(folder, target)
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+            model.generation_config.save_pretrained(target)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(target)
 
     return CheckpointParts(config, specs, tensors, manifest, save_extras)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from rankbook.calibration.checkpoint.extras import WEIGHTS
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
 from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.model.tokenizer import read_tokenizer
-from rankbook.calibration.source import LOADABLE, Source, identify
+from rankbook.calibration.notes import note
+from rankbook.calibration.source import LOADABLE, Kind, Source, identify
 
 
 def resolve(source: str | Path) -> Source:
@@ -72,6 +74,23 @@ def model_hash(source: str | Path) -> str:
     for name in names:
         digest.update(f"{name}\0{sha256_file(folder / name)}\n".encode())
     return digest.hexdigest()
+
+
+def source_folder(source: str | Path) -> Path | None:
+    """Return the folder whose other files belong to the model; None for a .gguf file, which may lie among anything.
+
+    Of a model of the hub they are fetched; what cannot be is said in a `Note`.
+    """
+    found = resolve(source)
+    if found.kind is not Kind.HUB:
+        return Path(found.location) if Path(source).is_dir() else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(found.location, ignore_patterns=[f"*{end}" for end in WEIGHTS]))
+    except Exception as error:  # the network, the hub and the library raise many types; the weights are here already
+        note(f"files of {source} beside its weights could not be fetched: {error}")
+        return None
 
 
 def _auto_class(config: Any) -> Any:

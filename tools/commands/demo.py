@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankbook.calibration.checkpoint.output import locked
 from rankbook.tools import demo
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
@@ -16,9 +17,9 @@ class Demo(demo.DemoOptions, Common):
 
 def run(options: Demo) -> Outcome:
     """Run the stages one after another, each in a process of its own."""
-    prepared = demo.prepare(options)
     console = Console(quiet=options.quiet)
-    with console.progress("demo") as progress:
+    with locked(options.output), console.progress("demo") as progress:
+        prepared = demo.prepare(options)
 
         def note(fraction: float, what: str) -> None:
             progress(fraction, what)

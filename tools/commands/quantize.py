@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.calibration.checkpoint.files import check_replaceable
+from rankbook.calibration.checkpoint.output import check_replaceable
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.notes import note
 from rankbook.calibration.option import WHERE, argument, option, part, required

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.calibration.checkpoint.files import replaced_folder, sha256_file
+from rankbook.calibration.checkpoint.files import sha256_file
+from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
 from rankbook.plugins import library
 from rankbook.tools.deploy import engine_commands, engine_log
