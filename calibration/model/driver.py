@@ -221,7 +221,7 @@ class _Run:
         layers = {**self.embedding_layers, **self.layers}
         entries["blocks"] = in_float(self.blocks.modules, self.layers.values())
         entries["model"] = in_float([self.model], layers.values())
-        return QuantizeReport(
+        report = QuantizeReport(
             output_dir=output,
             layers=layers,
             totals=totals(self.layers, entries),
@@ -233,6 +233,9 @@ class _Run:
             resumed_at=resumed,
             peak_rss_bytes=peak_rss_bytes(),
         )
+        if report.unknown:
+            note(report.unknown)
+        return report
 
     def _calibration_windows(self, tokens: Tensor) -> dict[str, int]:
         """Return what was calibrated on beside what was asked for."""

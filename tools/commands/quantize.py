@@ -75,8 +75,6 @@ def run(options: Quantize) -> Outcome:
         )
     if chosen.calib is None:
         console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
-    if report.unknown:
-        console.log(report.unknown)
     summary = {
         "bits_per_weight": report.bits_per_weight,
         "method": chosen.method,
