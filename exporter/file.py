@@ -27,6 +27,7 @@ from rankbook.exporter.stored import (
 )
 from rankbook.plugins import contract, merged
 from rankbook.plugins.contract import Operator
+from rankbook.plugins.layer_spec import LayerSpec
 from rankbook.plugins.operators import OPERATORS
 
 if TYPE_CHECKING:
@@ -204,10 +205,13 @@ class ExportedModel:
         return problems
 
     def verify(self) -> None:
-        """Compare the data file with the hash that the exporter wrote down, which reads all of it.
+        """Compare the data file with the hash that the exporter wrote down, and check the numbers of packed layers.
+
+        Reads all of the data.
 
         Raises:
-            ExportedFileError: It is another one. A file without data, or of a version that wrote no hash, passes.
+            ExportedFileError: It is another file (one without data, or of a version that wrote no hash, passes), or a
+                constant of a packed layer is NaN, infinite, or a placeholder that would change the result.
         """
         from rankbook.calibration.checkpoint.files import sha256_file
 
@@ -218,6 +222,19 @@ class ExportedModel:
                     f"{file} is not the file that {self.path.name} was written with (SHA-256 differs): it was changed,"
                     " or belongs to another export; copy both files again, or export again"
                 )
+
+        for node in self.packed:
+            if node.operator is not None and node.operator.bits:
+                self._check_numbers(node, node.operator.bits)
+
+    def _check_numbers(self, node: Node, bits: int) -> None:
+        try:
+            given = {port: tensor.spec for port, tensor in node.constants.items()}
+            for port, form in LayerSpec.of_constants(bits, node.attributes, given).constants().items():
+                if port in node.constants and port != "codes":
+                    form.check(f"{node.name}.{port}", node.constants[port].numpy())
+        except ValueError as error:
+            raise ExportedFileError(f"{self.path}: {error}{AGAIN}") from None
 
     def require_ours(self) -> None:
         """Check that the file was written by this project.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -71,3 +74,22 @@ def test_changed_weights_of_a_checkpoint_are_named(folders: Path, capsys: pytest
         assert run_cli("inspect", folders / "out", "--no-verify") == 0
     finally:
         weights.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"), [("step", np.nan, "step holds NaN"), ("base", np.inf, "base holds NaN or infinity")]
+)
+def test_numbers_in_the_graph_are_checked(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, value: float, said: str
+) -> None:
+    shutil.copytree(folders / "onnx", tmp_path / "onnx")
+    graph = onnx.load(str(tmp_path / "onnx" / MODEL), load_external_data=False)
+    name = f"model.layers.0.mlp.up_proj.{part}"  # too small for the data file, so that its hash says nothing of it
+    (tensor,) = [item for item in graph.graph.initializer if item.name == name]
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.reshape(-1)[0] = value
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
+    onnx.save(graph, str(tmp_path / "onnx" / MODEL))
+    for verb in (("inspect",), ("parity", "--checkpoint", folders / "out")):
+        assert run_cli(verb[0], tmp_path / "onnx", *verb[1:]) == errors.USAGE
+        assert f"up_proj.{said}" in capsys.readouterr().err
