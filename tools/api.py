@@ -15,6 +15,9 @@ from rankbook.tools.deploy.engine import build as build
 from rankbook.tools.deploy.options import BuildOptions as BuildOptions
 from rankbook.tools.evaluate.options import EvalOptions as EvalOptions
 from rankbook.tools.evaluate.quality import evaluate as evaluate
+from rankbook.tools.generation.loop import GenerateOptions as GenerateOptions
+from rankbook.tools.generation.loop import Generation as Generation
+from rankbook.tools.generation.loop import generate as generate
 from rankbook.tools.inspect.inspection import Inspection as Inspection
 from rankbook.tools.inspect.inspection import inspect as inspect
 from rankbook.tools.runtimes import LanguageModel as LanguageModel

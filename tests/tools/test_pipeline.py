@@ -12,7 +12,7 @@ import pytest
 
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
-from rankbook.tools.generation.loop import NextTokens, Sampling, Stream
+from rankbook.tools.generation.loop import GenerateOptions, NextTokens
 from rankbook.tools.runtimes import trt
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
@@ -90,9 +90,10 @@ def test_eval_refuses_bad_input(arguments, said, work, capsys, monkeypatch):
 def test_greedy_tokens_of_torch_and_onnx_runtime_agree(work):
     """float32 on both sides: logits differ by 1e-6, the two best ones of a random model by far more."""
     models = TorchModel(work / "q"), OrtModel(work / "onnx")
+    options = GenerateOptions(max_new_tokens=24, ignore_eos=True)
     for seed in range(3):
         prompt = np.random.default_rng(seed).integers(0, 256, 7).tolist()
-        ids = [list(NextTokens(Stream(model, Sampling(), 24, stop_at_end=False), prompt)) for model in models]
+        ids = [list(NextTokens(model, prompt, options)) for model in models]
         assert ids[0] == ids[1]
         assert len(ids[0]) == 24
 

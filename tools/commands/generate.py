@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console, peak_rss
-from rankbook.tools.errors import UsageError
-from rankbook.tools.generation.loop import Sampling, Stream, generate
+from rankbook.tools.generation.loop import GenerateOptions, generate
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.runtimes import Setting, open_model
@@ -22,17 +21,14 @@ _WHY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Sampling, KernelOptions, Common):
+class Generate(GenerateOptions, KernelOptions, Common):
     """Options of the verb."""
 
     model: str = argument("checkpoint, Hugging Face model, GGUF, exported folder or .onnx", metavar="MODEL")
     prompt: str | None = option(
         None, "prompt; read from stdin when not given", metavar="TEXT", flags=("-p", "--prompt")
     )
-    chat: bool = option(False, "wrap the prompt in the model's chat template")
-    max_new_tokens: int = option(128, "most tokens to generate", metavar="N")
     tokenizer: str | None = option(None, "take the tokenizer from this model when MODEL has none", metavar="MODEL")
-    ignore_eos: bool = option(False, "go on after the end token")
 
 
 def run(options: Generate) -> Outcome:
@@ -41,15 +37,12 @@ def run(options: Generate) -> Outcome:
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     setting = Setting(options.threads)
     model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
-    if model.tokenizer is None:
-        raise UsageError(f"{options.model} has no tokenizer; name a model that has it: --tokenizer MODEL")
 
     def show(piece: str) -> None:
         if not options.json:
             print(piece, end="", flush=True)
 
-    stream = Stream(model, options, options.max_new_tokens, stop_at_end=not options.ignore_eos, show=show)
-    result = generate(stream, prompt, chat=options.chat)
+    result = generate(model, prompt, options, show=show)
     if not options.json:
         print(flush=True)
     console.log(

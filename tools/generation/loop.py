@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sampling(Seeded):
-    """How the next token is chosen."""
+class GenerateOptions(Seeded):
+    """How the next token is chosen, and when to stop."""
 
+    max_new_tokens: int = option(128, "most tokens to generate", metavar="N")
+    chat: bool = option(False, "wrap the prompt in the model's chat template")
+    ignore_eos: bool = option(False, "go on after the end token")
     temperature: float = option(0.0, "0 is greedy", metavar="T")
     top_p: float = option(1.0, "sample from the smallest set with this probability", metavar="P")
 
@@ -32,17 +35,6 @@ class Sampling(Seeded):
             raise UsageError(f"temperature {self.temperature} is negative; 0 is greedy, 1 samples as the model says")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not a probability; give a number above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A generation to run: the model, how to choose, when to stop, and where text goes as it comes."""
-
-    model: LanguageModel
-    sampling: Sampling
-    max_new_tokens: int
-    stop_at_end: bool = True
-    show: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -73,17 +65,36 @@ class Generation:
     tokens_per_second: float
 
 
-def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
+def generate(
+    model: LanguageModel,
+    prompt: str,
+    options: GenerateOptions | None = None,
+    *,
+    show: Callable[[str], None] = lambda _: None,
+) -> Generation:
     """Continue ``prompt``.
 
+    >>> model = rankbook.open_model("onnx")
+    >>> result = rankbook.generate(model, "the", rankbook.GenerateOptions(max_new_tokens=4, ignore_eos=True))
+    >>> result.tokens, result.finish_reason
+    (4, 'length')
+
+    Args:
+        model: What `rankbook.open_model` returns.
+        prompt: Text; with ``options.chat`` what the user says.
+        options: The defaults, greedy, without.
+        show: Called with the text as it comes.
+
     Raises:
-        UsageError: An empty prompt, one that fills the context, or a chat without a chat template.
+        UsageError: No tokenizer, an empty prompt, one that fills the context, or a chat without a chat template.
     """
-    tokenizer = stream.model.tokenizer
-    ids = prompt_ids(tokenizer, prompt, chat)
-    tokens = NextTokens(stream, ids)
+    options, tokenizer = options or GenerateOptions(), model.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
+    ids = prompt_ids(tokenizer, prompt, options.chat)
+    tokens = NextTokens(model, ids, options)
     settings = tokens.settings
-    text = TextStream(tokenizer, settings.stop_strings if stream.stop_at_end else ())
+    text = TextStream(tokenizer, () if options.ignore_eos else settings.stop_strings)
     start = time.perf_counter()
     produced: list[int] = []
     first = 0.0
@@ -91,10 +102,10 @@ def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
         if not produced:
             first = time.perf_counter() - start
         produced.append(token)
-        stream.show(text.push(token))
+        show(text.push(token))
         if text.stopped:
             break
-    stream.show(text.finish())
+    show(text.finish())
     total = time.perf_counter() - start
     rate = (len(produced) - 1) / (total - first) if len(produced) > 1 else 0.0
     return Generation(
@@ -102,7 +113,7 @@ def generate(stream: Stream, prompt: str, *, chat: bool = False) -> Generation:
         ids=tuple(produced),
         prompt_tokens=len(ids),
         tokens=len(produced),
-        kernels=stream.model.kernels,
+        kernels=model.kernels,
         finish_reason="stop" if text.stopped else tokens.finish_reason,
         suggested=settings.suggested,
         prompt_seconds=first,
@@ -118,54 +129,55 @@ class NextTokens:
         finish_reason: Why it ended, see `Generation`; known at the end.
     """
 
-    def __init__(self, stream: Stream, ids: Sequence[int]) -> None:
+    def __init__(self, model: LanguageModel, ids: Sequence[int], options: GenerateOptions) -> None:
         """Look whether there is room behind the prompt ``ids``.
 
         Raises:
             UsageError: There is none.
         """
-        self._stream, self._ids = stream, list(ids)
-        self.settings = GenerationSettings.of(stream.model.generation_config, stream.model.tokenizer)
+        self._model, self._ids, self._options = model, list(ids), options
+        self.settings = GenerationSettings.of(model.generation_config, model.tokenizer)
         self.finish_reason = "length"
-        context = stream.model.context
+        context = model.context
         if context is not None and len(self._ids) >= context:
             raise UsageError(
-                f"the prompt has {len(self._ids)} tokens and {stream.model.name} holds {context}, new ones included;"
+                f"the prompt has {len(self._ids)} tokens and {model.name} holds {context}, new ones included;"
                 " give a shorter prompt"
             )
-        self._room = stream.max_new_tokens if context is None else min(stream.max_new_tokens, context - len(self._ids))
+        wanted = options.max_new_tokens
+        self._room = wanted if context is None else min(wanted, context - len(self._ids))
 
     def __iter__(self) -> Iterator[int]:
         """Compute one token after the other."""
         import numpy as np
 
-        wanted, model = self._stream.max_new_tokens, self._stream.model
-        generator = np.random.default_rng(self._stream.sampling.seed)
+        model, options = self._model, self._options
+        generator = np.random.default_rng(options.seed)
         ids = list(self._ids)
         for index in range(self._room):
             scores = model.step(ids[-1]) if index else model.start(np.array([ids], np.int64))
-            scores = self.settings.allow(scores, ids, index, last=index + 1 == wanted)
-            token = choose(scores, self._stream.sampling, generator)
-            if self._stream.stop_at_end and token in self.settings.end_tokens:
+            scores = self.settings.allow(scores, ids, index, last=index + 1 == options.max_new_tokens)
+            token = choose(scores, options, generator)
+            if not options.ignore_eos and token in self.settings.end_tokens:
                 self.finish_reason = "stop"
                 return
             ids.append(token)
             yield token
-        self.finish_reason = "length" if self._room == wanted else "context"
+        self.finish_reason = "length" if self._room == options.max_new_tokens else "context"
 
 
-def choose(scores: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
+def choose(scores: Logits, options: GenerateOptions, generator: np.random.Generator) -> int:
     """Return the next token from logits (vocabulary,)."""
     import numpy as np
 
-    if sampling.temperature == 0:
+    if options.temperature == 0:
         return int(scores.argmax())
-    scaled = scores.astype(np.float64) / sampling.temperature
+    scaled = scores.astype(np.float64) / options.temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
     # The token that crosses the threshold belongs to the set, so that it is never empty.
-    kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p) + 1)]
+    kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), options.top_p) + 1)]
     weights = probabilities[kept] / probabilities[kept].sum()
     return int(generator.choice(kept, p=weights))
 

@@ -14,7 +14,7 @@ import pytest
 from rankbook.exporter.export import export
 from rankbook.exporter.options import ExportOptions
 from rankbook.tools import errors
-from rankbook.tools.generation.loop import NextTokens, Sampling, Stream, generate
+from rankbook.tools.generation.loop import GenerateOptions, NextTokens, generate
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.runtimes import LanguageModel, open_model
 from tests.exporter.checkpoints import make_checkpoint
@@ -57,13 +57,16 @@ class Alphabet(LanguageModel):
         return scores
 
 
+TWELVE = GenerateOptions(max_new_tokens=12)
+
+
 def letter(character: str) -> int:
     (token,) = tiny_tokenizer()(character)["input_ids"]
     return int(token)
 
 
 def continued(model: Alphabet, prompt: str = "a", count: int = 6, **more: Any) -> tuple[str, str]:
-    result = generate(Stream(model, Sampling(), count, **more), prompt)
+    result = generate(model, prompt, GenerateOptions(max_new_tokens=count, **more))
     assert result.text == tiny_tokenizer().decode(result.ids) or result.finish_reason == "stop"
     return result.text, result.finish_reason
 
@@ -71,9 +74,9 @@ def continued(model: Alphabet, prompt: str = "a", count: int = 6, **more: Any) -
 def test_what_ends_a_text() -> None:
     assert continued(Alphabet()) == ("bcdefg", "length")
     assert continued(Alphabet(eos_token_id=[letter("z"), letter("e")])) == ("bcd", "stop")
-    assert continued(Alphabet(eos_token_id=letter("e")), stop_at_end=False) == ("bcdefg", "length")
+    assert continued(Alphabet(eos_token_id=letter("e")), ignore_eos=True) == ("bcdefg", "length")
     assert continued(Alphabet(stop_strings=["de", "x"])) == ("bc", "stop")
-    assert continued(Alphabet(stop_strings="ef"), stop_at_end=False) == ("bcdefg", "length")
+    assert continued(Alphabet(stop_strings="ef"), ignore_eos=True) == ("bcdefg", "length")
 
 
 def test_the_context_ends_a_text_and_is_never_passed() -> None:
@@ -107,7 +110,7 @@ def test_sampling_of_the_model_is_offered_and_not_taken() -> None:
         "top_k": 20,
         "repetition_penalty": 1.05,
     }
-    result = generate(Stream(Alphabet(**config), Sampling(), 3), "a")
+    result = generate(Alphabet(**config), "a", GenerateOptions(max_new_tokens=3))
     assert result.text == "bcd"
     assert result.suggested == {key: value for key, value in config.items() if key != "do_sample"}
     advice = GenerationSettings(suggested=result.suggested).advice()
@@ -147,11 +150,11 @@ def test_every_runtime_stops_at_the_context_and_says_so(
 @pytest.mark.parametrize("name", ["checkpoint", "onnx"])
 def test_end_tokens_of_a_folder_are_obeyed(name: str, work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / name, tmp_path / "model")
-    free = list(NextTokens(Stream(open_model(tmp_path / "model"), Sampling(), 12), [1, 2, 3]))
+    free = list(NextTokens(open_model(tmp_path / "model"), [1, 2, 3], TWELVE))
     path = tmp_path / "model" / "generation_config.json"
     ends = [257, free[5]]
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
-    stopped = NextTokens(Stream(open_model(tmp_path / "model"), Sampling(), 12), [1, 2, 3])
+    stopped = NextTokens(open_model(tmp_path / "model"), [1, 2, 3], TWELVE)
     assert list(stopped) == free[: free.index(free[5])]
     assert stopped.finish_reason == "stop"
     if name == "checkpoint":  # its files are all needed
@@ -159,9 +162,7 @@ def test_end_tokens_of_a_folder_are_obeyed(name: str, work: Path, tmp_path: Path
     path.unlink()  # transformers takes the end token of config.json then
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": ends}))
-    assert list(NextTokens(Stream(open_model(tmp_path / "model"), Sampling(), 12), [1, 2, 3])) == list(
-        free[: free.index(free[5])]
-    )
+    assert list(NextTokens(open_model(tmp_path / "model"), [1, 2, 3], TWELVE)) == list(free[: free.index(free[5])])
 
 
 def test_windows_are_no_longer_than_the_context(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
