@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -219,12 +219,25 @@ class ModelAdapter:
         beyond it every key in the cache would have to be computed again.
         """
         limit = int(getattr(self.config, "max_position_embeddings", 0) or 0)
-        found = getattr(self.config, "rope_parameters", None) or {}
-        for rope in [found, *(entry for entry in found.values() if isinstance(entry, dict))]:
+        for rope in self._ropes():
             if _fixed(str(rope.get("rope_type", ""))) != rope.get("rope_type", ""):
                 original = rope.get("original_max_position_embeddings") or limit
                 limit = min(limit, int(original)) if limit else int(original)
         return limit
+
+    def longest_text(self) -> int | None:
+        """Return how long a text may be without a cache that only grows; None where the configuration sets no limit.
+
+        That is the positions of the configuration; dynamic NTK, whose frequencies follow the length, goes beyond them.
+        """
+        limit = getattr(self.config, "max_position_embeddings", None)
+        factors = [rope.get("factor") or 1 for rope in self._ropes() if rope.get("rope_type") == "dynamic"]
+        return int(limit * max(factors, default=1)) if limit else None
+
+    def _ropes(self) -> list[Mapping[str, Any]]:
+        """Return the settings of every rotary embedding of the configuration."""
+        found = getattr(self.config, "rope_parameters", None) or {}
+        return [found, *(entry for entry in found.values() if isinstance(entry, dict))]
 
     def keep_frequencies(self) -> None:
         """Keep rotary frequencies from now on as they are up to `context`."""

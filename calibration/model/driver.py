@@ -288,7 +288,7 @@ def _calibration(state: PartialState, tokenizer: Any, model: Any, options: Quant
     """Return the calibration tokens, those of the interrupted run if there was one."""
     if (stored := state.tokens()) is not None:
         return CalibrationData(*stored)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or options.calib_length
+    most = adapter_of(model).longest_text() or options.calib_length
     if (length := min(options.calib_length, most)) < options.calib_length:
         note(f"the model's context is {most} tokens: calibration windows have as many, not {options.calib_length}")
     with capture.within_range(model):

@@ -53,11 +53,10 @@ class TorchModel(LanguageModel):
 
     @property
     def context(self) -> int | None:
-        """Positions of the configuration; dynamic NTK, whose frequencies follow the length, goes beyond them."""
-        config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        factors = [rope.get("factor") or 1 for rope in _ropes(config) if rope.get("rope_type") == "dynamic"]
-        return int(limit * max(factors, default=1)) if limit else None
+        """See `rankbook.calibration.model.adapter.ModelAdapter.longest_text`."""
+        from rankbook.calibration.model.adapter import adapter_of
+
+        return adapter_of(self.model).longest_text()
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
@@ -98,12 +97,6 @@ class TorchModel(LanguageModel):
         with torch.inference_mode():
             last: Logits = self._text.extend(torch.from_numpy(tokens))[0].numpy()
         return last
-
-
-def _ropes(config: Any) -> list[Mapping[str, Any]]:
-    """Return the settings of every rotary embedding of a configuration."""
-    found = getattr(config, "rope_parameters", None) or {}
-    return [found, *(entry for entry in found.values() if isinstance(entry, dict))]
 
 
 def _prepare(_: Source) -> None:

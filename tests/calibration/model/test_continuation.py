@@ -68,3 +68,9 @@ def test_a_continuation_is_that_of_generate(family: str) -> None:
             found = text.extend(tokens)
             assert torch.allclose(found, logits, atol=1e-4)
             tokens = logits.argmax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("family", "context", "longest"), [("llama", 16, 64), ("phi3", 16, 64), ("gemma2", 128, 128)])
+def test_how_long_a_text_may_be_with_and_without_a_growing_cache(family: str, context: int, longest: int) -> None:
+    adapter = adapter_of(tiny_model(family, **CHANGING.get(family, {})))
+    assert (adapter.context(), adapter.longest_text()) == (context, longest)
