@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +16,11 @@ from rankbook.calibration.activations.inputs import StaticRange
 from rankbook.calibration.record import halves
 from rankbook.calibration.record.group_params import GroupParams
 from rankbook.calibration.record.quantized_linear import Factor
+from rankbook.exporter.rewrite import Writer
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
 
-__all__ = ["Dialect", "DialectError", "NodeWriter", "PackedLayer", "check_layers", "lazy_tensor"]
+__all__ = ["Dialect", "DialectError", "LayerWriter", "PackedLayer", "check_layers", "lazy_tensor"]
 
 
 class DialectError(ValueError):
@@ -53,48 +54,20 @@ class PackedLayer:
     int8_activations: bool = False
 
 
-@dataclass
-class NodeWriter:
-    """Collects the nodes that take the place of one layer, and registers their constants.
+class LayerWriter(Writer):
+    """The nodes that take the place of one layer; names begin with its name.
 
     Attributes:
-        graph: Where the constants go.
-        layer: The layer; names begin with its name.
-        nodes: The nodes so far, in order.
+        layer: The layer.
     """
 
-    graph: ir.Graph
-    layer: PackedLayer
-    nodes: list[ir.Node] = field(default_factory=list)
-
-    def constant(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return the initializer that holds a tensor, by its name, adding it if it is new."""
-        name = str(tensor.name)
-        if name not in self.graph.initializers:
-            shape = ir.Shape(tensor.shape.numpy())
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+    def __init__(self, graph: ir.Graph, layer: PackedLayer) -> None:
+        super().__init__(graph, layer.name)
+        self.layer = layer
 
     def lazy(self, part: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.Value:
         """Return a constant ``<layer>.<part>`` whose values are computed when the file is written."""
         return self.constant(lazy_tensor(f"{self.layer.name}.{part}", dtype, shape, load))
-
-    def op(
-        self,
-        op_type: str,
-        inputs: Iterable[ir.Value | None],
-        attributes: Mapping[str, int | str] | None = None,
-        *,
-        domain: str = "",
-        name: str = "",
-    ) -> ir.Value:
-        """Append a node and return its first output; a node without a name is named after layer and operator."""
-        name = name or f"{self.layer.name}.{op_type}.{len(self.nodes)}"
-        node = ir.node(op_type, list(inputs), dict(attributes or {}), domain=domain, name=name)
-        node.outputs[0].name = f"{name}.output"
-        self.nodes.append(node)
-        return node.outputs[0]
 
     def floats(self, part: str, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.Value:
         """Return a constant in the dtype of the activations, which must hold it when the file is written."""
@@ -114,22 +87,21 @@ class NodeWriter:
         step = ir.tensor(torch.tensor(found.step).to(self.layer.dtype), name=f"input_step.{found.step!r}")
         zero = ir.tensor(np.array(found.zero, kind.numpy()), name=f"input_zero.{kind.name}.{found.zero}")
         constants = [self.constant(step), self.constant(zero)]
-        codes = self.op("QuantizeLinear", [x, *constants])
-        values = self.op("DequantizeLinear", [codes, *constants])
-        codes.type, values.type = ir.TensorType(kind), x.type
-        codes.shape = values.shape = x.shape
+        codes = self.op("QuantizeLinear", x, *constants)
+        values = self.op("DequantizeLinear", codes, *constants, like=x)
+        codes.type, codes.shape = ir.TensorType(kind), x.shape
         return values
 
     def finish(self, product: ir.Value, x: ir.Value) -> list[ir.Node]:
         """Add error branch and bias to a product and return all nodes; the last one gets the layer's name."""
         spec = self.layer.spec
         if spec.branch_rank:
-            inner = self.op("MatMul", [x, self._factor("down", (spec.in_features, spec.branch_rank), rank_axis=1)])
-            outer = self.op("MatMul", [inner, self._factor("up", (spec.branch_rank, spec.out_features), rank_axis=0)])
-            product = self.op("Add", [product, outer])
+            inner = self.op("MatMul", x, self._factor("down", (spec.in_features, spec.branch_rank), rank_axis=1))
+            outer = self.op("MatMul", inner, self._factor("up", (spec.branch_rank, spec.out_features), rank_axis=0))
+            product = self.op("Add", product, outer)
         if spec.bias:
             bias = self.floats("bias", (spec.out_features,), lambda: self.layer.read("bias"))
-            self.op("Add", [product, bias])
+            self.op("Add", product, bias)
         self.nodes[-1].name = self.layer.name
         return self.nodes
 
@@ -140,7 +112,7 @@ class NodeWriter:
             return self.floats(name, shape, lambda: read(f"{name}_scale").T)
         codes = self.lazy(name, ir.DataType.INT8, shape, lambda: read(name).T)
         scale = self.floats(f"{name}_scale", (spec.branch_rank,), lambda: read(f"{name}_scale").reshape(-1))
-        return self.op("DequantizeLinear", [codes, scale], {"axis": rank_axis})
+        return self.op("DequantizeLinear", codes, scale, axis=rank_axis)
 
 
 @dataclass(frozen=True)
@@ -159,7 +131,7 @@ class Dialect:
     name: str
     summary: str
     refuse: Callable[[PackedLayer], str]
-    lower: Callable[[NodeWriter, ir.Value], list[ir.Node]]
+    lower: Callable[[LayerWriter, ir.Value], list[ir.Node]]
     opsets: dict[str, int] = field(default_factory=dict)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankbook.exporter.affine import AffineLayer, NotAffineError
 from rankbook.exporter.dialects import rankbook
-from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
+from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
 
 DOMAIN = "com.microsoft"
 BITS = (2, 4, 8)
@@ -60,7 +60,7 @@ def block_size(group: int, in_features: int) -> int:
     return size
 
 
-def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
+def lower(writer: LayerWriter, x: ir.Value) -> list[ir.Node]:
     """Return MatMulNBits, and what error branch and bias need."""
     layer, spec = writer.layer, writer.layer.spec
     if layer.embedding:
@@ -94,13 +94,13 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
         # 1: x stays what it is. 4: ONNX Runtime rounds it to 8 bits, with one scale per token and block.
         "accuracy_level": 4 if layer.int8_activations else 1,
     }
-    product = writer.op("MatMulNBits", inputs, attributes, domain=DOMAIN)
+    product = writer.node("MatMulNBits", inputs, attributes, domain=DOMAIN).outputs[0]
     product.type = x.type  # ONNX itself does not know the operator, so nothing infers these
     product.shape = None if x.shape is None else ir.Shape([*x.shape.dims[:-1], rows])
     return writer.finish(product, x)
 
 
-def _zero_points(writer: NodeWriter, load: Callable[[], Tensor], shape: tuple[int, int]) -> ir.Value:
+def _zero_points(writer: LayerWriter, load: Callable[[], Tensor], shape: tuple[int, int]) -> ir.Value:
     """Return zero points (N, blocks): packed integers if all are whole, numbers otherwise."""
     bits = writer.layer.spec.bits
     per_byte = 8 // bits

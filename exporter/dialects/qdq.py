@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rankbook.exporter.affine import AffineLayer, NotAffineError
 from rankbook.exporter.dialects import rankbook
-from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
+from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
 
 _TYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 
@@ -52,16 +52,16 @@ def refuse(layer: PackedLayer) -> str:
     return ""
 
 
-def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
+def lower(writer: LayerWriter, x: ir.Value) -> list[ir.Node]:
     """Return DequantizeLinear and MatMul, and what error branch and bias need."""
     layer = writer.layer
     if layer.embedding:
         return rankbook.lower(writer, x)
     weight = dequantized_weight(writer)
-    return writer.finish(writer.op("MatMul", [x, weight]), x)
+    return writer.finish(writer.op("MatMul", x, weight), x)
 
 
-def dequantized_weight(writer: NodeWriter) -> ir.Value:
+def dequantized_weight(writer: LayerWriter) -> ir.Value:
     """Return the weight (K, N): per channel where a row is one group, in blocks along K otherwise."""
     spec = writer.layer.spec
     affine = AffineLayer.of(spec, writer.layer.read)
@@ -78,9 +78,9 @@ def dequantized_weight(writer: NodeWriter) -> ir.Value:
     stored = writer.lazy("codes", _TYPES[spec.bits], (spec.in_features, spec.out_features), codes)
     if groups == 1:
         scale = writer.floats("scales", (spec.out_features,), lambda: scales()[0])
-        return writer.op("DequantizeLinear", [stored, scale], {"axis": 1})
+        return writer.op("DequantizeLinear", stored, scale, axis=1)
     scale = writer.floats("scales", (groups, spec.out_features), scales)
-    return writer.op("DequantizeLinear", [stored, scale], {"axis": 0, "block_size": spec.group})
+    return writer.op("DequantizeLinear", stored, scale, axis=0, block_size=spec.group)
 
 
 DIALECT = Dialect("qdq", "symmetric INT4 / INT8 DequantizeLinear, fused by TensorRT", refuse, lower)

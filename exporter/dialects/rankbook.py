@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from rankbook.exporter import emit
-from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
+from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
 from rankbook.plugins import contract
 from rankbook.plugins.int8 import LARGEST_GROUP
 
 
-def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
+def lower(writer: LayerWriter, x: ir.Value) -> list[ir.Node]:
     """Return the node of the operator; layers that share tensors share the initializers."""
     layer = writer.layer
     kind = contract.GATHER
@@ -19,7 +19,7 @@ def lower(writer: NodeWriter, x: ir.Value) -> list[ir.Node]:
     op = emit.operator(layer.spec, kind)
     tensors = emit.initializers(layer.spec, op, layer.read, layer.owner)
     constants = [writer.constant(tensors[name]) for name in op.constants()]
-    writer.op(op.name, [x, *constants], emit.attributes(layer.spec), domain=contract.DOMAIN, name=layer.name)
+    writer.node(op.name, [x, *constants], emit.attributes(layer.spec), domain=contract.DOMAIN, name=layer.name)
     return writer.nodes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from rankbook.exporter.rewrite import Writer, standard_nodes
 from rankbook.plugins import contract, rows
 
 
@@ -12,8 +13,7 @@ class FuseGates(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
-        nodes = [node for node in model.graph if node.domain == "" and node.op_type == "Sigmoid"]
-        fused = [node for node in nodes if _fuse(model.graph, node)]
+        fused = [node for node in standard_nodes(model.graph, "Sigmoid") if _fuse(model.graph, node)]
         if fused:
             model.opset_imports[contract.DOMAIN] = contract.VERSION
         return ir.passes.PassResult(model, modified=bool(fused))
@@ -28,13 +28,10 @@ def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> bool:
     up = None if last is None else _other(last, silu.outputs[0])
     if last is None or up is None or gate.dtype != ir.DataType.FLOAT or gate.shape is None or gate.shape != up.shape:
         return False
-    node = ir.node(rows.SWIGLU.name, [gate, up], domain=contract.DOMAIN, name=last.name)
-    graph.insert_before(last, [node])
-    new, old = node.outputs[0], last.outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    old.name = f"{old.name}.unfused"
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove([last, silu, sigmoid], safe=True)
+    writer = Writer(graph, str(last.name))
+    fused = writer.node(rows.SWIGLU.name, [gate, up], domain=contract.DOMAIN, name=writer.prefix)
+    writer.replace(last, {last.outputs[0]: fused.outputs[0]})
+    graph.remove([silu, sigmoid], safe=True)
     return True
 
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from rankbook.exporter.passes.kv_cache import PAST, cache_layers
+from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, producer, standard_nodes, take_over
 from rankbook.plugins import attention, contract
 
 DOMAIN = attention.STOCK_DOMAIN
@@ -46,7 +47,7 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             ValueError: An attention whose cache or result is not where it is expected; the message names it. Layers
                 with another attention, or with masks that are no windows.
         """
-        nodes = [node for node in model.graph if node.domain == "" and node.op_type == "Attention"]
+        nodes = standard_nodes(model.graph, "Attention")
         layers = cache_layers(model.graph.inputs)
         if len(nodes) != layers:
             raise ValueError(
@@ -80,12 +81,13 @@ class _Fusion:
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self._graph, self._node = graph, node
-        self._nodes: list[ir.Node] = []
+        self._writer = Writer(graph, str(node.name))
+        self._op = self._writer.op
         self._caches = [_cache(node, value) for value in node.inputs[1:3]]
-        self._query = _given(node, node.inputs[0])
-        self._new = [_given(node, cache.inputs[1]) for cache in self._caches]
-        self._past = [_given(node, cache.inputs[0]) for cache in self._caches]
-        self._heads, self._size = _size(self._query, 1), _size(self._query, 3)
+        self._query = given(node, 0)
+        self._new = [given(cache, 1) for cache in self._caches]
+        self._past = [given(cache, 0) for cache in self._caches]
+        self._heads, self._size = fixed_size(self._query, 1), fixed_size(self._query, 3)
         if self._size % attention.HEAD_STEP:
             raise ValueError(
                 f"ONNX Runtime's attention takes heads of a multiple of {attention.HEAD_STEP} numbers,"
@@ -105,8 +107,8 @@ class _Fusion:
     def lengths(self) -> list[ir.Value]:
         """Return what all layers share: the number of keys in each row less one, and in the longest row; int32."""
         mask = self._input("attention_mask")
-        axis, one = self._constant("gqa.axis", np.array([1])), self._constant("gqa.one", np.array(1))
-        last = self._op("Sub", self._op("ReduceSum", mask, axis, keepdims=0), one)
+        one = self._writer.number(1, ir.DataType.INT64)
+        last = self._op("Sub", self._op("ReduceSum", mask, self._writer.ints(1), keepdims=0), one)
         total = self._op("Squeeze", self._op("Shape", mask, start=1, end=2))
         return [self._op("Cast", value, to=ir.DataType.INT32) for value in (last, total)]
 
@@ -115,19 +117,18 @@ class _Fusion:
         rotary = self._take_rotary(tables)
         attributes: dict[str, int | float] = {
             "num_heads": self._heads,
-            "kv_num_heads": _size(self._past[0], 1),
-            "scale": _float(self._node, "scale", self._size**-0.5),
-            "softcap": _float(self._node, "softcap", 0.0),
+            "kv_num_heads": fixed_size(self._past[0], 1),
+            "scale": float_attribute(self._node, "scale", self._size**-0.5),
+            "softcap": float_attribute(self._node, "softcap", 0.0),
             "local_window_size": windows[self.layer],
             "do_rotary": int(bool(rotary)),
         }
         rows = [self._rows(value) for value in (self._query, *self._new)]
         inputs = [*rows, *self._past, *lengths, *rotary]
         ours = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
-        domain, name = contract.DOMAIN if ours else DOMAIN, str(self._node.name)
-        fused = ir.node(attention.NAME, inputs, attributes, num_outputs=3, domain=domain, name=name)
-        self._nodes.append(fused)
-        self._graph.insert_before(self._node, self._nodes)
+        domain, name = contract.DOMAIN if ours else DOMAIN, self._writer.prefix
+        fused = self._writer.node(attention.NAME, inputs, attributes, domain=domain, name=name, outputs=3)
+        self._graph.insert_before(self._node, self._writer.nodes)
         self._finish(*fused.outputs)
 
     def _take_rotary(self, tables: Tables | None) -> list[ir.Value]:
@@ -138,24 +139,26 @@ class _Fusion:
             return []
         if 2 * tables[0].shape[1] != self._size or self._query.dtype is None:
             return []
-        self._query, self._new[0] = _given(query, query.inputs[0]), _given(key, key.inputs[0])
+        self._query, self._new[0] = given(query, 0), given(key, 0)
         dtype = self._query.dtype or ir.DataType.FLOAT
         names = [f"rotary.{name}.{dtype.name}" for name in ("cos", "sin")]
-        found = [self._constant(name, table.astype(dtype.numpy())) for name, table in zip(names, tables, strict=True)]
+        found = [
+            self._writer.array(name, table.astype(dtype.numpy())) for name, table in zip(names, tables, strict=True)
+        ]
         return [*found, self._input("position_ids")]
 
     def _rows(self, value: ir.Value) -> ir.Value:
         """Turn (batch, heads, sequence, size) into (batch, sequence, heads * size), undoing the way there."""
         transpose = value.producer()
         if transpose is not None and _swaps_heads(transpose):
-            value = _given(transpose, transpose.inputs[0])
+            value = given(transpose, 0)
             reshape = value.producer()
             source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
             if source is not None and source.shape is not None and len(source.shape) == 3:
                 return source
         else:
             value = self._op("Transpose", value, perm=[0, 2, 1, 3])
-        return self._op("Reshape", value, self._constant("gqa.rows", np.array([0, 0, -1])))
+        return self._op("Reshape", value, self._writer.ints(0, 0, -1))
 
     def _finish(self, rows: ir.Value, *presents: ir.Value) -> None:
         """Put the results in the places of the old ones."""
@@ -164,30 +167,13 @@ class _Fusion:
         if len(users) != 1 or users[0].op_type != "Reshape":
             raise ValueError(f"the result of attention node {self._node.name!r} is not brought into rows")
         for new, concat in zip((rows, *presents), (users[0], *self._caches), strict=True):
-            old = concat.outputs[0]
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-            old.name = f"{old.name}.unfused"
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            take_over(concat.outputs[0], new)
 
     def _input(self, name: str) -> ir.Value:
         found = next((value for value in self._graph.inputs if value.name == name), None)
         if found is None:
             raise ValueError(f"the graph has no input {name!r}")
         return found
-
-    def _op(self, op_type: str, *inputs: ir.Value, **attributes: int | list[int] | ir.DataType) -> ir.Value:
-        name = f"{self._node.name}.{op_type}.{len(self._nodes)}"
-        node = ir.node(op_type, list(inputs), attributes, name=name)
-        node.outputs[0].name = name
-        self._nodes.append(node)
-        return node.outputs[0]
-
-    def _constant(self, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(values, name=name)
-            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(values.shape)
-            self._graph.register_initializer(ir.Value(name=name, type=kind, shape=shape, const_value=tensor))
-        return self._graph.initializers[name]
 
 
 def _cache(node: ir.Node, value: ir.Value | None) -> ir.Node:
@@ -201,8 +187,8 @@ def _cache(node: ir.Node, value: ir.Value | None) -> ir.Node:
 
 def _rotary(value: ir.Value) -> ir.Node | None:
     """Return the rotary embedding of a whole head that makes a value, if one does."""
-    node = value.producer()
-    if node is None or (node.domain, node.op_type) != ("", "RotaryEmbedding") or len(node.inputs) != 3:
+    node = producer(value, "RotaryEmbedding")
+    if node is None or len(node.inputs) != 3:
         return None
     parts = [node.attributes.get(name) for name in ("interleaved", "rotary_embedding_dim")]
     return None if any(part is not None and part.as_int() for part in parts) else node
@@ -210,21 +196,3 @@ def _rotary(value: ir.Value) -> ir.Node | None:
 
 def _swaps_heads(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
-
-
-def _given(node: ir.Node, value: ir.Value | None) -> ir.Value:
-    if value is None:
-        raise ValueError(f"{node.op_type} node {node.name!r} lacks an input")
-    return value
-
-
-def _size(value: ir.Value, axis: int) -> int:
-    size = None if value.shape is None else value.shape[axis]
-    if not isinstance(size, int):
-        raise ValueError(f"axis {axis} of {value.name!r} has no fixed size")
-    return size
-
-
-def _float(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.as_float()

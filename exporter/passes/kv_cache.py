@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, MutableSequence
 
-import numpy as np
 import onnx_ir as ir
+
+from rankbook.exporter.rewrite import Writer
 
 PAST, PRESENT, SCALE = "past_key_values.", "present.", "_scale"
 """Names of the tensors: ``past_key_values.0.key`` and its ``past_key_values.0.key_scale``."""
@@ -50,20 +51,20 @@ def _quantize(graph: ir.Graph, past: ir.Value) -> tuple[ir.Value, ir.Value]:
     dtype, name = present.dtype, str(present.name)
     if new is None or dtype is None or past.shape is None or present.shape is None:
         raise ValueError(f"the cache tensor {past.name!r} has no type or shape")
-    writer = _Writer(graph, name, dtype)
+    writer = Writer(graph, name)
     # Types first: what reads the past now reads codes.
     past.type = ir.TensorType(ir.DataType.INT8)
     old_scale = ir.Value(
         name=f"{past.name}{SCALE}", type=ir.TensorType(dtype), shape=ir.Shape([*past.shape.dims[:-1], 1])
     )
-    peak = writer.op("ReduceMax", [writer.op("Abs", [new]), writer.constant([-1], np.dtype(np.int64))], keepdims=1)
-    step = writer.op("Max", [writer.op("Div", [peak, writer.number(127.0)]), writer.number(_smallest(dtype))])
-    one, zero = writer.number(1.0), writer.constant(0, np.dtype(np.int8))
-    codes = writer.op("QuantizeLinear", [writer.op("Div", [new, step]), one, zero])
-    joined = writer.op("Concat", [past, codes], axis=2)
-    scales = writer.op("Concat", [old_scale, step], axis=2)
-    values = writer.op("Mul", [writer.op("DequantizeLinear", [joined, one, zero]), scales])
-    values.type, values.shape = present.type, present.shape
+    peak = writer.op("ReduceMax", writer.op("Abs", new), writer.ints(-1), keepdims=1)
+    step = writer.op("Div", peak, writer.number(127.0, dtype))
+    step = writer.op("Max", step, writer.number(_smallest(dtype), dtype))
+    one, zero = writer.number(1.0, dtype), writer.number(0, ir.DataType.INT8)
+    codes = writer.op("QuantizeLinear", writer.op("Div", new, step), one, zero)
+    joined = writer.op("Concat", past, codes, axis=2)
+    scales = writer.op("Concat", old_scale, step, axis=2)
+    values = writer.op("Mul", writer.op("DequantizeLinear", joined, one, zero), scales, like=present)
     joined.type, joined.shape = ir.TensorType(ir.DataType.INT8), present.shape
     scales.type, scales.shape = ir.TensorType(dtype), ir.Shape([*present.shape.dims[:-1], 1])
     index = next(i for i, output in enumerate(graph.outputs) if output is present)
@@ -96,31 +97,3 @@ def _insert(values: MutableSequence[ir.Value], scales: dict[str, ir.Value]) -> N
 
 def _smallest(dtype: ir.DataType) -> float:
     return _SMALLEST.get(dtype, _SMALLEST_WIDE)
-
-
-class _Writer:
-    """Collects nodes named after one cache tensor."""
-
-    def __init__(self, graph: ir.Graph, name: str, dtype: ir.DataType) -> None:
-        self.nodes: list[ir.Node] = []
-        self._graph, self._name, self._dtype = graph, name, dtype
-
-    def op(self, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-        name = f"{self._name}.{op_type}.{len(self.nodes)}"
-        node = ir.node(op_type, inputs, attributes, name=name)
-        node.outputs[0].name = f"{name}.output"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def number(self, number: float) -> ir.Value:
-        """Return a constant of the activations' type."""
-        return self.constant(number, self._dtype.numpy())
-
-    def constant(self, content: float | list[int], dtype: np.dtype[np.generic]) -> ir.Value:
-        name = f"cache.{dtype.name}.{content}"
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(np.array(content, dtype), name=name)
-            shape = ir.Shape(tensor.shape.numpy())
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-            self._graph.register_initializer(value)
-        return self._graph.initializers[name]

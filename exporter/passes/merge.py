@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from rankbook.exporter.rewrite import Writer, take_over
 from rankbook.plugins import contract, merged
 from rankbook.plugins.contract import Operator
 from rankbook.plugins.operators import OPERATORS
@@ -72,17 +73,20 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     ports = [_ports(node, member) for node in nodes]
     products = [_product(node, values) for node, values in zip(nodes, ports, strict=True)]
     packed, layout = merged.pack(member, products)
-    data = _data(f"{nodes[0].name}.{merged.DATA}", [(products[i].constants[name], part) for i, name, part in layout])
-    graph.register_initializer(data)
-    attributes = [_attribute(name, value) for name, value in packed.items()]
-    name = merged.JOINT.join(str(node.name) for node in nodes)
-    inputs = [nodes[0].inputs[0], data]
-    node = ir.Node(contract.DOMAIN, operator.name, inputs, attributes, num_outputs=len(nodes), name=name)
-    graph.insert_before(nodes[0], [node])
-    for new, replaced in zip(node.outputs, [node.outputs[0] for node in nodes], strict=True):
-        new.name, new.type, new.shape = replaced.name, replaced.type, replaced.shape
-        replaced.name = f"{replaced.name}.alone"
-        ir.convenience.replace_all_uses_with(replaced, new, replace_graph_outputs=True)
+    writer = Writer(graph, merged.JOINT.join(str(node.name) for node in nodes))
+    parts = [(products[i].constants[name], part) for i, name, part in layout]
+    data = writer.constant(_data(f"{nodes[0].name}.{merged.DATA}", parts))
+    results = writer.node(
+        operator.name,
+        [nodes[0].inputs[0], data],
+        packed,
+        domain=contract.DOMAIN,
+        name=writer.prefix,
+        outputs=len(nodes),
+    ).outputs
+    graph.insert_before(nodes[0], writer.nodes)
+    for node, result in zip(nodes, results, strict=True):
+        take_over(node.outputs[0], result)
     graph.remove(nodes, safe=True)
     for values in ports:
         for value in values.values():
@@ -100,8 +104,8 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _data(name: str, parts: Sequence[tuple[ir.TensorProtocol, merged.Part]]) -> ir.Value:
-    """Return the initializer that holds the parts; they are read when the file is written."""
+def _data(name: str, parts: Sequence[tuple[ir.TensorProtocol, merged.Part]]) -> ir.LazyTensor:
+    """Return the tensor that holds the parts; they are read when the file is written."""
     shape = ir.Shape([parts[-1][1].end])
 
     def load() -> ir.TensorProtocol:
@@ -110,13 +114,4 @@ def _data(name: str, parts: Sequence[tuple[ir.TensorProtocol, merged.Part]]) -> 
             out[place.start : place.end] = tensor.numpy().reshape(-1)
         return ir.tensor(out, name=name)
 
-    tensor = ir.LazyTensor(load, dtype=ir.DataType.INT8, shape=shape, name=name)
-    return ir.Value(name=name, type=ir.TensorType(ir.DataType.INT8), shape=shape, const_value=tensor)
-
-
-def _attribute(name: str, value: object) -> ir.Attr:
-    if isinstance(value, int):
-        return ir.AttrInt64(name, value)
-    if isinstance(value, list):
-        return ir.AttrInt64s(name, value)
-    return ir.AttrTensor(name, value)  # type: ignore[arg-type]  # a constant, see merged.pack
+    return ir.LazyTensor(load, dtype=ir.DataType.INT8, shape=shape, name=name)

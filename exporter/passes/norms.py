@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from rankbook.exporter.rewrite import Writer, standard_nodes
+
 
 class UnifyNormTypes(ir.passes.InPlacePass):
     """Brings x of a normalization to the type of its scale where the two differ.
@@ -15,9 +17,8 @@ class UnifyNormTypes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
         changed = False
-        for node in list(model.graph):
-            if node.domain == "" and node.op_type == "RMSNormalization":
-                changed |= _unify(model.graph, node)
+        for node in standard_nodes(model.graph, "RMSNormalization"):
+            changed |= _unify(model.graph, node)
         return ir.passes.PassResult(model, modified=changed)
 
 
@@ -25,9 +26,9 @@ def _unify(graph: ir.Graph, node: ir.Node) -> bool:
     x, scale, result = node.inputs[0], node.inputs[1], node.outputs[0]
     if x is None or scale is None or scale.dtype is None or x.dtype in (None, scale.dtype):
         return False
-    cast = ir.node("Cast", [x], {"to": scale.dtype}, name=f"{node.name}.cast")
-    cast.outputs[0].name, cast.outputs[0].shape = f"{result.name}.x", x.shape
-    cast.outputs[0].type = result.type = ir.TensorType(scale.dtype)
-    graph.insert_before(node, [cast])
-    node.replace_input_with(0, cast.outputs[0])
+    writer = Writer(graph, str(node.name))
+    cast = writer.op("Cast", x, like=x, to=scale.dtype)
+    cast.type = result.type = ir.TensorType(scale.dtype)
+    graph.insert_before(node, writer.nodes)
+    node.replace_input_with(0, cast)
     return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
+
+from rankbook.exporter.rewrite import Writer, standard_nodes
 
 
 class StaticReshape(ir.passes.InPlacePass):
@@ -19,9 +20,9 @@ class StaticReshape(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
         changed = False
-        for node in model.graph:
-            if node.domain == "" and node.op_type == "Reshape" and (target := _target(node)) is not None:
-                node.replace_input_with(1, _constant(model.graph, target))
+        for node in standard_nodes(model.graph, "Reshape"):
+            if (target := _target(node)) is not None:
+                node.replace_input_with(1, Writer(model.graph, "").ints(*target))
                 node.attributes.pop("allowzero", None)  # 0 now means the size of the input
                 changed = True
         return ir.passes.PassResult(model, modified=changed)
@@ -46,14 +47,3 @@ def _target(node: ir.Node) -> list[int] | None:
 
 def _numbers(shape: ir.Shape) -> list[int]:
     return [size for size in shape if isinstance(size, int)]
-
-
-def _constant(graph: ir.Graph, target: list[int]) -> ir.Value:
-    name = "reshape." + "_".join(map(str, target))
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(target, np.int64), name=name)
-        shape = ir.Shape([len(target)])
-        graph.register_initializer(
-            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        )
-    return graph.initializers[name]

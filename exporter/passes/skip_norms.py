@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from rankbook.exporter.passes.group_query import DOMAIN
+from rankbook.exporter.rewrite import Writer, standard_nodes, take_over
 from rankbook.plugins import contract, rows
 
 
@@ -20,8 +21,7 @@ class FuseSkipNorms(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
-        nodes = [node for node in model.graph if node.domain == "" and node.op_type == "RMSNormalization"]
-        fused = [node for node in nodes if _fuse(model.graph, node)]
+        fused = [node for node in standard_nodes(model.graph, "RMSNormalization") if _fuse(model.graph, node)]
         if fused:
             model.opset_imports[DOMAIN] = 1
             model.opset_imports[contract.DOMAIN] = contract.VERSION
@@ -40,20 +40,17 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
         return False
     attributes = {"epsilon": norm.attributes["epsilon"].as_float()}
     inputs = [*parts, scale]
+    writer = Writer(graph, str(norm.name))
     if total.dtype == ir.DataType.FLOAT:
-        name = rows.ADD_NORM.name
-        node = ir.node(name, inputs, attributes, num_outputs=2, domain=contract.DOMAIN, name=norm.name)
-        normalized, summed = node.outputs
+        kind, domain, count = rows.ADD_NORM.name, contract.DOMAIN, 2
     else:
-        name = "SkipSimplifiedLayerNormalization"
-        node = ir.node(name, inputs, attributes, num_outputs=4, domain=DOMAIN, name=norm.name)
-        normalized, *unused, summed = node.outputs
-        for value in unused:
-            value.name = ""
-    graph.insert_before(add, [node])
-    for new, old in ((summed, total), (normalized, norm.outputs[0])):
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        old.name = f"{old.name}.unfused"
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove([norm, add], safe=True)
+        kind, domain, count = "SkipSimplifiedLayerNormalization", DOMAIN, 4
+    normalized, *unused, summed = writer.node(
+        kind, inputs, attributes, domain=domain, name=writer.prefix, outputs=count
+    ).outputs
+    for value in unused:
+        value.name = ""
+    take_over(norm.outputs[0], normalized)
+    graph.remove(norm, safe=True)
+    writer.replace(add, {total: summed})
     return True

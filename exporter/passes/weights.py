@@ -11,7 +11,8 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.format import Checkpoint
 from rankbook.calibration.record import halves
-from rankbook.exporter.dialects.base import Dialect, NodeWriter, PackedLayer
+from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
+from rankbook.exporter.rewrite import Writer
 from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
 from rankbook.plugins import contract
 
@@ -57,33 +58,27 @@ class BindWeights(ir.passes.InPlacePass):
         layer, x = node.attributes[LAYER].as_string(), node.inputs[0]
         if x is None:
             raise ValueError(f"the placeholder of {layer} has no input")
-        writer = NodeWriter(
+        writer = LayerWriter(
             graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype, int8_activations=self._int8_activations)
         )
-        self._replace(graph, node, self._dialect.lower(writer, writer.quantized_input(x)))
+        self._replace(writer, node, self._dialect.lower(writer, writer.quantized_input(x)))
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
         layer = node.attributes[LAYER].as_string()
-        weight = _initializer(graph, self._stored(f"{layer}.weight"))
-        transposed = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{layer}.transpose")
-        shape = weight.shape
-        if shape is None:
+        writer = Writer(graph, layer)
+        weight = writer.constant(self._stored(f"{layer}.weight"))
+        if weight.shape is None:
             raise ValueError(f"{layer}.weight has no shape")
-        transposed.outputs[0].name = f"{layer}.weight.T"
-        transposed.outputs[0].type, transposed.outputs[0].shape = weight.type, ir.Shape(reversed(shape.dims))
-        nodes = [transposed, ir.node("MatMul", [node.inputs[0], transposed.outputs[0]], name=layer)]
+        transposed = writer.op("Transpose", weight, perm=[1, 0])
+        transposed.type, transposed.shape = weight.type, ir.Shape(reversed(weight.shape.dims))
+        product = writer.op("MatMul", node.inputs[0], transposed, like=node.outputs[0])
+        writer.nodes[-1].name = layer
         if f"{layer}.bias" in self._skeleton.owners:
-            _copy_type(node.outputs[0], nodes[-1].outputs[0])
-            nodes[-1].outputs[0].name = f"{layer}.product"
-            bias = _initializer(graph, self._stored(f"{layer}.bias"))
-            nodes.append(ir.node("Add", [nodes[-1].outputs[0], bias], name=f"{layer}.add"))
-        self._replace(graph, node, nodes)
+            writer.op("Add", product, writer.constant(self._stored(f"{layer}.bias")))
+        self._replace(writer, node, writer.nodes)
 
-    def _replace(self, graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
-        result, replaced = nodes[-1].outputs[0], old.outputs[0]
-        _copy_type(replaced, result)
-        result.name = replaced.name
-        ir.convenience.replace_nodes_and_values(graph, old, [old], nodes, [replaced], [result])
+    def _replace(self, writer: Writer, old: ir.Node, nodes: list[ir.Node]) -> None:
+        writer.replace(old, {old.outputs[0]: nodes[-1].outputs[0]})
 
     def _restore(self, value: ir.Value) -> None:
         """Give a large parameter its stored values."""
@@ -123,18 +118,3 @@ def packed_layer(
         config.symmetric,
         int8_activations and not embedding,
     )
-
-
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Return the initializer that holds a tensor, by its name, adding it if it is new."""
-    name = str(tensor.name)
-    if name not in graph.initializers:
-        shape = ir.Shape(tensor.shape.numpy())
-        graph.register_initializer(
-            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        )
-    return graph.initializers[name]
-
-
-def _copy_type(source: ir.Value, target: ir.Value) -> None:
-    target.type, target.shape = source.type, source.shape

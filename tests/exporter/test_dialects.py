@@ -21,7 +21,7 @@ from rankbook.calibration.record.quantized_linear import Factor, GroupParams, Lo
 from rankbook.exporter import dialects
 from rankbook.exporter.affine import AffineLayer, NotAffineError
 from rankbook.exporter.conform import check_model
-from rankbook.exporter.dialects.base import DialectError, NodeWriter, PackedLayer, check_layers
+from rankbook.exporter.dialects.base import DialectError, LayerWriter, PackedLayer, check_layers
 from rankbook.exporter.dialects.ort import block_size, pack_bits
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.tools.runtimes import ort
@@ -79,7 +79,7 @@ def run_layer(name: str, record: QuantizedLinear, x: Any) -> Any:
     graph, language = model.graph, dialects.dialect(name)
     layer = PackedLayer("a.b", "a.b", record.spec(), False, record.pack().__getitem__)
     assert language.refuse(layer) == ""
-    nodes = language.lower(NodeWriter(graph, layer), graph.inputs[0])
+    nodes = language.lower(LayerWriter(graph, layer), graph.inputs[0])
     assert nodes[-1].name == "a.b"
     (old,) = list(graph)
     ir.convenience.replace_nodes_and_values(graph, old, [old], nodes, list(old.outputs), [nodes[-1].outputs[0]])
@@ -95,7 +95,7 @@ def test_int8_activations_are_a_level_of_accuracy_or_refused(int8, level):
     ).graph
     record = quantized(bits=4, weight_format="symmetric")
     layer = PackedLayer("a.b", "a.b", record.spec(), False, record.pack().__getitem__, int8_activations=int8)
-    product = dialects.dialect("ort").lower(NodeWriter(graph, layer), graph.inputs[0])[0]
+    product = dialects.dialect("ort").lower(LayerWriter(graph, layer), graph.inputs[0])[0]
     assert product.attributes["accuracy_level"].as_int() == level
     assert ("--activations float" in dialects.dialect("qdq").refuse(layer)) == int8
 
@@ -179,7 +179,7 @@ def test_tensorrt_keeps_the_integers_packed_in_half_precision(tmp_path):
         )
         layer = PackedLayer("a", "a", record.spec(), False, record.pack().__getitem__, torch.float16)
         (old,) = list(model.graph)
-        nodes = dialects.dialect("qdq").lower(NodeWriter(model.graph, layer), model.graph.inputs[0])
+        nodes = dialects.dialect("qdq").lower(LayerWriter(model.graph, layer), model.graph.inputs[0])
         outputs = list(old.outputs), [nodes[-1].outputs[0]]
         ir.convenience.replace_nodes_and_values(model.graph, old, [old], nodes, *outputs)
         path = tmp_path / f"{bits}-{group}.onnx"
@@ -224,7 +224,7 @@ def test_whole_zero_points_are_stored_as_integers():
         record = quantized(bits=4, **options)
         graph = ir.Graph([ir.Value(name="x")], [], nodes=[])
         layer = PackedLayer("a", "a", record.spec(), False, record.pack().__getitem__)
-        dialects.dialect("ort").lower(NodeWriter(graph, layer), graph.inputs[0])
+        dialects.dialect("ort").lower(LayerWriter(graph, layer), graph.inputs[0])
         kinds[name] = graph.initializers["a.zero_points"].dtype
     assert kinds == {"mxint": ir.DataType.UINT8, "affine": ir.DataType.FLOAT}
 
@@ -310,7 +310,7 @@ def test_constants_that_float16_does_not_hold_are_never_written() -> None:
     ).graph
     record = random_record()
     layer = PackedLayer("a", "a", record.spec(), False, record.pack().__getitem__, torch.float16)
-    value = NodeWriter(graph, layer).floats("scales", (2,), lambda: torch.tensor([1e-9, 2e-9]))
+    value = LayerWriter(graph, layer).floats("scales", (2,), lambda: torch.tensor([1e-9, 2e-9]))
     assert value.const_value is not None
     with pytest.raises(NotHeldError, match=r"float16 does not hold a\.scales, whose largest magnitude is 2e-09"):
         value.const_value.numpy()
