@@ -34,7 +34,7 @@ FORMS = (
     *("params full", "step full", "base full", "offset", "bias full", "step fp16"),
     *("down full", "down_scale full", "down_scale fp16", "up full", "up_scale full", "up_scale fp16"),
 )
-"""What the bits of the argument ``forms`` say; the order of `Form` in aot.cuh."""
+"""What the bits of the argument ``forms`` say; contract.h has them for the kernels."""
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 

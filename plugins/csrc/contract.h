@@ -193,4 +193,10 @@ inline constexpr Part kParts[] = {
      }},
 };
 
+// Kernels inside an engine (plugins/aot.py): the bits of their argument `forms`, and the tokens of a block.
+namespace aot {
+enum Form { kParamsFull, kStepFull, kBaseFull, kOffset, kBiasFull, kStepFp16, kDownFull, kDownScaleFull, kDownScaleFp16, kUpFull, kUpScaleFull, kUpScaleFp16 };
+inline constexpr int kTokens = 8;
+}  // namespace aot
+
 }  // namespace rankbook::contract

@@ -228,7 +228,7 @@ def test_several_tokens_continue_one_row_only() -> None:
 @built
 def test_a_head_beyond_the_largest_is_refused() -> None:
     node = Node(heads=1, kv_heads=1, size=520, rotary=False, body=False)
-    with pytest.raises(Exception, match="heads of 520 numbers; they must be a multiple of 8 up to 512"):
+    with pytest.raises(Exception, match="heads of 520 elements; they must be a multiple of 8 up to 512"):
         session(node).run(None, Call((3,), 3, 0).feeds(node))
 
 

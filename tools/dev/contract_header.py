@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rankbook.plugins import contract, forms, layer_spec, layout, merged
+from rankbook.plugins import aot, contract, forms, layer_spec, layout, merged
 from rankbook.plugins.contract import Operator
 from rankbook.plugins.operators import OPERATORS
 
@@ -47,7 +47,7 @@ def header_text() -> str:
     kinds = {operator.kind: operator for operator in reversed(OPERATORS.values()) if operator.member is None}
     for operator in reversed(kinds.values()):
         lines += ["", *_struct(operator)]
-    return "\n".join([*lines, *_parts(), "", "}  // namespace rankbook::contract", ""])
+    return "\n".join([*lines, *_parts(), *_aot(), "", "}  // namespace rankbook::contract", ""])
 
 
 def _parts() -> list[str]:
@@ -88,6 +88,18 @@ def _parts() -> list[str]:
         "inline constexpr Part kParts[] = {",
         *(line for held in table.values() for line in _part(held)),
         "};",
+    ]
+
+
+def _aot() -> list[str]:
+    names = ", ".join(_constant(form.replace(" ", "_")) for form in aot.FORMS)
+    return [
+        "",
+        "// Kernels inside an engine (plugins/aot.py): the bits of their argument `forms`, and the tokens of a block.",
+        "namespace aot {",
+        f"enum Form {{ {names} }};",
+        f"inline constexpr int kTokens = {aot.TOKENS};",
+        "}  // namespace aot",
     ]
 
 

@@ -1,7 +1,9 @@
 // A C interface over the emulated kernels, for the tests (ctypes), and broken kernels that the checks must catch.
-#include "kernels/cuda/launch.h"
+#include <cstring>
 
-#include "kernels/cuda/platform.cuh"
+#include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/integer.cuh"
+#include "kernels/cuda/launch.h"
 
 using rankbook::cuda::Status;
 using rankbook::emulation::Machine;
@@ -56,6 +58,21 @@ RB_EXPORT void rb_buffers(const std::uintptr_t* begins, const std::size_t* sizes
   auto& buffers = Machine::get().buffers;
   buffers.clear();
   for (int i = 0; i < count; ++i) buffers.push_back({begins[i], begins[i] + sizes[i], writable[i] != 0});
+}
+
+// Bytes of a structure that the tests mirror; 0 for another name.
+RB_EXPORT std::size_t rb_size(const char* name) {
+  using namespace rankbook::cuda;
+  const struct {
+    const char* name;
+    std::size_t bytes;
+  } all[] = {{"Floats", sizeof(Floats)},           {"PackedWeight", sizeof(PackedWeight)}, {"Factor", sizeof(Factor)},
+             {"Matmul", sizeof(Matmul)},           {"Gather", sizeof(Gather)},             {"MatmulKernel", sizeof(MatmulKernel)},
+             {"DenseKernel", sizeof(DenseKernel)}, {"IntegerPlan", sizeof(IntegerPlan)},   {"IntegerKernel", sizeof(IntegerKernel)}};
+  for (const auto& each : all) {
+    if (std::strcmp(each.name, name) == 0) return each.bytes;
+  }
+  return 0;
 }
 
 RB_EXPORT std::size_t rb_workspace(const rankbook::cuda::Matmul* arguments) {

@@ -82,7 +82,7 @@ struct AttentionKernels {
 struct RowKernels {
   const char* name;
 
-  // sum = a + b, y = sum / sqrt(mean(sum^2) + epsilon) * scale, all of `size` numbers.
+  // sum = a + b, y = sum / sqrt(mean(sum^2) + epsilon) * scale, all of `size` elements.
   void (*add_norm)(const float* a, const float* b, const float* scale, int64_t size, float epsilon, float* y, float* sum);
 
   // y = gate * sigmoid(gate) * up; within 3e-7 of it relatively.

@@ -5,18 +5,13 @@
 // of tokens, meant for up to eight.
 #pragma once
 
+#include "contract.h"
 #include "kernels/cuda/decode_float.cuh"
 #include "kernels/cuda/decode_mma.cuh"
 
 namespace rankbook::cuda::aot {
 
-constexpr int kTokens = 8;  // of a block
-
-// Which forms the constants have: bits of the argument `forms`, in the order of FORMS in plugins/aot.py.
-enum Form {
-  kParamsFull, kStepFull, kBaseFull, kOffset, kBiasFull, kStepHalf,
-  kDownCodesFull, kDownScaleFull, kDownScaleHalf, kUpCodesFull, kUpScaleFull, kUpScaleHalf
-};
+using namespace contract::aot;  // kTokens, and which forms the constants have: bits of the argument `forms`
 
 RB_DEVICE bool has(int forms, Form form) { return (forms >> form & 1) != 0; }
 RB_DEVICE DataType float_type(int forms, Form half) { return has(forms, half) ? DataType::kFloat16 : DataType::kFloat32; }
@@ -28,7 +23,7 @@ RB_DEVICE PackedWeight weight_of(const void* codes, const void* levels, const vo
   w.codes = static_cast<const std::uint32_t*>(codes);
   w.levels = static_cast<const std::uint16_t*>(levels);
   w.params = static_cast<const std::int8_t*>(params);
-  w.step = {step, float_type(forms, kStepHalf)};
+  w.step = {step, float_type(forms, kStepFp16)};
   w.base = static_cast<const float*>(base);
   w.params_full = has(forms, kParamsFull);
   w.step_full = has(forms, kStepFull);
@@ -56,10 +51,10 @@ RB_DEVICE void multiply(const PackedWeight& weight, const void* x, const float* 
   m.y = static_cast<std::uint16_t*>(y) + first * weight.rows;
   m.type = T::kType, m.tokens = tokens - static_cast<int>(first), m.rank = branch.rank;
   if (branch.rank > 0) {
-    m.down = {static_cast<const std::int8_t*>(branch.down), {branch.down_scale, float_type(forms, kDownScaleHalf)},
-              has(forms, kDownCodesFull), has(forms, kDownScaleFull)};
-    m.up = {static_cast<const std::int8_t*>(branch.up), {branch.up_scale, float_type(forms, kUpScaleHalf)},
-            has(forms, kUpCodesFull), has(forms, kUpScaleFull)};
+    m.down = {static_cast<const std::int8_t*>(branch.down), {branch.down_scale, float_type(forms, kDownScaleFp16)},
+              has(forms, kDownFull), has(forms, kDownScaleFull)};
+    m.up = {static_cast<const std::int8_t*>(branch.up), {branch.up_scale, float_type(forms, kUpScaleFp16)},
+            has(forms, kUpFull), has(forms, kUpScaleFull)};
     k.u = reinterpret_cast<float*>(shared_memory() + DecodeShared<kBits, kPlanes, T>::bytes(1));
     for (int rank = thread_index() >> 5; rank < m.rank; rank += kWarps) down_row<T>(m, rank, 0, k.u);
   }

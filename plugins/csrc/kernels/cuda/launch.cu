@@ -14,14 +14,12 @@ std::size_t aligned(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * 
 bool misaligned(const void* pointer, std::size_t bytes) { return reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0; }
 
 Status check(const PackedWeight& w) {
-  if (w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8) return {"codes must have 2, 3, 4 or 8 bits"};
-  if (w.rows < 1 || w.columns < 1) return {"the weight has no rows or no columns"};
+  if (w.bits != 2 && w.bits != 3 && w.bits != 4 && w.bits != 8) return refusal::kBits;
+  if (w.rows < 1 || w.columns < 1) return refusal::kEmpty;
   if (w.planes() < 1 || w.planes() > kMaxPlanes) return {"the weight must have 1 to 4 planes of coefficients"};
   if (w.columns > 1 << 20) return {"the weight must not have more than 2^20 columns"};
-  if (w.groups < 1 || w.columns % w.groups != 0) return {"the number of groups must divide the number of columns"};
-  if (w.groups > 1 && w.columns / w.groups % 16 != 0) {
-    return {"groups must be multiples of 16 columns, or one group must be the whole row"};
-  }
+  if (w.groups < 1 || w.columns % w.groups != 0) return refusal::kDivision;
+  if (w.groups > 1 && w.columns / w.groups % 16 != 0) return refusal::kGroups;
   if (w.groups > 1 && w.columns / w.groups > 4096) {
     return {"groups must have at most 4096 columns, or one group must be the whole row"};
   }

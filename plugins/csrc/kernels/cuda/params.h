@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/status.h"
+
 namespace rankbook::cuda {
 
 enum class DataType : std::int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -19,11 +21,7 @@ constexpr int kWarps = 8;           // warps of a block; they share the columns 
 
 inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
-// Result of a host function: ok, or a sentence that says what is wrong. Messages are static strings.
-struct Status {
-  const char* message = nullptr;
-  bool ok() const { return message == nullptr; }
-};
+using rankbook::Status;
 
 // A floating-point tensor in one of two types.
 struct Floats {

@@ -67,7 +67,7 @@ void AttentionKernel::read_tables(const Constants& constants) {
   const int64_t size = cos.shape.at[1] * 2;
   if (cos.shape.axes != 2 || cos.shape.at[0] < 1 || size < 1 || size % Attention::kRotaryStep != 0) {
     fail("input cos has shape " + cos.shape.text() + "; it must be rows of half a head, whose size is a multiple of " +
-         std::to_string(Attention::kRotaryStep) + " here");
+         std::to_string(Attention::kRotaryStep) + " with do_rotary = 1");
   }
   if (!(sin.shape == cos.shape)) fail("input sin has shape " + sin.shape.text() + "; it must be that of cos, " + cos.shape.text());
   if (cos.type != contract::Type::kFloat32 || sin.type != contract::Type::kFloat32) fail("inputs cos and sin must be float32");
@@ -130,19 +130,18 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
   const int64_t floats = attention_workspace(args);
   const std::unique_ptr<float[]> workspace(floats > 0 ? new float[static_cast<size_t>(floats)] : nullptr);
   args.workspace = workspace.get();
-  switch (attention(args, kernels_, pool_of(context))) {
-    case Status::kOk:
-      return;
-    case Status::kBadIndex:
-      fail("a position lies outside [0, " + std::to_string(args.positions) + "), the rows of cos");
-    case Status::kUnsupported:
-      fail("heads of " + std::to_string(args.size) + " elements; they must be a multiple of " + std::to_string(kHeadStep) +
-           " up to " + std::to_string(kLargestHead));
-    default:
-      fail("seqlens_k and total_sequence_length = " + std::to_string(args.total) + " do not fit " +
-           std::to_string(args.tokens) + " new tokens in rows of " + std::to_string(args.past) +
-           " past positions; several tokens continue a cache in a batch of one only");
+  const Status status = attention(args, kernels_, pool_of(context));
+  if (status.ok()) return;
+  if (status == refusal::kPosition) {
+    fail("a position lies outside [0, " + std::to_string(args.positions) + "), the rows of cos");
   }
+  if (status == refusal::kHead) {
+    fail("heads of " + std::to_string(args.size) + " elements; they must be a multiple of " + std::to_string(kHeadStep) +
+         " up to " + std::to_string(kLargestHead));
+  }
+  fail("seqlens_k and total_sequence_length = " + std::to_string(args.total) + " do not fit " + std::to_string(args.tokens) +
+       " new tokens in rows of " + std::to_string(args.past) +
+       " past positions; several tokens continue a cache in a batch of one only");
 }
 
 struct Op : Ort::CustomOpBase<Op, AttentionKernel, true> {

@@ -179,7 +179,7 @@ void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* cons
 
 void MatMulKernel::multiply(const Call& call) const {
   const Parallel pool = pool_of(call.context);
-  Status status = Status::kOk;
+  Status status;
   if (kernels_.rounds) {
     Int8Product products[kMostProducts];
     for (size_t i = 0; i < products_.size(); ++i) {
@@ -191,7 +191,7 @@ void MatMulKernel::multiply(const Call& call) const {
     args.workspace = workspace.get();
     status = int8_linear(args, kernels_.int8, pool);
   } else {
-    for (size_t i = 0; i < products_.size() && status == Status::kOk; ++i) {
+    for (size_t i = 0; i < products_.size() && status.ok(); ++i) {
       LinearArgs args = products_[i].floats(call.context);
       const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(args.weight, args.branch, call.tokens))]);
       args.x = call.x;
@@ -201,7 +201,7 @@ void MatMulKernel::multiply(const Call& call) const {
       status = codebook_linear(args, kernels_.floats, pool);
     }
   }
-  if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
+  if (!status.ok()) fail(node_, status.message);
 }
 
 GatherKernel::GatherKernel(const Constants& constants, int bits)
@@ -221,10 +221,10 @@ void GatherKernel::compute(const Ort::KernelContext& context) const {
   shape.push_back(args.weight.in_features);
   args.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
   const Status status = codebook_gather(args, pool_of(context));
-  if (status == Status::kBadIndex) {
+  if (status == refusal::kIndex) {
     fail(node_, "an index lies outside [0, " + std::to_string(args.weight.out_features) + ")");
   }
-  if (status != Status::kOk) fail(node_, "the kernel refused these sizes; check the model with `rankbook inspect`");
+  if (!status.ok()) fail(node_, status.message);
 }
 
 void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels) {

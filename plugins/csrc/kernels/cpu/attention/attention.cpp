@@ -171,21 +171,21 @@ void tile_task(void* argument, int64_t index) {
 
 Status check(const AttentionArgs& args) {
   if (args.batch < 0 || args.tokens < 0 || args.heads <= 0 || args.kv_heads <= 0 || args.heads % args.kv_heads != 0) {
-    return Status::kBadShape;
+    return refusal::kLengths;
   }
-  if (args.size <= 0 || args.size % kHeadStep != 0 || args.size > kLargestHead) return Status::kUnsupported;
-  if (args.total < args.tokens || args.total > args.present || args.past > args.present) return Status::kBadShape;
-  if (args.batch > 1 && args.tokens > 1 && !is_prompt(args)) return Status::kBadShape;
+  if (args.size <= 0 || args.size % kHeadStep != 0 || args.size > kLargestHead) return refusal::kHead;
+  if (args.total < args.tokens || args.total > args.present || args.past > args.present) return refusal::kLengths;
+  if (args.batch > 1 && args.tokens > 1 && !is_prompt(args)) return refusal::kLengths;
   const int64_t least = is_prompt(args) ? 1 : args.tokens;  // padding of a prompt is new too
   for (int64_t row = 0; row < args.batch; ++row) {
     const int64_t keys = int64_t{args.last[row]} + 1;
-    if (keys < least || keys > args.total) return Status::kBadShape;
-    if (!is_prompt(args) && keys - args.tokens > args.past) return Status::kBadShape;
+    if (keys < least || keys > args.total) return refusal::kLengths;
+    if (!is_prompt(args) && keys - args.tokens > args.past) return refusal::kLengths;
   }
   for (int64_t i = 0; args.positions > 0 && i < args.batch * args.tokens; ++i) {
-    if (args.position_ids[i] < 0 || args.position_ids[i] >= args.positions) return Status::kBadIndex;
+    if (args.position_ids[i] < 0 || args.position_ids[i] >= args.positions) return refusal::kPosition;
   }
-  return Status::kOk;
+  return {};
 }
 
 }  // namespace
@@ -196,7 +196,7 @@ int64_t attention_workspace(const AttentionArgs& args) {
 
 Status attention(const AttentionArgs& args, const AttentionKernels& kernels, const Parallel& parallel) {
   const Status status = check(args);
-  if (status != Status::kOk) return status;
+  if (!status.ok()) return status;
   const int64_t group = args.heads / args.kv_heads;
   const int64_t tiles = ceil_div(args.tokens * group, kernels.rows);
   Job job{args, kernels, group, ceil_div(args.present, kKeyBlock), panels_of(args), tiles};
@@ -208,7 +208,7 @@ Status attention(const AttentionArgs& args, const AttentionKernels& kernels, con
     run(parallel, heads * job.blocks, work >= kSerialWork, block_task, job);
     run(parallel, heads * job.tiles, work >= kSerialWork, tile_task, job);
   }
-  return Status::kOk;
+  return {};
 }
 
 }  // namespace rankbook

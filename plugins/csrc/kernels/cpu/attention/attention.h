@@ -3,7 +3,7 @@
 // Attention of grouped query heads over a cache of keys and values, with the rotary embedding, on a CPU. It computes what
 // com.microsoft::GroupQueryAttention of ONNX Runtime computes in fp32. No runtime in here, as in codebook.h.
 //
-// Letters: B rows of the batch, S new tokens of each, N query heads, M heads of keys and values (M divides N), H numbers of a
+// Letters: B rows of the batch, S new tokens of each, N query heads, M heads of keys and values (M divides N), H elements of a
 // head, P positions in the past's buffer, L = max(P, total) in the present's.
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace rankbook {
 
-inline constexpr int64_t kLargestHead = 512;  // numbers of a head, a multiple of kHeadStep
+inline constexpr int64_t kLargestHead = 512;  // elements of a head, a multiple of kHeadStep
 inline constexpr int64_t kHeadStep = 8;
 
 // Where query i of row b stands: a prompt (S = total) begins at 0, otherwise its last token is number last[b].
@@ -50,7 +50,8 @@ struct AttentionKernels;  // kernels/dispatch.h
 int64_t attention_workspace(const AttentionArgs& args);
 
 // Writes output, and the new keys (embedded) and values behind the past in present; what a buffer of its own holds behind
-// them is cleared. kBadShape: sizes that do not belong together, or `last` outside of them; kBadIndex: a position.
+// them is cleared. refusal::kLengths: sizes that do not belong together, or
+// `last` outside of them; kHead, kPosition.
 Status attention(const AttentionArgs& args, const AttentionKernels& kernels, const Parallel& parallel);
 
 }  // namespace rankbook

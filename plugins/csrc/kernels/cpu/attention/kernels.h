@@ -4,6 +4,10 @@
 // head of keys and values, block by block of keys, with the running maximum and sum of a softmax in base 2.
 //
 // Reading order: products of rows, scores, weights, a tile, preparation.
+//
+// Query heads that share keys stand side by side as rows of a tile, so that the cache is read once for all of them: a token
+// waits for memory, 147 KB a layer at 96 positions of SmolLM2-135M. Base 2 saves a multiplication per score: log2(e) goes into
+// the queries, once.
 
 #include <utility>
 
@@ -15,7 +19,7 @@ namespace {
 namespace attention_loops {
 
 inline constexpr int kKeys = 4;                // keys whose products with a few queries stay in registers
-inline constexpr int64_t kAhead = 2048;        // numbers between the keys in use and those on their way from memory
+inline constexpr int64_t kAhead = 2048;        // elements between the keys in use and those on their way from memory
 inline constexpr float kHidden = -3.0e38F;     // a score that no finite one is below; with others its weight is 0
 
 // ---------------------------------------------------------------------------------------------- products of rows
@@ -86,6 +90,8 @@ Multiply pick_multiply(int64_t rows, std::integer_sequence<int, kIndex...>) {
 
 // ---------------------------------------------------------------------------------------------- scores
 
+// Few rows: keys are not transposed, which would read and write them once more. A lane holds part of a sum along the head,
+// and the sums of a vector of keys are added up together at the end (Lanes::totals).
 // scores (kRows, count; kKeyBlock apart) = q @ keys^T, keys (count, size) as they lie in the cache. Whole vectors are written.
 template <int kRows>
 void score_rows(const float* q, int64_t stride, const float* keys, const float* values, int64_t size, int64_t count,
@@ -184,6 +190,8 @@ struct Softmax {
   float total = 0.0F;
 };
 
+// The running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867): a block with a larger score than any before scales what
+// was summed, so the cache is passed once. Hidden keys get a weight of exactly 0 by way of minus infinity.
 // Turns scores [0, count) into weights, those outside of [begin, end) into 0; returns the factor of what was summed before.
 float weigh(float* scores, int64_t begin, int64_t end, int64_t count, float cap, Softmax& softmax) {
   const int64_t width = ceil_div(count, kLanes) * kLanes;

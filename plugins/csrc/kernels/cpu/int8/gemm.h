@@ -3,6 +3,9 @@
 // Several tokens against one panel of 32 rows. A slice of the panel (some groups, or a part of a long one) is decoded to
 // bytes in the L1 cache, plane by plane, and multiplied with all tokens: a tile of tokens and rows at a time, with its
 // integer sums and its totals in registers.
+//
+// Decoding costs a look-up per four weights, once for all tokens; a slice is so small that what was decoded is still in the
+// L1 cache when the last tile of tokens reads it. Planes are separate slices, since each has integer sums of its own.
 
 #include <utility>
 
@@ -32,6 +35,7 @@ struct Part {
   alignas(64) float offset[kPanel];
 };
 
+// As many parts as fit, of one or several groups: with small groups a slice per group would start each tile too often.
 struct Slice {
   Part parts[kSliceBlocks];
   int count = 0;
@@ -227,7 +231,8 @@ Tile pick_tile(int64_t tokens, std::integer_sequence<int, kIndex...>) {
   return kAll[tokens - 1];
 }
 
-// total (tokens, 32) += slice @ x, in tiles of nearly the same number of tokens.
+// total (tokens, 32) += slice @ x, in tiles of nearly the same number of tokens: a tile of one loads as many
+// entries as a tile of six.
 void multiply_slice(const Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial,
                     float* total) {
   constexpr auto kAll = std::make_integer_sequence<int, Bytes::kTokens>{};

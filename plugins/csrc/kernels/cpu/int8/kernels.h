@@ -2,6 +2,10 @@
 
 // The inner loops of the int8 mode for one panel of 32 rows, included once per instruction set (sets/*.cpp): a
 // few tokens (gemv) and the error branch. Many tokens (gemm) are in gemm.h.
+//
+// Four bytes of levels and four of activations go into one dot product of 32-bit lanes, so a vector of 16 rows takes one
+// look-up and one instruction of arithmetic for four inputs. The fp32 part, two multiplications and an addition a row, is
+// met once per group, however long it is.
 
 #include <utility>
 
@@ -17,6 +21,8 @@ inline constexpr int64_t kParamsAhead = 512;        // bytes of parameters: thei
 
 // ---------------------------------------------------------------------------------------------- a few tokens
 
+// The integer sums of one group, as many as registers hold beside levels and inputs: more would go through memory in the
+// inner loop.
 template <int kPlanes, int kTokens>
 struct Sums {
   static constexpr int kVectors = kTokens == 1 ? Bytes::vectors(kPlanes) : kTokens * kPlanes >= 8 ? 1 : 2;
@@ -38,6 +44,8 @@ struct Sums {
   }
 };
 
+// One block of 32 inputs. Tokens are the inner loop: an entry that was looked up is multiplied with all of them before the
+// next, which is what makes eight tokens cost far less than eight times one.
 template <int kBits, int kPlanes, int kTokens, bool kSigned, int... kIndex>
 inline void dot_block(const uint8_t* from, const int8_t* const (&x)[kTokens], int64_t at, const PlaneLevels<kBits>* levels,
                       Sums<kPlanes, kTokens>& sums, std::integer_sequence<int, kIndex...>) {
@@ -65,6 +73,7 @@ inline void dot_block(const uint8_t* from, const int8_t* const (&x)[kTokens], in
   }
 }
 
+// Parameters lie in a stream of their own, a cache line or two a group.
 inline void prefetch_params(const CodebookWeight& weight, int64_t panel, int64_t group) {
   const int64_t size = weight.form == ParamForm::kInt8 ? 1 : weight.form == ParamForm::kFloat16 ? 2 : 4;
   const int64_t bytes = weight.param_planes() * kPanel * size;
@@ -142,6 +151,7 @@ void gemv_rows(const Int8Weight& weight, int64_t panel, int row, const StagedRow
   }
 }
 
+// Signed tables only where the unsigned ones would saturate: they take two more instructions (Bytes::dot_signed).
 template <int kBits, int kPlanes, int kTokens>
 void gemv_panel(const Int8Weight& weight, int64_t panel, const StagedRows& x, const int64_t* tokens, float* y) {
   constexpr auto kRows = Sums<kPlanes, kTokens>::kVectors * kLanes;
@@ -189,6 +199,8 @@ Gemv pick_gemv(int bits, int64_t tokens, int planes) {
   }
 }
 
+// Numbers of tokens without a loop of their own take the next larger one, its last tokens doubled: fewer copies of the code,
+// and a token more costs little beside reading the weight.
 bool gemv(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens, float* y) {
   constexpr int64_t kFew = Bytes::kFewTokens;
   if (tokens > kFew * (weight.weight.planes == 1 ? 1 : 2)) return false;  // a second look-up costs less than a second plane

@@ -214,16 +214,16 @@ int64_t lay_out(const Int8Args& args, uint8_t* at, Job* job) {
 }
 
 Status check(const Int8Args& args) {
-  if (args.count < 1 || args.count > kMostProducts) return Status::kUnsupported;
+  if (args.count < 1 || args.count > kMostProducts) return refusal::kUnlike;
   const CodebookWeight& first = args.products[0].weight.weight;
   for (int i = 0; i < args.count; ++i) {
     const CodebookWeight& weight = args.products[i].weight.weight;
     const Status status = check_weight(weight);
-    if (status != Status::kOk) return status;
+    if (!status.ok()) return status;
     const bool alike = weight.bits == first.bits && weight.in_features == first.in_features && weight.groups == first.groups;
-    if (!alike || weight.in_features / weight.groups > kLargestGroup) return Status::kUnsupported;
+    if (!alike || weight.in_features / weight.groups > kLargestGroup) return refusal::kUnlike;
   }
-  return Status::kOk;
+  return {};
 }
 
 }  // namespace
@@ -232,7 +232,7 @@ int64_t int8_workspace(const Int8Args& args) { return lay_out(args, nullptr, nul
 
 Status int8_linear(const Int8Args& args, const Int8Kernels& kernels, const Parallel& parallel) {
   const Status status = check(args);
-  if (status != Status::kOk || args.tokens == 0) return status;
+  if (!status.ok() || args.tokens == 0) return status;
   const CodebookWeight& weight = args.products[0].weight.weight;
 
   Job job{args, kernels, {}, {}};
@@ -256,7 +256,7 @@ Status int8_linear(const Int8Args& args, const Int8Kernels& kernels, const Paral
     run(parallel, rank_panels * job.chunks, inputs * rank_panels * kPanel, branch_task, job);
     run(parallel, panels * job.chunks, work, chunk_task, job);
   }
-  return Status::kOk;
+  return {};
 }
 
 }  // namespace rankbook

@@ -27,8 +27,8 @@ RANKBOOK_INLINE constexpr int64_t ceil_div(int64_t value, int64_t divisor) { ret
 
 enum class ParamForm {
   kInt8,     // value = params * step + base, one step and base per panel and plane
-  kFloat16,  // value = values * value_scale + value_base
-  kFloat32,  // the same with fp32 values
+  kFloat16,  // the values themselves
+  kFloat32,
 };
 
 // A weight as the file holds it. Nothing is repacked: codes and params are read where the runtime has them.
@@ -46,8 +46,6 @@ struct CodebookWeight {
   const void* params = nullptr;    // (NP, G, Q, 32) in the type that form says
   const float* step = nullptr;     // (NP, Q), kInt8 only
   const float* base = nullptr;     // (NP, Q), kInt8 only
-  float value_scale = 1.0F;        // kFloat16 and kFloat32 only
-  float value_base = 0.0F;
 
   RANKBOOK_INLINE int64_t panels() const { return ceil_div(out_features, kPanel); }
   RANKBOOK_INLINE int64_t blocks() const { return ceil_div(in_features, kBlock); }

@@ -23,6 +23,7 @@ uint32_t code_at(const CodebookWeight& weight, const uint8_t* row, int64_t k) {
   return byte(code - 6, index) >> 6 | (byte(2, index) >> code & 1U) << 2;
 }
 
+// In the order of operations of the reference, params * step + base, so that rows equal it but for the sum over planes.
 float param_at(const CodebookWeight& weight, int64_t panel, int64_t group, int64_t plane, int64_t lane) {
   const int64_t planes = weight.param_planes();
   const int64_t at = ((panel * weight.groups + group) * planes + plane) * kPanel + lane;
@@ -32,9 +33,9 @@ float param_at(const CodebookWeight& weight, int64_t panel, int64_t group, int64
       return stored * weight.step[panel * planes + plane] + weight.base[panel * planes + plane];
     }
     case ParamForm::kFloat16:
-      return half_to_float(static_cast<const uint16_t*>(weight.params)[at]) * weight.value_scale + weight.value_base;
+      return half_to_float(static_cast<const uint16_t*>(weight.params)[at]);
     default:
-      return static_cast<const float*>(weight.params)[at] * weight.value_scale + weight.value_base;
+      return static_cast<const float*>(weight.params)[at];
   }
 }
 
@@ -45,7 +46,7 @@ void gather_row(const CodebookWeight& weight, int64_t index, float* y) {
   const int64_t group_size = weight.in_features / weight.groups;
   const int64_t levels = int64_t{1} << weight.bits;
   for (int64_t group = 0; group < weight.groups; ++group) {
-    float table[256];
+    float table[256];  // 2^b entries once for a group cost less than the sum over planes for each of its inputs
     const float offset = weight.has_offset ? param_at(weight, panel, group, weight.planes, lane) : 0.0F;
     for (int64_t code = 0; code < levels; ++code) table[code] = offset;
     for (int64_t plane = 0; plane < weight.planes; ++plane) {
@@ -65,9 +66,9 @@ void gather_task(void* argument, int64_t index) {
 
 Status codebook_gather(const GatherArgs& args, const Parallel& parallel) {
   const Status status = check_weight(args.weight);
-  if (status != Status::kOk) return status;
+  if (!status.ok()) return status;
   for (int64_t i = 0; i < args.count; ++i) {
-    if (args.indices[i] < 0 || args.indices[i] >= args.weight.out_features) return Status::kBadIndex;
+    if (args.indices[i] < 0 || args.indices[i] >= args.weight.out_features) return refusal::kIndex;
   }
   GatherArgs shared = args;
   if (args.count > 8 && parallel.run != nullptr) {
@@ -75,7 +76,7 @@ Status codebook_gather(const GatherArgs& args, const Parallel& parallel) {
   } else {
     for (int64_t i = 0; i < args.count; ++i) gather_task(&shared, i);
   }
-  return Status::kOk;
+  return {};
 }
 
 }  // namespace rankbook

@@ -4,6 +4,11 @@
 // same input of neighbouring rows, so accumulators are vertical and every vector multiplies the same broadcast input.
 //
 // Reading order: code extraction, row of levels, parameters, one token (gemv), decoding, many tokens (gemm), dispatch.
+//
+// A weight is never put together here for one token: sum_k w x over a group is sum_p value[p] * sum_k levels[p][code] x, so the
+// parameters are met once per group and plane, and the offset once per group, times the sum of x. That leaves a shift, a
+// look-up and a multiply-add per weight and plane; at one plane the loop waits for memory, at two for those instructions
+// (0.44 ns of a vector of 16 weights at 4 bits on an AMD Zen 5, of 0.57 measured).
 
 #include <utility>
 
@@ -24,7 +29,8 @@ inline constexpr int64_t kPrefetchBytes = 8192;             // without it a thir
 
 // ---------------------------------------------------------------------------------------------- code extraction
 
-// The words of one half block (16 inputs) for one vector of rows; see plugins/layout.py for the bit order.
+// The words of one half block (16 inputs) for one vector of rows; see plugins/layout.py for the bit order. Half a block,
+// because groups are multiples of 16: whole blocks would need a second path for those that end in the middle of one.
 template <int kBits, int kHalf>
 struct HalfBlock {
   static constexpr int kWords = kBits == 3 ? 3 : kBits / 2;
@@ -56,6 +62,7 @@ struct HalfBlock {
 
 // ---------------------------------------------------------------------------------------------- row of levels
 
+// What turns codes into levels. A table of up to 16 levels is one or two registers and one permutation.
 template <int kBits>
 struct Levels {
   static constexpr int kCodeBits = kBits;
@@ -64,6 +71,7 @@ struct Levels {
   F operator()(I codes) const { return table.lookup(codes); }
 };
 
+// 256 levels fit no register and a gather takes 16 loads; those of affine formats lie on a line, which takes none.
 template <>
 struct Levels<kBits8Linear> {
   static constexpr int kCodeBits = 8;
@@ -81,6 +89,7 @@ struct LevelRows {
       : row{Levels<kBits>(weight, begin + kIndex)...} {}
 };
 
+// A function, since the indices of a sequence cannot be deduced from a constructor.
 template <int kPlanes, int kBits, int... kIndex>
 LevelRows<kBits, kPlanes, kIndex...> level_rows(const CodebookWeight& weight, int begin,
                                                 std::integer_sequence<int, kIndex...> planes) {
@@ -98,9 +107,8 @@ inline F param(const CodebookWeight& weight, int64_t panel, int64_t group, int64
     const F stored = Simd::from_int8(static_cast<const int8_t*>(weight.params) + at);
     return Simd::fma(stored, Simd::set(weight.step[scale]), Simd::set(weight.base[scale]));
   }
-  const F stored = weight.form == ParamForm::kFloat16 ? Simd::from_half(static_cast<const uint16_t*>(weight.params) + at)
-                                                      : Simd::load(static_cast<const float*>(weight.params) + at);
-  return Simd::fma(stored, Simd::set(weight.value_scale), Simd::set(weight.value_base));
+  return weight.form == ParamForm::kFloat16 ? Simd::from_half(static_cast<const uint16_t*>(weight.params) + at)
+                                            : Simd::load(static_cast<const float*>(weight.params) + at);
 }
 
 inline const uint8_t* panel_codes(const CodebookWeight& weight, int64_t panel) {
@@ -137,6 +145,8 @@ struct GroupSums {
   }
 };
 
+// 16 inputs of each row of the tile. Inputs are the outer loop, so that a code is extracted once for all planes; the chain
+// of a sum changes with the input, because a multiply-add waits four cycles for the one before it.
 template <int kBits, int kHalf, int kPlanes, class Rows, int... kIndex>
 inline void dot_half_block(const uint8_t* block, const float* x, const Rows& rows, GroupSums<kPlanes>& sums,
                            std::integer_sequence<int, kIndex...>) {
@@ -167,6 +177,7 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
   const auto rows = level_rows<kPlanes, kBits>(weight, begin, std::make_integer_sequence<int, kPlanes>{});
   const uint8_t* codes = panel_codes(weight, panel) + row * 4;
   const int64_t halves = half_blocks_per_group(weight);
+  // y is read and written once, whatever the number of groups: totals are what the next plane's pass begins with.
   F total[kVectors];
   RANKBOOK_UNROLL
   for (int vector = 0; vector < kVectors; ++vector) total[vector] = Simd::load(y + vector * Simd::kLanes);

@@ -70,6 +70,7 @@ void branch_task(void* argument, int64_t index) {
   }
 }
 
+// The second factor goes into the accumulators of the panel while they are in the L1 cache; y is written once.
 // Adds the error branch and the bias, and writes the rows of the panel that exist.
 void finish_panel(const Job& job, int64_t panel, int64_t first, int64_t tokens, float* acc) {
   const LinearArgs& args = job.args;
@@ -117,6 +118,7 @@ void chunk_task(void* argument, int64_t index) {
   finish_panel(job, panel, first, tokens, acc);
 }
 
+// Group sums are plain code: they are 1 / N of the product's work, and their order is the same on every instruction set.
 // Copies one token into `padded` (zeros behind K) and sums it per group.
 void stage_token(const LinearArgs& args, float* padded, float* group_sums) {
   const CodebookWeight& weight = args.weight;
@@ -133,13 +135,11 @@ void stage_token(const LinearArgs& args, float* padded, float* group_sums) {
 }  // namespace
 
 Status check_weight(const CodebookWeight& weight) {
-  if (weight.bits != 2 && weight.bits != 3 && weight.bits != 4 && weight.bits != 8) return Status::kUnsupported;
-  if (weight.out_features <= 0 || weight.in_features <= 0 || weight.groups <= 0 || weight.planes <= 0) {
-    return Status::kBadShape;
-  }
-  if (weight.in_features % weight.groups != 0) return Status::kBadShape;
+  if (weight.bits != 2 && weight.bits != 3 && weight.bits != 4 && weight.bits != 8) return refusal::kBits;
+  if (weight.out_features <= 0 || weight.in_features <= 0 || weight.planes <= 0) return refusal::kEmpty;
+  if (weight.groups <= 0 || weight.in_features % weight.groups != 0) return refusal::kDivision;
   const int64_t group = weight.in_features / weight.groups;
-  return weight.groups == 1 || group % kHalfBlock == 0 ? Status::kOk : Status::kBadShape;
+  return weight.groups == 1 || group % kHalfBlock == 0 ? Status{} : refusal::kGroups;
 }
 
 int64_t linear_workspace(const CodebookWeight& weight, const LowRankBranch& branch, int64_t tokens) {
@@ -150,7 +150,7 @@ int64_t linear_workspace(const CodebookWeight& weight, const LowRankBranch& bran
 Status codebook_linear(const LinearArgs& args, const PanelKernels& kernels, const Parallel& parallel) {
   const CodebookWeight& weight = args.weight;
   const Status status = check_weight(weight);
-  if (status != Status::kOk || args.tokens == 0) return status;
+  if (!status.ok() || args.tokens == 0) return status;
 
   Job job{args, kernels, args.x, nullptr, args.workspace, ceil_div(args.tokens, kTokenChunk)};
   if (args.tokens == 1) {
@@ -165,7 +165,7 @@ Status codebook_linear(const LinearArgs& args, const PanelKernels& kernels, cons
   }
   const int64_t work = args.tokens * weight.out_features * weight.in_features;
   run(parallel, weight.panels() * job.chunks, work, args.tokens == 1 ? token_task : chunk_task, job);
-  return Status::kOk;
+  return {};
 }
 
 }  // namespace rankbook

@@ -15,7 +15,7 @@ namespace row_loops {
 inline constexpr float kLog2E = 1.44269504F;
 inline constexpr int kChains = 4;  // sums side by side, which hide the latency of an addition
 
-// Up to a vector of numbers, and zeros.
+// Up to a vector of elements, and zeros.
 struct Part {
   alignas(64) float at[kLanes] = {};
   Part(const float* from, int64_t count) { std::memcpy(at, from, static_cast<size_t>(count) * sizeof *at); }
@@ -28,6 +28,7 @@ inline void store_part(F value, float* to, int64_t count) {
   std::memcpy(to, all, static_cast<size_t>(count) * sizeof *all);
 }
 
+// One pass reads both rows, writes their sum and adds up squares; the second one scales. The row is in the L1 cache by then.
 void add_norm(const float* a, const float* b, const float* scale, int64_t size, float epsilon, float* y, float* sum) {
   F squares[kChains];
   RANKBOOK_UNROLL
@@ -58,6 +59,7 @@ void add_norm(const float* a, const float* b, const float* scale, int64_t size, 
   store_part(Lanes::multiply(rest, Part(scale + i, size - i).load()), y + i, size - i);
 }
 
+// The exponential of minus the magnitude is at most 1 for either sign: nothing overflows, and one division serves both.
 inline F gated(F gate, F up) {
   const F one = Simd::set(1.0F);
   const F small = power(Lanes::multiply(Lanes::size_of(gate), Simd::set(-kLog2E)));  // e^-|gate|

@@ -50,7 +50,7 @@ struct Lanes {
     }
     return blocks(blocks(quads[0], quads[1]), blocks(quads[2], quads[3]));
   }
-  // The 8 numbers behind the last whole vector of a head, and zeros.
+  // The 8 elements behind the last whole vector of a head, and zeros.
   static F load_half(const float* from) { return _mm512_maskz_loadu_ps(0xFF, from); }
 
  private:

@@ -114,9 +114,11 @@ struct Bytes : Halves {
 #if defined(__AVXVNNI__)
   static I dot(I sum, I entries, I x) { return _mm256_dpbusd_avx_epi32(sum, entries, x); }
 #else
+  // Three instructions where AVX-VNNI has one: pairs in 16 bits, which saturate, then pairs of those.
   static I dot(I sum, I entries, I x) {
     return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(entries, x), _mm256_set1_epi16(1)));
   }
+  // |entry| * (x with the entry's sign): two more instructions, no saturation for any int8 entry.
   static I dot_signed(I sum, I entries, I x) { return dot(sum, _mm256_abs_epi8(entries), _mm256_sign_epi8(x, entries)); }
 #endif
   static Simd::F to_float(I value) { return _mm256_cvtepi32_ps(value); }

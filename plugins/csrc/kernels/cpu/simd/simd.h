@@ -77,7 +77,7 @@ struct Simd {
     if constexpr (kShift == 0) return words;
     return _mm512_srli_epi32(words, kShift);
   }
-  // (low & kMask) | (high & ~kMask)
+  // (low & kMask) | (high & ~kMask), one instruction of three inputs
   template <int kMask>
   static I merge(I low, I high) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(kMask), low, high, 0xCA);
