@@ -143,6 +143,25 @@ def test_what_it_cannot_do_is_refused(work: Path, capsys: pytest.CaptureFixture[
         GroupQueryAttention(None, [-1])(model)
 
 
+def test_masks_that_are_no_windows_are_refused() -> None:
+    """Two layers with one mask, of which the configuration says that one has a window."""
+    layers = " ".join(
+        f"both{i} = Concat <axis = 2> (past{i}, k) y{i} = Attention (q, both{i}, both{i}, seen)" for i in (0, 1)
+    )
+    model = ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,2,s,16] q, float[b,2,s,16] k, bool[b,1,s,t] seen,'
+        f" float[b,2,p,16] past0, float[b,2,p,16] past1) => (float[b,2,s,16] y0, float[b,2,s,16] y1) {{ {layers} }}"
+    )
+    for index, value in enumerate(model.graph.inputs[3:]):
+        value.name = f"past_key_values.{index}.key"
+    with pytest.raises(ValueError, match=r"1 masks and windows of -1, 8 positions.*graph standard"):
+        GroupQueryAttention(None, [8, -1])(model)
+    model.graph.inputs[4].name = "other"
+    model.graph.inputs[3].name = "past_key_values.0.key"
+    with pytest.raises(ValueError, match="2 of 1 layers"):
+        GroupQueryAttention(None, [-1, -1])(model)
+
+
 def test_a_sum_that_is_broadcast_stays() -> None:
     model = ir.from_onnx_text(
         '<ir_version: 11, opset_import: ["" : 23]> g (float[b,s,4] x, float[4] y) => (float[b,s,4] z)'
