@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+
+from rankbook.calibration.memory import peak_rss_bytes
 
 Progress = Callable[[float, "str | None"], None]
 """Shows how far a step is: the fraction done, 0 to 1, and what is being done (or None)."""
@@ -31,7 +32,7 @@ class Console:
             start = time.monotonic()
             self.log(f"{description} ...")
             yield _silent
-            self.log(f"{description}: {time.monotonic() - start:.1f} s, peak memory {peak_rss() / 1e9:.2f} GB")
+            self.log(f"{description}: {time.monotonic() - start:.1f} s, peak memory {peak_rss_bytes() / 1e9:.2f} GB")
             return
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,7 +52,7 @@ class Console:
 
             def update(fraction: float, what: str | None) -> None:
                 text = f"{description}: {what}" if what else description
-                bars.update(task, completed=fraction, description=text, rss=f"{peak_rss() / 1e9:.2f} GB")
+                bars.update(task, completed=fraction, description=text, rss=f"{peak_rss_bytes() / 1e9:.2f} GB")
 
             yield update
             bars.update(task, completed=1.0, description=description)
@@ -59,9 +60,3 @@ class Console:
 
 def _silent(fraction: float, description: str | None) -> None:
     """A progress that shows nothing."""
-
-
-def peak_rss() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankbook.tools.child import run_module
 from rankbook.tools.errors import CheckFailedError
 
 
@@ -47,32 +43,10 @@ def run_stage(name: str, arguments: Sequence[str], log: Path) -> Stage:
     Raises:
         CheckFailedError: It ended with an error.
     """
-    import rankbook
-
-    root = str(Path(next(iter(rankbook.__path__))).resolve().parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "rankbook.tools", *arguments, "--json"]
-    start = time.perf_counter()
-    with log.open("a", encoding="utf-8") as errors:
-        errors.write(f"$ rankbook {' '.join(arguments)}\n")
-        errors.flush()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
-        try:
-            output = process.stdout.read() if process.stdout else b""
-            # wait4, unlike wait, tells what this one child used.
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    seconds = time.perf_counter() - start
-    try:
-        report = json.loads(output)
-    except ValueError:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        message = " ".join(tail) or "no message"
-        raise CheckFailedError(f"stage {name!r} ended with code {process.returncode}: {message}; see {log}") from None
-    unit = 1 if sys.platform == "darwin" else 1024
-    passed = process.returncode == 0
-    return Stage(name, f"rankbook {' '.join(arguments)}", seconds, usage.ru_maxrss * unit, passed, report)
+    command = f"rankbook {' '.join(arguments)}"
+    with log.open("a", encoding="utf-8") as lines:
+        lines.write(f"$ {command}\n")
+    done = run_module("rankbook.tools", [*arguments, "--json"], log=log)
+    if done.report is None:
+        raise CheckFailedError(f"stage {name!r} ended with code {done.code}: {done.message or 'no message'}; see {log}")
+    return Stage(name, command, done.seconds, done.peak_rss_bytes, done.code == 0, done.report)

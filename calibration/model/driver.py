@@ -20,6 +20,7 @@ from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, ve
 from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.model import capture, embeddings
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.allocation import Choice, allocate
@@ -33,7 +34,6 @@ from rankbook.calibration.model.report import (
     QuantizeReport,
     Reporter,
     in_float,
-    peak_rss_bytes,
     totals,
 )
 from rankbook.calibration.model.resume import PartialState

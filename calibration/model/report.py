@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -147,12 +146,6 @@ class Reporter:
     def start(self, skipped: int) -> None:
         """Begin the estimate at a block."""
         self.skipped, self._start = skipped, time.monotonic()
-
-
-def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def totals(layers: Mapping[str, LayerReport], tables: Mapping[str, Any]) -> dict[str, Any]:

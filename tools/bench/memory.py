@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rankbook.calibration.memory import peak_rss_bytes
+from rankbook.tools import child
 from rankbook.tools.bench.subject import ModelSubject, random_tokens
+from rankbook.tools.child import run_module
 from rankbook.tools.errors import CheckFailedError
 from rankbook.tools.runtimes import Setting
 
@@ -42,34 +41,26 @@ def measure_memory(subject: ModelSubject, threads: int | None) -> Memory:
     Raises:
         CheckFailedError: The process failed.
     """
-    command = [sys.executable, "-m", "rankbook.tools.bench.memory", str(subject.path), subject.runtime]
-    done = subprocess.run([*command, str(threads or 0)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CheckFailedError(f"measuring the memory of {subject.name} failed: {done.stderr.strip()[-500:]}")
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    request = {"path": str(subject.path), "runtime": subject.runtime, "threads": threads}
+    done = run_module("rankbook.tools.bench.memory", request=request)
+    if done.code or done.report is None:
+        raise CheckFailedError(f"measuring the memory of {subject.name} failed: {done.message[-500:]}")
+    return Memory(**done.report)
 
 
-def _most_resident() -> int:
-    """Largest resident memory of this process in bytes; getrusage would count the process that started this one."""
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise CheckFailedError("/proc/self/status has no VmHWM: memory cannot be measured here")
-
-
-def _main(arguments: Sequence[str]) -> None:
-    """Print the `Memory` of this process as JSON: the other half of `measure_memory`."""
-    path, runtime, threads = arguments
-    subject = ModelSubject(Path(path), runtime)
+def _main() -> None:
+    """Report the `Memory` of this process: the other half of `measure_memory`."""
+    given = child.request()
+    subject = ModelSubject(Path(given["path"]), given["runtime"])
     subject.prepare()
     tokens = random_tokens(_PROMPT)
-    baseline = _most_resident()
-    model = subject.open(Setting(int(threads) or None, _PROMPT + _STEPS + 1, shared=False))
+    baseline = peak_rss_bytes()
+    model = subject.open(Setting(given["threads"], _PROMPT + _STEPS + 1))
     scores = model.start(tokens)
     for _ in range(_STEPS):
         scores = model.step(int(scores.argmax()))
-    print(json.dumps(asdict(Memory(model.file_bytes, _most_resident(), baseline))))
+    child.say(asdict(Memory(model.file_bytes, peak_rss_bytes(), baseline)))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _main()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
-from rankbook.tools.console import Console, peak_rss
+from rankbook.tools.console import Console
 from rankbook.tools.generation.loop import GenerateOptions, generate
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.kernel_options import KernelOptions
@@ -48,7 +49,7 @@ def run(options: Generate) -> Outcome:
     console.log(
         f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s ({result.kernels});"
         f" prompt of {result.prompt_tokens} tokens in {result.prompt_seconds:.2f} s;"
-        f" peak memory {peak_rss() / 1e9:.2f} GB; ended by {_WHY[result.finish_reason]}"
+        f" peak memory {peak_rss_bytes() / 1e9:.2f} GB; ended by {_WHY[result.finish_reason]}"
     )
     if advice := GenerationSettings(suggested=result.suggested).advice():
         console.log(advice)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
 from rankbook.plugins import library
+from rankbook.tools.child import run_module
 from rankbook.tools.deploy import engine_commands, engine_log
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes, make_profiles
@@ -165,12 +164,12 @@ def _build_either_way(
 ) -> tuple[dict[str, Any], Path]:
     """Build from the file as it is or, where the parser refuses its functions, from the graph without functions."""
     try:
-        return run_worker(request, work, progress), model.path
+        return run_worker(request, progress), model.path
     except ParserRefusedError:
         if request["plugins"] and all(map(has_plugin, model.packed)):  # no function is expanded: another reason
             raise
         graph = inline_bodies(model, work)
-        return run_worker({**request, "onnx": str(graph)}, work, progress), graph
+        return run_worker({**request, "onnx": str(graph)}, progress), graph
 
 
 @contextlib.contextmanager
@@ -206,57 +205,27 @@ def inline_bodies(model: ExportedModel, folder: Path) -> Path:
     return target
 
 
-def run_worker(request: dict[str, Any], folder: Path, progress: Callable[[float, str | None], None]) -> dict[str, Any]:
+def run_worker(request: dict[str, Any], progress: Callable[[float, str | None], None]) -> dict[str, Any]:
     """Run `rankbook.tools.deploy.rtx_worker` on a request and return its result.
 
     Raises:
         CheckFailedError: The builder reported an error or its process died.
     """
-    path = folder / "request.json"
-    path.write_text(json.dumps(request), encoding="utf-8")
-    with tempfile.TemporaryDirectory(prefix="rankbook-libraries-") as libraries, tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", "rankbook.tools.deploy.rtx_worker", str(path)]
+    with tempfile.TemporaryDirectory(prefix="rankbook-libraries-") as libraries:
         environment = trt.rtx_environment(Path(libraries))
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        try:
-            last = _follow(process, progress)
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        errors.seek(0)
-        if last.get("errno") is not None:
-            raise OSError(last["errno"], last["error"])
-        if "parser refused" in last.get("error", ""):
-            raise ParserRefusedError(f"{last['error']}; --keep-files keeps the builder's log")
-        if "result" not in last:
-            reason = (
-                last.get("error") or _last_lines(errors.read()) or f"its process ended with code {process.returncode}"
-            )
-            raise CheckFailedError(f"building the engine failed: {reason}; --keep-files keeps the builder's log")
-    path.unlink()
-    result: dict[str, Any] = last["result"]
+        done = run_module(
+            "rankbook.tools.deploy.rtx_worker", request=request, environment=environment, progress=progress
+        )
+    said: dict[str, Any] = done.report or {}
+    if said.get("errno") is not None:
+        raise OSError(said["errno"], said["error"])
+    if "parser refused" in said.get("error", ""):
+        raise ParserRefusedError(f"{said['error']}; --keep-files keeps the builder's log")
+    if "result" not in said:
+        reason = said.get("error") or done.message or f"its process ended with code {done.code}"
+        raise CheckFailedError(f"building the engine failed: {reason}; --keep-files keeps the builder's log")
+    result: dict[str, Any] = said["result"]
     return result
-
-
-def _follow(process: subprocess.Popen[str], progress: Callable[[float, str | None], None]) -> dict[str, Any]:
-    """Read events until the process closes its output; return the last one."""
-    last: dict[str, Any] = {}
-    for line in process.stdout or ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # something that the library printed
-        if "progress" in event:
-            progress(event["progress"], event["phase"])
-        else:
-            last = event
-    process.wait()
-    return last
-
-
-def _last_lines(text: str, count: int = 3) -> str:
-    return " ".join(text.strip().splitlines()[-count:])
 
 
 def _report(

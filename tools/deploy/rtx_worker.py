@@ -1,40 +1,29 @@
-"""The process that builds an engine: ``python -m rankbook.tools.deploy.rtx_worker REQUEST.json``.
+"""The process that builds an engine, see `rankbook.tools.child`.
 
 It runs on its own because the library path must be set before it starts, only the first logger of a process counts,
-and a crash of the builder must not take the command down. It reports on stdout, one JSON object a line:
-``{"progress": 0.4, "phase": "..."}`` while it works, and at the end ``{"result": {...}}`` or
+and a crash of the builder must not take the command down. It reports ``{"result": {...}}`` or
 ``{"error": "...", "errno": 28}``; the builder's verbose log goes to a file.
 """
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from rankbook.tools import child
 
-def main(request_path: str) -> int:
-    """Build what the request file describes; return the exit code."""
-    _end_with_parent()
-    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+
+def main() -> int:
+    """Build what the request describes; return the exit code."""
+    request = child.request()
     try:
-        _say(result=_build(request))
+        child.say({"result": _build(request)})
     except (RuntimeError, ValueError, OSError) as error:
-        _say(error=str(error), errno=getattr(error, "errno", None))
+        child.say({"error": str(error), "errno": getattr(error, "errno", None)})
         return 1
     return 0
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends in whatever way, so that no builder is left running."""
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +179,10 @@ def _monitor(trt: Any) -> Any:
             step = time.monotonic()
             if step - self._last > 0.2:
                 self._last = step
-                _say(progress=self._best, phase=name)
+                child.say({"progress": self._best, "phase": name})
 
     return Monitor()
 
 
-def _say(**event: Any) -> None:
-    print(json.dumps(event), flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

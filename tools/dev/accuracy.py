@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankbook.tools.child import Finished, run_module
 from rankbook.tools.report import Table, to_json
 
 ROWS: Mapping[str, Sequence[str]] = {
@@ -94,7 +91,7 @@ def table(results: Mapping[str, Any]) -> Table:
                 f"{100 * row['top1_agreement']:.1f} %",
                 f"{row['quantize_seconds']:.0f}",
                 f"{row['quantize_cpu_seconds']:.0f}" if "quantize_cpu_seconds" in row else "",
-                f"{row['peak_rss_gib']:.2f}",
+                f"{row['peak_rss_bytes'] / 2**30:.2f}",
             )
         )
     columns = (
@@ -118,20 +115,18 @@ def _measure(bits: int, name: str, args: argparse.Namespace) -> dict[str, Any]:
         common += ["--calib-sequences", str(args.calib_sequences), "--seed", str(args.seed), "-o", str(checkpoint)]
         if name in PEER_ROWS:
             peer, *flags = PEER_ROWS[name]
-            words = [args.peer_python, "-m", "rankbook.tools.dev.peers", peer, str(args.model), *common, *flags]
+            words = [peer, str(args.model), *common, *flags]
+            done = _run("rankbook.tools.dev.peers", words, args, python=args.peer_python)
         else:
-            words = [sys.executable, "-m", "rankbook.tools", "quantize", str(args.model), *common, *ROWS[name]]
-            words += ["--json"]
-        started = time.perf_counter()
-        report, usage = _child(words)
-        seconds = time.perf_counter() - started
+            words = ["quantize", str(args.model), *common, *ROWS[name], "--json"]
+            done = _run("rankbook.tools", words, args)
         result = _evaluate(checkpoint, args, reference=args.model)
     result |= {
-        "bits_per_weight": report["bits_per_weight"],
-        "quantize_seconds": seconds,
-        "quantize_cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_rss_gib": _bytes(usage) / 2**30,
-        "command": " ".join(words[1:]),
+        "bits_per_weight": done.report["bits_per_weight"],
+        "quantize_seconds": done.seconds,
+        "quantize_cpu_seconds": done.cpu_seconds,
+        "peak_rss_bytes": done.peak_rss_bytes,
+        "command": " ".join(words),
     }
     return result
 
@@ -141,31 +136,16 @@ def _evaluate(model: Path, args: argparse.Namespace, reference: Path | None = No
     command += ["--max-tokens", str(args.max_tokens)]
     if reference is not None:
         command += ["--reference", str(reference)]
-    return _child([sys.executable, "-m", "rankbook.tools", *command, "--json"])[0]
+    report: dict[str, Any] = _run("rankbook.tools", [*command, "--json"], args).report
+    return report
 
 
-def _child(words: Sequence[str]) -> tuple[dict[str, Any], resource.struct_rusage]:
-    """Run a command that prints a JSON report last; return it and what the process itself used."""
-    import rankbook
-
-    # A peer's interpreter has its own packages; ours is found where it is imported from here.
-    root = str(Path(next(iter(rankbook.__path__))).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment)
-    with process:
-        output = process.stdout.read() if process.stdout else b""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}; its messages are above")
-    # The report begins the last line that begins with a brace: peers print more than their report.
-    text = output.decode()
-    report: dict[str, Any] = json.loads(text[text.rindex("\n{") if "\n{" in text else 0 :])
-    return report, usage
-
-
-def _bytes(usage: resource.struct_rusage) -> int:
-    return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+def _run(module: str, words: Sequence[str], args: argparse.Namespace, python: str = sys.executable) -> Finished:
+    log = args.output / "accuracy.log"
+    done = run_module(module, words, python=python, log=log)
+    if done.code or done.report is None:
+        raise SystemExit(f"{module} {' '.join(words)} ended with {done.code}: {done.message}; see {log}")
+    return done
 
 
 def _write(path: Path, text: str) -> None:

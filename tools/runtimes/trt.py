@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.source import Kind
+from rankbook.tools.child import package_environment
 from rankbook.tools.runtimes.base import Runtime
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def rtx_environment(folder: Path, base: Mapping[str, str] | None = None) -> dict
         folder: Where the link is made.
         base: The environment to extend, ``os.environ`` when None.
     """
-    environment = dict(os.environ if base is None else base)
+    environment = package_environment(base)
     library = _rtx_library()
     if library is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +71,6 @@ def rtx_environment(folder: Path, base: Mapping[str, str] | None = None) -> dict
         link.symlink_to(library)
         paths = [str(folder), str(library.parent), environment.get("LD_LIBRARY_PATH", "")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
-    import rankbook
-
-    # The child must find this very package, also when it runs from a checkout.
-    root = str(Path(next(iter(rankbook.__path__))).resolve().parent)
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in (root, environment.get("PYTHONPATH", "")) if path)
     return environment
 
 
