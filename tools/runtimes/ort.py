@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.util import find_spec
@@ -129,6 +130,26 @@ def session(
     return made
 
 
+def anchored(graph: bytes, file: ExportedModel) -> tuple[bytes, Path]:
+    """Return a graph that names the data files of ``file`` where they really lie, and the folder that holds them.
+
+    ONNX Runtime takes no data file from outside of the folder that it is given. Behind links, as in the cache of the
+    Hugging Face hub, that is not the folder of the graph.
+    """
+    folder, files = file.path.parent.resolve(), file.data_files
+    if all(real == folder / name for name, real in files.items()):
+        return graph, folder
+    import onnx
+
+    folder = Path(os.path.commonpath([real.parent for real in files.values()]))
+    model = onnx.load_from_string(graph)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(files[entry.value].relative_to(folder))
+    return model.SerializeToString(), folder
+
+
 class OrtModel(LanguageModel):
     """An exported file as a language model; the cache stays in ONNX Runtime's own tensors between steps."""
 
@@ -171,10 +192,11 @@ class OrtModel(LanguageModel):
         runtimes()[kernels].require()
         self._threads = threads
         self.kernels, self.native, self.cuda = kernels, kernels != "bodies", kernels == "native-cuda"
+        placed, folder = anchored(graph, self.file) if graph else (self.file.path, None)
         self.session = session(
-            graph or self.file.path,
+            placed,
             threads=threads,
-            data_folder=self.file.path.parent if graph else None,
+            data_folder=folder,
             native=self.native,
             cuda=self.cuda,
             activations="int8" if kernels == "native-int8" else "fp32",
@@ -231,8 +253,8 @@ class OrtModel(LanguageModel):
 
     def open_graph(self, graph: bytes) -> Any:
         """Return a session of another graph, with the same kernels and the data files of this one."""
-        folder = self.file.path.parent.resolve()
-        return session(graph, threads=self._threads, data_folder=folder, native=self.native, cuda=self.cuda)
+        placed, folder = anchored(graph, self.file)
+        return session(placed, threads=self._threads, data_folder=folder, native=self.native, cuda=self.cuda)
 
     def start(self, tokens: Tokens) -> Logits:
         """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
