@@ -10,15 +10,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rankbook.calibration.checkpoint.format import open_checkpoint
+from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
+from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.skeleton import build
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
 from tests.exporter.compare import worst_error
-from tests.tiny import FAMILIES, OWN_ATTENTION
+from tests.tiny import FAMILIES, OWN_ATTENTION, tiny_tokenizer, write_text
 
 # float32 sums in another order, through two layers; 1e-6 is typical.
 TOLERANCE = 1e-4
@@ -101,6 +104,27 @@ def test_last_logits_are_those_of_the_last_token_of_each_row(graph, tmp_path):
     got = session.run(["logits"], feeds)[0]
     assert got.shape == (3, 1, want.shape[1])
     assert np.abs(got[:, 0] - want).max() < TOLERANCE * np.abs(want).max()
+
+
+def test_a_language_model_without_a_class_of_its_own_is_traced_within_its_wrapper(tmp_path):
+    text: dict[str, Any] = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 48}
+    tokens = {"image_token_id": 255, "video_token_id": 254, "vision_start_token_id": 253, "vision_end_token_id": 252}
+    config = AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    auto: Any = AutoModelForImageTextToText
+    auto.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    calib = str(write_text(tmp_path / "text.txt"))
+    how = QuantizeOptions(method="rtn", bits=4, group_size=16, calib=calib, calib_sequences=2, calib_length=16)
+    quantize_model(tmp_path / "model", tmp_path / "q", how)
+    with pytest.raises(ValueError, match="--inputs ids"):
+        export(tmp_path / "q", tmp_path / "out", ExportOptions(inputs="embeds"))
+    export(tmp_path / "q", tmp_path / "out")
+    model, _ = load_model(tmp_path / "q")
+    assert worst_error(tmp_path / "out", model, logits="last") < TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "bits"), [("llama", 8), ("opt", 4), ("gemma2", 8)])
