@@ -24,6 +24,7 @@ from rankbook.exporter.stored import (
     element_bits,
     external,
     location,
+    texts,
 )
 from rankbook.plugins import contract, merged
 from rankbook.plugins.contract import Operator
@@ -359,31 +360,11 @@ def load(path: Path) -> onnx.ModelProto:
         raise ExportedFileError(
             f"{path} is not a readable ONNX model ({error}); it is truncated or another format{AGAIN}"
         ) from None
-    if any(isinstance(text, bytes) for text in _texts(model)):  # what protobuf returns for them
+    if any(isinstance(text, bytes) for text in texts(model)):  # what protobuf returns for them
         raise ExportedFileError(f"{path} holds names that are not UTF-8, so it is damaged{AGAIN}")
     if not model.graph.node:
         raise ExportedFileError(f"{path} holds an empty graph; it is truncated or not an ONNX model{AGAIN}")
     return model
-
-
-def _texts(model: onnx.ModelProto) -> Iterator[object]:
-    """Yield every name and text of a model."""
-    graph = model.graph
-    for part in (graph, *model.functions):
-        yield part.name
-        for node in part.node:
-            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-            yield from (item.name for item in node.attribute)
-    for function in model.functions:
-        yield from (function.domain, *function.input, *function.output, *function.attribute)
-    for tensor in graph.initializer:
-        yield tensor.name
-        yield from (text for item in tensor.external_data for text in (item.key, item.value))
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.name
-        yield from (size.dim_param for size in value.type.tensor_type.shape.dim)
-    yield from (text for item in model.metadata_props for text in (item.key, item.value))
-    yield from (item.domain for item in model.opset_import)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

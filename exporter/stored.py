@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -83,6 +84,26 @@ class Tensor:
         """
         array = self.stored.array
         return array if self.part is None else self.part.of(array.reshape(-1))
+
+
+def texts(model: onnx.ModelProto) -> Iterator[object]:
+    """Yield every name and text of a model."""
+    graph = model.graph
+    for part in (graph, *model.functions):
+        yield part.name
+        for node in part.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (item.name for item in node.attribute)
+    for function in model.functions:
+        yield from (function.domain, *function.input, *function.output, *function.attribute)
+    for tensor in graph.initializer:
+        yield tensor.name
+        yield from (text for item in tensor.external_data for text in (item.key, item.value))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name
+        yield from (size.dim_param for size in value.type.tensor_type.shape.dim)
+    yield from (text for item in model.metadata_props for text in (item.key, item.value))
+    yield from (item.domain for item in model.opset_import)
 
 
 def location(tensor: onnx.TensorProto) -> str:
