@@ -61,7 +61,7 @@ def compare_greedy(
         prompts: What to continue.
 
     Raises:
-        UsageError: There is no tokenizer, or ``new_tokens`` is less than 1.
+        UsageError: There is no tokenizer, ``new_tokens`` is less than 1, or a model holds less positions.
     """
     if new_tokens < 1:
         raise UsageError(f"{new_tokens} tokens cannot be compared; give at least 1")
@@ -78,6 +78,8 @@ def _follow(first: LanguageModel, second: LanguageModel, prompt: str, new_tokens
     import numpy as np
 
     tokens = np.array([prompt_ids(first.tokenizer, prompt)], np.int64)
+    for model in (first, second):
+        model.check_room(tokens.shape[1] + new_tokens, f"a greedy check of {new_tokens} tokens")
     mine, other = first.start(tokens), second.start(tokens)
     for index in range(new_tokens):
         token, choice = int(mine.argmax()), int(other.argmax())

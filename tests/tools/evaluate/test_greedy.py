@@ -19,10 +19,15 @@ class Counter(LanguageModel):
     """Prefers the token after the last one; from its ``wrong_at``-th answer on, prefers another by ``by``."""
 
     name = "counter"
+    positions: int | None = None
 
     def __init__(self, wrong_at: int | None = None, by: float = 0.0) -> None:
         self.tokenizer = lambda _: {"input_ids": [1]}
         self._wrong_at, self._by, self._answers = wrong_at, by, 0
+
+    @property
+    def context(self) -> int | None:
+        return self.positions
 
     def logits(self, tokens: Tokens) -> Logits:
         raise NotImplementedError
@@ -62,6 +67,10 @@ def test_a_tie_within_tolerance_is_no_failure():
 
 
 def test_no_tokens_and_no_tokenizer_are_refused():
+    short = Counter()
+    short.positions = 8
+    with pytest.raises(UsageError, match="greedy check of 8 tokens asks for 9 positions; counter holds 8"):
+        compare_greedy(Counter(), short, 8, 1e-4)
     with pytest.raises(UsageError, match="at least 1"):
         compare_greedy(Counter(), Counter(), 0, 1e-4)
     silent = Counter()
