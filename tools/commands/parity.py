@@ -62,6 +62,7 @@ def run(options: Parity) -> Outcome:
     with console.progress("parity") as progress:
         progress(0.0, "loading")
         model = OrtModel(file, threads=options.threads, kernels=runtime.name)
+        model.check_room(options.tokens, "--tokens")
         torch_model = TorchModel(checkpoint, threads=options.threads)
         tokens = _tokens(options, torch_model)
         report = parity.check(model, torch_model, tokens, options, progress)

@@ -171,3 +171,9 @@ def test_windows_are_no_longer_than_the_context(work: Path, capsys: pytest.Captu
     assert run_cli(*command, "--context", 200, "--max-tokens", 200) == 0
     report = stdout_json(capsys)
     assert any("windows have 128 tokens instead of 200" in note for note in report["notes"])
+
+
+def test_parity_asks_for_no_more_than_the_context(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond it positions of the two sides may mean different things, or nothing."""
+    assert run_cli("parity", work / "onnx", "--checkpoint", work / "checkpoint", "--tokens", 200) == errors.USAGE
+    assert "--tokens asks for 200 positions" in capsys.readouterr().err
