@@ -59,7 +59,7 @@ class _Decomposition:
         result = self._op(
             "Reshape",
             self._op("MatMul", weights, self._grouped(value)),
-            self._writer.ints(0, self._heads, -1, self._size),
+            self._writer.ints(0, self._heads, -1, fixed_size(given(self._node, 2), 3)),
         )
         self._writer.replace(self._node, {self._node.outputs[0]: result})
 

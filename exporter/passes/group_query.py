@@ -88,6 +88,8 @@ class _Fusion:
         self._new = [given(cache, 1) for cache in self._caches]
         self._past = [given(cache, 0) for cache in self._caches]
         self._heads, self._size = fixed_size(self._query, 1), fixed_size(self._query, 3)
+        if fixed_size(self._past[1], 3) != self._size:
+            raise ValueError("ONNX Runtime's attention takes keys and values of one size; export with graph standard")
         if self._size % attention.HEAD_STEP:
             raise ValueError(
                 f"ONNX Runtime's attention takes heads of a multiple of {attention.HEAD_STEP} numbers,"

@@ -56,6 +56,22 @@ def test_spelled_out_attention_is_the_same(softcap):
     assert np.abs(run(model, feeds) - want).max() < 1e-5
 
 
+def test_values_may_be_narrower_than_keys():
+    """As in multi-head latent attention."""
+    model = attention("float")
+    for value in (model.graph.inputs[2], model.graph.outputs[0]):
+        value.shape = ir.Shape([*list(value.shape or ())[:3], 4])
+    generator = np.random.default_rng(0)
+    shapes = {"q": (2, HEADS, 3, SIZE), "k": (2, KEYS, 5, SIZE), "v": (2, KEYS, 5, 4)}
+    feeds: dict[str, Any] = {name: generator.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    feeds["m"] = np.ones((2, 1, 3, 5), bool)
+    want = run(model, feeds)
+    DecomposeAttention()(model)
+    got = run(model, feeds)
+    assert got.shape == want.shape == (2, HEADS, 3, 4)
+    assert np.abs(got - want).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("dtype", "size", "softcap", "kept"),
     [
