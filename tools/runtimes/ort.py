@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.util import find_spec
@@ -16,6 +13,7 @@ from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.generation.settings import read_json, read_settings
 from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
+from rankbook.tools.runtimes.ort_memory import anchored, untouched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,26 +126,6 @@ def session(
             "ONNX Runtime could not start its CUDA provider: check the CUDA and cuDNN libraries it needs"
         )
     return made
-
-
-def anchored(graph: bytes, file: ExportedModel) -> tuple[bytes, Path]:
-    """Return a graph that names the data files of ``file`` where they really lie, and the folder that holds them.
-
-    ONNX Runtime takes no data file from outside of the folder that it is given. Behind links, as in the cache of the
-    Hugging Face hub, that is not the folder of the graph.
-    """
-    folder, files = file.path.parent.resolve(), file.data_files
-    if all(real == folder / name for name, real in files.items()):
-        return graph, folder
-    import onnx
-
-    folder = Path(os.path.commonpath([real.parent for real in files.values()]))
-    model = onnx.load_from_string(graph)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = str(files[entry.value].relative_to(folder))
-    return model.SerializeToString(), folder
 
 
 class OrtModel(LanguageModel):
@@ -307,7 +285,7 @@ class OrtModel(LanguageModel):
         self._held, self._steps = max(positions + _ROOM, 2 * self._held), None
         for name, value in self._cache.items():
             batch, heads, _, size = value.shape()
-            wide = _untouched((batch, heads, self._held, size), self._types[name])
+            wide = untouched((batch, heads, self._held, size), self._types[name])
             wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
             self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
 
@@ -344,14 +322,6 @@ class OrtModel(LanguageModel):
         if "position_ids" in inputs:
             inputs["position_ids"][:] = np.arange(self._length, self._length + length)
         return inputs
-
-
-def _untouched(shape: tuple[int, ...], kind: str) -> np.ndarray[Any, Any]:
-    """Return zeros of which only what is written takes memory; ``np.zeros`` fills memory that was used before."""
-    import numpy as np
-
-    size = np.dtype(kind).itemsize * math.prod(shape)
-    return np.ndarray(shape, kind, buffer=mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _past(present: str) -> str:
