@@ -57,6 +57,8 @@ def main() -> None:
     (packages / "lent_dependencies.pth").write_text(f"{lent}\n", encoding="utf-8")
     run(str(python), "-c", MODULES)
     run(str(python), "-c", NATIVE)
+    if extra := [path.name for path in packages.glob("rankbook/tools/dev/*")]:
+        sys.exit(f"the wheel holds what only developers run: {extra}")
     if "RANKBOOK_EXPECT_NATIVE" in os.environ and not list(packages.glob("rankbook/plugins/lib/*.so")):
         sys.exit("the wheel does not hold the native library, although the checkout could build it")
     command = str(python.with_name("rankbook"))
