@@ -19,12 +19,13 @@ from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.record import halves
-from rankbook.exporter import attention, emit, refusal
-from rankbook.plugins import contract
+from rankbook.exporter import attention, refusal
 from rankbook.plugins.layer_spec import LayerSpec
 
 TRACE_DOMAIN = "rankbook.trace"
 """Domain of placeholders that do not outlive the passes."""
+PACKED = "Packed"
+"""Placeholder of a packed layer; the dialect chooses its operator."""
 DENSE = "Dense"
 """Placeholder of a linear layer that is not quantized."""
 LAYER = "layer"
@@ -48,30 +49,28 @@ class Skeleton:
     owners: dict[str, str]
 
 
-class CodebookPlaceholder(nn.Module):
+class PackedPlaceholder(nn.Module):
     """A packed linear layer as one node with one input."""
 
-    def __init__(self, name: str, spec: LayerSpec, op: contract.Operator) -> None:
+    def __init__(self, name: str, spec: LayerSpec) -> None:
         super().__init__()
-        self.name, self.spec, self.op = name, spec, op
+        self.name, self.spec = name, spec
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a symbolic result (..., N) in the dtype of x (..., K)."""
-        shape = [*x.shape[:-1], self.spec.out_features]
-        return _node(f"{contract.DOMAIN}::{self.op.name}", x, self.name, x.dtype, shape)
+        return _node(PACKED, x, self.name, x.dtype, [*x.shape[:-1], self.spec.out_features])
 
 
-class GatherPlaceholder(CodebookPlaceholder):
+class EmbeddingPlaceholder(PackedPlaceholder):
     """A packed embedding as one node."""
 
-    def __init__(self, name: str, spec: LayerSpec, op: contract.Operator, dtype: torch.dtype) -> None:
-        super().__init__(name, spec, op)
+    def __init__(self, name: str, spec: LayerSpec, dtype: torch.dtype) -> None:
+        super().__init__(name, spec)
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Return symbolic rows (..., K) for indices (...)."""
-        shape = [*x.shape, self.spec.in_features]
-        rows = _node(f"{contract.DOMAIN}::{self.op.name}", x, self.name, torch.float32, shape).to(self.dtype)
+        rows = _node(PACKED, x, self.name, torch.float32, [*x.shape, self.spec.in_features]).to(self.dtype)
         # Rounded to the dtype first, as in CodebookEmbedding.
         return rows if self.spec.scale == 1.0 else rows * torch.tensor(self.spec.scale).to(self.dtype)
 
@@ -86,7 +85,7 @@ class DensePlaceholder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a symbolic result (..., N) in the dtype of x (..., K)."""
-        return _node(f"{TRACE_DOMAIN}::{DENSE}", x, self.name, x.dtype, [*x.shape[:-1], self.out_features])
+        return _node(DENSE, x, self.name, x.dtype, [*x.shape[:-1], self.out_features])
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -> Skeleton:
@@ -180,7 +179,8 @@ class _Language(nn.Module):
 
 
 def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:
-    result: Tensor = torch.onnx.ops.symbolic(op, (x,), {LAYER: layer}, dtype=dtype, shape=shape, version=1)
+    name = f"{TRACE_DOMAIN}::{op}"
+    result: Tensor = torch.onnx.ops.symbolic(name, (x,), {LAYER: layer}, dtype=dtype, shape=shape, version=1)
     return result
 
 
@@ -191,10 +191,9 @@ def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None
         if spec is not None and isinstance(module, nn.Embedding):
             if spec.branch_rank:
                 raise CheckpointError(f"{name} is an embedding with an error branch, for which there is no operator")
-            replace_module(model, name, GatherPlaceholder(name, spec, emit.operator(spec, contract.GATHER), dtype))
-        elif spec is not None:
-            kind = contract.MATMUL_LOW_RANK if spec.branch_rank else contract.MATMUL  # also where tied to an embedding
-            replace_module(model, name, CodebookPlaceholder(name, spec, emit.operator(spec, kind)))
+            replace_module(model, name, EmbeddingPlaceholder(name, spec, dtype))
+        elif spec is not None:  # also where tied to an embedding
+            replace_module(model, name, PackedPlaceholder(name, spec))
         elif type(module) is nn.Linear:
             replace_module(model, name, DensePlaceholder(name, module))
 

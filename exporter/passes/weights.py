@@ -13,7 +13,7 @@ from rankbook.calibration.checkpoint.format import Checkpoint
 from rankbook.calibration.record import halves
 from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
 from rankbook.exporter.rewrite import Writer
-from rankbook.exporter.skeleton import DENSE, LAYER, SMALL_BYTES, TRACE_DOMAIN, Skeleton
+from rankbook.exporter.skeleton import DENSE, LAYER, PACKED, SMALL_BYTES, TRACE_DOMAIN, Skeleton
 from rankbook.plugins import contract
 
 
@@ -40,7 +40,7 @@ class BindWeights(ir.passes.InPlacePass):
         """Change the model in place."""
         graph = model.graph
         for node in list(graph):
-            if node.domain == contract.DOMAIN:
+            if (node.domain, node.op_type) == (TRACE_DOMAIN, PACKED):
                 self._lower_packed(graph, node)
             elif (node.domain, node.op_type) == (TRACE_DOMAIN, DENSE):
                 self._lower_dense(graph, node)
