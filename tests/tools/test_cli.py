@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -54,12 +53,8 @@ def test_help_loads_no_heavy_library(verb):
         "heavy = {'torch', 'transformers', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'onnx', 'polygraphy', 'numpy'}\n"
         "print('loaded', sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
     assert done.stderr.splitlines()[-1] == "loaded []"
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # CPU time, since the machine may be busy with other tests: 0.2 s, which grows when cores share their caches.
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
 
 
 def _environment() -> dict[str, str]:
