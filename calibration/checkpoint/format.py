@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +32,7 @@ from rankbook.calibration.checkpoint.integrity import (
 )
 from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.output import replaced_folder
+from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
 from rankbook.calibration.source import is_checkpoint as is_checkpoint
@@ -117,7 +117,7 @@ class Checkpoint:
             )
         with opened(self.folder / file) as stream:
             tensor: Tensor = stream.get_tensor(self.stored_names.get(name, name))
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError(f"{self.folder}: {name} holds NaN or infinity; write or copy the checkpoint again")
         return tensor
 

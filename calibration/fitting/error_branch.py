@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import feedback
 from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import Factor, LowRank, QuantizedLinear
 from rankbook.calibration.settings import ERROR_BRANCHES as ERROR_BRANCHES
 
@@ -51,7 +52,7 @@ def fit_error_branch(
     if kind == "none" or rank == 0:
         return None
     error = problem.weight.float() - record.weight()
-    if not bool(torch.isfinite(error).all()):
+    if not is_finite(error):
         raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
     rank = min(rank, *error.shape)
     return (
@@ -71,7 +72,7 @@ def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
     if kind == "lqer" or statistics.tokens == 0:
         return torch.ones(problem.weight.shape[1])
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
-    if not bool(torch.isfinite(magnitude).all()):
+    if not is_finite(magnitude):
         raise ValueError(
             f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
             " convert it again"
@@ -88,7 +89,7 @@ def _diagonal(problem: LayerProblem, error: Tensor, kind: str, rank: int, factor
 
 def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) -> LowRank:
     gram = problem.statistics.gram.float()
-    if not bool(torch.isfinite(gram).all()):
+    if not is_finite(gram):
         raise ValueError(
             f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
             " convert it again"

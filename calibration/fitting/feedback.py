@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.record.finite import is_finite
 
 _BLOCK = 64
 _DAMPING = 0.01
@@ -37,12 +38,12 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
         ValueError: The statistics or the weights hold NaN or infinity.
     """
     gram = problem.statistics.gram.float()
-    if not bool(torch.isfinite(gram).all()):
+    if not is_finite(gram):
         raise ValueError(
             f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
             " convert it again"
         )
-    if not bool(torch.isfinite(problem.weight).all()):
+    if not is_finite(problem.weight):
         raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
     mean = gram.diagonal().mean()
     if problem.statistics.tokens == 0 or float(mean) <= 0:

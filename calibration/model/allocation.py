@@ -35,6 +35,7 @@ from rankbook.calibration.methods import METHODS, Method
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.solve import solve_layer
+from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins import layout
 from rankbook.plugins.layer_spec import MIN_GROUP, LayerSpec
 
@@ -215,7 +216,7 @@ def sensitivities(
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-    if damaged := [name for name, found in fisher.items() if not bool(torch.isfinite(found).all())]:
+    if damaged := [name for name, found in fisher.items() if not is_finite(found)]:
         raise ValueError(f"the gradients of {damaged[0]} overflow, so a budget cannot be spent; give --bits instead")
     return {
         name: Sensitivity(found, _spectrum(sketches[name], found) if spectra else torch.empty(0))

@@ -39,6 +39,7 @@ from rankbook.calibration.model.report import (
 from rankbook.calibration.model.resume import PartialState
 from rankbook.calibration.model.selection import Selection, select
 from rankbook.calibration.notes import note
+from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins.layer_spec import LayerSpec
 
 _HEAD_TOKENS = 8192
@@ -252,7 +253,7 @@ class _Run:
 
 def _check_finite(module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
     for name, parameter in module.named_parameters(recurse=recurse):
-        if not bool(torch.isfinite(parameter).all()):
+        if not is_finite(parameter):
             raise ValueError(
                 f"{prefix}{name} holds NaN or infinity; the model is damaged: download or convert it again"
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.record import halves
+from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins import layout
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
@@ -61,7 +62,7 @@ class GroupParams:
         Raises:
             ValueError: Another number of bits, or values that are not finite.
         """
-        if not torch.isfinite(values).all():
+        if not is_finite(values):
             raise ValueError(
                 "group parameters hold NaN or infinity; the weights or the statistics they came from do too"
             )
@@ -86,7 +87,7 @@ class GroupParams:
         Raises:
             ValueError: Another number of bits, or exponents that are not finite.
         """
-        if not torch.isfinite(exponents).all():
+        if not is_finite(exponents):
             raise ValueError("exponents hold NaN or infinity; the weights they came from do too")
         if bits != 8:
             return cls.quantize(exponents.float().exp2(), bits)
@@ -196,5 +197,5 @@ def check_finite(name: str, tensor: Tensor | None) -> None:
     Raises:
         ValueError: It does not.
     """
-    if tensor is not None and not bool(torch.isfinite(tensor).all()):
+    if tensor is not None and not is_finite(tensor):
         raise ValueError(f"{name} hold NaN or infinity")

@@ -10,6 +10,8 @@ LARGEST_CHANGE = 2.0**-9
 SMALLEST = 2.0**-15
 """Largest magnitude below which float16 does not hold numbers: it rounds them to multiples of 2**-24."""
 
+_CHUNK = 1 << 22
+
 
 class NotHeldError(ValueError):
     """Numbers that float16 does not hold."""
@@ -21,9 +23,12 @@ def holds(values: Tensor) -> bool:
     Numbers far below the largest may be lost, as in every sum with them; a set of numbers that are all below float16's
     smallest (6e-8), or near it, is not held.
     """
-    exact = values.double()
-    change = exact - exact.half().double()
-    return bool(change.norm() <= LARGEST_CHANGE * exact.norm())
+    exact = change = 0.0
+    for part in torch.split(values.reshape(-1), _CHUNK):  # in parts: an embedding in float64 may not fit into memory
+        wide = part.double()
+        exact += float(wide.square().sum())
+        change += float((wide - wide.half().double()).square().sum())
+    return change <= LARGEST_CHANGE**2 * exact
 
 
 def stored(values: Tensor, *, axis: int) -> Tensor:

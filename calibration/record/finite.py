@@ -1,0 +1,18 @@
+"""Whether numbers are finite, told without a copy of them: a stored embedding may fill most of the memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether values of any floating dtype and shape hold neither NaN nor infinity."""
+    if not values.numel():
+        return True
+    if values.element_size() == 1:  # 8-bit floats: PyTorch compares them on no CPU
+        return all(is_finite(part.float()) for part in torch.split(values.reshape(-1), _CHUNK))
+    low, high = torch.aminmax(values.detach())  # NaN passes through
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
