@@ -198,10 +198,14 @@ def test_parity_without_its_checkpoint_asks_for_it(work, tmp_path, capsys):
 
 
 def test_inspect_tells_the_same_of_checkpoint_and_file(work, capsys):
-    layers = []
+    layers, left = [], []
     for name in ("q", "onnx"):
         assert run_cli("inspect", work / name, "--json") == 0
-        layers.append({layer["name"]: layer for layer in stdout_json(capsys)["layers"]})
+        found = stdout_json(capsys)
+        layers.append({layer["name"]: layer for layer in found["layers"]})
+        left.append(found["facts"]["left_in_float"])
+    assert left[0] == left[1]
+    assert left[0]["largest"].keys() == {"model.embed_tokens.weight", "lm_head.weight"}
     assert layers[0].keys() == layers[1].keys()
     for name, layer in layers[0].items():
         other = layers[1][name]

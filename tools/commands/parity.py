@@ -119,9 +119,17 @@ def _tables(report: ParityReport) -> list[Table]:
         title = f"growth of the error over {len(report.layers)} layers"
         tables.append(Table(title, ("layer", "error", "verdict"), layers))
     if report.greedy:
-        prompts = [(item.prompt, f"{item.same} of {item.tokens}", _mark(item.passed)) for item in report.greedy]
-        tables.append(Table("greedy tokens that agree", ("prompt", "tokens", "verdict"), prompts))
+        prompts = [
+            (item.prompt, f"{item.same} of {item.tokens}", _of(item.generated, item.tokens), _mark(item.passed))
+            for item in report.greedy
+        ]
+        heads = ("prompt", "both runtimes", "transformers' generate", "verdict")
+        tables.append(Table("greedy tokens that agree", heads, prompts))
     return tables
+
+
+def _of(part: int | None, whole: int) -> str:
+    return "not compared" if part is None else f"{part} of {whole}"
 
 
 def _worth_showing(report: ParityReport, most: int = 12) -> list[LayerCheck]:

@@ -29,7 +29,9 @@ class GreedyCheck:
         same: How many of them agree before the first difference.
         margin: At the first difference, how much more the first model prefers its own token to the other's, relative to
             its largest absolute logit; None without a difference.
-        passed: No difference, or one where the first model's preference is within tolerance: a tie.
+        generated: How many of the tokens compared the library's own loop gives, too (``generate`` of transformers);
+            None where the first model has none.
+        passed: No difference to either, or one where the first model's preference is within tolerance: a tie.
     """
 
     prompt: str
@@ -37,6 +39,7 @@ class GreedyCheck:
     same: int
     margin: float | None
     passed: bool
+    generated: int | None = None
 
 
 def compare_greedy(
@@ -50,7 +53,8 @@ def compare_greedy(
     """Continue each prompt by ``new_tokens`` tokens with the first model and follow with the second.
 
     The second model is fed with the tokens of the first, so its own choice is known at every position; the comparison
-    of a prompt ends at the first difference, since texts that differ once are different texts.
+    of a prompt ends at the first difference, since texts that differ once are different texts. The tokens of the first
+    are also compared with those of its library's own loop, so that a fault of the loop here cannot hide in both.
 
     Args:
         first: The model that decides.
@@ -80,12 +84,14 @@ def _follow(first: LanguageModel, second: LanguageModel, prompt: str, new_tokens
     tokens = np.array([prompt_ids(first.tokenizer, prompt)], np.int64)
     for model in (first, second):
         model.check_room(tokens.shape[1] + new_tokens, f"a greedy check of {new_tokens} tokens")
+    wanted = first.generated(tokens, new_tokens)
     mine, other = first.start(tokens), second.start(tokens)
     for index in range(new_tokens):
-        token, choice = int(mine.argmax()), int(other.argmax())
-        if token != choice:
-            margin = float((mine[token] - mine[choice]) / np.abs(mine).max())
-            return GreedyCheck(prompt, new_tokens, index, margin, margin <= tolerance)
+        token, generated = int(mine.argmax()), None if wanted is None else index
+        for choice in (int(other.argmax()), token if wanted is None else wanted[index]):
+            if token != choice:
+                margin = float((mine[token] - mine[choice]) / np.abs(mine).max())
+                return GreedyCheck(prompt, new_tokens, index, margin, margin <= tolerance, generated)
         if index + 1 < new_tokens:
             mine, other = first.step(token), second.step(token)
-    return GreedyCheck(prompt, new_tokens, new_tokens, None, True)
+    return GreedyCheck(prompt, new_tokens, new_tokens, None, True, None if wanted is None else new_tokens)

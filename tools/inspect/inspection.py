@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,16 +134,15 @@ def _checkpoint(path: Path) -> Inspection:
     ]
     facts = {key: value for key, value in opened.manifest.items() if key not in ("layers", "files")}
     facts["files"] = {name: entry["bytes"] for name, entry in opened.manifest.get("files", {}).items()}
-    facts["left_in_float"] = _left_in_float(path, opened.unquantized(), layers)
+    headers = (_safetensors_header(file) for file in path.glob("*.safetensors"))
+    shapes = {name: entry["shape"] for header in headers for name, entry in header.items()}
+    facts["left_in_float"] = _left_in_float({name: shapes.get(name, ()) for name in opened.unquantized()}, layers)
     return Inspection("checkpoint", str(path), tuple(layers), facts)
 
 
-def _left_in_float(path: Path, names: Iterable[str], packed: Iterable[Layer]) -> dict[str, Any]:
-    """Return how many weights of a checkpoint are in no packed layer, their share, and those of the largest tensors."""
-    shapes = {
-        name: entry["shape"] for file in path.glob("*.safetensors") for name, entry in _safetensors_header(file).items()
-    }
-    sizes = {name: math.prod(shapes[name]) for name in names if len(shapes.get(name, ())) >= 2}
+def _left_in_float(shapes: Mapping[str, Sequence[int]], packed: Iterable[Layer]) -> dict[str, Any]:
+    """Return how many weights the tensors outside of packed layers hold, their share, and those of the largest ones."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
     weights = sum(sizes.values())
     total = weights + sum(layer.out_features * layer.in_features for layer in packed if layer.stored_bits)
     largest = dict(sorted(sizes.items(), key=lambda item: -item[1])[:_LARGEST])
@@ -174,6 +173,16 @@ def _onnx(path: Path) -> Inspection:
         if name in ours
         else _other(model, name, noted[name])
         for name in model.outputs_of
+    )
+    packed = {tensor.name for node in model.packed for tensor in node.constants.values()}
+    floats = {
+        name: tensor.shape
+        for name, tensor in model.tensors.items()
+        if "float" in tensor.dtype and name not in packed and name.rpartition(".")[0] not in model.outputs_of
+    }
+    # Tables of cos and sin are computed from the configuration: no weights.
+    facts["left_in_float"] = _left_in_float(
+        {name: shape for name, shape in floats.items() if not name.startswith("rotary.")}, layers
     )
     return Inspection("onnx", str(model.path), layers, facts)
 

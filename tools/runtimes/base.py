@@ -72,6 +72,14 @@ class LanguageModel(ABC):
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,). `start` comes first."""
 
+    def generated(self, tokens: Tokens, count: int) -> list[int] | None:
+        """Continue tokens (1, length) greedily by ``count`` tokens with the loop of the library that defines the model.
+
+        None where there is no such loop; `step` is this project's.
+        """
+        del tokens, count
+        return None
+
     @property
     def context(self) -> int | None:
         """Positions that the model holds, prompt and answer together; None where nothing limits them."""

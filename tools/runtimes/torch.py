@@ -91,6 +91,22 @@ class TorchModel(LanguageModel):
 
         return self._advance(np.array([[token]], np.int64))
 
+    def generated(self, tokens: Tokens, count: int) -> list[int]:
+        """Continue with ``generate`` of transformers; nothing of the model's generation settings takes part."""
+        import torch
+        from transformers import GenerationConfig
+
+        settings: Any = GenerationConfig  # its signature is untyped
+        settings = settings(do_sample=False, max_new_tokens=count, pad_token_id=0, use_cache=True)
+        given, self.model.generation_config = self.model.generation_config, settings
+        try:
+            with torch.inference_mode():
+                ids = torch.from_numpy(tokens)
+                text = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        finally:
+            self.model.generation_config = given
+        return [int(token) for token in text[0, tokens.shape[1] :]]
+
     def _advance(self, tokens: Tokens) -> Logits:
         import torch
 

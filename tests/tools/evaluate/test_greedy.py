@@ -10,6 +10,8 @@ import pytest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.greedy import PROMPTS, compare_greedy
 from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.tools.runtimes.torch import TorchModel
+from tests.tiny import tiny_model
 
 if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Logits, Tokens
@@ -28,9 +30,6 @@ class Counter(LanguageModel):
     @property
     def context(self) -> int | None:
         return self.positions
-
-    def logits(self, tokens: Tokens) -> Logits:
-        raise NotImplementedError
 
     def start(self, tokens: Tokens) -> Logits:
         self._answers = 0
@@ -77,3 +76,38 @@ def test_no_tokens_and_no_tokenizer_are_refused():
     silent.tokenizer = None
     with pytest.raises(UsageError, match="no tokenizer"):
         compare_greedy(silent, Counter(), 4, 1e-4)
+
+
+class OtherLoop(Counter):
+    """Its library's loop gives another token at one place than its steps do."""
+
+    def __init__(self, wrong_at: int) -> None:
+        super().__init__()
+        self._loop_wrong_at = wrong_at
+
+    def generated(self, tokens: Tokens, count: int) -> list[int]:
+        right = [(int(tokens[0, -1]) + 1 + index) % 16 for index in range(count)]
+        return [token + (index == self._loop_wrong_at) for index, token in enumerate(right)]
+
+
+def test_a_loop_that_differs_from_the_library_s_own_is_found():
+    (same,) = compare_greedy(OtherLoop(99), Counter(), 10, 1e-4, prompts=["x"])
+    assert (same.passed, same.same, same.generated) == (True, 10, 10)
+    (check,) = compare_greedy(OtherLoop(4), Counter(), 10, 1e-4, prompts=["x"])
+    assert (check.passed, check.same, check.generated) == (False, 4, 4)
+
+
+def test_torch_continues_as_transformers_does(tmp_path):
+    """Also with settings of the model that would change a greedy text: they are not part of the comparison."""
+    model = tiny_model("llama", tmp_path / "model")
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.eos_token_id = list(range(100))
+    model.generation_config.save_pretrained(tmp_path / "model")
+    mine = TorchModel(tmp_path / "model")
+    prompt = np.array([[256, 10, 20, 30]], np.int64)
+    wanted, logits, found = mine.generated(prompt, 12), mine.start(prompt), []
+    for _ in range(12):
+        found.append(int(logits.argmax()))
+        logits = mine.step(found[-1])
+    assert found == wanted
+    assert mine.generation_config["repetition_penalty"] == 3.0
