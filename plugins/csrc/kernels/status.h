@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstring>
+
 namespace rankbook {
 
 // What a function of the kernels answers, on the CPU and on CUDA: ok, or a sentence that says what is wrong. Kernels never
@@ -9,7 +11,11 @@ struct Status {
   bool ok() const { return message == nullptr; }
 };
 
-inline bool operator==(Status a, Status b) { return a.message == b.message; }
+// By their text: the compiler may give one sentence an address in each translation unit.
+inline bool operator==(Status a, Status b) {
+  if (a.ok() || b.ok()) return a.ok() == b.ok();
+  return std::strcmp(a.message, b.message) == 0;
+}
 
 // What both devices find wrong with a weight, and what shims can say more about than kernels know.
 namespace refusal {
