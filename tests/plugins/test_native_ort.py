@@ -184,7 +184,7 @@ def damage_codes_type(op: Op) -> None:
 
 
 def damage_levels_type(op: Op) -> None:
-    op.inputs["levels"] = op.inputs["levels"].astype(np.float32)
+    op.inputs["levels"] = op.inputs["levels"].astype(np.float64)  # float32 is what ONNX Runtime makes of an fp16 file
 
 
 def damage_count(op: Op) -> None:
