@@ -87,7 +87,7 @@ def test_an_engine_of_standard_operators_keeps_4_bits(work, tmp_path, capsys):
     report = stdout_json(capsys)
     checks = {check["name"]: check for check in report["checks"]}
     assert all(check["passed"] for check in checks.values())
-    assert "INT4" in checks["codes stayed packed"]["detail"]
+    assert "of the file's codes {'int4':" in checks["codes stayed packed"]["detail"]
 
 
 def test_a_refusal_names_the_layer_and_what_to_do(work, tmp_path, capsys):
