@@ -16,7 +16,7 @@ ALLOCATED = ("bits", "rank", "branch")
 ERROR_BRANCHES = ("none", "lqer", "l2qer", "qera-diag", "qera")
 """Kinds of the low-rank error branch, see `rankbook.calibration.fitting.error_branch`."""
 SCALINGS = ("none", "awq", "smoothquant")
-"""Kinds of input scaling that norms hide, see `rankbook.calibration.model.scaling`."""
+"""Kinds of input scaling that norms hide, see `rankbook.calibration.driver.scaling`."""
 FORMATS = ("affine", "symmetric", "nf4", "mxint")
 """Fixed levels, see `rankbook.calibration.fitting.grids`."""
 EFFORTS = ("fast", "default", "high")

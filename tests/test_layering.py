@@ -2,7 +2,7 @@
 
 plugins  <  calibration  <  exporter  <  tools
 
-Within calibration: record  <  fitting  <  training  <  methods  <  the rest, and nothing but a method imports a method.
+Within calibration in the order of `ROOMS`, and nothing but a method imports a method.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("plugins", "calibration", "exporter", "tools")
-ROOMS = ("record", "fitting", "training", "methods", "activations", "model", "checkpoint")
-"""Folders of calibration in the order of their imports; the last three, which drive the others, know each other."""
-DRIVERS = 4
-"""Index of the first of these."""
+BASE = ("memory", "notes", "option", "settings", "source", "text", "evaluate")
+"""Modules of calibration that import none but each other."""
+ROOMS = (
+    *("record", "checkpoint", "fitting", "training", "methods"),
+    *("model", "activations", "hf", "data", "driver"),
+)
+"""Folders and other modules of calibration: each imports those before it alone."""
 METHODS = frozenset(path.stem for path in (ROOT / "calibration/methods").glob("*.py")) - {"__init__", "base"}
 LAZY = frozenset(
     {"accelerate", "datasets", "gguf", "onnxruntime", "polygraphy", "scipy", "tensorrt", "tensorrt_rtx", "transformers"}
@@ -84,15 +87,15 @@ def violations(part: str, source: str) -> list[str]:
 
 def room_violations(path: Path, source: str) -> list[str]:
     """Return what a module at ``path``, relative to the repository, does against the order of calibration's rooms."""
-    rank = {room: min(index, DRIVERS) for index, room in enumerate(ROOMS)}
-    inside = path.parts[0] == "calibration" and len(path.parts) > 2
-    own = path.parts[1] if inside else ""
+    inside = path.parts[0] == "calibration"
+    own = path.parts[1].removesuffix(".py") if inside else ""
+    allowed = {*BASE, *ROOMS[: ROOMS.index(own) + 1]} if own in ROOMS else {*BASE}
     found = []
     for line, name in imported(source, deep=True):
         pieces = name.split(".")
         if pieces[:2] != ["rankbook", "calibration"] or len(pieces) < 3:
             continue
-        if inside and rank.get(pieces[2], -1) > rank[own]:
+        if inside and pieces[2] not in allowed:
             found.append(f"line {line}: {own} imports {name}, which lies to its right")
         elif pieces[2] == "methods" and own != "methods" and METHODS.intersection(pieces[3:4]):
             found.append(f"line {line}: {name} is a concrete method; ask METHODS, or move what is shared to fitting")
@@ -100,9 +103,10 @@ def room_violations(path: Path, source: str) -> list[str]:
 
 
 def test_rooms_of_calibration_keep_their_order() -> None:
-    """Every room is in the list, and no module imports one to its right or a concrete method."""
+    """Every room and module is in a list, and none imports one to its right or a concrete method."""
     rooms = {path.parent.name for path in (ROOT / "calibration").glob("*/__init__.py")}
-    assert rooms == set(ROOMS)
+    rooms |= {path.stem for path in (ROOT / "calibration").glob("[a-z]*.py")}
+    assert rooms == {*BASE, *ROOMS}
     assert {"lcq", "rtn"} <= METHODS
     modules = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
     found = [
@@ -119,7 +123,11 @@ def test_rooms_of_calibration_keep_their_order() -> None:
         ("calibration/fitting/x.py", "from rankbook.calibration.methods import METHODS", "lies to its right"),
         ("calibration/record/x.py", "def f():\n    import rankbook.calibration.fitting.rounding", "lies to its right"),
         ("calibration/training/x.py", "from rankbook.calibration.model import capture", "lies to its right"),
-        ("calibration/model/x.py", "from rankbook.calibration.methods import METHODS, rtn", "concrete method"),
+        ("calibration/model/x.py", "from rankbook.calibration.activations import settings", "lies to its right"),
+        ("calibration/checkpoint/x.py", "from rankbook.calibration.model import adapter", "lies to its right"),
+        ("calibration/activations/x.py", "from rankbook.calibration.driver import options", "lies to its right"),
+        ("calibration/text.py", "from rankbook.calibration.data import Windows", "lies to its right"),
+        ("calibration/driver/x.py", "from rankbook.calibration.methods import METHODS, rtn", "concrete method"),
         ("tools/commands/x.py", "from rankbook.calibration.methods.lcq import RECIPES", "concrete method"),
     ],
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from rankbook.calibration.driver import run
+from rankbook.calibration.driver.options import QuantizeOptions as QuantizeOptions
+from rankbook.calibration.driver.report import QuantizeReport as QuantizeReport
 from rankbook.calibration.evaluate import EvalResult as EvalResult
 from rankbook.calibration.methods import METHODS as METHODS
-from rankbook.calibration.model import driver, loading
-from rankbook.calibration.model.options import QuantizeOptions as QuantizeOptions
-from rankbook.calibration.model.report import QuantizeReport as QuantizeReport
+from rankbook.calibration.model import loading
 from rankbook.exporter.export import ExportReport as ExportReport
 from rankbook.exporter.export import export as export
 from rankbook.exporter.options import ExportOptions as ExportOptions
@@ -24,5 +25,5 @@ from rankbook.tools.runtimes import LanguageModel as LanguageModel
 from rankbook.tools.runtimes import Setting as Setting
 from rankbook.tools.runtimes import open_model as open_model
 
-quantize = driver.quantize_model
+quantize = run.quantize_model
 load = loading.load_model

@@ -11,7 +11,7 @@ from typing import Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.checkpoint.output import claim
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.option import Seeded, Threaded, option
 from rankbook.calibration.settings import EFFORTS, ERROR_BRANCHES
 from rankbook.plugins.widths import BITS

@@ -6,8 +6,8 @@ import textwrap
 from dataclasses import MISSING, dataclass
 from typing import Any
 
+from rankbook.calibration.driver.options import QuantizeOptions, renamed
 from rankbook.calibration.methods import METHODS, Method
-from rankbook.calibration.model.options import QuantizeOptions, renamed
 from rankbook.calibration.option import described, near
 from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import flags_of

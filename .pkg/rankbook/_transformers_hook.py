@@ -26,7 +26,7 @@ def install() -> None:
 
 
 def _register(_: ModuleType) -> None:
-    from rankbook.calibration.checkpoint import hf
+    from rankbook.calibration import hf
 
     hf.register()
 

@@ -30,7 +30,7 @@ def chosen_settings(model: Any, tokens: Tensor, layers: Iterable[str], options: 
         model: With its weights quantized.
         tokens: Calibration tokens (sequences, length).
         layers: Names of the layers whose inputs are quantized.
-        options: See `rankbook.calibration.model.options.QuantizeOptions`.
+        options: See `rankbook.calibration.driver.options.QuantizeOptions`.
 
     Raises:
         ValueError: A layer saw no input.
@@ -67,7 +67,7 @@ def in_block(
         prefix: Its name in the model, with a dot at the end.
         layers: Names of its quantized layers, within the block.
         run: Feeds the calibration stream through the block; static ranges are chosen from it.
-        options: See `rankbook.calibration.model.options.QuantizeOptions`.
+        options: See `rankbook.calibration.driver.options.QuantizeOptions`.
     """
     kind = options.activations
     used = [name for name in layers if not matches(f"{prefix}{name}", options.activation_skip)]

@@ -20,7 +20,7 @@ class AwqConfig(rtn.RtnConfig):
 
 
 def quantize(problem: LayerProblem, config: AwqConfig) -> QuantizedLinear:
-    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.model.scaling`)."""
+    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.driver.scaling`)."""
     return round_nearest(problem, config.grid(), "awq")
 
 

@@ -27,7 +27,7 @@ class Method:
         refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
             where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
         trains: Whether ``refine`` does anything with this config; without, no stream of targets is computed.
-        scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.model.scaling`).
+        scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.driver.scaling`).
         feedback: Whether codes are chosen with error feedback, so that the errors of a layer are not independent.
         rows: ``rows(sample, config)`` fits to some rows of a large matrix what all of them share, and returns what
             quantizes any rows with it; None where error feedback on a fixed grid is as good for embeddings.

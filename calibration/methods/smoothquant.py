@@ -26,7 +26,7 @@ class SmoothQuantConfig(rtn.RtnConfig):
 
 
 def quantize(problem: LayerProblem, config: SmoothQuantConfig) -> QuantizedLinear:
-    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.model.scaling`)."""
+    """Round one layer whose inputs the driver has scaled (see `rankbook.calibration.driver.scaling`)."""
     return round_nearest(problem, config.grid(), "smoothquant")
 
 

@@ -1,1 +1,1 @@
-"""A whole model: loading, running it block by block, choosing and replacing layers, resuming."""
+"""A whole model: loading, what differs between families, running it block by block, packed layers in place."""

@@ -47,11 +47,8 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[An
         ValueError: No model there, or one that cannot be read.
     """
     found = resolve(source)
-    if found.packed:
+    if found.packed:  # transformers has the quantizer already: importing rankbook registers it
         open_checkpoint(found.location)
-        from rankbook.calibration.checkpoint import hf
-
-        hf.register()
     return _load_weights(found, dtype), load_tokenizer(source)
 
 

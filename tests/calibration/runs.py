@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from rankbook.calibration.checkpoint.format import MANIFEST
-from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.report import Progress
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.report import Progress
+from rankbook.calibration.driver.run import quantize_model
 from tests.tiny import write_text
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from tests.tiny import tiny_model, write_text
 
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {

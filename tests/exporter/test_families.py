@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rankbook.calibration.checkpoint.format import open_checkpoint
-from rankbook.calibration.model.driver import quantize_model
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.skeleton import build

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.source import ENGINE_NAME
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.plugins import library

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.exporter.export import DATA, MODEL, export
 from rankbook.tools import errors
 from tests.tiny import tiny_model

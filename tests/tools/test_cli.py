@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.notes import note
 from rankbook.calibration.option import argument, option
 from rankbook.tools import cli, config, errors

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.output import check_replaceable
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.notes import note
 from rankbook.calibration.option import WHERE, argument, option, part, required
 from rankbook.calibration.source import MANIFEST
@@ -19,7 +19,7 @@ from rankbook.tools.errors import UsageError
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
-    from rankbook.calibration.model.report import Progress, QuantizeReport
+    from rankbook.calibration.driver.report import Progress, QuantizeReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def run(options: Quantize) -> Outcome:
     """Quantize."""
     import torch
 
-    from rankbook.calibration.model.driver import quantize_model
+    from rankbook.calibration.driver.run import quantize_model
 
     if options.threads:
         torch.set_num_threads(options.threads)

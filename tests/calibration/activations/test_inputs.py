@@ -19,11 +19,11 @@ from rankbook.calibration.activations.inputs import (
     StaticRange,
 )
 from rankbook.calibration.checkpoint.format import load_records, open_checkpoint
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.methods import lrq
 from rankbook.calibration.methods.lrq import LrqConfig
-from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookLinear, packed_modules
 from rankbook.calibration.settings import ACTIVATION_FORMATS, RANGES
 from tests.calibration import problems

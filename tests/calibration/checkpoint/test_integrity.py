@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointError, load_records, open_checkpoint
 from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS
-from rankbook.calibration.model.driver import quantize_model
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.source import Kind, identify
 from tests.calibration.checkpoint.writing import write
 from tests.tiny import tiny_model

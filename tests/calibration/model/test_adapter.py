@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.adapter import ModelAdapter, adapter_of
-from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.families.phi3 import Phi3
 from rankbook.calibration.model.loading import load_model
 from tests.calibration.runs import options

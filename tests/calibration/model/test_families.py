@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from rankbook.calibration.checkpoint.format import load_records, open_checkpoint
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from tests.calibration.toy_method import TOY, TRAINED_TOY
 from tests.tiny import FAMILIES, tiny_model, write_text

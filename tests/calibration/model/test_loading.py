@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model, load_tokenizer, model_hash, resolve
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.source import Kind, Source, identify
 from tests.calibration import toy_method
 from tests.gguf_files import write_gguf

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.solve import solve_layer
 from rankbook.calibration.record import halves
 from rankbook.calibration.record.quantized_linear import Factor, GroupParams, LowRank, QuantizedLinear
 from rankbook.plugins.forms import Form

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.fitting.grids import Grid, round_nearest, round_with_feedback
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.adapter import Embeddings, ModelAdapter
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
     CodebookLinear,

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from rankbook.calibration.checkpoint.format import MANIFEST, load_records
-from rankbook.calibration.model import allocation
-from rankbook.calibration.model.allocation import Candidates, Choice, Sensitivity
-from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.solve import solve_layer
+from rankbook.calibration.driver import allocation
+from rankbook.calibration.driver.allocation import Candidates, Choice, Sensitivity
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.driver.solve import solve_layer
 from tests.calibration import problems
 from tests.calibration.runs import files, interrupted, options
 from tests.tiny import tiny_model

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.methods import METHODS, Method
-from rankbook.calibration.model.options import QuantizeOptions
 from tests.calibration import toy_method
 
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rankbook.calibration.checkpoint.format import CheckpointError
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.driver import quantize_model
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookLinear, materialize_all, packed_modules
 from tests.calibration import toy_method
 from tests.tiny import tiny_model

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankbook.calibration.checkpoint.format import MANIFEST, load_records
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.report import Progress
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import METHODS, Method
 from rankbook.calibration.model import capture
-from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.report import Progress
 from rankbook.calibration.notes import Note
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import layout
@@ -46,7 +46,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.driver import quantize_model
+from rankbook.calibration.driver.run import quantize_model
 from tests.calibration import runs, toy_method
 METHODS["trained-toy"] = toy_method.TRAINED_TOY
 folder = Path(sys.argv[1])
@@ -178,7 +178,7 @@ def test_weights_are_memory_mapped_and_one_block_at_a_time_is_float32(
         assert any(low <= parameter.data_ptr() < high for low, high in ranges), f"{name} is a copy"
 
     wide: list[set[torch.dtype]] = []
-    monkeypatch.setattr("rankbook.calibration.model.driver.load_model", lambda _: (model, None))
+    monkeypatch.setattr("rankbook.calibration.driver.run.load_model", lambda _: (model, None))
 
     def spy(problem: LayerProblem, config: Any) -> QuantizedLinear:
         wide.append({p.dtype for block in model.model.layers for p in list(block.parameters())[:1]})

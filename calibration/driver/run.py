@@ -19,16 +19,11 @@ from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, versions, write_checkpoint
 from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.data import CalibrationData, calibration_batches
-from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.memory import peak_rss_bytes
-from rankbook.calibration.model import capture, embeddings
-from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
-from rankbook.calibration.model.allocation import Choice, allocate
-from rankbook.calibration.model.block import BlockSolver, Site, Streams
-from rankbook.calibration.model.loading import load_model, model_hash, source_folder
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.packed_modules import packed_modules, replace_module
-from rankbook.calibration.model.report import (
+from rankbook.calibration.driver import embeddings
+from rankbook.calibration.driver.allocation import Choice, allocate
+from rankbook.calibration.driver.block import BlockSolver, Site, Streams
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.report import (
     LayerReport,
     Progress,
     QuantizeReport,
@@ -36,8 +31,14 @@ from rankbook.calibration.model.report import (
     in_float,
     totals,
 )
-from rankbook.calibration.model.resume import PartialState
-from rankbook.calibration.model.selection import Selection, select
+from rankbook.calibration.driver.resume import PartialState
+from rankbook.calibration.driver.selection import Selection, select
+from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.memory import peak_rss_bytes
+from rankbook.calibration.model import capture
+from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
+from rankbook.calibration.model.loading import load_model, model_hash, source_folder
+from rankbook.calibration.model.packed_modules import packed_modules, replace_module
 from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins.layer_spec import LayerSpec

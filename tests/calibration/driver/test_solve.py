@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.solve import solve_layer
 from tests.calibration import problems
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.report import output_error
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.report import output_error
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from rankbook.calibration.driver import embeddings
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model import capture, embeddings
+from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Embeddings, adapter_of
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookEmbedding, CodebookLinear, TiedCodebookLinear
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from tests.tiny import tiny_model

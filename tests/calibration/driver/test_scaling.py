@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.driver import scaling
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model import capture, scaling
+from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.calibration.model.driver import quantize_model
 from rankbook.calibration.model.loading import load_model
 from tests.calibration import problems
 from tests.calibration.runs import files, interrupted, options

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rankbook.calibration.driver.resume import BlockResult, PartialState
 from rankbook.calibration.model.packed_modules import CodebookLinear
-from rankbook.calibration.model.resume import BlockResult, PartialState
 from tests.calibration.records import random_record
 
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.activations.settings import in_block
+from rankbook.calibration.driver import scaling
+from rankbook.calibration.driver.allocation import Choice
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.report import Reporter, output_error
+from rankbook.calibration.driver.resume import BlockResult
+from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
-from rankbook.calibration.model import capture, scaling
-from rankbook.calibration.model.allocation import Choice
-from rankbook.calibration.model.options import QuantizeOptions
+from rankbook.calibration.model import capture
 from rankbook.calibration.model.packed_modules import CodebookLinear
-from rankbook.calibration.model.report import Reporter, output_error
-from rankbook.calibration.model.resume import BlockResult
-from rankbook.calibration.model.solve import solve_layer
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.report import OUTSIDE, SKIPPED
 from rankbook.calibration.model.adapter import Blocks, adapter_of
-from rankbook.calibration.model.options import QuantizeOptions
 from rankbook.calibration.model.patterns import check_patterns, matches
-from rankbook.calibration.model.report import OUTSIDE, SKIPPED
 
 LEAST_SHARE = 0.5
 """Share of the blocks' weights that must be quantized, or left alone by option, unless ``allow_partial`` is given."""

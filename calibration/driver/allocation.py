@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS, Method
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.calibration.model.options import QuantizeOptions
-from rankbook.calibration.model.solve import solve_layer
 from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins import layout
 from rankbook.plugins.layer_spec import MIN_GROUP, LayerSpec
