@@ -58,7 +58,9 @@ def run_module(
     log: Path | None = None,
     progress: Callable[[float, str | None], None] | None = None,
 ) -> Finished:
-    """Run ``python -m module`` to its end; it ends when this process does, with all that it started.
+    """Run ``python -m module`` to its end.
+
+    On Linux it ends when this process does, however that ends, and all that it started ends with it.
 
     Args:
         module: Its dotted name; it is the main module of the child.
@@ -186,13 +188,12 @@ def say(event: Mapping[str, Any]) -> None:
 
 def _main(parent: int, module: str, arguments: Sequence[str]) -> None:
     """Be the child: end with the parent, run the module, leave behind what was used."""
+    watcher = 0
     if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        _on_death_of_parent(signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the call
             return
+        watcher = _watch()
     usage = Path(os.environ.pop(_USAGE))
     sys.argv = [module, *arguments]
     try:
@@ -201,6 +202,34 @@ def _main(parent: int, module: str, arguments: Sequence[str]) -> None:
         times = os.times()
         cpu = times.user + times.system + times.children_user + times.children_system
         usage.write_text(json.dumps({"cpu_seconds": cpu, "peak_rss_bytes": peak_rss_bytes(children=True)}))
+        if watcher:
+            os.kill(watcher, signal.SIGKILL)
+            os.waitpid(watcher, 0)
+
+
+def _on_death_of_parent(number: int) -> None:
+    """Ask Linux to send this process a signal when its parent ends."""
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+
+
+def _watch() -> int:
+    """Fork a process that outlives this one to end its process group; return its id.
+
+    A signal at the parent's death is not inherited: of what this process starts, Linux would end nothing.
+    """
+    watched = os.getpid()
+    if child := os.fork():
+        return child
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    os.closerange(0, 3)  # whoever reads the output waits for its end
+    _on_death_of_parent(signal.SIGUSR1)
+    if os.getppid() == watched:
+        signal.sigwait({signal.SIGUSR1})
+    os.killpg(0, signal.SIGKILL)  # this process is one of them
+    os._exit(0)
 
 
 if __name__ == "__main__":

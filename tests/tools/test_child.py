@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -114,7 +115,7 @@ def test_an_interrupt_ends_the_child_and_what_it_started(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child that its parent ended")
-def test_a_killed_parent_takes_its_child_along(tmp_path: Path) -> None:
+def test_a_killed_parent_takes_its_child_along_and_what_that_started(tmp_path: Path) -> None:
     (tmp_path / "child_module.py").write_text(SLEEPER)
     code = (
         "import os, signal, sys\nfrom rankbook.tools.child import run_module\n"
@@ -125,4 +126,23 @@ def test_a_killed_parent_takes_its_child_along(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     first, second = map(int, done.stdout.split())
     assert ends(first)
-    os.kill(second, 9)  # only the child of this package ends by itself
+    assert ends(second)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child that its parent ended")
+def test_a_child_that_is_killed_takes_along_what_it_started(tmp_path: Path) -> None:
+    """A builder that crashes leaves no compiler behind."""
+    pids: list[int] = []
+
+    def kill(_: float, phase: str | None) -> None:
+        pids.extend(map(int, str(phase).split()))
+        os.kill(pids[0], signal.SIGKILL)
+
+    assert run(tmp_path, SLEEPER, progress=kill).code == -signal.SIGKILL
+    assert all(map(ends, pids))
+
+
+def test_no_process_is_left_after_a_usual_end(tmp_path: Path) -> None:
+    done = run(tmp_path, "import os\nfrom rankbook.tools import child\nchild.say({'group': os.getpgid(0)})")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(done.report["group"], 0)
