@@ -6,13 +6,13 @@ import only what transformers has loaded by then: the base classes that it joins
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from rankbook.calibration.activations import settings
@@ -21,10 +21,12 @@ from rankbook.calibration.checkpoint.format import (
     QUANT_METHOD,
     CheckpointError,
     check_version,
+    guard,
     is_checkpoint,
     open_checkpoint,
 )
-from rankbook.calibration.checkpoint.integrity import check_tensors, read_layers
+from rankbook.calibration.checkpoint.integrity import check_tensors, read_layers, tensor_names
+from rankbook.calibration.model.completeness import check_complete
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
     CodebookLinear,
@@ -82,6 +84,7 @@ class QuantizerPart:
 
     requires_calibration = True
     quantization_config: ConfigPart
+    _stored: frozenset[str] = frozenset()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed."""
@@ -91,11 +94,17 @@ class QuantizerPart:
     ) -> Any:
         _check_folder(getattr(model.config, "_name_or_path", ""))
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else torch.get_default_dtype()
-        install_modules(model, self.quantization_config.specs(), dtype)
-        _check_complete(self.quantization_config.specs(), checkpoint_files or ())
+        specs = self.quantization_config.specs()
+        install_modules(model, specs, dtype)
+        self._stored = frozenset(name for file in checkpoint_files or () for name in tensor_names(Path(file)))
+        if self._stored:
+            check_tensors("the checkpoint", specs, self._stored)
+        ignored = {rf"^{re.escape(name)}$" for name in guard(specs)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        _check_loaded(model, self._stored)
         for name, module in packed_modules(model).items():
             if isinstance(module, PackedModule):
                 module.compute_dtype = model.dtype
@@ -112,6 +121,10 @@ class QuantizerPart:
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """``save_pretrained`` writes the packed tensors (without the manifest)."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what ``save_pretrained`` writes."""
+        return {**model.state_dict(), **guard(self.quantization_config.specs())}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -172,14 +185,21 @@ def _check_folder(location: str) -> None:
         open_checkpoint(location)
 
 
-def _check_complete(specs: Mapping[str, LayerSpec], files: Sequence[str]) -> None:
-    """Refuse a checkpoint without all packed tensors: the loader would only warn and go on with random numbers."""
-    stored: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as stream:
-            stored |= set(stream.keys())
-    if files:
-        check_tensors("the checkpoint", specs, stored)
+def _check_loaded(model: Any, stored: Collection[str]) -> None:
+    """Refuse a model of which the loader made up tensors that the checkpoint lacks: it warns and goes on.
+
+    It marks what it read. ``stored`` are the names in the files: they speak for what has lost its mark on the way.
+    """
+    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["(?!)"]))
+    made_up = [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not (getattr(tensor, "_is_hf_initialized", False) or name in stored or optional.search(name))
+    ]
+    try:
+        check_complete("the checkpoint", model, {"missing_keys": made_up, "unexpected_keys": ()})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_values(name: str, module: PackedModule) -> None:

@@ -15,6 +15,7 @@ import torch
 from onnx_ir.passes import common
 
 from rankbook.calibration.activations.inputs import ActivationConfig
+from rankbook.calibration.checkpoint.card import write_export_card
 from rankbook.calibration.checkpoint.extras import copy_extras
 from rankbook.calibration.checkpoint.format import Checkpoint, open_checkpoint
 from rankbook.calibration.checkpoint.output import replaced_folder
@@ -133,6 +134,7 @@ def export(
         model.metadata_props[DATA_SHA256] = digest
         ir.save(model, folder / MODEL)
         copy_extras(checkpoint.folder, folder, also=("config.json",))
+        write_export_card(folder, checkpoint.layers, checkpoint.manifest, options.described())
         if problems := conform.check_model(folder / MODEL):
             raise RuntimeError("the exported model breaks the contract of its operators: " + "; ".join(problems))
         report("check", 0, 1)

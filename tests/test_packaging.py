@@ -121,7 +121,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     own = {f"rankbook/{name}" for name in ("__init__.py", "_transformers_hook.py", "py.typed")}
     assert {name for name in names if name.endswith((".py", ".typed"))} == wanted | own
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"rankbook"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"rankbook", "rankbook-transformers.pth"}
     assert [name for name in names if "csrc" in name or "test" in name or "__pycache__" in name] == []
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

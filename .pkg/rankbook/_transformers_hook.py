@@ -2,7 +2,8 @@
 
 transformers looks quantizers up in a table of its module ``transformers.quantizers.auto``, which every model class
 imports. If that module is there already, the quantizer is registered at once; otherwise a finder on ``sys.meta_path``
-waits for it, registers right after it has run, and removes itself.
+waits for it, registers right after it has run, and removes itself. An installed wheel does so at the start of Python
+(``rankbook-transformers.pth``), so that programs that never heard of rankbook load its checkpoints.
 """
 
 from __future__ import annotations

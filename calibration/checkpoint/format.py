@@ -1,8 +1,9 @@
 """The checkpoint: a Hugging Face folder with packed safetensors and a manifest, read without importing transformers.
 
 * config.json: with quantization_config = {quant_method: rankbook, format_version, layers}
-* model.safetensors: or shards with model.safetensors.index.json; packed layers as <layer>.<part>
+* model.safetensors: or shards with model.safetensors.index.json; packed layers as <layer>.<part>, and one `guard`
 * rankbook.json: the manifest: versions, options, file hashes, stored bits and errors
+* README.md: the model card, in front of what the source's says
 * tokenizer and generation_config files
 """
 
@@ -14,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rankbook.calibration.checkpoint.card import write_checkpoint_card
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.integrity import (
     INDEX,
@@ -38,8 +41,10 @@ from rankbook.calibration.source import MANIFEST as MANIFEST
 from rankbook.calibration.source import is_checkpoint as is_checkpoint
 from rankbook.plugins.layer_spec import LayerSpec
 
-FORMAT_VERSION = 1
-"""Version of the checkpoint format; a reader refuses every other one."""
+FORMAT_VERSION = 2
+"""Version of the checkpoint format that is written."""
+READABLE = (1, 2)
+"""Versions that are read: the first had no `guard`."""
 QUANT_METHOD = "rankbook"
 """Value of ``quant_method`` in config.json."""
 SHARD_BYTES = 2 << 30
@@ -156,7 +161,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
     """
     with replaced_folder(folder, MANIFEST) as temporary:
         try:
-            _write_tensors(temporary, parts.tensors, shard_bytes)
+            _write_tensors(temporary, {**parts.tensors, **guard(parts.layers)}, shard_bytes)
         except SafetensorError as error:  # the library wraps the system's error in its own type
             raise OSError(f"writing the weights of {folder} failed ({error}); the folder is as it was") from error
         quantization = {
@@ -167,6 +172,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
         }
         _write_json(temporary / "config.json", {**parts.config, "quantization_config": quantization})
         parts.save_extras(temporary)
+        write_checkpoint_card(temporary, parts.layers, parts.manifest)
         manifest = {"format_version": FORMAT_VERSION, "versions": versions(), **parts.manifest}
         manifest["files"] = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -174,6 +180,16 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
             if path.is_file()
         }
         _write_json(temporary / MANIFEST, manifest)
+
+
+def guard(layers: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
+    """Return the tensor that no loader passes over: the dense weight of one packed layer, without an element.
+
+    transformers without the quantizer of this project warns that it does not know the method, puts tensors without a
+    place aside and fills those it misses with random numbers. A tensor of a wrong shape it refuses.
+    """
+    own = [name for name, spec in layers.items() if not spec.shared_with]
+    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in own[:1]}
 
 
 def open_checkpoint(folder: str | Path, *, verify: bool = False) -> Checkpoint:
@@ -231,11 +247,11 @@ def check_version(version: object, where: Path | str) -> None:
     """Check a format version.
 
     Raises:
-        CheckpointError: It is not the one that this version reads.
+        CheckpointError: It is not one that this version reads.
     """
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise CheckpointError(
-            f"{where} has format version {version!r}; this rankbook reads version {FORMAT_VERSION}:"
+            f"{where} has format version {version!r}; this rankbook reads {' and '.join(map(str, READABLE))}:"
             " quantize the model again, or install the version of rankbook that wrote it"
         )
 

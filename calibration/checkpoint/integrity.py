@@ -106,8 +106,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
     """
     present = {path.name for path in folder.glob("*.safetensors")}
     if not (folder / INDEX).is_file():
-        with opened(folder / WEIGHTS) as stream:
-            names = dict.fromkeys(stream.keys(), WEIGHTS)
+        names = dict.fromkeys(tensor_names(folder / WEIGHTS), WEIGHTS)
     else:
         names = member(read_json(folder / INDEX), "weight_map", folder / INDEX)
     if foreign := sorted({str(file) for file in names.values()} - present):
@@ -135,6 +134,16 @@ def check_tensors(where: Path | str, layers: Mapping[str, LayerSpec], stored: Co
     raise CheckpointError(
         f"{where} lacks {len(missing)} tensors, the first is {missing[0]}; {reason}, write or copy the checkpoint again"
     )
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Return the names of the tensors in a file.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    with opened(path) as stream:
+        return list(stream.keys())
 
 
 @contextlib.contextmanager

@@ -37,10 +37,11 @@ from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
-from rankbook.calibration.model.loading import load_model, model_hash, source_folder
+from rankbook.calibration.model.loading import load_model, model_hash, resolve, source_folder
 from rankbook.calibration.model.packed_modules import packed_modules, replace_module
 from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import is_finite
+from rankbook.calibration.source import Kind
 from rankbook.plugins.layer_spec import LayerSpec
 
 _HEAD_TOKENS = 8192
@@ -98,7 +99,9 @@ def quantize_model(
         run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
         acting = chosen_settings(model, data.tokens, run.layers, options)
         report = run.report(output, data, resumed, start)
-        manifest = _manifest(report, options, {"name": str(source), "sha256": digest})
+        found = resolve(source)
+        known = {"hub_id": found.location} if found.kind is Kind.HUB else {}
+        manifest = _manifest(report, options, {"name": str(source), "sha256": digest, **known})
         parts = _parts(model, tokenizer, run.specs(), manifest, source_folder(source))
         write_checkpoint(output, replace(parts, settings=acting))
         state.remove()

@@ -25,6 +25,7 @@ from tests.tiny import tiny_model
 
 AUTO: Any = AutoModelForCausalLM
 IDS = torch.arange(60, 72)[None]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -77,11 +78,16 @@ print("rankbook" in AUTO_QUANTIZER_MAPPING, len(inspect.getsource(auto)) > 1000,
     assert run(script).split() == ["True", "True", "transformers.quantizers.auto"]
 
 
-def run(script: str, *arguments: str) -> str:
-    """Run Python in a new process and return what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / ".pkg"), "OMP_NUM_THREADS": "1"}
+def child(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a new process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".pkg"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def run(script: str, *arguments: str) -> str:
+    """Return what Python prints in a new process."""
+    done = child(script, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -150,10 +156,57 @@ def test_a_layer_of_another_model(checkpoint: Path) -> None:
         AUTO.from_pretrained(checkpoint)
 
 
-def test_missing_tensors_are_an_error_not_random_numbers(checkpoint: Path) -> None:
-    (checkpoint / "rankbook.json").unlink()  # so that only the loader can notice
+def rewrite(checkpoint: Path, drop: str = "", version: int | None = None) -> None:
+    """Leave out the tensors whose names begin so, and the manifest, so that only the loader can notice."""
+    (checkpoint / "rankbook.json").unlink()
     tensors = load_file(checkpoint / "model.safetensors")
-    tensors = {name: t for name, t in tensors.items() if not name.startswith("model.layers.0.mlp.up_proj.")}
-    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 5 tensors, the first is model\.layers\.0\.mlp\.up_proj"):
+    kept = {name: tensor for name, tensor in tensors.items() if not (drop and name.startswith(drop))}
+    assert len(kept) < len(tensors) or not drop
+    save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    if version is not None:
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["quantization_config"]["format_version"] = version
+        (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("model.layers.0.mlp.up_proj.", r"lacks 5 tensors, the first is model\.layers\.0\.mlp\.up_proj"),
+        ("model.norm.", r"lacks 1 tensor \(model\.norm\.weight\) of \d+ that the model has; random numbers"),
+        ("model.layers.1.input_layernorm.", r"lacks 1 tensor \(model\.layers\.1\.input_layernorm\.weight\)"),
+    ],
+)
+def test_missing_tensors_are_an_error_not_random_numbers(checkpoint: Path, drop: str, message: str) -> None:
+    rewrite(checkpoint, drop)
+    with pytest.raises(CheckpointError, match=message):
         AUTO.from_pretrained(checkpoint)
+
+
+def test_a_checkpoint_of_the_first_version_has_no_guard_and_is_read(checkpoint: Path) -> None:
+    want = AUTO.from_pretrained(checkpoint)(IDS).logits
+    rewrite(checkpoint, "model.embed_tokens.weight", version=1)
+    assert torch.equal(AUTO.from_pretrained(checkpoint)(IDS).logits, want)
+
+
+LOAD = "import transformers, sys; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(m))"
+WITHOUT = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'rankbook' not in type(f).__module__]; " + LOAD
+"""The same where rankbook is not installed: without what an installed wheel does at the start of Python."""
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_transformers_alone_refuses_a_checkpoint(checkpoint: Path, tmp_path: Path, saved_again: bool) -> None:
+    """It would warn, fill what it does not find with random numbers and go on."""
+    if saved_again:
+        AUTO.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
+        checkpoint = tmp_path / "again"
+    done = child(WITHOUT, str(checkpoint))
+    assert done.returncode != 0
+    assert "RuntimeError" in done.stderr
+    assert "Unknown quantization type, got rankbook" in done.stderr
+
+
+def test_an_installed_wheel_needs_no_import(checkpoint: Path) -> None:
+    """Python runs the .pth files of site-packages when it starts."""
+    start = f"import site; site.addsitedir({str(ROOT / '.pkg')!r}); "
+    assert "Gemma2" in run(start + LOAD, str(checkpoint))

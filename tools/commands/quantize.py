@@ -97,7 +97,9 @@ def method_help(arguments: Sequence[str]) -> str:
 
 
 def _tables(report: QuantizeReport) -> list[Table]:
-    linear = report.totals["linear"]
+    from rankbook.calibration.checkpoint.card import spread
+
+    linear, specs = report.totals["linear"], [layer.spec for layer in report.layers.values()]
     rows: list[tuple[str, object]] = [
         ("quantized layers", len(report.layers)),
         ("weights in linear layers", linear["weights"]),
@@ -120,7 +122,7 @@ def _tables(report: QuantizeReport) -> list[Table]:
         ("calibration", report.calibration),
         ("layers left alone", len(report.left_alone)),
         ("layers with scaled inputs", len(report.scaled)),
-        *[(f"layers by {text}", counts) for text, name in _COUNTED if (counts := _count(report, name))],
+        *[(f"layers by {text}", spread(specs, name)) for name, text in _COUNTED.items()],
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
     ]
@@ -129,14 +131,8 @@ def _tables(report: QuantizeReport) -> list[Table]:
     return [Table("checkpoint", ("property", "value"), rows)]
 
 
-_COUNTED = (("bits", "bits"), ("planes", "planes"), ("rank of the error branch", "branch_rank"))
-"""Properties of a layer that `LayerSpec` holds, by what they are called in the table."""
-
-
-def _count(report: QuantizeReport, name: str) -> str:
-    """Say how many layers have each value of a property; empty where none has any."""
-    values = sorted(getattr(layer.spec, name) for layer in report.layers.values())
-    return ", ".join(f"{values.count(value)} of {value}" for value in sorted(set(values))) if any(values) else ""
+_COUNTED = {"bits": "bits", "planes": "planes", "branch_rank": "rank of the error branch"}
+"""What the table calls properties of a `LayerSpec`."""
 
 
 COMMAND = Command(

@@ -1,0 +1,123 @@
+"""The model card: README.md of a checkpoint or of an exported folder, made of what is known about it.
+
+What the README of the source says stays: its front matter (licence, languages, ...) at the top, its text below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from rankbook.calibration.notes import note
+from rankbook.plugins.layer_spec import LayerSpec
+
+CARD = "README.md"
+BESIDE = "README.source.md"
+"""Where a README of the source goes that is no text."""
+
+_BEGIN, _END = "<!-- card of rankbook: begin -->", "<!-- card of rankbook: end -->"
+_OLD = re.compile(f"{_BEGIN}.*?{_END}\n*", re.DOTALL)
+_FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*$\n*", re.DOTALL | re.MULTILINE)
+_CHECKPOINT = """
+```sh
+pip install rankbook
+rankbook generate FOLDER --prompt "Once upon a time"
+rankbook export FOLDER -o onnx      # one ONNX file for ONNX Runtime and TensorRT
+```
+
+```python
+import rankbook  # from here on transformers knows the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+_EXPORTED = """
+```sh
+pip install 'rankbook[cpu]'
+rankbook generate FOLDER --prompt "Once upon a time"
+```
+
+`model.onnx` is one file with the operators of its packed layers as functions of standard ONNX.
+"""
+
+
+def write_checkpoint_card(folder: Path, layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> None:
+    """Write the card of a checkpoint into its folder, in front of the README of the source where there is one.
+
+    Args:
+        folder: Holds what was copied from the source.
+        layers: Packed layers by name.
+        manifest: What ``rankbook.json`` says.
+    """
+    base = str(manifest.get("source", {}).get("hub_id", ""))
+    _write(folder, _title(manifest), _facts(layers, manifest), _CHECKPOINT, base)
+
+
+def write_export_card(
+    folder: Path, layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any], settings: Mapping[str, str]
+) -> None:
+    """Write the card of an exported folder in place of its checkpoint's; ``settings`` say what the file is."""
+    _write(folder, f"{_title(manifest)}, ONNX", {**_facts(layers, manifest), **settings}, _EXPORTED)
+
+
+def spread(layers: Iterable[LayerSpec], name: str) -> str:
+    """Say how many layers have each value of a property; the value alone where all have it."""
+    counts = Counter(getattr(spec, name) for spec in layers)
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{counts[value]} of {value}" for value in sorted(counts))
+
+
+def _title(manifest: Mapping[str, Any]) -> str:
+    """Return the name of the source without its place on the machine that read it."""
+    return PurePath(str(manifest.get("source", {}).get("name", ""))).name or "A model"
+
+
+def _facts(layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return properties and their values; what another program has dropped from the manifest is left out."""
+    own = [spec for spec in layers.values() if not spec.shared_with]
+    columns = {"method": "method", "bits of a code": "bits", "group size": "group", "planes of the codebooks": "planes"}
+    facts = {what: spread(own, name) for what, name in columns.items()}
+    if any(spec.branch_rank for spec in own):
+        facts["rank of the error branch"] = spread(own, "branch_rank")
+    bits, weights = sum(sum(spec.stored_bits().values()) for spec in own), sum(spec.weights for spec in own)
+    facts["stored bits per weight of packed layers"] = f"{bits / weights:.3f} in {len(own)} layers"
+    totals = manifest.get("totals", {})
+    left = [f"{totals[part]['float_share']:.1%} of the {part}" for part in ("blocks", "model") if part in totals]
+    errors = [entry["error"] for entry in manifest.get("layers", {}).values() if entry.get("error") is not None]
+    facts |= {"weights left in float": ", ".join(left)} if left else {}
+    facts |= {"calibrated on": str(manifest["calibration"])} if "calibration" in manifest else {}
+    if errors:
+        facts["squared error of layer outputs, relative"] = (
+            f"mean {sum(errors) / len(errors):.3g}, max {max(errors):.3g}"
+        )
+    return facts
+
+
+def _write(folder: Path, title: str, facts: Mapping[str, str], usage: str, base: str = "") -> None:
+    front, text = _source(folder / CARD)
+    if base and not re.search(r"^base_model\s*:", front, re.MULTILINE):
+        front += f"base_model: {base}\nbase_model_relation: quantized\n"
+    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    parts = [f"---\n{front}---\n"] if front else []
+    parts += [f"{_BEGIN}\n# {title}, quantized\n", f"| | |\n|---|---|\n{rows}\n", f"## How to run\n{usage}"]
+    parts += ["## The model that it was made from\n"] if text else []
+    (folder / CARD).write_text("\n".join([*parts, f"{_END}\n", text]), encoding="utf-8")
+
+
+def _source(path: Path) -> tuple[str, str]:
+    """Return front matter and text of the source's README, without a card that an earlier step put there."""
+    try:
+        text = _OLD.sub("", path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "", ""
+    except UnicodeDecodeError:
+        path.rename(path.with_name(BESIDE))
+        note(f"the model's {CARD} is not UTF-8 text: it is {BESIDE} beside the model card now")
+        return "", ""
+    found = _FRONT.match(text)
+    return (found[1], text[found.end() :]) if found else ("", text)
