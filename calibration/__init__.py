@@ -1,1 +1,1 @@
-"""Which numbers: methods, calibration data, the quantized record, checkpoints and their evaluation."""
+"""Which values: methods, calibration data, the quantized record, checkpoints and their evaluation."""

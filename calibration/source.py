@@ -104,7 +104,7 @@ def _file(path: Path, kinds: Collection[Kind]) -> Source:
     kind = {".gguf": Kind.GGUF, ".onnx": Kind.ONNX, ".engine": Kind.ENGINE}.get(path.suffix)
     if kind in kinds and kind is not None:
         return Source(kind, str(path.parent), path.name)
-    raise ValueError(f"{path} is a file, but not of a kind that is read here; give {_allowed(kinds)}")
+    raise ValueError(f"{path} is a file, but not of a kind that can be used; give {_allowed(kinds)}")
 
 
 def _engine(folder: Path) -> str | None:
@@ -121,10 +121,10 @@ def is_checkpoint(folder: str | Path) -> bool:
         return True
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        ours = config["quantization_config"]["quant_method"] == "rankbook"
+        method = config["quantization_config"]["quant_method"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
-    return ours and any(folder.glob("*.safetensors"))
+    return method == "rankbook" and any(folder.glob("*.safetensors"))
 
 
 def _checkpoint(folder: Path) -> str | None:

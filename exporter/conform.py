@@ -1,4 +1,4 @@
-"""Checks the nodes of our domain in a model against their operators."""
+"""Checks the nodes of the domain ``rankbook`` in a model against their operators."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check(model: ExportedModel) -> list[str]:
 
 
 def _check_dialect(model: ExportedModel) -> Iterator[str]:
-    """Check a file in operators that are not ours: every packed layer has its node."""
+    """Check a file in operators of other domains: every packed layer has its node."""
     layers = noted_layers(model.metadata.properties)
     if layers is None:
         yield f"the metadata {PREFIX}layers is missing or damaged; export the model again"

@@ -64,7 +64,7 @@ class ExportReport:
         other_bytes: Bytes of all other tensors.
         layers: Packed layers.
         bits_per_weight: Stored bits per weight of the packed layers, biases left out.
-        nodes: Number of nodes by op_type; operators of ours by their name.
+        nodes: Number of nodes by op_type; operators of rankbook by their name.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         logits: ``last`` or ``all``.
         dialect: In which operators the packed layers are written.
@@ -254,7 +254,7 @@ def _file_bits(model: ir.Model, checkpoint: Checkpoint) -> int:
 
 
 def _tensor_bytes(model: ir.Model) -> Iterator[tuple[str, int]]:
-    """Yield name and size of every stored tensor: initializers, and attributes of our nodes by the names of tensors."""
+    """Yield name and size of every stored tensor: initializers and tensors in attributes of nodes."""
     for name, value in model.graph.initializers.items():
         yield name, 0 if value.const_value is None else value.const_value.nbytes
     for node in model.graph:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One node of our domain, or one product of a node of several.
+    """One node of the domain ``rankbook``, or one product of a node of several.
 
     Attributes:
         name: Name of the layer, which is the dotted name of the torch module it came from.
@@ -73,7 +73,7 @@ class ExportedModel:
         path: The ``.onnx`` file.
         proto: The graph as it is; not to be changed.
         metadata: What the exporter wrote about it.
-        nodes: Nodes of our domain, in graph order, products one by one.
+        nodes: Nodes of the domain ``rankbook``, in graph order, products one by one.
         tensors: Stored tensors by name; constants of a node of several products one by one.
         damage: What is wrong with nodes and tensors, one sentence each; empty after `open`.
     """
@@ -124,12 +124,12 @@ class ExportedModel:
     @cached_property
     def outputs_of(self) -> dict[str, str]:
         """Output of the node that gives each packed layer's output, by the layer's name, in graph order."""
-        ours = {node.name: node.outputs[0] for node in self.packed if node.outputs}
+        own = {node.name: node.outputs[0] for node in self.packed if node.outputs}
         found: dict[str, str] = {}
         for node in self.proto.graph.node:
             names = node.name.split(merged.JOINT) if node.domain == contract.DOMAIN else [node.name]
-            found |= {name: ours[name] for name in names if name in ours}
-            if node.name in self.metadata.layers and node.name not in ours and node.output:
+            found |= {name: own[name] for name in names if name in own}
+            if node.name in self.metadata.layers and node.name not in own and node.output:
                 found[node.name] = node.output[0]
         return found
 
@@ -158,9 +158,9 @@ class ExportedModel:
     @property
     def code_tensors(self) -> frozenset[str]:
         """Names of the tensors that hold codes."""
-        ours = {node.ports().get("codes", "") for node in self.packed}
+        own = {node.ports().get("codes", "") for node in self.packed}
         others = {f"{layer}.codes" for layer in self.outputs_of}
-        return frozenset((ours | others) & set(self.tensors))
+        return frozenset((own | others) & set(self.tensors))
 
     @property
     def code_bytes(self) -> dict[str, int]:
@@ -237,11 +237,11 @@ class ExportedModel:
         except ValueError as error:
             raise ExportedFileError(f"{self.path}: {error}{AGAIN}") from None
 
-    def require_ours(self) -> None:
+    def require_packed(self) -> None:
         """Check that the file was written by this project.
 
         Raises:
-            ExportedFileError: It has neither a node of our domain nor a packed layer in another dialect.
+            ExportedFileError: It has neither a node of the domain ``rankbook`` nor a packed layer in another dialect.
         """
         if not self.outputs_of:
             raise ExportedFileError(
@@ -253,7 +253,7 @@ class ExportedModel:
         """Check that TensorRT can know every operator of the file.
 
         Raises:
-            ExportedFileError: It has operators of another domain than the standard one and ours.
+            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``.
         """
         if foreign := sorted(self.domains - {"", contract.DOMAIN}):
             raise ExportedFileError(
@@ -280,7 +280,7 @@ class ExportedModel:
         return self.tensors[name]
 
     def _parts(self, proto: onnx.NodeProto, held: set[str]) -> Iterator[Node]:
-        """Yield a node of our domain, or its products; ``held`` gets the names of tensors of several constants."""
+        """Yield a packed node, or its products; ``held`` gets the names of tensors of several constants."""
         if proto.domain != contract.DOMAIN:
             return
         try:

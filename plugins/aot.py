@@ -1,4 +1,4 @@
-"""TensorRT plugins without a library: kernels as PTX inside the engine, which then runs without our files or Python.
+"""TensorRT plugins without a library: kernels as PTX inside the engine, which runs without Python or another file.
 
 TensorRT calls this form quickly deployable plugins with an ahead-of-time implementation (``tensorrt.plugin``, 10.7 and
 later): one kernel per layer that takes the inputs' addresses, 32-bit integers and the outputs' addresses, and no

@@ -4,7 +4,7 @@ It is ``com.microsoft::GroupQueryAttention`` of ONNX Runtime with the ports and 
 its body is that one node.
 
 Letters in the shapes: B rows of the batch, S new tokens of each, N query heads, M heads of keys and values, H elements
-of a head, P positions of the past's buffer, L = max(P, total) of the present's, R rows of the tables.
+of a head, P positions of the past's buffer, L = max(P, total) of the present's, R positions of the cos and sin tables.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rankbook.plugins.contract import Array, Attribute, Operator, Port
 from rankbook.plugins.forms import TensorSpec
 
 NAME = "GroupQueryAttention"
-"""The op_type, in our domain and in `STOCK_DOMAIN`."""
+"""The op_type, in the domain ``rankbook`` and in `STOCK_DOMAIN`."""
 STOCK_DOMAIN = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 LARGEST_HEAD = 512
@@ -27,7 +27,7 @@ LARGEST_HEAD = 512
 HEAD_STEP, ROTARY_STEP = 8, 16
 """What H is a multiple of, without and with a rotary embedding inside (ONNX Runtime's node asks for the same)."""
 ROTARY = "do_rotary"
-"""Attribute that says whether a node has the tables of a rotary embedding and positions."""
+"""Attribute that says whether a node has the cos and sin tables of a rotary embedding and positions."""
 
 Doubles = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ Letters as in `rankbook.plugins.contract`; M rows of x, g one of G groups, p one
    only (SmolLM2-135M, unquantized weights, 3 thousand tokens: perplexity 29.94 becomes 30.11 with groups of 64, 30.71
    with one scale per token).
 2. **Levels.** Rows of whole numbers within [-255, 255] whose range is at most 255 stay as they are, with unit 1 (all
-   that our methods store but NF4); others are rounded by `quantize`, whose scale is their unit.
+   that the methods store but NF4); others are rounded by `quantize`, whose scale is their unit.
 3. **Products.** ``dot[m, n, g, p] = sum of q[m, k] * level[p, code[n, k]]`` over the group, exactly (int32).
 4. **Scaling**, from total 0, for each group in order::
 

@@ -24,7 +24,7 @@ from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.tools.errors import CheckFailedError
 
 MOST_OUTPUT_BYTES = 1 << 26
-"""A child that prints more is ended: nothing here reports as much."""
+"""A child that prints more is ended: no report is as long."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stopping_on_sigterm():
             return _run(given)
     except BrokenPipeError:
-        # The reader of our output left (`rankbook inspect ... | head`): that is not an error.
+        # The reader of the output left (`rankbook inspect ... | head`): that is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.OK
     except (Exception, KeyboardInterrupt) as error:
@@ -89,7 +89,7 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return errors.USAGE
     options = _resolve(commands[verb], given, known)
-    # Bars of other libraries would mix with ours and fill log files; tqdm reads this when it is imported.
+    # Bars of other libraries would mix with the progress shown and fill log files; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     if options.quiet:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

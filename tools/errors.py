@@ -30,7 +30,7 @@ class UsageError(CommandError):
 
 
 class MissingError(CommandError):
-    """A package, a device or a driver that is not here."""
+    """A package, a device or a driver that is missing."""
 
     exit_code = MISSING
 

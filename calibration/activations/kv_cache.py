@@ -2,7 +2,7 @@
 
 Each token has one range per key head (asymmetric, as LRQ, Lee et al. 2024, official code, which takes one over all
 heads). What an engine does is another thing: it stores keys after the rotary embedding, see
-`rankbook.exporter.kv_cache`.
+`rankbook.exporter.passes.kv_cache`.
 """
 
 from __future__ import annotations

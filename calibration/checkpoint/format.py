@@ -156,7 +156,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
     """Write a checkpoint as a whole: ``folder`` holds the complete new one afterwards, or what it held before.
 
     Raises:
-        FileExistsError: ``folder`` exists and is not one of ours.
+        FileExistsError: ``folder`` exists and is no checkpoint.
         OSError: Writing failed (disk full, no permission).
     """
     with replaced_folder(folder, MANIFEST) as temporary:

@@ -19,7 +19,7 @@ _SHA256_DIGITS = 64
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, of another version or not one of ours."""
+    """A checkpoint that is damaged, incomplete, of another version, or none at all."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

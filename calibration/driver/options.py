@@ -29,7 +29,7 @@ AUTO_GROUP = 64
 """Group size that ``auto`` prefers: the side data of one group cost about 0.4 bits per weight with two planes."""
 MX_BLOCK = 32
 """Group size that ``auto`` prefers for mxint: the block of the MX formats (OCP specification 1.0)."""
-TABLE_BITS = (0, 4, 8)
+EMBEDDING_BITS = (0, 4, 8)
 """Widths for the embedding and the output layer; 0 leaves them alone."""
 
 
@@ -83,9 +83,9 @@ class QuantizeOptions(Seeded):
     )
     error_rank: int = option(32, "rank of the error branch", metavar="Q", least=1, group=WHAT)
     quantize_lm_head: int = option(
-        0, "bits of the output layer, 4 fitted to its inputs; 0 leaves it", choices=TABLE_BITS, group=WHAT
+        0, "bits of the output layer, 4 fitted to its inputs; 0 leaves it", choices=EMBEDDING_BITS, group=WHAT
     )
-    quantize_embeddings: int = option(0, "bits of the embedding; 0 leaves it", choices=TABLE_BITS, group=WHAT)
+    quantize_embeddings: int = option(0, "bits of the embedding; 0 leaves it", choices=EMBEDDING_BITS, group=WHAT)
     activations: str = option(
         "none",
         "inputs of packed layers: static8 (INT8, one step a tensor, exported as QuantizeLinear), token8 (one range a"

@@ -148,8 +148,8 @@ class Reporter:
         self.skipped, self._start = skipped, time.monotonic()
 
 
-def totals(layers: Mapping[str, LayerReport], tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Sum stored bits over the linear layers of the blocks; ``tables`` adds ``embeddings`` and ``lm_head``."""
+def totals(layers: Mapping[str, LayerReport], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Sum stored bits over the linear layers of the blocks; ``others`` adds ``embeddings`` and ``lm_head``."""
     parts: dict[str, int] = {}
     for layer in layers.values():
         for part, bits in layer.stored_bits.items():
@@ -157,7 +157,7 @@ def totals(layers: Mapping[str, LayerReport], tables: Mapping[str, Any]) -> dict
     weights = sum(layer.spec.weights for layer in layers.values())
     stored = sum(parts.values())
     linear = {"weights": weights, "stored_bits": stored, "bits_per_weight": stored / weights, "parts": parts}
-    return {"linear": linear, **tables}
+    return {"linear": linear, **others}
 
 
 def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dict[str, Any]:

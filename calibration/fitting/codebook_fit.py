@@ -1,6 +1,6 @@
 """Closed-form codebooks: activation-weighted alternating least squares over codes, per-group parameters and levels.
 
-``tables[g, l, n] = sum_p coeffs[p, g, n] * levels[p, l] + offset[g, n]`` (LCQ, Cai et al. 2024, ``C = S^T V - B``).
+``codebooks[g, l, n] = sum_p coeffs[p, g, n] * levels[p, l] + offset[g, n]`` (LCQ, Cai et al. 2024, ``C = S^T V - B``).
 Weights are grouped (G, group, N), see `rankbook.calibration.fitting.rounding`.
 """
 
@@ -33,7 +33,7 @@ class Codebooks:
     coeffs: Tensor
     offset: Tensor
 
-    def tables(self) -> Tensor:
+    def dense(self) -> Tensor:
         """Return the codebooks (G, L, N)."""
         return torch.einsum("pgn,pl->gln", self.coeffs, self.levels) + self.offset[:, None]
 
@@ -64,9 +64,11 @@ def moments_of(grouped: Tensor, energy: Tensor, codes: Tensor, levels: int) -> M
     return Moments(mass, value)
 
 
-def nearest_chunked(grouped: Tensor, tables: Tensor) -> Tensor:
+def nearest_chunked(grouped: Tensor, codebooks: Tensor) -> Tensor:
     """`rounding.nearest`, some rows at a time."""
-    parts = [rounding.nearest(grouped[..., p].contiguous(), tables[..., p].contiguous()) for p in _row_chunks(grouped)]
+    parts = [
+        rounding.nearest(grouped[..., p].contiguous(), codebooks[..., p].contiguous()) for p in _row_chunks(grouped)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -146,10 +148,10 @@ def fit(grouped: Tensor, energy: Tensor, rank: int, count: int, rounds: int) -> 
     """
     books = clipped_grid(grouped, energy, count)
     for at in range(rounds):
-        tables = books.tables()
-        moments = moments_of(grouped, energy, nearest_chunked(grouped, tables), count)
+        codebooks = books.dense()
+        moments = moments_of(grouped, energy, nearest_chunked(grouped, codebooks), count)
         if at == 1 and rank > 1:
-            books.levels = grow_levels(moments, tables, books.levels, rank)
+            books.levels = grow_levels(moments, codebooks, books.levels, rank)
         books = solve_params(moments, books.levels)
         books = canonical(Codebooks(solve_levels(moments, books), books.coeffs, books.offset))
     return books
@@ -158,13 +160,13 @@ def fit(grouped: Tensor, energy: Tensor, rank: int, count: int, rounds: int) -> 
 def fit_params(grouped: Tensor, energy: Tensor, levels: Tensor) -> Codebooks:
     """Fit the parameters of every group to given levels (P, L); arguments as in `fit`."""
     count = levels.shape[1]
-    tables = clipped_grid(grouped, energy, count).tables()
-    return solve_params(moments_of(grouped, energy, nearest_chunked(grouped, tables), count), levels)
+    codebooks = clipped_grid(grouped, energy, count).dense()
+    return solve_params(moments_of(grouped, energy, nearest_chunked(grouped, codebooks), count), levels)
 
 
-def grow_levels(moments: Moments, tables: Tensor, levels: Tensor, rank: int) -> Tensor:
+def grow_levels(moments: Moments, codebooks: Tensor, levels: Tensor, rank: int) -> Tensor:
     """Add the leading directions in which free codebooks (one Lloyd step per group) differ from the present ones."""
-    free = torch.where(moments.mass > 0, moments.value / moments.mass.clamp_min(1e-30), tables)
+    free = torch.where(moments.mass > 0, moments.value / moments.mass.clamp_min(1e-30), codebooks)
     basis = _orthonormal(torch.cat([torch.ones_like(levels[:1]), levels]))
     rest = free.movedim(1, -1).reshape(-1, free.shape[1])
     rest = rest - (rest @ basis.T) @ basis
@@ -190,8 +192,8 @@ def _orthonormal(rows: Tensor) -> Tensor:
 def canonical(books: Codebooks) -> Codebooks:
     """Fix the gauge: plane 0 is the mean codebook shape, the others are orthonormal to it, to ones and to each other.
 
-    Any invertible mixing of planes, and any constant moved between levels and offset, gives the same tables; without a
-    fixed form the coefficients grow against each other and quantize badly (notes on LCQ, 1.2).
+    Any invertible mixing of planes, and any constant moved between levels and offset, gives the same codebooks; without
+    a fixed form the coefficients grow against each other and quantize badly.
     """
     mean = books.levels.mean(1, keepdim=True)
     offset = books.offset + torch.einsum("pgn,p->gn", books.coeffs, mean[:, 0])

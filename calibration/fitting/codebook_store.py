@@ -13,7 +13,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def round_levels(books: Codebooks, bits: int, level_dtype: str) -> Codebooks:
-    """Round the levels to what is stored; the tables keep their place (shift and scale go to offset and coefficients).
+    """Round the levels to what is stored; shift and scale go to offset and coefficients, the codebooks stay.
 
     Integer levels are centred and scaled to fill the allowed range, so that seven bits lose least; those in float16 lie
     between 1 and 2 in magnitude, a power of two goes to the coefficients.
@@ -45,7 +45,7 @@ def refit_params(
     """
     groups, group, rows = grouped.shape
     coeffs, offset = books.coeffs.clone(), books.offset.clone()
-    residual = (grouped - rounding.lookup(books.tables(), codes)).view(groups * group, rows)
+    residual = (grouped - rounding.lookup(books.dense(), codes)).view(groups * group, rows)
     for index in range(groups):
         part = slice(index * group, (index + 1) * group)
         ones = residual.new_ones(1, group, rows)

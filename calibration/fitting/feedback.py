@@ -87,19 +87,19 @@ def inverse_factor(gram: Tensor, order: Tensor, damping: float = _DAMPING) -> Te
     raise ValueError("the Gram matrix of the inputs cannot be inverted; it holds NaN or infinity")
 
 
-def assign(grouped: Tensor, tables: Tensor, columns: Plan) -> Tensor:
+def assign(grouped: Tensor, codebooks: Tensor, columns: Plan) -> Tensor:
     """Choose codes for grouped weights so that the layer's output error is small.
 
     Args:
         grouped: Weights (G, group, N) float32.
-        tables: Codebooks (G, L, N) float32.
+        codebooks: Codebooks (G, L, N) float32.
         columns: Order and weights of the columns, see `plan`.
 
     Returns:
         Codes (G, group, N) uint8.
     """
     groups, group, rows = grouped.shape
-    ordered, code_of_rank = rounding.sort_tables(tables)
+    ordered, code_of_rank = rounding.sort_codebooks(codebooks)
     bounds = rounding.midpoints(ordered)
     order, factor = columns.order, columns.factor
     work = grouped.reshape(groups * group, rows)[order]
@@ -116,7 +116,7 @@ def assign(grouped: Tensor, tables: Tensor, columns: Plan) -> Tensor:
 
 
 def _assign_block(
-    work: Tensor, ranks: Tensor, tables: Tensor, bounds: Tensor, factor: Tensor, group_of: list[int], columns: range
+    work: Tensor, ranks: Tensor, codebooks: Tensor, bounds: Tensor, factor: Tensor, group_of: list[int], columns: range
 ) -> Tensor:
     """Round the columns of one block in turn, each error spread over the rest of the block; return the errors."""
     errors = torch.empty(len(columns), work.shape[1])
@@ -125,7 +125,7 @@ def _assign_block(
         value = work[column]
         rank = rounding.search(value[None, None], bounds[index][None])[0]
         ranks[column] = rank[0]
-        error = (value - tables[index].gather(0, rank.long())[0]) / factor[column, column]
+        error = (value - codebooks[index].gather(0, rank.long())[0]) / factor[column, column]
         errors[place] = error
         rest = slice(column + 1, columns.stop)
         work[rest].addr_(factor[column, rest], error, alpha=-1)

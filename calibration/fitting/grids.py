@@ -64,7 +64,7 @@ def round_nearest(problem: LayerProblem, grid: Grid, method: str) -> QuantizedLi
         ValueError: The group size does not divide the layer, or the weights are not finite.
     """
     grouped, levels, params = fit(problem, grid)
-    return assemble(problem, rounding.nearest(grouped, tables_of(levels, params)), levels, params, method)
+    return assemble(problem, rounding.nearest(grouped, codebooks_of(levels, params)), levels, params, method)
 
 
 def round_with_feedback(
@@ -79,7 +79,7 @@ def round_with_feedback(
     """
     grouped, levels, params = fit(problem, grid)
     columns = feedback.plan(feedback.scaled_gram(problem, damping), 0.0, by_energy=by_energy)
-    codes = feedback.assign(grouped, tables_of(levels, params), columns)
+    codes = feedback.assign(grouped, codebooks_of(levels, params), columns)
     return assemble(problem, codes, levels, params, method)
 
 
@@ -107,11 +107,11 @@ def fit(problem: LayerProblem, grid: Grid) -> tuple[Tensor, Tensor, GroupParams]
     return grouped, *make(grouped, energy, grid)
 
 
-def tables_of(levels: Tensor, params: GroupParams) -> Tensor:
+def codebooks_of(levels: Tensor, params: GroupParams) -> Tensor:
     """Return the codebooks (G, L, N) that one row of levels and stored parameters (N, G, 1 or 2) make."""
     dense = params.dense().permute(2, 1, 0)
-    tables = levels.float()[0][:, None] * dense[0][:, None]
-    return tables + dense[1][:, None] if len(dense) == 2 else tables
+    codebooks = levels.float()[0][:, None] * dense[0][:, None]
+    return codebooks + dense[1][:, None] if len(dense) == 2 else codebooks
 
 
 def assemble(problem: LayerProblem, codes: Tensor, levels: Tensor, params: GroupParams, method: str) -> QuantizedLinear:
@@ -179,12 +179,12 @@ def _symmetric(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tens
 def _nf4(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tensor, GroupParams]:
     """NF4 levels times the largest magnitude (QLoRA, Dettmers et al. 2023)."""
     levels = nf4_levels(LEVEL_DTYPES[grid.level_dtype])
-    table = levels.float()[0] / float(levels.float().max())
+    codebook = levels.float()[0] / float(levels.float().max())
     peak = grouped.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
 
     def error(scale: Tensor) -> Tensor:
-        tables = table[None, :, None] * scale[:, None]
-        return _weighted(rounding.lookup(tables, rounding.nearest(grouped, tables)) - grouped, energy)
+        codebooks = codebook[None, :, None] * scale[:, None]
+        return _weighted(rounding.lookup(codebooks, rounding.nearest(grouped, codebooks)) - grouped, energy)
 
     (scale,) = search(lambda shrink: (peak * shrink,), error, _choices(energy))
     return levels, store_plane(scale / float(levels.float().max()), grid.param_bits)

@@ -1,7 +1,7 @@
 """Groups of weights and the nearest entry of each group's codebook.
 
-Inside the methods, weights are kept *grouped*: (G, group, N), output rows innermost. Every table of a group is then a
-row of N contiguous numbers, so that a search is a few vectorized comparisons instead of a scalar search per weight.
+Inside the methods, weights are kept *grouped*: (G, group, N), output rows innermost. Each level of a group is then N
+contiguous values, so that a search is a few vectorized comparisons instead of a scalar search per weight.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def from_groups(grouped: Tensor) -> Tensor:
     return grouped.reshape(groups * group, rows).T.contiguous()
 
 
-def sort_tables(tables: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Sort tables (G, L, N) along their levels.
+def sort_codebooks(codebooks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sort codebooks (G, L, N) along their levels.
 
     Returns:
-        The sorted tables, and the code of each sorted entry (None where all tables were already in order).
+        The sorted codebooks, and the code of each sorted entry (None where all codebooks were already in order).
     """
-    if bool((tables[:, 1:] >= tables[:, :-1]).all()):
-        return tables, None
-    values, order = tables.sort(dim=1, stable=True)
+    if bool((codebooks[:, 1:] >= codebooks[:, :-1]).all()):
+        return codebooks, None
+    values, order = codebooks.sort(dim=1, stable=True)
     return values, order
 
 
-def midpoints(tables: Tensor) -> Tensor:
-    """Return the cell boundaries (G, L - 1, N) of sorted tables (G, L, N)."""
-    return (tables[:, 1:] + tables[:, :-1]) * 0.5
+def midpoints(codebooks: Tensor) -> Tensor:
+    """Return the cell boundaries (G, L - 1, N) of sorted codebooks (G, L, N)."""
+    return (codebooks[:, 1:] + codebooks[:, :-1]) * 0.5
 
 
 def search(values: Tensor, bounds: Tensor) -> Tensor:
@@ -72,21 +72,21 @@ def _bisect(values: Tensor, bounds: Tensor) -> Tensor:
     return ranks.to(torch.uint8)
 
 
-def nearest(values: Tensor, tables: Tensor) -> Tensor:
-    """Return the code of the table entry nearest to each value.
+def nearest(values: Tensor, codebooks: Tensor) -> Tensor:
+    """Return the code of the codebook entry nearest to each value.
 
     Args:
         values: (G, group, N).
-        tables: (G, L, N) with L a power of two, in any order.
+        codebooks: (G, L, N) with L a power of two, in any order.
 
     Returns:
         Codes (G, group, N) uint8. Of two equally near entries the smaller one is taken.
     """
-    ordered, order = sort_tables(tables)
+    ordered, order = sort_codebooks(codebooks)
     ranks = search(values, midpoints(ordered))
     return ranks if order is None else order.gather(1, ranks.long()).to(torch.uint8)
 
 
-def lookup(tables: Tensor, codes: Tensor) -> Tensor:
-    """Return the table entries (G, group, N) of codes (G, group, N) in tables (G, L, N)."""
-    return tables.gather(1, codes.long())
+def lookup(codebooks: Tensor, codes: Tensor) -> Tensor:
+    """Return the codebook entries (G, group, N) of codes (G, group, N) in codebooks (G, L, N)."""
+    return codebooks.gather(1, codes.long())

@@ -83,15 +83,15 @@ def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = N
         books = codebook_store.round_levels(books, config.bits, config.level_dtype)
     else:
         books = codebook_fit.fit_params(grouped, energy, levels.float())
-    codes = codebook_fit.nearest_chunked(grouped, books.tables())
+    codes = codebook_fit.nearest_chunked(grouped, books.dense())
     books = codebook_fit.solve_params(codebook_fit.moments_of(grouped, energy, codes, count), books.levels)
     plan = feedback.plan(gram, 0.0) if config.feedback_rounds else None
     for _ in range(config.feedback_rounds):
-        codes = _assign(grouped, books.tables(), plan)
+        codes = _assign(grouped, books.dense(), plan)
         books = codebook_store.refit_params(grouped, codes, books, gram)
     params = codebook_store.quantize_params(grouped, codes, books, gram, config.param_bits)
-    tables = codebook_store.from_params(params, books.levels).tables()
-    codes = _assign(grouped, tables, plan)
+    codebooks = codebook_store.from_params(params, books.levels).dense()
+    codes = _assign(grouped, codebooks, plan)
     return QuantizedLinear(
         codes=rounding.from_groups(codes),
         bits=config.bits,
@@ -103,11 +103,11 @@ def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = N
     )
 
 
-def _assign(grouped: Tensor, tables: Tensor, columns: feedback.Plan | None) -> Tensor:
+def _assign(grouped: Tensor, codebooks: Tensor, columns: feedback.Plan | None) -> Tensor:
     """Choose codes by error feedback, or without a plan the nearest levels."""
     if columns is None:
-        return codebook_fit.nearest_chunked(grouped, tables)
-    return feedback.assign(grouped, tables, columns)
+        return codebook_fit.nearest_chunked(grouped, codebooks)
+    return feedback.assign(grouped, codebooks, columns)
 
 
 def rows(sample: LayerProblem, config: LcqConfig) -> Callable[[LayerProblem], QuantizedLinear]:
@@ -120,8 +120,8 @@ def predict(weight: Tensor, energy: Tensor, group: int, bits: int, planes: int) 
     """Return rows (N, K) as a few rounds of the fit decode them, for inputs of mean squares ``energy`` (K,)."""
     grouped = rounding.to_groups(weight, group)
     energy = (energy + 1e-3 * energy.mean() + torch.finfo(torch.float32).tiny).view(-1, group)
-    tables = codebook_fit.fit(grouped, energy, planes, 1 << bits, _PREDICT_ROUNDS).tables()
-    return rounding.from_groups(rounding.lookup(tables, rounding.nearest(grouped, tables)))
+    codebooks = codebook_fit.fit(grouped, energy, planes, 1 << bits, _PREDICT_ROUNDS).dense()
+    return rounding.from_groups(rounding.lookup(codebooks, rounding.nearest(grouped, codebooks)))
 
 
 def trains(config: LcqConfig) -> bool:

@@ -121,7 +121,9 @@ def quantize(problem: LayerProblem, config: LrqConfig) -> QuantizedLinear:
     levels = affine_levels(config.bits)
     scale, zero = _released_search(grouped, config.bits)
     params = grids.affine_params(scale, -zero - float(levels[0, 0]), config.param_bits)
-    return grids.assemble(problem, rounding.nearest(grouped, grids.tables_of(levels, params)), levels, params, method)
+    return grids.assemble(
+        problem, rounding.nearest(grouped, grids.codebooks_of(levels, params)), levels, params, method
+    )
 
 
 def _released_search(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:

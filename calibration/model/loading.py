@@ -1,4 +1,4 @@
-"""Finding and loading a model: a Hugging Face folder or id, a GGUF file, or one of our checkpoints."""
+"""Finding and loading a model: a Hugging Face folder or id, a GGUF file, or a checkpoint of rankbook."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def source_folder(source: str | Path) -> Path | None:
 
 
 def _auto_class(config: Any) -> Any:
-    """Return the class of transformers that loads a model; one with a vision tower has a table of its own."""
+    """Return the class of transformers that loads a model; one with a vision tower is in another list."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

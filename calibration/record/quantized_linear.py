@@ -131,7 +131,7 @@ class LowRank:
 class QuantizedLinear:
     """A linear layer whose weight is looked up in one codebook per group.
 
-    ``table[n, g, c] = sum_p coeffs[n, g, p] * levels[p, c] + offset[n, g]`` and ``w[n, k] = table[n, k // group,
+    ``codebook[n, g, c] = sum_p coeffs[n, g, p] * levels[p, c] + offset[n, g]`` and ``w[n, k] = codebook[n, k // group,
     codes[n, k]]``: the codebooks of all groups form a matrix of rank P plus an offset (LCQ, Cai et al. 2024, ``C =
     S^T V - B`` with coeffs = S, levels = V, offset = -B).
 

@@ -51,27 +51,27 @@ class LearnedRounding:
         """Start from ``record`` of ``weight`` (N, K), for ``steps`` updates."""
         self._start, self._sizes, self._steps = record, sizes or StepSizes(), steps
         self._books = codebooks_of(record)
-        tables = self._books.tables()
+        codebooks = self._books.dense()
         self._branch = None if record.low_rank is None else record.low_rank.dense()
         rest = weight.float() if self._branch is None else weight.float() - self._branch
         grouped = rounding.to_groups(rest, record.group)
         self._codes = rounding.to_groups(record.codes, record.group)
-        self._gap = ((tables.amax(1) - tables.amin(1)) / (tables.shape[1] - 1))[:, None].contiguous()
-        self._place = anchored(grouped, tables, self._codes)
+        self._gap = ((codebooks.amax(1) - codebooks.amin(1)) / (codebooks.shape[1] - 1))[:, None].contiguous()
+        self._place = anchored(grouped, codebooks, self._codes)
         self._scale = torch.ones_like(self._books.coeffs)
         self._shift = torch.zeros_like(self._books.offset)
         self._levels = self._books.levels.clone()
         self._level_size = self._books.levels.abs().mean(1, keepdim=True)
         self._params: GroupParams | None = None
-        self._tables = tables
+        self._codebooks = codebooks
 
     def weight(self) -> Tensor:
         """Return the decoded weight (N, K), a view with K strided; the error branch is added."""
         books = self._present()
-        self._tables = books.tables()
-        self._codes = rounding.nearest(self._place, self._tables)
+        self._codebooks = books.dense()
+        self._codes = rounding.nearest(self._place, self._codebooks)
         groups, group, rows = self._place.shape
-        decoded = rounding.lookup(self._tables, self._codes).view(groups * group, rows).T
+        decoded = rounding.lookup(self._codebooks, self._codes).view(groups * group, rows).T
         return decoded if self._branch is None else decoded + self._branch
 
     def _present(self) -> Codebooks:
@@ -93,7 +93,7 @@ class LearnedRounding:
         """Take one sign step on every parameter; ``grad`` (N, K)."""
         step = fraction / self._steps
         flow = grad.T.float().reshape(self._place.shape)
-        by_code = torch.zeros_like(self._tables).scatter_add_(1, self._codes.long(), flow)
+        by_code = torch.zeros_like(self._codebooks).scatter_add_(1, self._codes.long(), flow)
         levels = self._stored_levels()
         coeffs = self._books.coeffs * self._scale
         slope = self._books.coeffs * torch.einsum("gln,pl->pgn", by_code, levels)
@@ -106,7 +106,7 @@ class LearnedRounding:
     def record(self) -> QuantizedLinear:
         """Return the state as it is stored."""
         books = self._present()
-        codes = rounding.nearest(self._place, books.tables())
+        codes = rounding.nearest(self._place, books.dense())
         if self._params is None:
             raise ValueError("the layer has no parameters yet")
         return QuantizedLinear(
@@ -129,9 +129,9 @@ def codebooks_of(record: QuantizedLinear) -> Codebooks:
     return Codebooks(record.levels.float(), coeffs, offset.contiguous())
 
 
-def anchored(grouped: Tensor, tables: Tensor, codes: Tensor) -> Tensor:
+def anchored(grouped: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
     """Move each weight (G, group, N) to the nearest point of the cell that its code stands for."""
-    ordered, order = rounding.sort_tables(tables)
+    ordered, order = rounding.sort_codebooks(codebooks)
     bounds = rounding.midpoints(ordered)
     infinite = torch.full_like(bounds[:, :1], torch.inf)
     low = torch.cat([-infinite, bounds], 1)

@@ -50,9 +50,9 @@ class ScaledRounding:
         """Start from ``record`` (one row of uniform levels) of ``weight`` (N, K)."""
         self._start = record
         self._bits = 8 * record.params.values.element_size() if record.params.values is not None else 8
-        tables = grids.tables_of(record.levels, record.params)
+        codebooks = grids.codebooks_of(record.levels, record.params)
         grouped = rounding.to_groups(weight.float(), record.group)
-        self._place = anchored(grouped, tables, rounding.to_groups(record.codes, record.group))
+        self._place = anchored(grouped, codebooks, rounding.to_groups(record.codes, record.group))
         dense = record.params.dense().permute(2, 1, 0)
         self._scale = dense[0].contiguous()
         self._shift = dense[1] / dense[0] if record.has_offset else torch.zeros_like(self._scale)
@@ -70,7 +70,7 @@ class ScaledRounding:
             ],
             eps=divisors.epsilon,
         )
-        self._moved, self._tables, self._decoded = self._place, tables, self._place
+        self._moved, self._codebooks, self._decoded = self._place, codebooks, self._place
 
     def weight(self) -> Tensor:
         """Return the decoded weight (N, K), a view with K strided; the error branch is added."""
@@ -80,11 +80,11 @@ class ScaledRounding:
         return decoded if self._branch is None else decoded + self._branch
 
     def _round(self) -> Tensor:
-        """Bring moved weights, tables and decoded weights up to date; return the codes."""
+        """Bring moved weights, codebooks and decoded weights up to date; return the codes."""
         self._moved = self._place * self._steering().neg_().exp_().view(self._place.shape)
-        self._tables = grids.tables_of(self._start.levels, self._params())
-        codes = rounding.nearest(self._moved, self._tables)
-        self._decoded = rounding.lookup(self._tables, codes)
+        self._codebooks = grids.codebooks_of(self._start.levels, self._params())
+        codes = rounding.nearest(self._moved, self._codebooks)
+        self._decoded = rounding.lookup(self._codebooks, codes)
         return codes
 
     def _steering(self) -> Tensor:
@@ -103,8 +103,11 @@ class ScaledRounding:
     def update(self, grad: Tensor, fraction: float) -> None:
         """Take one step of Adam; ``grad`` (N, K), ``fraction`` of the training left."""
         flow = grad.T.float().reshape(self._place.shape)
-        gap = self._tables[:, 1:2] - self._tables[:, :1]
-        low, high = torch.minimum(self._tables[:, :1], self._tables[:, -1:]), self._tables.amax(1, keepdim=True)
+        gap = self._codebooks[:, 1:2] - self._codebooks[:, :1]
+        low, high = (
+            torch.minimum(self._codebooks[:, :1], self._codebooks[:, -1:]),
+            self._codebooks.amax(1, keepdim=True),
+        )
         # The clamp passes gradients to what rounds into the range (straight-through on round alone).
         inside = (self._moved >= low - gap.abs() / 2) & (self._moved <= high + gap.abs() / 2)
         moved = self._moved * inside

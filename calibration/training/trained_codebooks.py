@@ -1,7 +1,7 @@
 """LCQ trained as the paper describes it: codebook parameters by gradient, codes always the nearest levels.
 
 The paper names an approximate gradient and a re-parameterization without formulas; both readings of the gradient are
-here (notes on LCQ, 1.3), and a scale-free parameterization that contains OmniQuant's learned clipping (1.4).
+here, and a scale-free parameterization that contains OmniQuant's learned clipping.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MIN_STEP = 1e-3
 _REACH = 1.5
 
 
-def decode(grouped: Tensor, tables: Tensor, gradient: str) -> Tensor:
-    """Round weights to the nearest level, with a gradient to the tables.
+def decode(grouped: Tensor, codebooks: Tensor, gradient: str) -> Tensor:
+    """Round weights to the nearest level, with a gradient to the codebooks.
 
     ``assignment`` treats the codes as constants: the gradient of a gather. ``straight-through`` also counts that a
     weight between two levels follows both of them (LSQ, Esser et al. 2020, generalized to any sorted codebook)::
@@ -36,7 +36,7 @@ def decode(grouped: Tensor, tables: Tensor, gradient: str) -> Tensor:
 
     Args:
         grouped: Weights (G, group, N), without gradient.
-        tables: (G, L, N).
+        codebooks: (G, L, N).
         gradient: One of `GRADIENTS`.
 
     Returns:
@@ -48,8 +48,8 @@ def decode(grouped: Tensor, tables: Tensor, gradient: str) -> Tensor:
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient {gradient!r} is unknown; choose one of {', '.join(GRADIENTS)}")
     with torch.no_grad():
-        order = tables.argsort(dim=1, stable=True)
-    ordered = tables.gather(1, order)
+        order = codebooks.argsort(dim=1, stable=True)
+    ordered = codebooks.gather(1, order)
     fixed = ordered.detach()
     hit = ordered.gather(1, rounding.search(grouped, rounding.midpoints(fixed)).long())
     if gradient == "assignment":
@@ -70,7 +70,7 @@ class ClippedCodebooks:
     """Codebooks in the scale-free parameterization; ``parameters`` are leaves with gradients.
 
     ``high = 1.5 sigmoid(gamma) max(w, 0)``, ``low = 1.5 sigmoid(beta) min(w, 0)`` (plane 0 alone may reach beyond the
-    weights), ``step = (high - low) / (L - 1)``; the table is
+    weights), ``step = (high - low) / (L - 1)``; the codebook is
     ``low + step (V_0 + sum_i a_i V_i)`` with V_0 increasing from 0 to L - 1 and the other V_i orthonormal to it, to
     ones and to each other.
 
@@ -154,19 +154,19 @@ class TrainedCodebooks:
         integer = "int8" if self._start.levels.dtype == torch.int8 else "float16"
         if self._learn_levels:
             rounded = codebook_store.round_levels(books, self._start.bits, integer)
-        else:  # the same tables on the levels there are
+        else:  # the same codebooks on the levels there are
             levels = self._start.levels.float()
             rounded = Codebooks(levels, books.coeffs, books.offset - books.coeffs[0] * levels[0, 0])
         params = codebook_store.to_params(rounded, 8 if self._start.params.codes is not None else 16)
         return params, codebook_store.from_params(params, rounded.levels)
 
     def weight(self) -> Tensor:
-        """Return the decoded weight (N, K): values of the stored tables, gradients of the exact ones."""
+        """Return the decoded weight (N, K): values of the stored codebooks, gradients of the exact ones."""
         with torch.enable_grad():
-            tables = self._model.books().tables()
+            codebooks = self._model.books().dense()
             with torch.no_grad():
-                stored = self._stored(self._model.books())[1].tables()
-            self._decoded = decode(self._grouped, tables + (stored - tables).detach(), self._gradient)
+                stored = self._stored(self._model.books())[1].dense()
+            self._decoded = decode(self._grouped, codebooks + (stored - codebooks).detach(), self._gradient)
         weight = rounding.from_groups(self._decoded.detach())
         return weight if self._branch is None else weight + self._branch
 
@@ -184,7 +184,7 @@ class TrainedCodebooks:
     def record(self) -> QuantizedLinear:
         """Return the state as it is stored."""
         params, books = self._stored(self._model.books())
-        codes = rounding.nearest(self._grouped, books.tables())
+        codes = rounding.nearest(self._grouped, books.dense())
         levels = books.levels.to(self._start.levels.dtype)
         return QuantizedLinear(
             rounding.from_groups(codes),

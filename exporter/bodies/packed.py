@@ -1,4 +1,4 @@
-"""Bodies of the operators in standard ONNX: what a runtime without our kernels computes.
+"""Bodies of the operators in standard ONNX: what a runtime without the native kernels computes.
 
 A body must keep the codes packed: ONNX Runtime folds constants and TensorRT widens integers unless an INT8 initializer
 goes through DequantizeLinear first. From there everything is float32 arithmetic on bytes, for two reasons that were

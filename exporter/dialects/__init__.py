@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from rankbook.exporter.dialects.base import Dialect
 
 NATIVE = "rankbook"
-"""The dialect of our own operators, which every checkpoint can be written in."""
+"""The dialect of the operators of rankbook, which every checkpoint can be written in."""
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the dialects, our own first; imports none of them."""
+    """Return the names of the dialects, that of rankbook first; imports none of them."""
     found = sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
     return tuple(sorted(found, key=lambda name: name != NATIVE))
 

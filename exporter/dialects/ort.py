@@ -2,8 +2,8 @@
 
 Zero points are stored as integers of the width of the codes where all of a layer's are whole numbers, and as numbers of
 the activations' type otherwise (the offsets of groups that are stored in 8 bits are seldom whole numbers).
-A packed embedding stays an operator of ours, with its standard-ONNX body: ONNX Runtime's gather takes whole zero points
-only.
+A packed embedding stays an operator of rankbook, with its standard-ONNX body: ONNX Runtime's gather takes whole zero
+points only.
 """
 
 from __future__ import annotations

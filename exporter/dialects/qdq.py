@@ -1,10 +1,10 @@
 """Standard ONNX: DequantizeLinear on INT4 or INT8 weights, which TensorRT fuses into its own matrix products.
 
 Weights lie as (K, N): ONNX Runtime replaces a blocked DequantizeLinear along K with MatMulNBits only then. It quantizes
-x to 8 bits there unless the session option ``session.qdq_matmulnbits_accuracy_level`` is 1, as it is in our tools.
+x to 8 bits there unless the session option ``session.qdq_matmulnbits_accuracy_level`` is 1, as in `rankbook.tools`.
 No zero points are needed for ONNX Runtime before 1.28 (`rankbook.exporter.functions`): products follow directly.
 TensorRT takes symmetric quantization only: no zero points in 4 bits, and zero ones in 8 bits.
-A packed embedding stays an operator of ours: looked-up rows are no product, and the whole table would be decoded.
+A packed embedding stays an operator of rankbook: looked-up rows are no product, and all of it would be decoded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our own operators with their standard-ONNX bodies: one node a layer, whatever the method."""
+"""The operators of rankbook with their standard-ONNX bodies: one node a layer, whatever the method."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def refuse(layer: PackedLayer) -> str:
     return ""
 
 
-DIALECT = Dialect("rankbook", "one node of ours a layer, with a body in standard ONNX", refuse, lower)
+DIALECT = Dialect("rankbook", "one node of rankbook a layer, with a body in standard ONNX", refuse, lower)

@@ -1,4 +1,4 @@
-"""Replaces attention by one node with rotary embedding and cache inside: ONNX Runtime's, or ours around it."""
+"""Replaces attention by one node with rotary embedding and cache inside: ONNX Runtime's, or rankbook's around it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tables = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 class GroupQueryAttention(ir.passes.InPlacePass):
     """Makes one node of an Attention, the Concats of its cache, and the rotary embedding and transposes before it.
 
-    The node is ``rankbook::GroupQueryAttention``, whose body is ``com.microsoft::GroupQueryAttention``; for what our
+    The node is ``rankbook::GroupQueryAttention``, whose body is ``com.microsoft::GroupQueryAttention``; for what its
     kernel does not take (other types than float32, larger heads) it is the latter itself.
 
     What differs from the portable graph:
@@ -127,8 +127,8 @@ class _Fusion:
         }
         rows = [self._rows(value) for value in (self._query, *self._new)]
         inputs = [*rows, *self._past, *lengths, *rotary]
-        ours = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
-        domain, name = contract.DOMAIN if ours else DOMAIN, self._writer.prefix
+        own = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
+        domain, name = contract.DOMAIN if own else DOMAIN, self._writer.prefix
         fused = self._writer.node(attention.NAME, inputs, attributes, domain=domain, name=name, outputs=3)
         self._graph.insert_before(self._node, self._writer.nodes)
         self._finish(*fused.outputs)

@@ -13,14 +13,14 @@ from rankbook.calibration.checkpoint.format import Checkpoint, versions
 from rankbook.plugins import contract
 
 FORMAT = "rankbook.format"
-"""Metadata key that marks a file as ours; its value is the version of the operators."""
+"""Metadata key that marks an exported file; its value is the version of the operators."""
 LAYERS = "rankbook.layers"
 """Metadata key of the description of each packed layer, as JSON."""
 
 DATA_SHA256 = "rankbook.data_sha256"
 """Metadata key of the SHA-256 of the data file, see `rankbook.exporter.file.ExportedModel.verify`."""
 DIALECT = "rankbook.dialect"
-"""Metadata key of the dialect; files without it are in our own."""
+"""Metadata key of the dialect; files without it are in that of rankbook."""
 CONTEXT = "rankbook.context"
 """Metadata key of the positions, past ones included, up to which a file computes what the model does; a number."""
 

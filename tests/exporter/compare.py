@@ -38,7 +38,7 @@ def step_logits(folder: Path, ids: torch.Tensor, mask: torch.Tensor, positions: 
     """Return the logits of each call over `STEPS`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # as our tools set it
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # as rankbook.tools sets it
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     past = {}
     for value in session.get_inputs():

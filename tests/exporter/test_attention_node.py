@@ -1,4 +1,4 @@
-"""Which attention node the exporter writes, and what reads a file with ours."""
+"""Which attention node the exporter writes, and what reads a file with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("dtype", "domain"), [("fp32", "rankbook"), ("fp16", "com.microsoft")])
 def test_other_types_keep_the_node_of_onnx_runtime(dtype: str, domain: str, work: Path, tmp_path: Path) -> None:
-    """Ours is for float32; a custom operator of another type is an error in ONNX Runtime, and its body is not taken."""
+    """rankbook's is for float32; ONNX Runtime refuses a custom operator of another type, and takes no body."""
     export(work / "checkpoint", tmp_path / "onnx", ExportOptions(graph="ort", dtype=dtype))
     assert domains(tmp_path / "onnx") == {domain}
 

@@ -148,10 +148,10 @@ def test_a_missing_node_is_named(exported, tmp_path):
     assert any("model.layers.0.mlp.up_proj" in problem for problem in check_model(path))
 
 
-def test_packed_tables_tied_or_not(tmp_path):
-    """The embedding stays an operator of ours; the output layer that shares its codes is a product of the dialect."""
-    tables = {"quantize_embeddings": 4}
-    checkpoint = make_checkpoint(tmp_path, "opt", model={"num_hidden_layers": 1}, bits=4, **tables)
+def test_packed_embeddings_tied_or_not(tmp_path):
+    """The embedding stays an operator of rankbook; an output layer that shares its codes is one of the dialect."""
+    one_block = {"num_hidden_layers": 1}
+    checkpoint = make_checkpoint(tmp_path, "opt", model=one_block, bits=4, quantize_embeddings=4)
     report = export(checkpoint, tmp_path / "out", ExportOptions(dialect="ort"))
     assert report.nodes["CodebookGather4"] == 1
     assert report.nodes["MatMulNBits"] == report.layers - 1
@@ -238,7 +238,7 @@ def test_an_unknown_dialect_is_refused_with_those_there_are(tmp_path):
 def test_half_precision_rounds_scales_and_products_only(checkpoint, tmp_path):
     model, _ = load_model(checkpoint)
     export(checkpoint, tmp_path / "qdq", ExportOptions(dialect="qdq", dtype="fp16"))
-    # 11 bits in every intermediate result, as in our own dialect.
+    # 11 bits in every intermediate result, as in the dialect of rankbook.
     assert worst_error(tmp_path / "qdq", model, logits="last") < 1e-2
 
 

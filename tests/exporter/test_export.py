@@ -196,7 +196,7 @@ def test_a_model_above_2_gib_never_lies_in_memory(tmp_path):
     stop.set()
     watcher.join()
     assert report.data_bytes > 2.4 * (1 << 30)
-    assert peak[0] - start < 1 << 30, "memory of our own, without pages of mapped files"
+    assert peak[0] - start < 1 << 30, "memory of the process, without pages of mapped files"
     graph = onnx.load(tmp_path / "out" / MODEL, load_external_data=False).graph
     stored = next(tensor for tensor in graph.initializer if tensor.name == "model.embed_tokens.weight")
     offset = next(int(item.value) for item in stored.external_data if item.key == "offset")

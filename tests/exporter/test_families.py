@@ -129,8 +129,8 @@ def test_a_language_model_without_a_class_of_its_own_is_traced_within_its_wrappe
 
 @pytest.mark.parametrize(("family", "bits"), [("llama", 8), ("opt", 4), ("gemma2", 8)])
 def test_packed_embedding_and_head_are_operators_too(family, bits, tmp_path):
-    tables = {"quantize_embeddings": bits, "quantize_lm_head": bits}
-    checkpoint = make_checkpoint(tmp_path, family, bits=4, **tables)
+    packed = {"quantize_embeddings": bits, "quantize_lm_head": bits}
+    checkpoint = make_checkpoint(tmp_path, family, bits=4, **packed)
     report = export(checkpoint, tmp_path / "out", ExportOptions(logits="all"))
     model, _ = load_model(checkpoint)
     assert worst_error(tmp_path / "out", model, logits="all", rows=3) < TOLERANCE

@@ -112,11 +112,11 @@ def test_what_differs_stays_alone(folder: Path) -> None:
     params.shape = ir.Shape([params.shape[0], 1, *params.shape.dims[2:]])
     MergeProducts()(model)
     names = {name for node in model.graph if "self_attn" in (name := str(node.name)) and node.domain == contract.DOMAIN}
-    ours = {node.op_type for node in model.graph if node.domain == contract.DOMAIN}
+    own = {node.op_type for node in model.graph if node.domain == contract.DOMAIN}
     first, second = (f"model.layers.{i}.self_attn" for i in range(2))
     assert {f"{first}.k_proj", f"{first}.q_proj {first}.v_proj"} <= names
     assert {f"{second}.v_proj", f"{second}.q_proj {second}.k_proj"} <= names
-    assert {"CodebookMatMul8Merged1", "CodebookMatMul4Merged1", "CodebookMatMul4Merged2"} <= ours
+    assert {"CodebookMatMul8Merged1", "CodebookMatMul4Merged1", "CodebookMatMul4Merged2"} <= own
 
 
 def test_constants_are_part_of_the_node(folder: Path) -> None:

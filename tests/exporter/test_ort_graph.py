@@ -69,7 +69,7 @@ def test_a_llama_is_one_node_a_layer(work: Path) -> None:
 
 
 def test_windows_and_a_softcap_are_attributes(tmp_path: Path) -> None:
-    """Gemma 2, packed layers in our operators: every second layer sees 8 positions, scores are capped."""
+    """Gemma 2, packed layers in operators of rankbook: every second layer sees 8 positions, scores are capped."""
     check_family(written(tmp_path, "gemma2", "rankbook"))
     nodes = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.node
     fused = [node for node in nodes if node.op_type == "GroupQueryAttention"]

@@ -75,7 +75,7 @@ def describe(shape: list[int], type_: str) -> Any:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    # The expression that goes back to TensorRT wraps one of its own; ours is kept as it is.
+    # The expression that goes back to TensorRT wraps one of its own; this one is kept as it is.
     tensors.SymExprImpl = lambda expression: expression._expr
     aot.register(trt, trtp)
     registry = trt.get_plugin_registry()

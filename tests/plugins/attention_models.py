@@ -1,4 +1,4 @@
-"""Small models of one attention node: ours, with or without its body, or ONNX Runtime's."""
+"""Small models of one attention node: rankbook's, with or without its body, or ONNX Runtime's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POSITIONS = 400
 
 @dataclass
 class Node:
-    """One attention node; ``ours`` without ``body`` is what only the library can run."""
+    """One attention node; ``own`` without ``body`` is what only the library can run."""
 
     heads: int = 6
     kv_heads: int = 2
@@ -28,7 +28,7 @@ class Node:
     window: int = -1
     rotary: bool = True
     scale: float = 0.2
-    ours: bool = True
+    own: bool = True
     body: bool = True
     dropped: tuple[str, ...] = ()
     changed: dict[str, int | float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Node:
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name == "output" else 4))
             for name in (port.name for port in attention.OPERATOR.outputs)
         ]
-        domain = contract.DOMAIN if self.ours else attention.STOCK_DOMAIN
+        domain = contract.DOMAIN if self.own else attention.STOCK_DOMAIN
         node = helper.make_node(
             attention.NAME, names, [value.name for value in outputs], "att", domain=domain, **self.attributes()
         )

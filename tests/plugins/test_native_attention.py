@@ -1,4 +1,4 @@
-"""Our attention operator computes what ONNX Runtime's ``GroupQueryAttention`` computes."""
+"""The attention operator computes what ONNX Runtime's ``GroupQueryAttention`` computes."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def compare(node: Node, *, threads: int = 1) -> None:
     """Compare every call with ONNX Runtime's node, each with buffers of its own and in place."""
-    ours, stock = session(node, threads=threads), session(replace(node, ours=False, body=False), native=False)
+    own, stock = session(node, threads=threads), session(replace(node, own=False, body=False), native=False)
     for name, call in CALLS.items():
         feeds = call.feeds(node)
-        got, want = ours.run(None, feeds), stock.run(None, feeds)
+        got, want = own.run(None, feeds), stock.run(None, feeds)
         check(name, call, got, want)
         if call.past >= call.total:
-            check(f"{name}, in place", call, run_in_place(ours, feeds), run_in_place(stock, feeds))
+            check(f"{name}, in place", call, run_in_place(own, feeds), run_in_place(stock, feeds))
 
 
 def check(name: str, call: Call, got: list[Array], want: list[Array]) -> None:
@@ -76,7 +76,7 @@ def test_it_is_the_node_of_onnx_runtime(size: str, kind: str) -> None:
 @pytest.mark.parametrize("size", ["tail of a vector", "more heads than a tile has rows"])
 def test_the_reference_is_the_node_of_onnx_runtime(size: str, kind: str) -> None:
     node = replace(SIZES[size], **KINDS[kind])
-    stock = session(replace(node, ours=False, body=False), native=False)
+    stock = session(replace(node, own=False, body=False), native=False)
     for name, call in CALLS.items():
         feeds = call.feeds(node)
         check(name, call, list(node.expected(feeds)), stock.run(None, feeds))
@@ -99,7 +99,7 @@ def check_all() -> None:
 def test_long_rows(kind: str) -> None:
     """Many blocks of the softmax, some of which a short row or a window hides."""
     node = Node(heads=6, kv_heads=2, size=16, rotary=False, **KINDS[kind])
-    ours, stock = session(node), session(replace(node, ours=False, body=False), native=False)
+    own, stock = session(node), session(replace(node, own=False, body=False), native=False)
     for name, call in {
         "one": Call((2100,), 1, 2100),
         "a few": Call((300,), 5, 300),
@@ -107,9 +107,9 @@ def test_long_rows(kind: str) -> None:
         "not in place": Call((1030,), 1, 1029),
     }.items():
         feeds = call.feeds(node)
-        check(name, call, ours.run(None, feeds), stock.run(None, feeds))
+        check(name, call, own.run(None, feeds), stock.run(None, feeds))
         if call.past >= call.total:
-            check(f"{name}, in place", call, run_in_place(ours, feeds), run_in_place(stock, feeds))
+            check(f"{name}, in place", call, run_in_place(own, feeds), run_in_place(stock, feeds))
 
 
 @built
@@ -126,7 +126,7 @@ def test_threads_change_nothing() -> None:
 def test_the_body_runs_without_the_library(rotary: bool) -> None:
     """ONNX Runtime inlines the function, with and without its optional inputs: the results are those of its node."""
     node, call = Node(rotary=rotary, window=9, softcap=4.0), CALLS["a few tokens"]
-    stock = session(replace(node, ours=False, body=False), native=False)
+    stock = session(replace(node, own=False, body=False), native=False)
     for got, want in zip(
         session(node, native=False).run(None, call.feeds(node)), stock.run(None, call.feeds(node)), strict=True
     ):

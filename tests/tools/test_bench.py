@@ -13,7 +13,7 @@ import pytest
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
 from rankbook.tools.bench import bandwidth, layer_bench, plot, timing
-from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
+from rankbook.tools.bench.layers import matmul_nbits, packed_matmul, plain_float
 from rankbook.tools.bench.memory import Memory
 from rankbook.tools.bench.model_bench import ModelResult
 from rankbook.tools.bench.subject import ModelSubject
@@ -58,7 +58,7 @@ def test_bandwidth_is_positive() -> None:
 
 def test_models_hold_distinct_constants() -> None:
     """As many layers as the bytes to stream need, no two of them with the same codes."""
-    model, copies, size = ours(4, 1).model((64, 128), 20_000)
+    model, copies, size = packed_matmul(4, 1).model((64, 128), 20_000)
     assert copies == -(-20_000 // size)
     codes = [tensor.raw_data for tensor in model.graph.initializer if tensor.name.startswith("codes")]
     assert len(codes) == len(set(codes)) == copies
@@ -67,7 +67,10 @@ def test_models_hold_distinct_constants() -> None:
 
 
 @built
-@pytest.mark.parametrize("subject", [ours(3, 2), ours(4, 1, branch=4), ours(8, 1), ours(2, 1, activations="fp32")])
+@pytest.mark.parametrize(
+    "subject",
+    [packed_matmul(3, 2), packed_matmul(4, 1, branch=4), packed_matmul(8, 1), packed_matmul(2, 1, activations="fp32")],
+)
 def test_ours_runs(subject) -> None:
     """The drawn layers are valid nodes."""
     model, copies, _ = subject.model((64, 128), 1)
@@ -89,9 +92,9 @@ def test_peers_run(subject) -> None:
 def test_who_is_compared_with_whom() -> None:
     """Widths that MatMulNBits lacks are compared with its 4 bits; peers with nobody."""
     names = ["MatMulNBits 4 bits", "MatMulNBits 2 bits", "MatMul fp32"]
-    assert layer_bench.peer_of(ours(3, 1), names) == "MatMulNBits 4 bits"
-    assert layer_bench.peer_of(ours(2, 1), names) == "MatMulNBits 2 bits"
-    assert layer_bench.peer_of(ours(2, 1), names[2:]) == "MatMul fp32"
+    assert layer_bench.peer_of(packed_matmul(3, 1), names) == "MatMulNBits 4 bits"
+    assert layer_bench.peer_of(packed_matmul(2, 1), names) == "MatMulNBits 2 bits"
+    assert layer_bench.peer_of(packed_matmul(2, 1), names[2:]) == "MatMul fp32"
     assert layer_bench.peer_of(matmul_nbits(4), names) is None
 
 
@@ -153,7 +156,7 @@ def test_sizes_add_up(tmp_path) -> None:
 
     from rankbook.exporter.file import ExportedModel
 
-    model, copies, size = ours(4, 1).model((64, 128), 20_000)
+    model, copies, size = packed_matmul(4, 1).model((64, 128), 20_000)
     onnx.save(model, tmp_path / "model.onnx")
     assert packed_size(ExportedModel.open(tmp_path)) == (copies * size, copies * 64 * 128)
 
@@ -162,7 +165,7 @@ def test_reading_a_file_loads_no_torch(tmp_path) -> None:
     """What a process holds before it opens a model is small beside the model: torch takes 230 MB."""
     import onnx
 
-    onnx.save(ours(4, 1).model((64, 128), 1)[0], tmp_path / "model.onnx")
+    onnx.save(packed_matmul(4, 1).model((64, 128), 1)[0], tmp_path / "model.onnx")
     code = (
         "import pathlib, sys\nfrom rankbook.tools.bench.subject import ModelSubject\n"
         f"ModelSubject(pathlib.Path({str(tmp_path)!r})).prepare()\nprint({{'onnx', 'torch'}} & set(sys.modules))"

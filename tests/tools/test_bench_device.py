@@ -17,7 +17,7 @@ from rankbook.plugins import library
 from rankbook.plugins.library import unavailable as library_unavailable
 from rankbook.tools import errors
 from rankbook.tools.bench import layer_bench, model_bench, timing
-from rankbook.tools.bench.layers import matmul_nbits, ours
+from rankbook.tools.bench.layers import matmul_nbits, packed_matmul
 from rankbook.tools.runtimes import ort as backend
 from tests.tools.files import pretend, run_cli, stdout_json
 
@@ -68,7 +68,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Session]:
 
 
 def test_layers_and_peers_run_on_the_cuda_provider_alone(sessions, monkeypatch, capsys) -> None:
-    """Ours with our CUDA library, the peers without; no node on the CPU; the clock counts waiting."""
+    """Those of rankbook with its CUDA library, the peers without; no node on the CPU; the clock counts waiting."""
     clocks = []
 
     def seconds(work: Callable[[], object], threads: int | None) -> Callable[[], float]:
@@ -115,7 +115,12 @@ def test_models_run_with_native_cuda(tmp_path, monkeypatch, sessions) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
     "subject",
-    [ours(4, 1, gpu=True), ours(3, 2, branch=4, gpu=True), ours(2, 1, activations="fp32", gpu=True), matmul_nbits(4)],
+    [
+        packed_matmul(4, 1, gpu=True),
+        packed_matmul(3, 2, branch=4, gpu=True),
+        packed_matmul(2, 1, activations="fp32", gpu=True),
+        matmul_nbits(4),
+    ],
     ids=lambda subject: subject.name,
 )
 @pytest.mark.skipif(library_unavailable("ort") is not None, reason=str(library_unavailable("ort")))

@@ -172,7 +172,7 @@ def test_parity_of_a_damaged_file_fails_and_names_the_layer(work, tmp_path, caps
 
 
 def test_a_layer_whose_input_is_already_wrong_is_told_apart(work, tmp_path, capsys):
-    """A damaged norm is no node of ours: the first of our layers after it is named, and found to be right by itself."""
+    """A damaged norm is no packed layer: the first one after it is named, and found to be right by itself."""
     shutil.copytree(work / "onnx", tmp_path / "onnx")
     _damage_norm(tmp_path / "onnx" / "model.onnx", "layers.1.input_layernorm")
     assert run_cli("parity", tmp_path / "onnx", "--checkpoint", work / "q") == errors.CHECK_FAILED

@@ -1,1 +1,1 @@
-"""Measures speed: single layers and whole models, ours and others', interleaved in one run."""
+"""Measures speed: single layers and whole models, rankbook's and those of peers, interleaved in one run."""

@@ -12,7 +12,7 @@ from rankbook.tools.bench.timing import seconds
 def read_bandwidth(threads: int, *, size: int = 1 << 28, repeats: int = 5) -> float:
     """Return the bytes per second that ``threads`` read from memory: the best pass over ``size`` bytes.
 
-    The reduction is numpy's maximum of 64-bit integers, which is vectorized and limited by memory on what we know.
+    The reduction is numpy's maximum of 64-bit integers, which is vectorized and limited by memory.
     """
     parts = np.array_split(np.ones(size // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:

@@ -153,7 +153,7 @@ def _result(
 
 
 def peer_of(subject: LayerSubject, names: Sequence[str]) -> str | None:
-    """Return what one of our layers is compared with: MatMulNBits of its width, or of 4 bits where it has none."""
+    """Return what a layer of rankbook is compared with: MatMulNBits of its width, or of 4 bits where it has none."""
     if not subject.native:
         return None
     wanted = (f"MatMulNBits {subject.bits} bits", "MatMulNBits 4 bits", "MatMul fp32")

@@ -1,4 +1,4 @@
-"""Single linear layers as ONNX models whose weights are too many for any cache, ours and those of ONNX Runtime."""
+"""Single linear layers as ONNX models whose weights are too many for any cache: of rankbook and of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Constants = dict[str, Array]
 BLOCK = 64
-"""Block size of the peer MatMulNBits, and group size of ours unless another is asked for."""
+"""Block size of the peer MatMulNBits, and group size of rankbook's operators unless another is asked for."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LayerSubject:
         op_type: The node's operator.
         domain: Its domain.
         attributes: Its attributes for (N, K).
-        native: Runs in our library.
-        activations: What our library computes with.
+        native: Runs in the native library.
+        activations: What the library computes with.
         dtype: Of x and y, and of the floats of a peer's constants: ``float32`` or ``float16``.
     """
 
@@ -86,15 +86,15 @@ class LayerSubject:
 
     def _draw(self, n: int, k: int, rng: np.random.Generator) -> Constants:
         drawn = self.constants(n, k, rng)
-        if self.native:  # our parameters have types of their own
+        if self.native:  # its parameters have types of their own
             return drawn
         return {name: value.astype(self.dtype) if value.dtype.kind == "f" else value for name, value in drawn.items()}
 
 
-def ours(
+def packed_matmul(
     bits: int, rank: int, *, branch: int = 0, group: int = BLOCK, activations: str = "int8", gpu: bool = False
 ) -> LayerSubject:
-    """Return our operator: ``rank`` planes and an offset per group of ``group`` inputs, int8 parameters.
+    """Return a packed product: ``rank`` planes and an offset per group of ``group`` inputs, int8 parameters.
 
     Args:
         bits: Bits per code.

@@ -1,4 +1,4 @@
-"""Times decoding and prefill of whole models, ours and those of peers, in interleaved turns of one process."""
+"""Times decoding and prefill of whole models, exported ones and those of peers, in interleaved turns of one process."""
 
 from __future__ import annotations
 

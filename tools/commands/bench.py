@@ -140,7 +140,7 @@ def _layers(options: Bench) -> tuple[Table, list[LayerResult]]:
 
 
 def _subjects(options: Bench) -> list[LayerSubject]:
-    from rankbook.tools.bench.layers import matmul_nbits, ours, plain_float
+    from rankbook.tools.bench.layers import matmul_nbits, packed_matmul, plain_float
     from rankbook.tools.runtimes import runtimes
 
     kernels = _kernels(options)
@@ -153,7 +153,7 @@ def _subjects(options: Bench) -> list[LayerSubject]:
         raise UsageError(f"--peers {' '.join(peers)}: beside single layers choose from {', '.join(LAYER_PEERS)}")
     kinds = ["int8", "fp32"] if options.exact or cuda else ["fp32"] if kernels == "native" else ["int8"]
     subjects = [
-        ours(bits, rank, branch=branch, group=options.group_size, activations=kind, gpu=cuda)
+        packed_matmul(bits, rank, branch=branch, group=options.group_size, activations=kind, gpu=cuda)
         for bits in options.bits
         for rank in options.ranks
         for branch in sorted({0, options.branch})

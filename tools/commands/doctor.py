@@ -1,4 +1,4 @@
-"""``rankbook doctor``: what is installed here and what each missing piece would enable."""
+"""``rankbook doctor``: what is installed and what each missing piece would enable."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rankbook.tools.runtimes import runtimes, trt
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that may be here.
+    """One thing that may be installed.
 
     Attributes:
         name: What was looked for.
         kind: ``package``, ``runtime``, ``device``, ``header`` or ``tool``.
-        found: Whether it is here.
+        found: Whether it was found.
         detail: Version or place; where missing, how to get it.
         enables: What it is for.
         needed: Whether rankbook cannot work without it.
@@ -61,9 +61,11 @@ def run(_: Common) -> Outcome:
     missing = [finding.name for finding in findings if finding.needed and not finding.found]
     rows = [(item.name, item.kind, "yes" if item.found else "no", item.detail, item.enables) for item in findings]
     system = f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"
-    text = f"{system}\n" + (f"needed and missing: {', '.join(missing)}" if missing else "everything needed is here")
+    text = f"{system}\n" + (
+        f"needed and missing: {', '.join(missing)}" if missing else "everything needed is installed"
+    )
     report = {"system": system, "findings": [asdict(finding) for finding in findings], "missing": missing}
-    columns = ("what", "kind", "here", "version, place or how to get it", "enables")
+    columns = ("what", "kind", "found", "version, place or how to get it", "enables")
     return Outcome(report=report, tables=[Table("", columns, rows)], text=text, passed=not missing)
 
 

@@ -52,7 +52,7 @@ def run(options: Parity) -> Outcome:
     if options.tokens <= parity.CACHED_TOKENS:
         raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
     file = ExportedModel.open(source.path)
-    file.require_ours()
+    file.require_packed()
     file.verify()
     checkpoint = _checkpoint(source.path, options.checkpoint)
     if checkpoint is None:

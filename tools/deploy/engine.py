@@ -124,7 +124,7 @@ def build(
     options, output = options or BuildOptions(), Path(output)
     options.check()
     model = ExportedModel.open(Path(source))
-    model.require_ours()
+    model.require_packed()
     model.require_standard()
     profiles = make_profiles(model.inputs, options.limits)
     with replaced_folder(output, ENGINE_MANIFEST) as folder, _workspace(folder, options.keep_files) as work:
@@ -182,7 +182,7 @@ def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
 
 
 def inline_bodies(model: ExportedModel, folder: Path) -> Path:
-    """Write the graph with the bodies of our nodes expanded; weights stay where they are, reached through links.
+    """Write the graph with the bodies of rankbook's nodes expanded; weights stay where they are, reached through links.
 
     TensorRT's parser names a DequantizeLinear layer after its node and may refuse a name twice, that is the second use
     of one function; `rankbook.exporter.functions` has a way around it that depends on the parser's version. Expanded

@@ -56,8 +56,8 @@ def trtexec(build: Build) -> str:
 def polygraphy(build: Build) -> str:
     """Return the command for ``polygraphy convert``.
 
-    Its ``--plugins`` opens a library but does not register what it holds, so with plugins polygraphy runs a script of
-    ours that does. An engine that holds the library cannot be made this way.
+    Its ``--plugins`` opens a library but does not register what it holds, so with plugins polygraphy runs a script
+    that does. An engine that holds the library cannot be made this way.
     """
     parts = ["polygraphy", "convert", str(build.graph), "--convert-to", "trt", "-o", build.engine]
     settings = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if build.target == "rtx" else []

@@ -1,4 +1,4 @@
-"""A network with our plugins in it for polygraphy, which runs this file as a "trt-network-script".
+"""A network with the plugins in it for polygraphy, which runs this file as a "trt-network-script".
 
 `rankbook build` prints the whole command. Model and plugin library come from two environment variables.
 """

@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, nargs="+", default=[3], help="bits per code (default: 3)")
     parser.add_argument("--group-size", type=int, default=64, help="weights per group (default: 64)")
     parser.add_argument(
-        "--rows", nargs="+", choices=sorted([*ROWS, *PEER_ROWS]), help="rows to measure (default: ours)"
+        "--rows", nargs="+", choices=sorted([*ROWS, *PEER_ROWS]), help="rows to measure (default: those of rankbook)"
     )
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter of the peers (default: this one)")
     parser.add_argument("--context", type=int, default=512, help="tokens per evaluation window (default: 512)")

@@ -2,7 +2,7 @@
 
     python -m rankbook.tools.dev.peers auto-round MODEL --bits 3 --group-size 64 --calib calib.txt -o DIR
 
-What comes out is a Hugging Face folder of decoded weights, so that ``rankbook eval`` judges peers and our checkpoints
+What comes out is a Hugging Face folder of decoded weights, so that ``rankbook eval`` judges peers and checkpoints
 by the same code on the same tokens, and a report with the bits that the peer's own packed format stores. The packages
 are needed for the table only: ``pip install 'rankbook[race]'``, best in an environment of its own.
 """
@@ -35,7 +35,7 @@ class PeerOptions:
         bits: Bits per code.
         group_size: Weights per group.
         iterations: Training steps per block, where the peer trains.
-        tokens: Calibration windows (sequences, length) int64, the same as ours.
+        tokens: Calibration windows (sequences, length) int64, those of rankbook's rows.
         seed: Of everything random.
     """
 

@@ -35,7 +35,7 @@ class Gpu:
 
     Attributes:
         name: Name.
-        code: Architecture whose machine code it runs: the newest of ours that it accepts.
+        code: Architecture whose machine code it runs: the newest of those built that it accepts.
         bandwidth: Memory bandwidth in GB/s.
         multiprocessors: Their number.
         clock: Boost clock in GHz.

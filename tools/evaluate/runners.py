@@ -1,6 +1,6 @@
-"""Polygraphy runners over our sessions, and the comparison of two of them.
+"""Polygraphy runners over ONNX Runtime sessions, and the comparison of two of them.
 
-`OnnxrtRunner` gets a callable that returns our session, since polygraphy's own loader takes no session options;
+`OnnxrtRunner` gets a callable that returns a session, since polygraphy's own loader takes no session options;
 anything that is a Python function becomes a runner through `function_runner`.
 """
 
@@ -40,7 +40,7 @@ class Agreement:
 
 
 class SelectedOutputs:
-    """An ONNX Runtime session that computes some outputs only, under names of our own."""
+    """An ONNX Runtime session that computes some outputs only, under other names."""
 
     def __init__(self, session: Any, outputs: Mapping[str, str]) -> None:
         """Give ``outputs`` as names in the session by the names to show."""
@@ -101,7 +101,7 @@ def function_runner(name: str, inputs: Feeds, infer: Callable[[Feeds], Mapping[s
 
 
 def ort_runner(name: str, session: Callable[[], Any]) -> Any:
-    """Return a polygraphy runner over an ONNX Runtime session of ours."""
+    """Return a polygraphy runner over an ONNX Runtime session."""
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
     return OnnxrtRunner(session, name=name)
@@ -122,7 +122,7 @@ def compare(first: Any, second: Any, feeds: Sequence[Feeds], tolerance: float) -
     from polygraphy.comparator import Comparator, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
-    # Verdicts are reported by us; polygraphy's own lines would go to stdout.
+    # Verdicts are reported elsewhere; polygraphy's own lines would go to stdout.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = Comparator.run([first, second], data_loader=[OrderedDict(feed) for feed in feeds])
         (_, expected), (_, actual) = results.items()

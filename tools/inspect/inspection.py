@@ -40,7 +40,7 @@ class Layer:
         error_rank: Rank of the error branch, 0 without one.
         stored_bits: Stored bits per weight, side data included.
         error: Relative output error on the calibration data, or None where it is not known.
-        operator: Operator of ours that computes it in an exported file; one that ends in A8 rounds its input.
+        operator: Operator of rankbook that computes it in an exported file; one that ends in A8 rounds its input.
     """
 
     name: str
@@ -158,7 +158,7 @@ def _onnx(path: Path) -> Inspection:
     from rankbook.exporter.file import ExportedModel
 
     model = ExportedModel.open(path)
-    model.require_ours()
+    model.require_packed()
     facts = {
         "file_bytes": model.file_bytes,
         "stored_bytes": model.stored_bytes,
@@ -167,10 +167,10 @@ def _onnx(path: Path) -> Inspection:
         "outputs": model.outputs,
         "metadata": dict(model.metadata.properties),
     }
-    noted, ours = model.metadata.layers, {node.name: node for node in model.packed}
+    noted, nodes = model.metadata.layers, {node.name: node for node in model.packed}
     layers = tuple(
-        _onnx_layer(model, ours[name], {"method": model.metadata.method, **noted.get(name, {})})
-        if name in ours
+        _onnx_layer(model, nodes[name], {"method": model.metadata.method, **noted.get(name, {})})
+        if name in nodes
         else _other(model, name, noted[name])
         for name in model.outputs_of
     )
@@ -188,7 +188,7 @@ def _onnx(path: Path) -> Inspection:
 
 
 def _other(model: ExportedModel, name: str, entry: Mapping[str, Any]) -> Layer:
-    """A layer in operators that are not ours: what the exporter wrote about it, and the tensors under its name."""
+    """A layer in operators of other domains: what the exporter wrote about it, and the tensors under its name."""
     held = {part: item for part, item in model.tensors.items() if part.rpartition(".")[0] == name}
     stored = sum(item.bytes for part, item in held.items() if not part.endswith(".bias"))
     try:

@@ -123,5 +123,5 @@ def build_engine(
     if runtime.build is None:
         raise UsageError(f"{target} builds no engines; choose from {', '.join(builders())}")
     if reason := runtime.unavailable():
-        raise MissingError(f"--target {target} cannot be built here: {reason}")
+        raise MissingError(f"--target {target} cannot be built: {reason}")
     return runtime.build(source, output, options, progress)

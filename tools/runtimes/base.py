@@ -119,7 +119,7 @@ class LanguageModel(ABC):
         scores = self.scores(tokens)
         if scores.shape[1] != tokens.shape[1]:
             raise UsageError(
-                f"{self.name} gives the logits of the last position only; all are needed here: export with"
+                f"{self.name} gives the logits of the last position only; all positions are needed: export with"
                 " `--logits all`"
             )
         return scores

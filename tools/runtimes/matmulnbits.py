@@ -1,4 +1,4 @@
-"""ONNX Runtime's MatMulNBits in our graph: what its own operator gives where nothing else differs."""
+"""ONNX Runtime's MatMulNBits in an exported graph: what its own operator gives where nothing else differs."""
 
 from __future__ import annotations
 

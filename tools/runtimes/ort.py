@@ -1,4 +1,4 @@
-"""ONNX Runtime: the exported file in a stock session, or with our native kernels in place of the bodies."""
+"""ONNX Runtime: the exported file in a stock session, or with the native kernels in place of the bodies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NUMPY = {
 
 
 def unavailable() -> str | None:
-    """Return why ONNX Runtime cannot be used here, or None."""
+    """Return why ONNX Runtime cannot be used on this machine, or None."""
     # onnxruntime-gpu installs the same module: either package serves.
     if find_spec("onnxruntime") is None:
         return "onnxruntime is not installed: pip install 'rankbook[cpu]' (or 'rankbook[gpu]' for onnxruntime-gpu)"
@@ -45,7 +45,7 @@ def unavailable() -> str | None:
 
 
 def cuda_unavailable() -> str | None:
-    """Return why ONNX Runtime cannot run our kernels on a GPU here, or None."""
+    """Return why ONNX Runtime cannot run the native kernels on a GPU of this machine, or None."""
     from rankbook.plugins.library import unavailable as library_unavailable
     from rankbook.tools.runtimes.trt import has_gpu
 
@@ -81,7 +81,7 @@ def session(
         path: The ``.onnx`` file, or a serialized model.
         threads: Threads within an operator; ONNX Runtime's choice when None.
         data_folder: Where the external data of a serialized model lies.
-        native: Register our kernels in place of the bodies.
+        native: Register the native kernels in place of the bodies.
         cuda: Run on the GPU what can run there.
         activations: What these compute with, see `rankbook.plugins.library.ACTIVATIONS`.
         entries: Further session configuration entries.

@@ -1,4 +1,4 @@
-"""PyTorch: a Hugging Face model, a GGUF file or one of our checkpoints."""
+"""PyTorch: a Hugging Face model, a GGUF file or a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def unavailable() -> str | None:
-    """Return why PyTorch cannot be used here, or None."""
+    """Return why PyTorch cannot be used on this machine, or None."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     return f"{' and '.join(missing)} not installed: pip install rankbook" if missing else None
 

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: whether they can be used here, and the environment in which the builder must start."""
+"""TensorRT and TensorRT-RTX: whether they can be used, and the environment in which the builder must start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RTX_CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 
 
 def unavailable() -> str | None:
-    """Return why TensorRT (with a GPU) cannot be used here, or None."""
+    """Return why TensorRT (with a GPU) cannot be used on this machine, or None."""
     if find_spec("tensorrt") is None:
         return "tensorrt is not installed: pip install 'rankbook[gpu]' on a machine with an NVIDIA GPU"
     return (
@@ -32,7 +32,7 @@ def unavailable() -> str | None:
 
 
 def rtx_unavailable() -> str | None:
-    """Return why TensorRT-RTX cannot build engines here (it needs no GPU for that), or None."""
+    """Return why TensorRT-RTX cannot build engines on this machine (it needs no GPU for that), or None."""
     if find_spec("tensorrt_rtx") is None:
         return "tensorrt-rtx is not installed: pip install 'rankbook[cpu]' (no GPU is needed to build an engine)"
     if sys.platform == "linux" and _rtx_library() is None:

@@ -25,9 +25,9 @@ def test_pieces_give_what_one_call_gives(bits: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(embeddings, "_ROWS_AT_ONCE", 64)
     weight = torch.randn(259, 48)
     options = QuantizeOptions(method="rtn")
-    record = embeddings.quantize_rows("table", weight, torch.ones(259), bits, options)
+    record = embeddings.quantize_rows("embedding", weight, torch.ones(259), bits, options)
     rtn = METHODS["rtn"]
-    problem = LayerProblem("table", weight, None, LayerStatistics.empty(48))
+    problem = LayerProblem("embedding", weight, None, LayerStatistics.empty(48))
     whole = rtn.quantize(problem, rtn.config_type(bits=bits, group_size=48))
     assert torch.equal(record.weight(), whole.weight())
     assert record.bias is not None
@@ -44,7 +44,7 @@ def correlated_inputs(size: int) -> LayerStatistics:
 
 @pytest.mark.parametrize(("method", "written"), [("rtn", "gptq"), ("lcq", "lcq")])
 def test_four_bits_are_fitted_to_what_enters(method: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less error in the output than rounding to nearest; every piece of a large table has the same levels."""
+    """Less error in the output than rounding to nearest; every piece of a large embedding has the same levels."""
     monkeypatch.setattr(embeddings, "_ROWS_AT_ONCE", 64)
     weight, inputs = torch.randn(150, 48, generator=torch.Generator().manual_seed(1)), correlated_inputs(48)
     options = QuantizeOptions(method=method, group_size=16)
@@ -54,15 +54,15 @@ def test_four_bits_are_fitted_to_what_enters(method: str, written: str, monkeypa
         return float(torch.einsum("nk,kj,nj->", off, inputs.gram, off))
 
     rtn = METHODS["rtn"]
-    problem = LayerProblem("table", weight, None, inputs)
+    problem = LayerProblem("embedding", weight, None, inputs)
     rounded = rtn.quantize(problem, rtn.config_type(bits=4, group_size=16))
-    fitted = embeddings.quantize_rows("table", weight, None, 4, options, inputs)
+    fitted = embeddings.quantize_rows("embedding", weight, None, 4, options, inputs)
     assert fitted.method == written
     assert error(fitted) < 0.1 * error(rounded)  # 0.044 and 0.035 here
 
 
 def test_what_enters_the_output_layer_is_measured() -> None:
-    """The Gram matrix is that of the last norm's output; a tied table is fitted to it."""
+    """The Gram matrix is that of the last norm's output; a tied embedding is fitted to it."""
     model = tiny_model("qwen3")
     tokens = torch.arange(64).view(2, 32)
     found = adapter_of(model).embeddings()

@@ -12,8 +12,8 @@ from tests.calibration import problems
 
 
 def _error(grouped: Tensor, energy: Tensor, books: Codebooks) -> float:
-    tables = books.tables()
-    lost = rounding.lookup(tables, rounding.nearest(grouped, tables)) - grouped
+    codebooks = books.dense()
+    lost = rounding.lookup(codebooks, rounding.nearest(grouped, codebooks)) - grouped
     return float((lost.square() * energy[..., None]).sum())
 
 
@@ -21,13 +21,13 @@ def _error(grouped: Tensor, energy: Tensor, books: Codebooks) -> float:
 def test_full_rank_is_lloyd_for_the_same_codes(bits: int) -> None:
     grouped, energy = problems.grouped()
     count = 1 << bits
-    codes = rounding.nearest(grouped, codebook_fit.clipped_grid(grouped, energy, count).tables())
+    codes = rounding.nearest(grouped, codebook_fit.clipped_grid(grouped, energy, count).dense())
     moments = codebook_fit.moments_of(grouped, energy, codes, count)
     levels = torch.linalg.qr(torch.cat([torch.ones(count, 1), torch.randn(count, count - 1)], 1))[0].T[1:]
-    tables = codebook_fit.solve_params(moments, levels).tables()
+    codebooks = codebook_fit.solve_params(moments, levels).dense()
     used = moments.mass > 0
     # The ridge of 1e-6 is what separates the two.
-    torch.testing.assert_close(tables[used], (moments.value / moments.mass)[used], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(codebooks[used], (moments.value / moments.mass)[used], rtol=1e-2, atol=1e-3)
 
 
 def test_every_alternation_lowers_the_error_and_rank_helps() -> None:

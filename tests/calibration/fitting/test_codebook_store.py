@@ -14,7 +14,7 @@ from tests.calibration import problems
 def test_the_gauge_keeps_the_tables() -> None:
     books = Codebooks(torch.randn(3, 8), torch.randn(3, 2, 5) + 2, torch.randn(2, 5))
     fixed = codebook_fit.canonical(books)
-    torch.testing.assert_close(fixed.tables(), books.tables(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fixed.dense(), books.dense(), rtol=1e-4, atol=1e-5)
     frame = torch.cat([torch.ones(1, 8) / 8**0.5, fixed.levels])
     torch.testing.assert_close(frame @ frame.T, torch.eye(4), rtol=0, atol=1e-5)
 
@@ -23,10 +23,10 @@ def test_refitting_on_the_gram_matrix_lowers_the_output_error() -> None:
     problem = problems.layer(24, 128)
     gram, grouped = feedback.scaled_gram(problem, 0.01), rounding.to_groups(problem.weight, 64)
     books = codebook_fit.fit(grouped, gram.diagonal().view(-1, 64).contiguous(), 2, 8, 4)
-    codes = rounding.nearest(grouped, books.tables())
+    codes = rounding.nearest(grouped, books.dense())
 
     def output_error(now: Codebooks) -> float:
-        return problems.output_error(problem, rounding.from_groups(rounding.lookup(now.tables(), codes)))
+        return problems.output_error(problem, rounding.from_groups(rounding.lookup(now.dense(), codes)))
 
     refit = codebook_store.refit_params(grouped, codes, books, gram)
     assert output_error(refit) < 0.99 * output_error(books)

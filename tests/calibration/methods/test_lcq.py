@@ -25,7 +25,7 @@ def test_rank_one_with_uniform_levels_is_asymmetric_rounding() -> None:
     low, high = grouped.amin(1).clamp_max(0), grouped.amax(1).clamp_min(0)
     step = (high - low) / 7
     books = Codebooks(torch.arange(8.0)[None], step[None], -step * (-low / step).round())
-    decoded = rounding.lookup(books.tables(), rounding.nearest(grouped, books.tables()))
+    decoded = rounding.lookup(books.dense(), rounding.nearest(grouped, books.dense()))
     torch.testing.assert_close(rounding.from_groups(decoded), reference_affine(weight, 3, 64), rtol=1e-6, atol=1e-7)
 
 
@@ -33,7 +33,7 @@ def test_a_second_plane_without_coefficients_changes_nothing() -> None:
     grouped, energy = problems.grouped()
     one = codebook_fit.fit(grouped, energy, 1, 8, 4)
     two = Codebooks(torch.cat([one.levels, torch.randn(1, 8)]), torch.cat([one.coeffs, 0 * one.coeffs]), one.offset)
-    assert torch.equal(two.tables(), one.tables())
+    assert torch.equal(two.dense(), one.dense())
 
 
 @pytest.mark.parametrize(("bits", "rank"), [(2, 1), (2, 3), (3, 2), (4, 2), (8, 1)])

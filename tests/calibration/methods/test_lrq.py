@@ -157,10 +157,10 @@ def test_flexround_is_found_by_name_and_is_lrq_with_a_full_matrix() -> None:
     method = METHODS["flexround"]
     records = {name: method.quantize(part, config) for name, part in problem.layers.items()}
     assert method.refine is not None
-    ours = method.refine(problem, records, config)
+    found = method.refine(problem, records, config)
     theirs = lrq.refine(problem, records, dataclasses.replace(CONFIG, full_rank=True, steps=10))
-    assert all(torch.equal(ours[name].codes, theirs[name].codes) for name in ours)
-    assert {record.method for record in ours.values()} == {"flexround"}
+    assert all(torch.equal(found[name].codes, theirs[name].codes) for name in found)
+    assert {record.method for record in found.values()} == {"flexround"}
     divisors = config.divisors(64, 128)
     assert divisors.scaling_rank == 0
     assert not divisors.columns

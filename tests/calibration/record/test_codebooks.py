@@ -11,15 +11,15 @@ from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_format_fits_the_integer_levels(bits: int) -> None:
-    tables = [codebooks.affine_levels(bits), codebooks.symmetric_levels(bits), codebooks.mxint_levels(bits)]
+    formats = [codebooks.affine_levels(bits), codebooks.symmetric_levels(bits), codebooks.mxint_levels(bits)]
     if bits == 4:
-        tables.append(codebooks.nf4_levels(torch.int8))
-    for table in tables:
-        assert table.shape == (1, 1 << bits)
-        assert table.dtype == torch.int8
-        assert int(table.min()) >= -LEVEL_LIMIT[bits]
-        assert int(table.max()) <= LEVEL_LIMIT[bits] - 1
-        assert bool((table.int().diff() >= 0).all())
+        formats.append(codebooks.nf4_levels(torch.int8))
+    for levels in formats:
+        assert levels.shape == (1, 1 << bits)
+        assert levels.dtype == torch.int8
+        assert int(levels.min()) >= -LEVEL_LIMIT[bits]
+        assert int(levels.max()) <= LEVEL_LIMIT[bits] - 1
+        assert bool((levels.int().diff() >= 0).all())
 
 
 def test_mxint_has_two_zeros_and_all_mantissas() -> None:

@@ -21,9 +21,9 @@ def test_training_starts_exactly_at_the_record() -> None:
 
 
 def test_anchors_lie_in_the_cell_of_their_code() -> None:
-    grouped, tables = torch.randn(2, 64, 5), torch.randn(2, 8, 5)
+    grouped, codebooks = torch.randn(2, 64, 5), torch.randn(2, 8, 5)
     codes = torch.randint(0, 8, (2, 64, 5)).to(torch.uint8)
-    place = anchored(grouped, tables, codes)
-    assert torch.equal(rounding.nearest(place, tables), codes)
-    kept = rounding.nearest(grouped, tables) == codes
+    place = anchored(grouped, codebooks, codes)
+    assert torch.equal(rounding.nearest(place, codebooks), codes)
+    kept = rounding.nearest(grouped, codebooks) == codes
     assert float((place - grouped).abs()[kept].max()) <= 1e-3

@@ -10,12 +10,12 @@ from tests.calibration import problems
 
 
 def test_gradient_by_assignment_is_that_of_a_gather() -> None:
-    grouped, tables = torch.randn(2, 16, 3), torch.randn(2, 8, 3, requires_grad=True)
+    grouped, codebooks = torch.randn(2, 16, 3), torch.randn(2, 8, 3, requires_grad=True)
     flow = torch.randn(2, 16, 3)
-    trained_codebooks.decode(grouped, tables, "assignment").backward(flow)
-    codes = rounding.nearest(grouped, tables.detach()).long()
-    wanted = torch.zeros_like(tables).scatter_add_(1, codes, flow)
-    torch.testing.assert_close(tables.grad, wanted)
+    trained_codebooks.decode(grouped, codebooks, "assignment").backward(flow)
+    codes = rounding.nearest(grouped, codebooks.detach()).long()
+    wanted = torch.zeros_like(codebooks).scatter_add_(1, codes, flow)
+    torch.testing.assert_close(codebooks.grad, wanted)
 
 
 def test_straight_through_gradient_is_lsq_for_uniform_levels() -> None:
@@ -24,9 +24,9 @@ def test_straight_through_gradient_is_lsq_for_uniform_levels() -> None:
     shift = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     levels = torch.arange(8, dtype=torch.float64)
     flow = torch.randn(1, 64, 1, dtype=torch.float64)
-    tables = (step * levels - shift)[None, :, None]
-    decoded = trained_codebooks.decode(weight, tables, "straight-through")
-    assert torch.equal(decoded, rounding.lookup(tables.detach(), rounding.nearest(weight, tables.detach())))
+    codebooks = (step * levels - shift)[None, :, None]
+    decoded = trained_codebooks.decode(weight, codebooks, "straight-through")
+    assert torch.equal(decoded, rounding.lookup(codebooks.detach(), rounding.nearest(weight, codebooks.detach())))
     decoded.backward(flow)
     place = (weight + 0.9) / 0.25
     inside = (place > 0) & (place < 7)
@@ -42,5 +42,5 @@ def test_the_parameterization_starts_at_the_given_codebooks() -> None:
     grouped, energy = problems.grouped()
     books = codebook_fit.fit(grouped, energy, 2, 8, 6)
     found = trained_codebooks.ClippedCodebooks(grouped, books).books()
-    # Levels of plane 0 that fall (not ours here) or a range beyond the weights would be cut; the rest is exact.
-    torch.testing.assert_close(found.tables(), books.tables(), rtol=0, atol=0.02 * float(books.tables().abs().max()))
+    # Levels of plane 0 that fall (there are none) or a range beyond the weights would be cut; the rest is exact.
+    torch.testing.assert_close(found.dense(), books.dense(), rtol=0, atol=0.02 * float(books.dense().abs().max()))

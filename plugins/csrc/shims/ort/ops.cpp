@@ -97,7 +97,7 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
 
   const char* GetName() const { return name.c_str(); }
   // The constants are one input of any number and types, checked when a node is created: ONNX Runtime keeps the names of
-  // all types for every input that is declared, 6 MB for our operators.
+  // all types for every input that is declared, 6 MB for these operators.
   size_t GetInputTypeCount() const { return 2; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t input) const {
     return input == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_VARIADIC;
