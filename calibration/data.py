@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration import text as reading
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.continuation import Continuation
 from rankbook.calibration.notes import note
 from rankbook.calibration.text import Text, pieces, plain_text, read_text, sample_pieces
@@ -157,18 +158,16 @@ def sample_from_model(model: Any, sequences: int, length: int, seed: int, prefix
     without that with a random one, as in LLM-QAT (Liu et al. 2023, section 3.1). Sampling goes on after an end token,
     as documents follow each other in training text.
     """
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(seed)
-    start = config.bos_token_id
-    if not prefix and start is not None and start < config.vocab_size:
-        prefix = (int(start),)
+    adapter, generator = adapter_of(model), torch.Generator().manual_seed(seed)
+    if not prefix and adapter.start_token is not None:
+        prefix = (adapter.start_token,)
     batches = []
     for begin in range(0, sequences, _SAMPLING_BATCH):
         rows = min(_SAMPLING_BATCH, sequences - begin)
         if prefix:
             first = torch.tensor(prefix[:length]).expand(rows, -1)
         else:
-            first = torch.randint(0, config.vocab_size, (rows, 1), generator=generator)
+            first = torch.randint(0, adapter.vocabulary, (rows, 1), generator=generator)
         batches.append(_sample_batch(model, first, length, generator))
     return torch.cat(batches)
 
@@ -241,7 +240,7 @@ def _require(tokenizer: Any) -> None:
 def _check_vocabulary(tokens: Tensor, model: Any) -> None:
     if model is None:
         return
-    size = model.get_input_embeddings().weight.shape[0]
+    size = adapter_of(model).vocabulary
     if int(tokens.max()) >= size:
         raise ValueError(
             f"the tokenizer gives token {int(tokens.max())}, the model knows {size}: they do not belong together"

@@ -171,6 +171,25 @@ def _may_be_id(name: str) -> bool:
     return not Path(owner).is_dir() if slash else _is_cached(name)
 
 
+def file_of(location: str, name: str) -> Path | None:
+    """Return a file of a Hugging Face folder, or of a model of the hub, fetched where need be; None if it has none.
+
+    Raises:
+        OSError: The hub does not answer.
+    """
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(str(found))
+
+
+def fetched(hub_id: str, leave_out: list[str]) -> Path:
+    """Fetch the files of a model of the hub but those that match; return their folder."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, ignore_patterns=leave_out))
+
+
 def _is_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 

@@ -217,7 +217,8 @@ def open_checkpoint(folder: str | Path, *, verify: bool = False) -> Checkpoint:
     if quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder}/config.json has no quantization_config of rankbook; write it again")
     check_version(quantization.get("format_version"), folder / "config.json")
-    layers, files = read_layers(quantization.get("layers"), folder / "config.json"), tensor_files(folder)
+    layers = read_layers(quantization.get("layers"), folder / "config.json")
+    files = {name: file for name, file in tensor_files(folder).items() if name not in guard(layers)}
     check_tensors(folder, layers, files)
     return Checkpoint(folder, config, manifest, layers, files)
 

@@ -147,6 +147,17 @@ class ModelAdapter:
         return float(scale)
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the embedding has rows for."""
+        return int(self.embeddings().embedding[1].num_embeddings)  # type: ignore[arg-type]
+
+    @property
+    def start_token(self) -> int | None:
+        """The token that a text begins with, or None."""
+        token = getattr(self.config, "bos_token_id", None)
+        return int(token) if token is not None and token < self.vocabulary else None
+
+    @property
     def layers(self) -> int:
         """Number of decoder blocks."""
         return int(self.config.num_hidden_layers)

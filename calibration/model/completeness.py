@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS, read_json, tensor_names
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.notes import note
+from rankbook.calibration.source import file_of
 
 _WRAPPERS = {
     "_orig_mod": "torch.compile",
@@ -32,20 +33,12 @@ _SHOWN = 3
 
 def stored_names(location: str) -> list[str]:
     """Return the names of all tensors of a Hugging Face folder or id; empty where there are no safetensors."""
-    from safetensors import SafetensorError, safe_open
-    from transformers.utils.hub import cached_file
-
-    def find(name: str) -> Path | None:
-        found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
-        return Path(str(found)) if found is not None else None
-
     try:
-        if single := find("model.safetensors"):
-            with safe_open(single, framework="pt") as stream:
-                return list(stream.keys())
-        if index := find("model.safetensors.index.json"):
-            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
+        if single := file_of(location, WEIGHTS):
+            return tensor_names(single)
+        if index := file_of(location, INDEX):
+            return list(read_json(index)["weight_map"])
+    except (OSError, LookupError, ValueError, TypeError):
         return []  # loading says what is wrong
     return []
 
@@ -121,7 +114,6 @@ def _changes_result(name: str, model: nn.Module) -> bool:
 
 def _cause(missing: list[str], left: list[str], model: nn.Module) -> str:
     """Say what has most likely gone wrong."""
-    config = getattr(model, "config", None)
     if codes := [name for name in left if name.rpartition(".")[2] in _CODES]:
         return f"Names such as {codes[0]} are written by quantizers: give the model before it was quantized"
     if missing and all(name.startswith("lm_head.") for name in missing):
@@ -129,8 +121,9 @@ def _cause(missing: list[str], left: list[str], model: nn.Module) -> str:
             "The output layer is not stored and config.json does not tie it to the embedding: set tie_word_embeddings"
             " to true if the model was trained so, else convert it again with the output layer"
         )
-    wanted, blocks = getattr(config and config.get_text_config(), "num_hidden_layers", None), _blocks(missing or left)
-    if blocks and wanted and min(blocks) > 0 and blocks == set(range(min(blocks), max(blocks) + 1)):
+    wanted = getattr(adapter_of(model).config, "num_hidden_layers", 0)
+    blocks = _blocks(missing or left)
+    if blocks and min(blocks) > 0 and blocks == set(range(min(blocks), max(blocks) + 1)):
         if missing and max(blocks) == wanted - 1 and len(blocks) < wanted:
             return (
                 f"The last {len(blocks)} blocks are missing or incomplete: config.json says num_hidden_layers"

@@ -15,7 +15,7 @@ from rankbook.calibration.model.completeness import check_complete, stored_names
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.model.tokenizer import read_tokenizer
 from rankbook.calibration.notes import note
-from rankbook.calibration.source import LOADABLE, Kind, Source, identify
+from rankbook.calibration.source import LOADABLE, Kind, Source, fetched, file_of, identify
 
 
 def resolve(source: str | Path) -> Source:
@@ -62,10 +62,8 @@ def model_hash(source: str | Path) -> str:
     """Return a SHA-256 over the configuration and weight files of a model."""
     found = resolve(source)
     folder = Path(found.location)
-    if not folder.is_dir():
-        from transformers.utils.hub import cached_file
-
-        folder = Path(str(cached_file(found.location, "config.json"))).parent
+    if found.kind is Kind.HUB and (config := file_of(found.location, "config.json")):
+        folder = config.parent
     names = [found.gguf] if found.gguf else ["config.json", *sorted(file.name for file in folder.glob("*.safetensors"))]
     digest = hashlib.sha256()
     for name in names:
@@ -81,11 +79,9 @@ def source_folder(source: str | Path) -> Path | None:
     found = resolve(source)
     if found.kind is not Kind.HUB:
         return Path(found.location) if Path(source).is_dir() else None
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(found.location, ignore_patterns=[f"*{end}" for end in WEIGHTS]))
-    except Exception as error:  # the network, the hub and the library raise many types; the weights are here already
+        return fetched(found.location, [f"*{end}" for end in WEIGHTS])
+    except Exception as error:  # the network, the hub and the library raise many types; the weights are there already
         note(f"files of {source} beside its weights could not be fetched: {error}")
         return None
 

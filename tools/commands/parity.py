@@ -90,7 +90,9 @@ def _tokens(options: Parity, model: TorchModel) -> Tokens:
     import numpy as np
 
     if options.text is None:
-        size = model.model.config.get_text_config().vocab_size
+        from rankbook.calibration.model.adapter import adapter_of
+
+        size = adapter_of(model.model).vocabulary
         return np.random.default_rng(options.seed).integers(0, size, (2, options.tokens))
     from rankbook.calibration.data import token_windows
     from rankbook.calibration.text import read_text
