@@ -14,7 +14,7 @@ from rankbook.tools.runtimes import trt
 from tests.processes import run_python
 from tests.tiny import tiny_model, write_text
 
-VERBS = ("quantize", "export", "load", "open_model", "evaluate", "generate", "inspect", "build")
+VERBS = ("quantize", "export", "load", "open_model", "parity", "evaluate", "generate", "inspect", "build")
 """Functions in the order in which their examples use what earlier ones wrote."""
 
 

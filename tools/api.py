@@ -15,6 +15,9 @@ from rankbook.tools.deploy.engine import EngineReport as EngineReport
 from rankbook.tools.deploy.engine import build as build
 from rankbook.tools.deploy.options import BuildOptions as BuildOptions
 from rankbook.tools.evaluate.options import EvalOptions as EvalOptions
+from rankbook.tools.evaluate.options import ParityOptions as ParityOptions
+from rankbook.tools.evaluate.parity import ParityReport as ParityReport
+from rankbook.tools.evaluate.parity import parity as parity
 from rankbook.tools.evaluate.quality import evaluate as evaluate
 from rankbook.tools.generation.loop import GenerateOptions as GenerateOptions
 from rankbook.tools.generation.loop import Generation as Generation

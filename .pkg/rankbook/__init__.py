@@ -35,6 +35,8 @@ __all__ = [
     "Generation",
     "Inspection",
     "LanguageModel",
+    "ParityOptions",
+    "ParityReport",
     "QuantizeOptions",
     "QuantizeReport",
     "Setting",
@@ -45,6 +47,7 @@ __all__ = [
     "inspect",
     "load",
     "open_model",
+    "parity",
     "quantize",
 ]
 

@@ -10,7 +10,7 @@ import pytest
 
 from rankbook.plugins import contract, library
 from rankbook.tools import errors
-from rankbook.tools.evaluate import parity
+from rankbook.tools.evaluate import node_checks
 from rankbook.tools.evaluate.tolerance import match_settings
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
@@ -77,12 +77,12 @@ def test_parity_compares_with_the_same_rounding(work: Path, kernels: str, capsys
 def test_a_layer_whose_input_drifted_is_judged_on_the_input_of_its_torch_module(work: Path) -> None:
     model, torch_model = OrtModel(work / "int8", kernels="bodies"), TorchModel(work / "q")
     match_settings(model.file, torch_model)
-    captured = parity.capture_layers(torch_model, TOKENS)
+    captured = node_checks.capture_layers(torch_model, TOKENS)
     name = "model.layers.0.mlp.down_proj"
-    drifted = parity.LayerCheck(name, 0.5, passed=False)
-    assert parity._judged_alone(model, drifted, captured).passed
+    drifted = node_checks.LayerCheck(name, 0.5, passed=False)
+    assert node_checks.judged_alone(model, drifted, captured).passed
     captured.outputs[name] = 1.001 * captured.outputs[name]  # five times what one layer may differ by
-    assert not parity._judged_alone(model, drifted, captured).passed
+    assert not node_checks.judged_alone(model, drifted, captured).passed
 
 
 def test_inspect_names_the_operators(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
-from rankbook.calibration.notes import note
 from rankbook.calibration.option import WHERE, argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.options import ParityOptions
 from rankbook.tools.kernel_options import ExactKernelOptions
 from rankbook.tools.report import Table, to_json
 
 if TYPE_CHECKING:
-    from rankbook.tools.evaluate.parity import LayerCheck, ParityReport
-    from rankbook.tools.runtimes.base import Tokens
-    from rankbook.tools.runtimes.torch import TorchModel
+    from rankbook.tools.evaluate.node_checks import LayerCheck
+    from rankbook.tools.evaluate.parity import ParityReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,71 +33,27 @@ class Parity(ParityOptions, ExactKernelOptions, Common):
     output: Path | None = option(
         None, "also write the report to this JSON file", metavar="FILE", flags=("-o", "--output"), group=WHERE
     )
-    tokens: int = option(32, "tokens to compare on, in each of two sequences", metavar="N")
 
 
 def run(options: Parity) -> Outcome:
     """Compare, report, decide."""
-    from rankbook.calibration.checkpoint.format import open_checkpoint
-    from rankbook.exporter.file import ExportedModel
     from rankbook.tools.evaluate import parity
-    from rankbook.tools.runtimes import find
-    from rankbook.tools.runtimes.ort import OrtModel
-    from rankbook.tools.runtimes.torch import TorchModel
 
-    runtime, source = find(options.model, options.chosen_kernels())
-    if options.tokens <= parity.CACHED_TOKENS:
-        raise UsageError(f"--tokens {options.tokens} is too few; give at least {parity.CACHED_TOKENS + 1}")
-    file = ExportedModel.open(source.path)
-    file.require_packed()
-    file.verify()
-    checkpoint = _checkpoint(source.path, options.checkpoint)
-    if checkpoint is None:
-        raise UsageError(f"the checkpoint of {options.model} is not where it was; name it with --checkpoint DIR")
-    open_checkpoint(checkpoint, verify=True)
-    console = Console(quiet=options.quiet)
-    with console.progress("parity") as progress:
-        progress(0.0, "loading")
-        model = OrtModel(file, threads=options.threads, kernels=runtime.name)
-        model.check_room(options.tokens, "--tokens")
-        torch_model = TorchModel(checkpoint, threads=options.threads)
-        tokens = _tokens(options, torch_model)
-        report = parity.check(model, torch_model, tokens, options, progress)
+    with Console(quiet=options.quiet).progress("parity") as progress:
+        report = parity.parity(
+            options.model,
+            options.checkpoint,
+            options,
+            kernels=options.chosen_kernels(),
+            text=options.text,
+            progress=progress,
+        )
+    folder = None
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+        folder = options.output.parent
+        folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(options.output, to_json(report) + "\n")
-    folder = options.output.parent if options.output is not None else None
     return Outcome(report, _tables(report), _verdict(report), passed=report.passed, config_folder=folder)
-
-
-def _checkpoint(path: Path, given: Path | None) -> Path | None:
-    """Return the checkpoint that an exported file was made from: the one given, or the one its export wrote down."""
-    resolved = path.with_name("rankbook-export.yaml")
-    if given is not None or not resolved.is_file():
-        return given
-    import yaml
-
-    noted = (yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}).get("export", {}).get("checkpoint", "")
-    # Both folders may have moved together.
-    candidates = [Path(noted), path.parent.parent / Path(noted).name]
-    return next((candidate for candidate in candidates if noted and candidate.is_dir()), None)
-
-
-def _tokens(options: Parity, model: TorchModel) -> Tokens:
-    import numpy as np
-
-    if options.text is None:
-        from rankbook.calibration.model.adapter import adapter_of
-
-        size = adapter_of(model.model).vocabulary
-        return np.random.default_rng(options.seed).integers(0, size, (2, options.tokens))
-    from rankbook.calibration.data import token_windows
-    from rankbook.calibration.text import read_text
-
-    tokens: Tokens = token_windows(model.tokenizer, read_text(options.text), options.tokens, most=2).tokens.numpy()
-    if tokens.shape != (2, options.tokens):
-        note(f"{options.text} is short: compared on {tokens.shape[0]} x {tokens.shape[1]} tokens; give more text")
-    return tokens
 
 
 def _tables(report: ParityReport) -> list[Table]:

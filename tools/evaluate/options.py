@@ -23,6 +23,7 @@ class EvalOptions(Options):
 class ParityOptions(Seeded, Threaded):
     """What to check."""
 
+    tokens: int = option(32, "tokens to compare on, in each of two sequences", metavar="N")
     tolerance: float | None = option(
         None, "largest difference relative to the largest value; by type if not given", metavar="X"
     )

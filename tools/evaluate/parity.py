@@ -9,73 +9,33 @@ continues prompts greedily with both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankbook.calibration.notes import note
+from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.greedy import GreedyCheck, compare_greedy
-from rankbook.tools.evaluate.node_model import graph_with_outputs, single_node
+from rankbook.tools.evaluate.node_checks import Depth, OperatorCheck, bisect, compare_operators
 from rankbook.tools.evaluate.options import ParityOptions
-from rankbook.tools.evaluate.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
-from rankbook.tools.evaluate.tolerance import (
-    ROUNDED_TOLERANCE,
-    default_tolerance,
-    exact_tolerance,
-    match_settings,
-    rounds_inside,
-)
-from rankbook.tools.runtimes import reference
+from rankbook.tools.evaluate.runners import Agreement, Array, compare, function_runner
+from rankbook.tools.evaluate.tolerance import default_tolerance, exact_tolerance, match_settings
+from rankbook.tools.runtimes import find
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 
 if TYPE_CHECKING:
-    from rankbook.exporter.file import ExportedModel, Node
     from rankbook.tools.runtimes.base import LanguageModel, Tokens
 
 CACHED_TOKENS = 4
 """Tokens that the check of the cache feeds one by one."""
 
 
-@dataclass(frozen=True)
-class OperatorCheck:
-    """One kind of custom node (operator and shapes) against the numpy reference.
-
-    Attributes:
-        op_type: The operator.
-        node: The node that stands for its kind.
-        nodes: How many nodes are of this kind.
-        shape: (N, K).
-        error: Largest difference relative to the largest value.
-        passed: Whether it is within tolerance.
-    """
-
-    op_type: str
-    node: str
-    nodes: int
-    shape: tuple[int, int]
-    error: float
-    passed: bool
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """The output of one custom node against the torch module of the same name.
-
-    Attributes:
-        name: The layer.
-        error: Difference relative to the largest value, with the errors of all layers before it.
-        passed: Whether it is within tolerance.
-    """
-
-    name: str
-    error: float
-    passed: bool
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The verdict and what it rests on.
+@dataclass(frozen=True, kw_only=True)
+class ParityReport(Depth):
+    """The verdict and what it rests on; where an error begins is in the fields of `Depth`.
 
     Attributes:
         model: The exported file.
@@ -87,9 +47,6 @@ class ParityReport:
         top1_agreement: Share of positions where both pick the same token.
         cached: Agreement of cached decoding, or None if the file has no cache.
         operators: Custom nodes against the numpy reference.
-        layers: Custom nodes against torch modules, in graph order.
-        first_bad_layer: Name of the first layer out of tolerance, or None.
-        own_error: Error of that layer alone, fed with the torch module's input; small if the error is older.
         greedy: Prompts continued by both, if asked for.
         passed: Whether everything passed.
     """
@@ -103,15 +60,94 @@ class ParityReport:
     top1_agreement: float | None = None
     cached: Agreement | None = None
     operators: tuple[OperatorCheck, ...] = ()
-    layers: tuple[LayerCheck, ...] = ()
-    first_bad_layer: str | None = None
-    own_error: float | None = None
     greedy: tuple[GreedyCheck, ...] = ()
-    passed: bool = field(default=False)
+    passed: bool = False
+
+
+def parity(
+    model: str | Path,
+    checkpoint: str | Path | None = None,
+    options: ParityOptions | None = None,
+    *,
+    kernels: str = "bodies",
+    text: str | Path | None = None,
+    progress: Callable[[float, str], None] = lambda *_: None,
+) -> ParityReport:
+    """Check that an exported file computes what its checkpoint computes.
+
+    >>> report = rankbook.parity("onnx", "checkpoint", rankbook.ParityOptions(tokens=8))
+    >>> report.passed, len(report.layers), report.top1_agreement
+    (True, 14, 1.0)
+
+    Args:
+        model: Exported folder or ``.onnx`` file.
+        checkpoint: What it was made from; None where `rankbook export` noted that.
+        options: What to check.
+        kernels: What computes packed layers: a runtime that rounds no activations, or ``auto``.
+        text: Text to take the tokens from; random tokens without.
+        progress: Called with the fraction done and the name of the step.
+
+    Raises:
+        UsageError: Too few tokens for a check, no exported file, or no checkpoint.
+        MissingError: The runtime cannot be used on this machine.
+        ValueError: File or checkpoint are damaged or changed.
+    """
+    from rankbook.calibration.checkpoint.format import open_checkpoint
+    from rankbook.exporter.file import ExportedModel
+
+    options = options or ParityOptions()
+    if options.tokens <= CACHED_TOKENS:
+        raise UsageError(f"--tokens {options.tokens} is too few; give at least {CACHED_TOKENS + 1}")
+    runtime, source = find(model, kernels)
+    file = ExportedModel.open(source.path)
+    file.require_packed()
+    file.verify()
+    folder = Path(checkpoint) if checkpoint is not None else _noted_checkpoint(source.path)
+    if folder is None:
+        raise UsageError(f"the checkpoint of {model} is not where it was; name it with --checkpoint DIR")
+    open_checkpoint(folder, verify=True)
+    progress(0.0, "loading")
+    exported = OrtModel(file, threads=options.threads, kernels=runtime.name)
+    exported.check_room(options.tokens, "--tokens")
+    original = TorchModel(folder, threads=options.threads)
+    return check(exported, original, _tokens(original, text, options), options, progress)
+
+
+def _noted_checkpoint(path: Path) -> Path | None:
+    """Return the checkpoint that an exported file was made from, as its export wrote it down, if it is still there."""
+    resolved = path.with_name("rankbook-export.yaml")
+    if not resolved.is_file():
+        return None
+    import yaml
+
+    noted = (yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}).get("export", {}).get("checkpoint", "")
+    # Both folders may have moved together.
+    candidates = [Path(noted), path.parent.parent / Path(noted).name]
+    return next((candidate for candidate in candidates if noted and candidate.is_dir()), None)
+
+
+def _tokens(model: TorchModel, text: str | Path | None, options: ParityOptions) -> Tokens:
+    """Return two sequences of tokens, random ones without a text."""
+    if text is None:
+        from rankbook.calibration.model.adapter import adapter_of
+
+        size = adapter_of(model.model).vocabulary
+        return np.random.default_rng(options.seed).integers(0, size, (2, options.tokens))
+    from rankbook.calibration.data import token_windows
+    from rankbook.calibration.text import read_text
+
+    tokens: Tokens = token_windows(model.tokenizer, read_text(text), options.tokens, most=2).tokens.numpy()
+    if tokens.shape != (2, options.tokens):
+        note(f"{text} is short: compared on {tokens.shape[0]} x {tokens.shape[1]} tokens; give more text")
+    return tokens
 
 
 def check(
-    model: OrtModel, torch_model: TorchModel, tokens: Tokens, options: ParityOptions, note: Callable[[float, str], None]
+    model: OrtModel,
+    torch_model: TorchModel,
+    tokens: Tokens,
+    options: ParityOptions,
+    progress: Callable[[float, str], None],
 ) -> ParityReport:
     """Run every comparison.
 
@@ -120,27 +156,27 @@ def check(
         torch_model: The checkpoint that it was made from.
         tokens: (batch, length) int64, at least `CACHED_TOKENS` + 1 long.
         options: What to check.
-        note: Called with the fraction done and the name of the step.
+        progress: Called with the fraction done and the name of the step.
     """
     from rankbook.exporter import conform
 
     file = model.file
     tolerance = options.tolerance or default_tolerance(file)
     match_settings(file, torch_model)
-    note(0.0, "structure")
+    progress(0.0, "structure")
     problems = tuple(conform.check(file))
-    note(0.1, "logits")
+    progress(0.1, "logits")
     logits, top1 = compare_logits(model, torch_model, tokens, tolerance)
-    note(0.3, "cached decoding")
+    progress(0.3, "cached decoding")
     cached = compare_cached(model, torch_model, tokens[:1], tolerance)
-    note(0.5, "operators")
+    progress(0.5, "operators")
     operators = compare_operators(model, options.tolerance or exact_tolerance(file), options)
-    note(0.7, "layers")
+    progress(0.7, "layers")
     depth = bisect(model, torch_model, tokens, tolerance) if not options.no_layers else Depth()
     greedy: tuple[GreedyCheck, ...] = ()
     if options.greedy:
         greedy = compare_greedy(
-            torch_model, model, options.greedy, tolerance, lambda share: note(0.8 + 0.2 * share, "greedy")
+            torch_model, model, options.greedy, tolerance, lambda share: progress(0.8 + 0.2 * share, "greedy")
         )
     verdicts = [logits.passed, cached is None or cached.passed]
     verdicts += [item.passed for item in operators] + [item.passed for item in depth.layers]
@@ -155,43 +191,10 @@ def check(
         top1_agreement=top1,
         cached=cached,
         operators=operators,
-        layers=depth.layers,
-        first_bad_layer=depth.first_bad_layer,
-        own_error=depth.own_error,
+        **vars(depth),
         greedy=greedy,
         passed=all(verdicts) and not problems,
     )
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Where an error begins; see the fields of the same names of `ParityReport`."""
-
-    layers: tuple[LayerCheck, ...] = ()
-    first_bad_layer: str | None = None
-    own_error: float | None = None
-
-
-def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Depth:
-    """Compare layer by layer and find the first one out of tolerance."""
-    captured = capture_layers(torch_model, tokens)
-    layers = compare_layers(model, captured, tokens, tolerance)
-    if rounds_inside(model.file):
-        layers = tuple(_judged_alone(model, layer, captured) for layer in layers)
-    bad = next((layer.name for layer in layers if not layer.passed), None)
-    return Depth(layers, bad, None if bad is None else _own_error(model, bad, captured, tolerance))
-
-
-def _judged_alone(model: OrtModel, layer: LayerCheck, captured: Captured) -> LayerCheck:
-    """Pass a layer that is right on the input of its torch module, however far its own input has drifted.
-
-    Where every layer rounds its input, one last digit that differs moves a value by a whole step, and the steps add up
-    with depth: 0.1 of the largest value in SmolLM2-135M, whose logits differ by 0.03. Alone a layer must be exact.
-    """
-    if layer.passed:
-        return layer
-    own = _own_error(model, layer.name, captured, ROUNDED_TOLERANCE)
-    return replace(layer, passed=own is not None and own <= exact_tolerance(model.file))
 
 
 def compare_logits(
@@ -233,122 +236,3 @@ def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tol
     second = function_runner("onnxruntime with a cache", inputs, infer_ort)
     (agreement,) = compare(first, second, [inputs], tolerance)
     return agreement
-
-
-def compare_operators(model: OrtModel, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
-    """Compare custom nodes, each alone in ONNX Runtime, with the numpy reference on random inputs."""
-    file = model.file
-    kinds: dict[tuple[Any, ...], list[Node]] = {}
-    for node in file.packed:
-        shapes = tuple(tensor.shape for tensor in node.constants.values())
-        key = (node.name,) if options.every_node else (node.op_type, node.attributes.get("offset"), shapes)
-        kinds.setdefault(key, []).append(node)
-    checks = []
-    for nodes in kinds.values():
-        node = nodes[0]
-        rng = np.random.default_rng(options.seed)
-        agreement = compare_node(model, node, random_inputs(file, node, rng), tolerance)
-        shape = int(node.attributes.get("out_features", 0)), int(node.attributes.get("in_features", 0))
-        checks.append(OperatorCheck(node.op_type, node.name, len(nodes), shape, agreement.error, agreement.passed))
-    return tuple(checks)
-
-
-def random_inputs(file: ExportedModel, node: Node, rng: np.random.Generator) -> dict[str, Array]:
-    """Return random values for the inputs of a node that are not constants: 5 rows of activations or of indices."""
-    inputs: dict[str, Array] = {}
-    for formal in node.ports():
-        if formal in node.constants:
-            continue
-        if formal == "indices":
-            inputs[formal] = rng.integers(0, int(node.attributes["out_features"]), (1, 5))
-        else:
-            inputs[formal] = rng.standard_normal((1, 5, int(node.attributes["in_features"]))).astype(_activation(file))
-    return inputs
-
-
-def _activation(file: ExportedModel) -> Any:
-    import ml_dtypes
-
-    return {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(file.metadata.dtype, np.float32)
-
-
-def compare_node(model: OrtModel, node: Node, inputs: dict[str, Array], tolerance: float) -> Agreement:
-    """Compare one node in ONNX Runtime with the numpy reference."""
-    file = model.file
-    constants = reference.constants(node)
-
-    def infer(values: Any) -> dict[str, Array]:
-        return reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})
-
-    serialized = single_node(file, node, constants, inputs)
-    runner = ort_runner(f"onnxruntime {node.name}", lambda: model.open_graph(serialized))
-    (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
-    return agreement
-
-
-@dataclass
-class Captured:
-    """Inputs and outputs of torch modules by name, in the order of their calls."""
-
-    inputs: dict[str, Array] = field(default_factory=dict)
-    outputs: dict[str, Array] = field(default_factory=dict)
-
-
-def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
-    """Run the torch model once and keep what goes into and comes out of every packed layer."""
-    from rankbook.calibration.model.adapter import adapter_of
-    from rankbook.calibration.model.packed_modules import CodebookEmbedding, packed_modules
-
-    captured, adapter = Captured(), adapter_of(torch_model.model)
-    hooks = []
-
-    def remember(name: str, scale: float) -> Callable[..., None]:
-        def hook(_: Any, inputs: Any, output: Any) -> None:
-            captured.inputs[name] = inputs[0].detach().numpy()
-            # The factor of a scaled embedding is a node of its own in the graph.
-            captured.outputs[name] = (output.detach().float() / scale).numpy()
-
-        return hook
-
-    for stored, module in packed_modules(torch_model.model).items():
-        name = adapter.language_name(stored)  # the file of a model with a vision tower holds its language model alone
-        scale = float(module.spec.scale) if isinstance(module, CodebookEmbedding) else 1.0
-        hooks.append(module.register_forward_hook(remember(name, scale)))
-    try:
-        torch_model.logits(tokens)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return captured
-
-
-def compare_layers(model: OrtModel, captured: Captured, tokens: Tokens, tolerance: float) -> tuple[LayerCheck, ...]:
-    """Compare the output of every packed layer with that of the torch module of its name, in graph order."""
-    outputs = {name: output for name, output in model.file.outputs_of.items() if name in captured.outputs}
-    if not outputs:
-        return ()
-    selected = SelectedOutputs(model.open_graph(graph_with_outputs(model.file, list(outputs.values()))), outputs)
-    # With `--logits last` the output layer sees the last position only.
-    expected = {
-        name: captured.outputs[name][:, -1:] if model.last_only and name == "lm_head" else captured.outputs[name]
-        for name in outputs
-    }
-    first = function_runner("torch layers", {"input_ids": tokens}, lambda _: expected)
-    agreements = compare(first, ort_runner("onnxruntime layers", lambda: selected), [model.feeds(tokens)], tolerance)
-    return tuple(LayerCheck(item.name, item.error, item.passed) for item in agreements)
-
-
-def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float) -> float | None:
-    """Feed one node with the input of its torch module: is the layer wrong, or what it was given?"""
-    file = model.file
-    node = next((node for node in file.packed if node.name == name), None)
-    if node is None:  # a layer of another dialect is more than one node
-        return None
-    formal = next(formal for formal in node.ports() if formal not in node.constants)
-    values = captured.inputs[name]
-    inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
-    serialized = single_node(file, node, reference.constants(node), inputs)
-    expected = {"y": captured.outputs[name]}
-    runner = ort_runner(f"onnxruntime {name}", lambda: model.open_graph(serialized))
-    (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
-    return agreement.error
