@@ -29,11 +29,12 @@ rankbook export FOLDER -o onnx      # one ONNX file for ONNX Runtime and TensorR
 ```
 
 ```python
-import rankbook  # from here on transformers knows the format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import rankbook
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+model, tokenizer = rankbook.load("FOLDER")
 ```
+
+After `import rankbook`, `AutoModelForCausalLM.from_pretrained` of transformers loads the folder too.
 """
 _EXPORTED = """
 ```sh
@@ -92,9 +93,8 @@ def _facts(layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> dict
     facts |= {"weights left in float": ", ".join(left)} if left else {}
     facts |= {"calibrated on": str(manifest["calibration"])} if "calibration" in manifest else {}
     if errors:
-        facts["squared error of layer outputs, relative"] = (
-            f"mean {sum(errors) / len(errors):.3g}, max {max(errors):.3g}"
-        )
+        mean = sum(errors) / len(errors)
+        facts["squared error of layer outputs, relative"] = f"mean {mean:.3g}, largest {max(errors):.3g}"
     return facts
 
 
