@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.file import ExportedModel, Node
-from rankbook.exporter.properties import PREFIX, noted_layers
+from rankbook.exporter.properties import PREFIX
 from rankbook.exporter.stored import ExportedFileError, dtype_name
 from rankbook.plugins import contract, forms
 from rankbook.plugins.operators import OPERATORS
@@ -56,8 +56,8 @@ def check(model: ExportedModel) -> list[str]:
 
 def _check_dialect(model: ExportedModel) -> Iterator[str]:
     """Check a file in operators of other domains: every packed layer has its node."""
-    layers = noted_layers(model.metadata.properties)
-    if layers is None:
+    layers = model.metadata.layers
+    if not layers:
         yield f"the metadata {PREFIX}layers is missing or damaged; export the model again"
         return
     for layer in sorted(set(layers) - {node.name for node in model.proto.graph.node}):
@@ -75,14 +75,10 @@ class _Values:
 
     def dtype(self, name: str) -> str | None:
         """Return the numpy name of an element type, or None if it is unknown."""
-        import onnx
-
         if name in self.tensors:
             return self.tensors[name].dtype
         info = self._infos.get(name)
-        if info is None or info.elem_type not in onnx.TensorProto.DataType.values() or not info.elem_type:
-            return None
-        return dtype_name(onnx.TensorProto.DataType.Name(info.elem_type))
+        return None if info is None else dtype_name(info.elem_type)
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """Return a shape with None for dynamic sizes, or None if it is unknown."""

@@ -21,6 +21,7 @@ from rankbook.calibration.checkpoint.format import Checkpoint, open_checkpoint
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.language import language_view
+from rankbook.calibration.source import ONNX_NAME
 from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
@@ -32,18 +33,19 @@ from rankbook.exporter.passes.group_query import GroupQueryAttention
 from rankbook.exporter.passes.kv_cache import QuantizeCache
 from rankbook.exporter.passes.masks import CheckMasks
 from rankbook.exporter.passes.merge import MergeProducts
-from rankbook.exporter.passes.metadata import CONTEXT, DATA_SHA256, AddMetadata
+from rankbook.exporter.passes.metadata import AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.weights import BindWeights, packed_layer
+from rankbook.exporter.properties import DATA_SHA256
 from rankbook.exporter.skeleton import Skeleton, build
 from rankbook.exporter.trace import trace
 from rankbook.plugins import contract
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+MODEL, DATA = ONNX_NAME, f"{ONNX_NAME}.data"
 """Names of the graph and of its weights in the output folder."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Dtypes of activations and of weights that are not quantized."""
@@ -125,7 +127,7 @@ def export(
     started = time.monotonic()
     options = options or ExportOptions()
     output = Path(output_dir).absolute()
-    report = progress or _silent
+    report = progress or (lambda *_: None)
     with replaced_folder(output, MODEL) as folder:
         checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir, verify=True)), options)
         report("trace", 0, 1)
@@ -139,18 +141,19 @@ def export(
             raise RuntimeError("the exported model breaks the contract of its operators: " + "; ".join(problems))
         report("check", 0, 1)
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
-    packed, other, weights = _sizes(model, checkpoint)
-    specs = checkpoint.layers.values()
-    native = options.dialect == NATIVE  # other operators store other side data than the records
-    stored = sum(sum(spec.stored_bits().values()) for spec in specs) if native else _file_bits(model, checkpoint)
+    sizes, specs = dict(_tensor_bytes(model)), checkpoint.layers.values()
+    packed = {name: size for name, size in sizes.items() if name.rpartition(".")[0] in checkpoint.layers}
+    stored = 8 * sum(size for name, size in packed.items() if not name.endswith(".bias"))
+    if options.dialect == NATIVE:  # other operators store other side data than the records
+        stored = sum(sum(spec.stored_bits().values()) for spec in specs)
     return ExportReport(
         folder=str(output),
         model_bytes=(output / MODEL).stat().st_size,
         data_bytes=(output / DATA).stat().st_size,
-        packed_bytes=packed,
-        other_bytes=other,
+        packed_bytes=sum(packed.values()),
+        other_bytes=sum(sizes.values()) - sum(packed.values()),
         layers=len(checkpoint.layers),
-        bits_per_weight=stored / weights,
+        bits_per_weight=stored / sum(spec.weights for spec in specs if not spec.shared_with),
         nodes=dict(collections.Counter(node.op_type for node in model.graph)),
         dtype=options.dtype,
         logits=options.logits,
@@ -182,17 +185,17 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         InferShapes(),
-        AddMetadata(checkpoint, {**options.metadata(), "rankbook.activations": kind, **_limits(skeleton)}),
+        AddMetadata(checkpoint, **options.described(), activations=kind, context=_context(skeleton)),
     ]
     for step in passes:
         step(model)
     return model
 
 
-def _limits(skeleton: Skeleton) -> dict[str, str]:
-    """Return up to how many positions, past ones included, the file is right; nothing where there is no limit."""
+def _context(skeleton: Skeleton) -> str:
+    """Return up to how many positions, past ones included, the file is right; empty where there is no limit."""
     limit = adapter_of(skeleton.model).context()
-    return {CONTEXT: str(limit)} if limit else {}
+    return str(limit) if limit else ""
 
 
 def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:
@@ -231,28 +234,6 @@ def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint
     return checkpoint
 
 
-def _sizes(model: ir.Model, checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """Return bytes of packed tensors, bytes of others, and the number of packed weights."""
-    packed = other = 0
-    for name, size in _tensor_bytes(model):
-        if name.rpartition(".")[0] in checkpoint.layers:
-            packed += size
-        else:
-            other += size
-    weights = sum(spec.weights for spec in checkpoint.layers.values() if not spec.shared_with)
-    return packed, other, weights
-
-
-def _file_bits(model: ir.Model, checkpoint: Checkpoint) -> int:
-    """Return the bits of the packed layers in the file."""
-    stored = 0
-    for name, size in _tensor_bytes(model):
-        layer, _, part = name.rpartition(".")
-        if layer in checkpoint.layers and part != "bias":
-            stored += size
-    return 8 * stored
-
-
 def _tensor_bytes(model: ir.Model) -> Iterator[tuple[str, int]]:
     """Yield name and size of every stored tensor: initializers and tensors in attributes of nodes."""
     for name, value in model.graph.initializers.items():
@@ -262,7 +243,3 @@ def _tensor_bytes(model: ir.Model) -> Iterator[tuple[str, int]]:
             if node.domain == contract.DOMAIN and attribute.type == ir.AttributeType.TENSOR:
                 tensor = attribute.as_tensor()
                 yield str(tensor.name), tensor.nbytes
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    del stage, done, total

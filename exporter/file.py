@@ -139,6 +139,11 @@ class ExportedModel:
         return {value.name: _shape(value) for value in self.proto.graph.input}
 
     @property
+    def input_types(self) -> dict[str, str]:
+        """Element type of each graph input by name, by its numpy name; empty where it is not known."""
+        return {value.name: dtype_name(value.type.tensor_type.elem_type) or "" for value in self.proto.graph.input}
+
+    @property
     def outputs(self) -> dict[str, list[int | str]]:
         """The same of the outputs."""
         return {value.name: _shape(value) for value in self.proto.graph.output}
@@ -263,14 +268,10 @@ class ExportedModel:
 
     def _store(self, stored: Stored, name: str, part: merged.Part | None = None) -> Tensor | None:
         """Note a tensor by name; one of a type that is not known is damage."""
-        import onnx
-
         proto = stored.proto
         shape = tuple(proto.dims) if part is None else part.shape
-        try:
-            dtype = dtype_name(onnx.TensorProto.DataType.Name(proto.data_type))
-            element_bits(dtype)
-        except ValueError:
+        dtype = dtype_name(proto.data_type)
+        if dtype is None or not element_bits(dtype):
             self.damage.append(f"tensor {name!r} has the element type {proto.data_type}, which is not known")
             return None
         if any(size < 0 for size in shape):

@@ -14,9 +14,9 @@ from rankbook.plugins import contract
 from rankbook.plugins.contract import Attribute, Operator
 
 OPSET = 23
-"""Version of the default ONNX domain in the model and in the bodies of the operators."""
-_VERSIONS = {"": OPSET, contract.DOMAIN: contract.VERSION}
-"""Versions of the domains in the bodies; 1 of others."""
+"""Version of the default ONNX domain."""
+VERSIONS = {"": OPSET, contract.DOMAIN: contract.VERSION}
+"""Versions of the domains in the model and in the bodies; 1 of others."""
 _KINDS = {
     "int": onnx.AttributeProto.INT,
     "float": onnx.AttributeProto.FLOAT,
@@ -119,7 +119,7 @@ class FunctionWriter:
             operator.input_names(),
             [port.name for port in operator.outputs],
             self._nodes,
-            [helper.make_opsetid(domain, _VERSIONS.get(domain, 1)) for domain in domains],
+            [helper.make_opsetid(domain, VERSIONS.get(domain, 1)) for domain in domains],
             attributes=[item.name for item in operator.attributes],
         )
 

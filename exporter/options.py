@@ -59,9 +59,5 @@ class ExportOptions(Options):
             raise ValueError("graph 'ort' has a cache in the type of the activations; give kv float, or graph standard")
 
     def described(self) -> dict[str, str]:
-        """Return what the file is, by name."""
+        """Return what the file is, by the names of `rankbook.exporter.properties.Metadata`."""
         return {name: getattr(self, name) for name in ("dtype", "logits", "dialect", "graph", "kv", "inputs")}
-
-    def metadata(self) -> dict[str, str]:
-        """Return what is written into the file about them."""
-        return {f"rankbook.{name}": value for name, value in self.described().items()}

@@ -1,4 +1,4 @@
-"""What an exported file says about itself, as its metadata properties."""
+"""What an exported file says about itself, as its metadata properties: written and read by way of `Metadata` alone."""
 
 from __future__ import annotations
 
@@ -9,57 +9,83 @@ from typing import Any
 
 PREFIX = "rankbook."
 """Begins the keys."""
+DATA_SHA256 = f"{PREFIX}data_sha256"
+"""The key that is added when the data file is complete."""
+
+Entries = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the exporter wrote about a file; a field is the property of its name behind `PREFIX`.
+    """What the exporter writes about a file; a field is the property of its name behind `PREFIX`, unless it is empty.
 
     Attributes:
-        dialect: In which operators the packed layers are written.
+        format: Version of the operators.
         method: Methods of the layers.
+        bits: Their widths.
+        checkpoint_sha256: Hashes of the checkpoint's weights by file.
+        versions: Of the packages that wrote the file, by name.
+        layers: Description of each packed layer by name.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         logits: ``last`` or ``all``.
+        dialect: In which operators the packed layers are written.
         graph: Operators of everything but packed layers.
         kv: Type of the cache.
         inputs: ``ids``, or embedded tokens.
         activations: What products compute with.
         context: Positions up to which the file is right, past ones included; empty without a limit.
         data_sha256: Hash of the data file; empty where an older version wrote the file.
-        layers: Description of each packed layer by name.
-        properties: All properties as they are.
+        properties: All properties as they are in a file that was read.
     """
 
-    dialect: str = "rankbook"
+    format: str = ""
     method: str = ""
+    bits: str = ""
+    checkpoint_sha256: Entries = field(default_factory=dict)
+    versions: Entries = field(default_factory=dict)
+    layers: Mapping[str, Entries] = field(default_factory=dict)
     dtype: str = "fp32"
     logits: str = "all"
+    dialect: str = "rankbook"
     graph: str = "standard"
     kv: str = "float"
     inputs: str = "ids"
     activations: str = "none"
     context: str = ""
     data_sha256: str = ""
-    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     properties: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, properties: Mapping[str, str]) -> Metadata:
-        """Read properties; a description of layers that is damaged counts as none.
+        """Read properties; a damaged description counts as none, and `rankbook.exporter.conform` names it."""
+        read = {item.name: str if item.type == "str" else _entries for item in _written()}
+        texts = {key.removeprefix(PREFIX): text for key, text in properties.items() if key.startswith(PREFIX)}
+        known: dict[str, Any] = {name: read[name](text) for name, text in texts.items() if name in read}
+        if not all(isinstance(entry, dict) for entry in known.get("layers", {}).values()):
+            del known["layers"]
+        return cls(**known, properties=properties)
 
-        `rankbook.exporter.conform` names it.
-        """
-        known = {item.name for item in fields(cls) if item.type == "str"}
-        texts = {key.removeprefix(PREFIX): value for key, value in properties.items() if key.startswith(PREFIX)}
-        texts = {name: value for name, value in texts.items() if name in known}
-        return cls(**texts, layers=noted_layers(properties) or {}, properties=properties)
+    def texts(self) -> dict[str, str]:
+        """Return the properties to be written."""
+        values = {item.name: getattr(self, item.name) for item in _written()}
+        return {
+            f"{PREFIX}{name}": value if isinstance(value, str) else _json(value)
+            for name, value in values.items()
+            if value
+        }
 
 
-def noted_layers(properties: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
-    """Return the description of each packed layer by name, or None where it is missing or damaged."""
+def _written() -> list[Any]:
+    return [item for item in fields(Metadata) if item.name != "properties"]
+
+
+def _json(entries: Entries) -> str:
+    return json.dumps(entries, sort_keys=True, separators=(",", ":"))
+
+
+def _entries(text: str) -> dict[str, Any]:
     try:
-        layers = json.loads(properties.get(f"{PREFIX}layers", ""))
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    right = isinstance(layers, dict) and all(isinstance(entry, dict) for entry in layers.values())
-    return layers if right else None
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from rankbook.exporter.functions import VERSIONS
+from rankbook.plugins import contract
+from rankbook.plugins.contract import Operator
 
 AttributeValue = int | float | str | Sequence[int] | ir.DataType
 """What an attribute of a node may be."""
@@ -41,6 +49,7 @@ class Writer:
         for number, output in enumerate(node.outputs):
             output.name = f"{name}.output" + (f".{number}" if number else "")
         self.nodes.append(node)
+        self.graph.opset_imports.setdefault(domain, VERSIONS.get(domain, 1))
         return node
 
     def op(
@@ -51,6 +60,32 @@ class Writer:
         if like is not None:
             output.type, output.shape = like.type, like.shape
         return output
+
+    def call(
+        self,
+        operator: Operator,
+        inputs: Iterable[ir.Value | None],
+        attributes: Mapping[str, AttributeValue] | None = None,
+        *,
+        stock: bool = False,
+    ) -> list[ir.Value]:
+        """Append a node of an operator of rankbook with the name of the prefix, and return the operator's outputs.
+
+        ``stock`` asks for ONNX Runtime's own operator in its place, whose other outputs are left out.
+        """
+        kind = operator.stock if stock else None
+        places = kind.places if kind else range(len(operator.outputs))
+        node = self.node(
+            kind.name if kind else operator.name,
+            inputs,
+            attributes,
+            domain=contract.STOCK_DOMAIN if kind else contract.DOMAIN,
+            name=self.prefix,
+            outputs=places[-1] + 1,
+        )
+        for unused in set(range(len(node.outputs))) - set(places):
+            node.outputs[unused].name = ""
+        return [node.outputs[place] for place in places]
 
     def constant(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Return the initializer that holds a tensor, by its name, adding it if it is new."""
@@ -79,6 +114,33 @@ class Writer:
         for replaced, result in results.items():
             take_over(replaced, result)
         self.graph.remove(old, safe=True)
+
+
+class NodePass(ir.passes.InPlacePass):
+    """A pass that looks at the standard nodes of one kind, in order."""
+
+    kind: ClassVar[str]
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place."""
+        changed = [node for node in standard_nodes(model.graph, self.kind) if self.change(model.graph, node)]
+        return ir.passes.PassResult(model, modified=bool(changed))
+
+    @abstractmethod
+    def change(self, graph: ir.Graph, node: ir.Node) -> bool:
+        """Change what is around a node, and return whether anything was changed."""
+
+
+def lazy_tensor(name: str, dtype: ir.DataType, shape: Iterable[int], load: Callable[[], Tensor]) -> ir.LazyTensor:
+    """Return a tensor whose values are computed when they are asked for; INT4 ones are given as int8 numbers."""
+
+    def make() -> ir.TensorProtocol:
+        values = load().contiguous()
+        if dtype == ir.DataType.INT4:
+            return ir.tensor(values.numpy().astype(dtype.numpy()), name=name)
+        return TorchTensor(values, name=name)
+
+    return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

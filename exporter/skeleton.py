@@ -160,8 +160,9 @@ class _Language(nn.Module):
 
     def __init__(self, whole: Any) -> None:
         super().__init__()
-        self.config = whole.config.get_text_config()
-        self.model, self.lm_head = whole.model.language_model, whole.get_output_embeddings()
+        adapter = adapter_of(whole)
+        self.config, self.lm_head = adapter.config, whole.get_output_embeddings()
+        self.model: Any = adapter.language_module()
 
     def get_input_embeddings(self) -> Any:
         """Return the token embedding."""

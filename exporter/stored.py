@@ -133,20 +133,19 @@ def external(tensor: onnx.TensorProto, path: Path) -> tuple[Path, int, int]:
     return file, int(numbers[0]), int(numbers[1])
 
 
-def dtype_name(name: str) -> str:
-    """Return the numpy name of an element type of ONNX."""
+def dtype_name(number: int) -> str | None:
+    """Return the numpy name of an element type by its number in ONNX, or None if it is not known."""
+    import onnx
+
+    if not number or number not in onnx.TensorProto.DataType.values():
+        return None
+    name: str = onnx.TensorProto.DataType.Name(number)
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
 
 
 def element_bits(dtype: str) -> int:
-    """Return the bits of an element.
-
-    Raises:
-        ValueError: It has no fixed number.
-    """
+    """Return the bits of an element; 0 where they are no fixed number."""
     if dtype.startswith(("bool", "float8")):
         return 8
     digits = dtype.removeprefix("bfloat").lstrip("abcdefghijklmnopqrstuvwxyz").partition("e")[0]
-    if not digits.isdigit():
-        raise ValueError(f"elements of type {dtype} have no fixed size")
-    return int(digits)
+    return int(digits) if digits.isdigit() else 0

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rankbook.plugins.contract import Array, Attribute, Operator, Port
+from rankbook.plugins.contract import Array, Attribute, Operator, Port, Stock
 from rankbook.plugins.forms import TensorSpec
 
 NAME = "GroupQueryAttention"
-"""The op_type, in the domain ``rankbook`` and in `STOCK_DOMAIN`."""
-STOCK_DOMAIN = "com.microsoft"
-"""Domain of ONNX Runtime's own operators."""
+"""The op_type, in the domain ``rankbook`` and in ONNX Runtime's."""
 LARGEST_HEAD = 512
 """Largest H."""
 HEAD_STEP, ROTARY_STEP = 8, 16
@@ -135,9 +133,10 @@ OPERATOR = Operator(
         Attribute("softcap", "float", "bound of the scores; 0 for none"),
     ),
     compute,
-    "attention",
+    "stock",
     sizes=lambda attributes: {"N": attributes["num_heads"], "M": attributes["kv_num_heads"]},
     check=_check_heads,
+    stock=Stock(NAME, (0, 1, 2)),
     limits={"largest_head": LARGEST_HEAD, "head_step": HEAD_STEP, "rotary_step": ROTARY_STEP},
 )
 

@@ -28,6 +28,8 @@ DOMAIN = "rankbook"
 """ONNX domain of the operators and of the functions that hold their standard-ONNX bodies."""
 VERSION = 1
 """Version of the operator set."""
+STOCK_DOMAIN = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 PLUGIN_NAMESPACE = "rankbook"
 """Namespace of the TensorRT plugins."""
 PLUGIN_VERSION = "1"
@@ -109,6 +111,19 @@ class Attribute:
         return "" if hasattr(value, "shape") else f"{what} {type(value).__name__}; it must be a tensor"
 
 
+@dataclass(frozen=True)
+class Stock:
+    """An operator of ONNX Runtime, in `STOCK_DOMAIN`, that computes the same from the same inputs and attributes.
+
+    Attributes:
+        name: Its op_type.
+        places: Which of its outputs each output is, in order; it has none behind the last one.
+    """
+
+    name: str
+    places: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Operator:
     """One operator.
@@ -124,6 +139,7 @@ class Operator:
         bits: Bits of a code; 0 for an operator without packed weights.
         sizes: Returns the sizes that follow from the attributes, by the letters of the shapes.
         check: Returns what is wrong with attributes and constants together, each being right alone, or nothing.
+        stock: The operator of ONNX Runtime for it, which takes other types too; None where it has none.
         limits: Limits of the kernels by name, for the C++ header.
         member: What each of its products is alone, for an operator of several (`rankbook.plugins.merged`).
         count: How many products it has.
@@ -139,6 +155,7 @@ class Operator:
     bits: int = 0
     sizes: Callable[[Mapping[str, Any]], dict[str, int]] = lambda _: {}
     check: Callable[[Mapping[str, Any], Mapping[str, TensorSpec]], str] = lambda *_: ""
+    stock: Stock | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
     member: Operator | None = None
     count: int = 1

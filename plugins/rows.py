@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rankbook.plugins.contract import Array, Attribute, Operator, Port
+from rankbook.plugins.contract import Array, Attribute, Operator, Port, Stock
 
 _FLOAT = ("float32",)
 
@@ -51,7 +51,8 @@ ADD_NORM = Operator(
     (_rows("y", "the sum, normalized and scaled"), _rows("sum", "a + b")),
     (Attribute("epsilon", "float", "added to the mean of the squares"),),
     add_norm,
-    "add_norm",
+    "stock",
+    stock=Stock("SkipSimplifiedLayerNormalization", (0, 3)),
 )
 """The sum of a residual stream and what a layer adds to it, and its normalization (Zhang 2019, arXiv 1910.07467)."""
 SWIGLU = Operator(

@@ -8,7 +8,10 @@ from rankbook.calibration.option import Options, option
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes import AUTO, kernels
 
-_TEXT = "bodies in the ONNX file, the native library, or auto; native-cuda is the library on an NVIDIA GPU"
+_TEXT = (
+    "bodies in the ONNX file, the native library, or auto; native-cuda is the library on an NVIDIA GPU, reference is"
+    " numpy alone: slow, to check the others with"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,6 +120,11 @@ class ModelAdapter:
         """Return the name of a module or tensor of the whole model within the language model."""
         return f"model.{name.removeprefix(cls.language)}" if name.startswith(cls.language) else name
 
+    def language_module(self) -> nn.Module:
+        """Return the language model without its output layer, of a model with towers."""
+        module: nn.Module = self.model.get_submodule(self.language.removesuffix("."))
+        return module
+
     def embeddings(self) -> Embeddings:
         """Return the token embedding and the output layer."""
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -176,6 +181,17 @@ class ModelAdapter:
     def head_size(self) -> int:
         """Features of a head."""
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a hidden state."""
+        return int(self.config.hidden_size)
+
+    def new_cache(self) -> Any:
+        """Return a cache of transformers that holds nothing yet."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
 
     def cached_outputs(self) -> list[CachedOutput]:
         """Return the outputs that are keys or values.
@@ -249,6 +265,10 @@ class ModelAdapter:
         """Return the settings of every rotary embedding of the configuration."""
         found = getattr(self.config, "rope_parameters", None) or {}
         return [found, *(entry for entry in found.values() if isinstance(entry, dict))]
+
+    def positions_have_parts(self) -> bool:
+        """Return whether the position of a token is three numbers, so that those of images have rows and columns."""
+        return any("mrope_section" in rope for rope in self._ropes())
 
     def keep_frequencies(self) -> None:
         """Keep rotary frequencies from now on as they are up to `context`."""

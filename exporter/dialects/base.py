@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
 from rankbook.calibration.activations.inputs import StaticRange
 from rankbook.calibration.record import halves
 from rankbook.calibration.record.group_params import GroupParams
 from rankbook.calibration.record.quantized_linear import Factor
-from rankbook.exporter.rewrite import Writer
+from rankbook.exporter.rewrite import Writer, lazy_tensor
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
-
-__all__ = ["Dialect", "DialectError", "LayerWriter", "PackedLayer", "check_layers", "lazy_tensor"]
 
 
 class DialectError(ValueError):
@@ -125,14 +123,12 @@ class Dialect:
         refuse: Returns why a layer cannot be expressed and what to do, or an empty string.
         lower: Returns the nodes that compute a layer from its input; the last one gives the output and has the name
             of the layer.
-        opsets: Operator sets besides the standard one that the nodes need.
     """
 
     name: str
     summary: str
     refuse: Callable[[PackedLayer], str]
     lower: Callable[[LayerWriter, ir.Value], list[ir.Node]]
-    opsets: dict[str, int] = field(default_factory=dict)
 
 
 def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
@@ -172,15 +168,3 @@ def _check_half(layer: PackedLayer) -> None:
             halves.narrowed(f"{layer.name}.{name}", Factor.unpack(name, held, spec.factors).dense(), torch.float16)
     if spec.bias:
         halves.narrowed(f"{layer.name}.bias", held["bias"], torch.float16)
-
-
-def lazy_tensor(name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.LazyTensor:
-    """Return a tensor whose values are computed when they are asked for; INT4 ones are given as int8 numbers."""
-
-    def make() -> ir.TensorProtocol:
-        values = load().contiguous()
-        if dtype == ir.DataType.INT4:
-            return ir.tensor(values.numpy().astype(dtype.numpy()), name=name)
-        return TorchTensor(values, name=name)
-
-    return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)

@@ -17,8 +17,8 @@ from torch import Tensor
 from rankbook.exporter.affine import AffineLayer, NotAffineError
 from rankbook.exporter.dialects import rankbook
 from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
+from rankbook.plugins.contract import STOCK_DOMAIN
 
-DOMAIN = "com.microsoft"
 BITS = (2, 4, 8)
 """Widths that ONNX Runtime 1.31 computes on a CPU."""
 MAX_BITS = 8
@@ -94,7 +94,7 @@ def lower(writer: LayerWriter, x: ir.Value) -> list[ir.Node]:
         # 1: x stays what it is. 4: ONNX Runtime rounds it to 8 bits, with one scale per token and block.
         "accuracy_level": 4 if layer.int8_activations else 1,
     }
-    product = writer.node("MatMulNBits", inputs, attributes, domain=DOMAIN).outputs[0]
+    product = writer.node("MatMulNBits", inputs, attributes, domain=STOCK_DOMAIN).outputs[0]
     product.type = x.type  # ONNX itself does not know the operator, so nothing infers these
     product.shape = None if x.shape is None else ir.Shape([*x.shape.dims[:-1], rows])
     return writer.finish(product, x)
@@ -128,4 +128,4 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     return (parts.to(torch.int32) << shifts).sum(-1).to(torch.uint8)
 
 
-DIALECT = Dialect("ort", "MatMulNBits of ONNX Runtime", refuse, lower, {DOMAIN: 1})
+DIALECT = Dialect("ort", "MatMulNBits of ONNX Runtime", refuse, lower)

@@ -1,13 +1,25 @@
-"""The operators of rankbook with their standard-ONNX bodies: one node a layer, whatever the method."""
+"""The operators of rankbook with their standard-ONNX bodies: one node a layer, whatever the method.
+
+Constants are in the order and types of the operator's contract. They are lazy: their bytes are read from the
+memory-mapped checkpoint when the file is written, one after another.
+"""
 
 from __future__ import annotations
 
-import onnx_ir as ir
+from collections.abc import Callable
+from dataclasses import replace
 
-from rankbook.exporter import emit
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
 from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
+from rankbook.exporter.rewrite import lazy_tensor
 from rankbook.plugins import contract
+from rankbook.plugins.forms import TensorSpec
 from rankbook.plugins.int8 import LARGEST_GROUP
+from rankbook.plugins.layer_spec import LayerSpec
 
 
 def lower(writer: LayerWriter, x: ir.Value) -> list[ir.Node]:
@@ -16,10 +28,9 @@ def lower(writer: LayerWriter, x: ir.Value) -> list[ir.Node]:
     kind = contract.GATHER
     if not layer.embedding:  # also where tied to one
         kind = contract.matmul_kind(low_rank=bool(layer.spec.branch_rank), int8_activations=layer.int8_activations)
-    op = emit.operator(layer.spec, kind)
-    tensors = emit.initializers(layer.spec, op, layer.read, layer.owner)
-    constants = [writer.constant(tensors[name]) for name in op.constants()]
-    writer.node(op.name, [x, *constants], emit.attributes(layer.spec), domain=contract.DOMAIN, name=layer.name)
+    operator = contract.PACKED[contract.op_name(kind, layer.spec.bits)]
+    constants = map(writer.constant, initializers(layer.spec, operator, layer.read, layer.owner).values())
+    writer.call(operator, [x, *constants], attributes(layer.spec))
     return writer.nodes
 
 
@@ -31,6 +42,57 @@ def refuse(layer: PackedLayer) -> str:
             " be summed up; export with --activations float, or quantize with a smaller --group-size"
         )
     return ""
+
+
+def attributes(spec: LayerSpec) -> dict[str, int | str]:
+    """Return the attributes of a layer's node."""
+    operator = contract.PACKED[contract.op_name(contract.MATMUL, spec.bits)]
+    values: dict[str, int | str] = {item.name: item.value for item in operator.attributes if item.kind == "string"}
+    return {
+        "in_features": spec.in_features,
+        "out_features": spec.out_features,
+        "offset": int(spec.has_offset),
+        **values,
+    }
+
+
+def initializers(
+    spec: LayerSpec, operator: contract.Operator, read: Callable[[str], Tensor], prefix: str
+) -> dict[str, ir.TensorProtocol]:
+    """Return the constants of a layer by formal name; tensors are named ``<prefix>.<formal name>``.
+
+    Args:
+        spec: The layer.
+        operator: Its operator.
+        read: Returns a packed tensor of the layer by name (see `QuantizedLinear.pack`).
+        prefix: Name of the layer that owns the tensors.
+    """
+    forms = replace(spec, kind="embedding" if operator.kind == contract.GATHER else "linear").constants()
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for name in operator.constants():
+        if name == "bias" and not spec.bias:
+            tensors[name] = ir.tensor(torch.zeros(1).numpy(), name=f"{prefix}.bias")
+        elif name == "levels":
+            tensors[name] = ir.tensor(_levels(read(name), spec.has_offset).numpy(), name=f"{prefix}.levels")
+        else:
+            tensors[name] = _lazy(name, forms[name], read, f"{prefix}.{name}")
+    return tensors
+
+
+def _lazy(part: str, form: TensorSpec, read: Callable[[str], Tensor], name: str) -> ir.TensorProtocol:
+    def load() -> Tensor:
+        tensor = read(part)
+        if part == "codes":
+            tensor = (tensor ^ 0x80).view(torch.int8)  # the carrier of layout.to_carrier
+        return tensor.float() if part == "bias" else tensor
+
+    return lazy_tensor(name, ir.DataType.from_numpy(np.dtype(form.dtype)), form.shape, load)
+
+
+def _levels(levels: Tensor, has_offset: bool) -> Tensor:
+    """Return levels in float16 with a row of ones for the offset; exact, since integer levels need 8 bits."""
+    rows = levels.to(torch.float16)
+    return torch.cat([rows, rows.new_ones(1, rows.shape[1])]) if has_offset else rows
 
 
 DIALECT = Dialect("rankbook", "one node of rankbook a layer, with a body in standard ONNX", refuse, lower)

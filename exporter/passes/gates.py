@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rankbook.exporter.rewrite import Writer, standard_nodes
-from rankbook.plugins import contract, rows
+from rankbook.exporter.rewrite import NodePass, Writer
+from rankbook.plugins import rows
 
 
-class FuseGates(ir.passes.InPlacePass):
+class FuseGates(NodePass):
     """Makes one node of Sigmoid, Mul and Mul in float32, where nothing else uses what lies between."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the model in place."""
-        fused = [node for node in standard_nodes(model.graph, "Sigmoid") if _fuse(model.graph, node)]
-        if fused:
-            model.opset_imports[contract.DOMAIN] = contract.VERSION
-        return ir.passes.PassResult(model, modified=bool(fused))
+    kind = "Sigmoid"
 
-
-def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> bool:
-    gate = sigmoid.inputs[0]
-    silu = _only_product(sigmoid.outputs[0])
-    if gate is None or silu is None or _other(silu, sigmoid.outputs[0]) is not gate:
-        return False
-    last = _only_product(silu.outputs[0])
-    up = None if last is None else _other(last, silu.outputs[0])
-    if last is None or up is None or gate.dtype != ir.DataType.FLOAT or gate.shape is None or gate.shape != up.shape:
-        return False
-    writer = Writer(graph, str(last.name))
-    fused = writer.node(rows.SWIGLU.name, [gate, up], domain=contract.DOMAIN, name=writer.prefix)
-    writer.replace(last, {last.outputs[0]: fused.outputs[0]})
-    graph.remove([silu, sigmoid], safe=True)
-    return True
+    def change(self, graph: ir.Graph, node: ir.Node) -> bool:
+        """Replace the nodes around a Sigmoid."""
+        gate, silu = node.inputs[0], _only_product(node.outputs[0])
+        if gate is None or silu is None or _other(silu, node.outputs[0]) is not gate:
+            return False
+        last = _only_product(silu.outputs[0])
+        up = None if last is None else _other(last, silu.outputs[0])
+        if (
+            last is None
+            or up is None
+            or gate.dtype != ir.DataType.FLOAT
+            or gate.shape is None
+            or gate.shape != up.shape
+        ):
+            return False
+        writer = Writer(graph, str(last.name))
+        (fused,) = writer.call(rows.SWIGLU, [gate, up])
+        writer.replace(last, {last.outputs[0]: fused})
+        graph.remove([silu, node], safe=True)
+        return True
 
 
 def _only_product(value: ir.Value) -> ir.Node | None:

@@ -8,10 +8,8 @@ import onnx_ir as ir
 
 from rankbook.exporter.passes.kv_cache import PAST, cache_layers
 from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, producer, standard_nodes, take_over
-from rankbook.plugins import attention, contract
+from rankbook.plugins import attention
 
-DOMAIN = attention.STOCK_DOMAIN
-"""Domain of ONNX Runtime's own operators."""
 Tables = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """cos and sin of a rotary embedding by position, (positions, size / 2) each."""
 
@@ -59,10 +57,6 @@ class GroupQueryAttention(ir.passes.InPlacePass):
         lengths = fusions[0].lengths() if fusions else []
         for fusion in fusions:
             fusion.apply(lengths, self._tables, self._windows)
-        if nodes:
-            model.opset_imports[DOMAIN] = 1
-        if any(node.op_type == attention.NAME and node.domain == contract.DOMAIN for node in model.graph):
-            model.opset_imports[contract.DOMAIN] = contract.VERSION
         return ir.passes.PassResult(model, modified=bool(nodes))
 
     def _check_masks(self, fusions: list[_Fusion]) -> None:
@@ -128,10 +122,9 @@ class _Fusion:
         rows = [self._rows(value) for value in (self._query, *self._new)]
         inputs = [*rows, *self._past, *lengths, *rotary]
         own = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
-        domain, name = contract.DOMAIN if own else DOMAIN, self._writer.prefix
-        fused = self._writer.node(attention.NAME, inputs, attributes, domain=domain, name=name, outputs=3)
+        results = self._writer.call(attention.OPERATOR, inputs, attributes, stock=not own)
         self._graph.insert_before(self._node, self._writer.nodes)
-        self._finish(*fused.outputs)
+        self._finish(*results)
 
     def _take_rotary(self, tables: Tables | None) -> list[ir.Value]:
         """Step over the rotary embedding of query and key; return the inputs that do it inside, or nothing."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from rankbook.exporter.rewrite import Writer, take_over
+from rankbook.exporter.rewrite import Writer, lazy_tensor, take_over
 from rankbook.plugins import contract, merged
 from rankbook.plugins.contract import Operator
 from rankbook.plugins.operators import OPERATORS
@@ -106,12 +107,12 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 def _data(name: str, parts: Sequence[tuple[ir.TensorProtocol, merged.Part]]) -> ir.LazyTensor:
     """Return the tensor that holds the parts; they are read when the file is written."""
-    shape = ir.Shape([parts[-1][1].end])
+    size = parts[-1][1].end
 
-    def load() -> ir.TensorProtocol:
-        out = np.zeros(shape.numpy(), np.int8)
+    def load() -> Tensor:
+        out = torch.zeros(size, dtype=torch.int8)
         for tensor, place in parts:
-            out[place.start : place.end] = tensor.numpy().reshape(-1)
-        return ir.tensor(out, name=name)
+            out.numpy()[place.start : place.end] = tensor.numpy().reshape(-1)
+        return out
 
-    return ir.LazyTensor(load, dtype=ir.DataType.INT8, shape=shape, name=name)
+    return lazy_tensor(name, ir.DataType.INT8, [size], load)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rankbook.exporter.rewrite import Writer, standard_nodes
+from rankbook.exporter.rewrite import NodePass, Writer
 
 
-class StaticReshape(ir.passes.InPlacePass):
+class StaticReshape(NodePass):
     """Replaces the computed target of a Reshape by a constant.
 
     * An output size that is a number is written as that number: torch leaves one of them to be inferred, often the
@@ -17,15 +17,15 @@ class StaticReshape(ir.passes.InPlacePass):
     Reshapes with more than one size of the last kind stay.
     """
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the model in place."""
-        changed = False
-        for node in standard_nodes(model.graph, "Reshape"):
-            if (target := _target(node)) is not None:
-                node.replace_input_with(1, Writer(model.graph, "").ints(*target))
-                node.attributes.pop("allowzero", None)  # 0 now means the size of the input
-                changed = True
-        return ir.passes.PassResult(model, modified=changed)
+    kind = "Reshape"
+
+    def change(self, graph: ir.Graph, node: ir.Node) -> bool:
+        """Give a node its target."""
+        if (target := _target(node)) is None:
+            return False
+        node.replace_input_with(1, Writer(graph, "").ints(*target))
+        node.attributes.pop("allowzero", None)  # 0 now means the size of the input
+        return True
 
 
 def _target(node: ir.Node) -> list[int] | None:
@@ -42,8 +42,4 @@ def _target(node: ir.Node) -> list[int] | None:
             return None
         else:
             target.append(0 if axis < len(source.shape) and source.shape[axis] == size else -1)
-    return target if target.count(-1) <= 1 and 0 not in _numbers(result.shape) else None
-
-
-def _numbers(shape: ir.Shape) -> list[int]:
-    return [size for size in shape if isinstance(size, int)]
+    return target if target.count(-1) <= 1 and 0 not in list(result.shape) else None

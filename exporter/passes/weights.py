@@ -6,15 +6,15 @@ import math
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import Tensor
 
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.format import Checkpoint
 from rankbook.calibration.record import halves
 from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
-from rankbook.exporter.rewrite import Writer
+from rankbook.exporter.rewrite import Writer, lazy_tensor
 from rankbook.exporter.skeleton import DENSE, LAYER, PACKED, SMALL_BYTES, TRACE_DOMAIN, Skeleton
-from rankbook.plugins import contract
 
 
 class BindWeights(ir.passes.InPlacePass):
@@ -47,11 +47,6 @@ class BindWeights(ir.passes.InPlacePass):
         for value in list(graph.initializers.values()):
             self._restore(value)
         model.opset_imports.pop(TRACE_DOMAIN, None)
-        if all(node.domain != contract.DOMAIN for node in graph):
-            model.opset_imports.pop(contract.DOMAIN, None)
-        else:
-            model.opset_imports[contract.DOMAIN] = contract.VERSION
-        model.opset_imports.update(self._dialect.opsets)
         return ir.passes.PassResult(model, modified=True)
 
     def _lower_packed(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -92,11 +87,10 @@ class BindWeights(ir.passes.InPlacePass):
         """Return a parameter of a layer that is not quantized, in the dtype of the activations."""
         owner, dtype = self._skeleton.owners[parameter], self._skeleton.dtype
 
-        def load() -> ir.TensorProtocol:
-            values = halves.narrowed(owner, self._checkpoint.tensor(owner), dtype)
-            return TorchTensor(values.contiguous(), name=owner)
+        def load() -> Tensor:
+            return halves.narrowed(owner, self._checkpoint.tensor(owner), dtype)
 
-        return ir.LazyTensor(load, from_torch_dtype(dtype), ir.Shape(self._checkpoint.tensor(owner).shape), name=owner)
+        return lazy_tensor(owner, from_torch_dtype(dtype), self._checkpoint.tensor(owner).shape, load)
 
 
 def packed_layer(

@@ -8,13 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
-from rankbook.exporter.passes.group_query import GroupQueryAttention
-from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.stored import ExportedFileError
 from rankbook.tools import errors
 from rankbook.tools.runtimes import open_model
@@ -134,38 +131,3 @@ def test_what_it_cannot_do_is_refused(work: Path, capsys: pytest.CaptureFixture[
     flags = ["--graph", "ort", "--quiet"]
     assert run_cli("export", work / "checkpoint", "-o", work / "no", *flags, "--kv", "int8") == errors.USAGE
     assert "kv float" in capsys.readouterr().err
-    model = ir.from_onnx_text(
-        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,2,s,12] q, float[b,2,p,12] past, float[b,2,s,12] k)'
-        " => (float[b,2,s,12] y) { both = Concat <axis = 2> (past, k) y = Attention (q, both, both) }"
-    )
-    model.graph.inputs[1].name = "past_key_values.0.key"
-    with pytest.raises(ValueError, match="multiple of 8 numbers, and these have 12"):
-        GroupQueryAttention(None, [-1])(model)
-
-
-def test_masks_that_are_no_windows_are_refused() -> None:
-    """Two layers with one mask, of which the configuration says that one has a window."""
-    layers = " ".join(
-        f"both{i} = Concat <axis = 2> (past{i}, k) y{i} = Attention (q, both{i}, both{i}, seen)" for i in (0, 1)
-    )
-    model = ir.from_onnx_text(
-        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,2,s,16] q, float[b,2,s,16] k, bool[b,1,s,t] seen,'
-        f" float[b,2,p,16] past0, float[b,2,p,16] past1) => (float[b,2,s,16] y0, float[b,2,s,16] y1) {{ {layers} }}"
-    )
-    for index, value in enumerate(model.graph.inputs[3:]):
-        value.name = f"past_key_values.{index}.key"
-    with pytest.raises(ValueError, match=r"1 masks and windows of -1, 8 positions.*graph standard"):
-        GroupQueryAttention(None, [8, -1])(model)
-    model.graph.inputs[4].name = "other"
-    model.graph.inputs[3].name = "past_key_values.0.key"
-    with pytest.raises(ValueError, match="2 of 1 layers"):
-        GroupQueryAttention(None, [-1, -1])(model)
-
-
-def test_a_sum_that_is_broadcast_stays() -> None:
-    model = ir.from_onnx_text(
-        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,s,4] x, float[4] y) => (float[b,s,4] z)'
-        " <float[4] w = {1, 1, 1, 1}> { sum = Add (x, y) z = RMSNormalization <epsilon = 0.1> (sum, w) }"
-    )
-    assert not FuseSkipNorms()(model).modified
-    assert not GroupQueryAttention(None, [])(model).modified

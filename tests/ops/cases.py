@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.exporter import emit
 from rankbook.exporter.bodies import functions
+from rankbook.exporter.dialects.rankbook import attributes, initializers
 from rankbook.exporter.functions import OPSET
 from rankbook.plugins import contract, layout
 from tests.calibration import records
@@ -78,6 +78,12 @@ class Case:
         return Op.of(record, x, int8_activations=self.int8_activations)
 
 
+def constants_of(record: QuantizedLinear, operator: contract.Operator) -> dict[str, Array]:
+    """Return the constants that a file holds of a record, by formal name."""
+    tensors = initializers(record.spec(), operator, record.pack().__getitem__, "layer")
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
 @dataclass
 class Op:
     """One operator and its input.
@@ -99,9 +105,9 @@ class Op:
         """Return the operator of a record on x: activations (..., K), or row numbers where it looks rows up."""
         spec = record.spec()
         kind = contract.matmul_kind(low_rank=record.low_rank is not None, int8_activations=int8_activations)
-        operator = emit.operator(spec, contract.GATHER if gather else kind)
-        constants = {name: tensor.numpy() for name, tensor in emit.from_record(record, operator.kind).items()}
-        return cls(operator.name, {operator.inputs[0].name: x, **constants}, dict(emit.attributes(spec)), record)
+        operator = contract.PACKED[contract.op_name(contract.GATHER if gather else kind, spec.bits)]
+        inputs = {operator.inputs[0].name: x, **constants_of(record, operator)}
+        return cls(operator.name, inputs, dict(attributes(spec)), record)
 
     @property
     def contract(self) -> contract.Operator:

@@ -48,13 +48,13 @@ class Node:
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name == "output" else 4))
             for name in (port.name for port in attention.OPERATOR.outputs)
         ]
-        domain = contract.DOMAIN if self.own else attention.STOCK_DOMAIN
+        domain = contract.DOMAIN if self.own else contract.STOCK_DOMAIN
         node = helper.make_node(
             attention.NAME, names, [value.name for value in outputs], "att", domain=domain, **self.attributes()
         )
         tables = [numpy_helper.from_array(table, name) for name, table in self.tables().items() if name in names]
         graph = helper.make_graph([node], "attention", values, outputs, tables)
-        domains = {"": 23, contract.DOMAIN: contract.VERSION, attention.STOCK_DOMAIN: 1}
+        domains = {"": 23, contract.DOMAIN: contract.VERSION, contract.STOCK_DOMAIN: 1}
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid(*item) for item in domains.items()],

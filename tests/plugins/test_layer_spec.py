@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.exporter import emit
+from rankbook.exporter.dialects.rankbook import attributes
 from rankbook.plugins import contract
 from rankbook.plugins.forms import Form, TensorSpec
 from rankbook.plugins.layer_spec import LayerSpec
 from tests.calibration.records import random_record
+from tests.ops.cases import constants_of
 
 FORM_BITS = st.sampled_from([8, 16, 32])
 RECORDS = st.fixed_dictionaries(
@@ -67,10 +68,10 @@ def test_every_form_packs_as_described_and_comes_back(arguments: dict[str, Any])
 def test_the_form_is_read_back_from_the_constants_of_an_operator(arguments: dict[str, Any], gather: bool) -> None:
     record = random_record(**arguments if not gather else {**arguments, "rank": 0, "bias": False})
     spec = record.spec("embedding" if gather else "linear")
-    kind = contract.GATHER if gather else ""
-    constants = {name: tensor.numpy() for name, tensor in emit.from_record(record, kind).items()}
+    kind = contract.GATHER if gather else contract.matmul_kind(low_rank=bool(spec.branch_rank), int8_activations=False)
+    constants = constants_of(record, contract.PACKED[contract.op_name(kind, spec.bits)])
     assert described(constants) == without_values(spec.constants())
-    found = LayerSpec.of_constants(spec.bits, emit.attributes(spec), described(constants), spec.kind)
+    found = LayerSpec.of_constants(spec.bits, attributes(spec), described(constants), spec.kind)
     bias = found.bias if spec.out_features == 1 else spec.bias  # one row: a bias of one element, there or not
     assert found == replace(spec, method="", level_dtype="float16", bias=bias)
 
@@ -130,13 +131,13 @@ def test_numpy_arrays_are_checked_as_well() -> None:
 def test_constants_of_no_layer_are_refused(changes: dict[str, TensorSpec], message: str) -> None:
     constants = {**SPEC.constants(), **changes}
     with pytest.raises(ValueError, match=message):
-        LayerSpec.of_constants(3, emit.attributes(SPEC), constants)
+        LayerSpec.of_constants(3, attributes(SPEC), constants)
 
 
 def test_missing_constants_are_named() -> None:
     constants = {name: part for name, part in SPEC.constants().items() if name != "up_scale"}
     with pytest.raises(ValueError, match="the constants up_scale are missing"):
-        LayerSpec.of_constants(3, emit.attributes(SPEC), constants)
+        LayerSpec.of_constants(3, attributes(SPEC), constants)
 
 
 @pytest.mark.parametrize(

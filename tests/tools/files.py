@@ -13,7 +13,7 @@ from onnx import helper
 
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.exporter.file import load
-from rankbook.exporter.passes.metadata import DATA_SHA256
+from rankbook.exporter.properties import DATA_SHA256
 from rankbook.tools.runtimes import runtimes
 from tests.calibration.records import random_record
 from tests.ops.cases import op_model

@@ -68,8 +68,9 @@ def _tables(report: ParityReport) -> list[Table]:
     ]
     layers = [(item.name, item.error, _mark(item.passed)) for item in _worth_showing(report)]
     columns = ("operator", "N x K", "nodes", "error", "verdict")
-    tables = [Table("torch and ONNX Runtime", ("what", "max error", "mean error", "verdict"), whole)]
-    tables.append(Table("ONNX Runtime and the numpy reference", columns, kinds))
+    tables = [Table("torch and the exported file", ("what", "max error", "mean error", "verdict"), whole)]
+    if kinds:
+        tables.append(Table("the exported file and the numpy reference", columns, kinds))
     if layers:
         title = f"growth of the error over {len(report.layers)} layers"
         tables.append(Table(title, ("layer", "error", "verdict"), layers))

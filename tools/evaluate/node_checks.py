@@ -10,10 +10,10 @@ import numpy as np
 
 from rankbook.tools.evaluate.node_model import graph_with_outputs, single_node
 from rankbook.tools.evaluate.options import ParityOptions
-from rankbook.tools.evaluate.runners import Agreement, Array, SelectedOutputs, compare, function_runner, ort_runner
+from rankbook.tools.evaluate.runners import Agreement, Array, compare, function_runner
 from rankbook.tools.evaluate.tolerance import ROUNDED_TOLERANCE, exact_tolerance, rounds_inside
 from rankbook.tools.runtimes import reference
-from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.exported import FileModel
 from rankbook.tools.runtimes.torch import TorchModel
 
 if TYPE_CHECKING:
@@ -72,9 +72,11 @@ class Depth:
     own_error: float | None = None
 
 
-def compare_operators(model: OrtModel, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
-    """Compare custom nodes, each alone in ONNX Runtime, with the numpy reference on random inputs."""
+def compare_operators(model: FileModel, tolerance: float, options: ParityOptions) -> tuple[OperatorCheck, ...]:
+    """Compare custom nodes, each alone in its runtime, with the numpy reference on random inputs."""
     file = model.file
+    if model.is_reference:
+        return ()
     kinds: dict[tuple[Any, ...], list[Node]] = {}
     for node in file.packed:
         shapes = tuple(tensor.shape for tensor in node.constants.values())
@@ -109,18 +111,24 @@ def _activation(file: ExportedModel) -> Any:
     return {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(file.metadata.dtype, np.float32)
 
 
-def compare_node(model: OrtModel, node: Node, inputs: dict[str, Array], tolerance: float) -> Agreement:
-    """Compare one node in ONNX Runtime with the numpy reference."""
-    file = model.file
+def compare_node(model: FileModel, node: Node, inputs: dict[str, Array], tolerance: float) -> Agreement:
+    """Compare one node in its runtime with the numpy reference."""
     constants = reference.constants(node)
 
     def infer(values: Any) -> dict[str, Array]:
         return reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})
 
-    serialized = single_node(file, node, constants, inputs)
-    runner = ort_runner(f"onnxruntime {node.name}", lambda: model.open_graph(serialized))
+    runner = _node_runner(model, node, constants, inputs)
     (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
     return agreement
+
+
+def _node_runner(model: FileModel, node: Node, constants: dict[str, Array], inputs: dict[str, Array]) -> Any:
+    """Return a runner of one node alone."""
+    serialized = single_node(model.file, node, constants, inputs)
+    outputs = {port.name: port.name for port in node.operator.outputs} if node.operator else {}
+    name = f"{model.name} {node.name}"
+    return function_runner(name, inputs, lambda given: model.run_graph(serialized, outputs, given))
 
 
 @dataclass
@@ -159,23 +167,24 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     return captured
 
 
-def compare_layers(model: OrtModel, captured: Captured, tokens: Tokens, tolerance: float) -> tuple[LayerCheck, ...]:
+def compare_layers(model: FileModel, captured: Captured, tokens: Tokens, tolerance: float) -> tuple[LayerCheck, ...]:
     """Compare the output of every packed layer with that of the torch module of its name, in graph order."""
     outputs = {name: output for name, output in model.file.outputs_of.items() if name in captured.outputs}
     if not outputs:
         return ()
-    selected = SelectedOutputs(model.open_graph(graph_with_outputs(model.file, list(outputs.values()))), outputs)
+    graph, feeds = graph_with_outputs(model.file, list(outputs.values())), model.feeds(tokens)
     # With `--logits last` the output layer sees the last position only.
     expected = {
         name: captured.outputs[name][:, -1:] if model.last_only and name == "lm_head" else captured.outputs[name]
         for name in outputs
     }
     first = function_runner("torch layers", {"input_ids": tokens}, lambda _: expected)
-    agreements = compare(first, ort_runner("onnxruntime layers", lambda: selected), [model.feeds(tokens)], tolerance)
+    second = function_runner(f"{model.name} layers", feeds, lambda given: model.run_graph(graph, outputs, given))
+    agreements = compare(first, second, [feeds], tolerance)
     return tuple(LayerCheck(item.name, item.error, item.passed) for item in agreements)
 
 
-def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float) -> float | None:
+def _own_error(model: FileModel, name: str, captured: Captured, tolerance: float) -> float | None:
     """Feed one node with the input of its torch module: is the layer wrong, or what it was given?"""
     file = model.file
     node = next((node for node in file.packed if node.name == name), None)
@@ -184,14 +193,13 @@ def _own_error(model: OrtModel, name: str, captured: Captured, tolerance: float)
     formal = next(formal for formal in node.ports() if formal not in node.constants)
     values = captured.inputs[name]
     inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
-    serialized = single_node(file, node, reference.constants(node), inputs)
     expected = {"y": captured.outputs[name]}
-    runner = ort_runner(f"onnxruntime {name}", lambda: model.open_graph(serialized))
+    runner = _node_runner(model, node, reference.constants(node), inputs)
     (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
     return agreement.error
 
 
-def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Depth:
+def bisect(model: FileModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Depth:
     """Compare layer by layer and find the first one out of tolerance."""
     captured = capture_layers(torch_model, tokens)
     layers = compare_layers(model, captured, tokens, tolerance)
@@ -202,7 +210,7 @@ def bisect(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: 
     return Depth(layers=layers, first_bad_layer=bad, own_error=own)
 
 
-def judged_alone(model: OrtModel, layer: LayerCheck, captured: Captured) -> LayerCheck:
+def judged_alone(model: FileModel, layer: LayerCheck, captured: Captured) -> LayerCheck:
     """Pass a layer that is right on the input of its torch module, however far its own input has drifted.
 
     Where every layer rounds its input, one last digit that differs moves a value by a whole step, and the steps add up

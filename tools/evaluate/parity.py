@@ -1,7 +1,7 @@
 """Checks that an exported file computes what its checkpoint computes: whole, node by node and layer by layer.
 
-Four comparisons through polygraphy: the logits of PyTorch and of ONNX Runtime on the same tokens, the same with a
-cache filled token by token, each kind of custom node against the numpy reference, and the output of every custom node
+Four comparisons through polygraphy: the logits of PyTorch and of the file on the same tokens, the same with a cache
+filled token by token, each kind of custom node against the numpy reference, and the output of every custom node
 against the torch module of the same name, which shows where an error begins and how it grows. A fifth one, on request,
 continues prompts greedily with both.
 """
@@ -22,8 +22,8 @@ from rankbook.tools.evaluate.node_checks import Depth, OperatorCheck, bisect, co
 from rankbook.tools.evaluate.options import ParityOptions
 from rankbook.tools.evaluate.runners import Agreement, Array, compare, function_runner
 from rankbook.tools.evaluate.tolerance import default_tolerance, exact_tolerance, match_settings
-from rankbook.tools.runtimes import find
-from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes import Setting, find
+from rankbook.tools.runtimes.exported import FileModel
 from rankbook.tools.runtimes.torch import TorchModel
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def parity(
     if options.tokens <= CACHED_TOKENS:
         raise UsageError(f"--tokens {options.tokens} is too few; give at least {CACHED_TOKENS + 1}")
     runtime, source = find(model, kernels)
+    if runtime.open_file is None:
+        raise UsageError(f"{runtime.name} opens no exported files, and {model} is {source.kind.value}")
     file = ExportedModel.open(source.path)
     file.require_packed()
     file.verify()
@@ -107,7 +109,7 @@ def parity(
         raise UsageError(f"the checkpoint of {model} is not where it was; name it with --checkpoint DIR")
     open_checkpoint(folder, verify=True)
     progress(0.0, "loading")
-    exported = OrtModel(file, threads=options.threads, kernels=runtime.name)
+    exported = runtime.open_file(file, Setting(options.threads))
     exported.check_room(options.tokens, "--tokens")
     original = TorchModel(folder, threads=options.threads)
     return check(exported, original, _tokens(original, text, options), options, progress)
@@ -143,7 +145,7 @@ def _tokens(model: TorchModel, text: str | Path | None, options: ParityOptions) 
 
 
 def check(
-    model: OrtModel,
+    model: FileModel,
     torch_model: TorchModel,
     tokens: Tokens,
     options: ParityOptions,
@@ -198,7 +200,7 @@ def check(
 
 
 def compare_logits(
-    model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float
+    model: FileModel, torch_model: TorchModel, tokens: Tokens, tolerance: float
 ) -> tuple[Agreement, float]:
     """Compare the logits of the whole model without a cache; also return how often the best token is the same."""
     positions = 1 if model.last_only else tokens.shape[1]
@@ -217,7 +219,7 @@ def compare_logits(
     return agreement, float((seen[0].argmax(-1) == seen[1].argmax(-1)).mean())
 
 
-def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Agreement | None:
+def compare_cached(model: FileModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Agreement | None:
     """Compare decoding with a cache, token by token, with the logits that PyTorch computes without one."""
     if not any(name.startswith("past_key_values") for name in model.file.inputs):
         return None
@@ -226,13 +228,13 @@ def compare_cached(model: OrtModel, torch_model: TorchModel, tokens: Tokens, tol
     def infer_torch(values: Any) -> dict[str, Array]:
         return {"logits": torch_model.logits(np.asarray(values["input_ids"]))[0, -CACHED_TOKENS - 1 :]}
 
-    def infer_ort(values: Any) -> dict[str, Array]:
+    def infer_file(values: Any) -> dict[str, Array]:
         rows = [model.start(prompt)]
         rows += [model.step(int(token)) for token in values["input_ids"][0, -CACHED_TOKENS:]]
         return {"logits": np.stack(rows)}
 
     inputs = {"input_ids": tokens}
     first = function_runner("torch without a cache", inputs, infer_torch)
-    second = function_runner("onnxruntime with a cache", inputs, infer_ort)
+    second = function_runner(f"{model.name} with a cache", inputs, infer_file)
     (agreement,) = compare(first, second, [inputs], tolerance)
     return agreement

@@ -1,8 +1,4 @@
-"""Polygraphy runners over ONNX Runtime sessions, and the comparison of two of them.
-
-`OnnxrtRunner` gets a callable that returns a session, since polygraphy's own loader takes no session options;
-anything that is a Python function becomes a runner through `function_runner`.
-"""
+"""Polygraphy's comparison of two Python functions, such as a torch model and an ONNX Runtime session."""
 
 from __future__ import annotations
 
@@ -39,34 +35,6 @@ class Agreement:
     passed: bool
 
 
-class SelectedOutputs:
-    """An ONNX Runtime session that computes some outputs only, under other names."""
-
-    def __init__(self, session: Any, outputs: Mapping[str, str]) -> None:
-        """Give ``outputs`` as names in the session by the names to show."""
-        self._session = session
-        self._outputs = dict(outputs)
-        known = {item.name: item for item in session.get_outputs()}
-        self._ports = [_Port(name, known[held]) for name, held in outputs.items()]
-
-    def get_inputs(self) -> Any:
-        """Inputs of the session."""
-        return self._session.get_inputs()
-
-    def get_outputs(self) -> Any:
-        """The selected outputs."""
-        return self._ports
-
-    def run(self, _: Any, feeds: Feeds) -> Any:
-        """Compute the selected outputs."""
-        return self._session.run(list(self._outputs.values()), dict(feeds))
-
-
-class _Port:
-    def __init__(self, name: str, port: Any) -> None:
-        self.name, self.shape, self.type = name, port.shape, port.type
-
-
 def function_runner(name: str, inputs: Feeds, infer: Callable[[Feeds], Mapping[str, Array]]) -> Any:
     """Return a polygraphy runner that calls ``infer``.
 
@@ -98,13 +66,6 @@ def function_runner(name: str, inputs: Feeds, infer: Callable[[Feeds], Mapping[s
             return outputs
 
     return FunctionRunner(name=name)
-
-
-def ort_runner(name: str, session: Callable[[], Any]) -> Any:
-    """Return a polygraphy runner over an ONNX Runtime session."""
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    return OnnxrtRunner(session, name=name)
 
 
 def compare(first: Any, second: Any, feeds: Sequence[Feeds], tolerance: float) -> list[Agreement]:

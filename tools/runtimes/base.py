@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from rankbook.exporter.file import ExportedModel
     from rankbook.tools.deploy.engine import EngineReport
     from rankbook.tools.deploy.options import BuildOptions
+    from rankbook.tools.runtimes.exported import FileModel
 
     Tokens = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
@@ -152,6 +154,7 @@ class Runtime:
         prepare: Imports what `open` imports and reads what the file says about itself: memory that is not the model's.
         build: Builds an engine: (exported file, output folder, `BuildOptions`, progress) to a report. None where there
             is nothing to build.
+        open_file: As `open`, of an exported file that is open already; None where it opens none.
         automatic: Taken for its kinds where no runtime is named; of several, the first that is available.
         exact: Computes what the file says, so that parity can be asked of it.
         peer: Of somebody else: what the bench compares with.
@@ -168,6 +171,7 @@ class Runtime:
     open: Callable[[Source, Setting], LanguageModel] | None = None
     prepare: Callable[[Source], object] = lambda _: None
     build: Callable[[Path, Path, BuildOptions, Callable[[float, str | None], None]], EngineReport] | None = None
+    open_file: Callable[[ExportedModel, Setting], FileModel] | None = None
     automatic: bool = False
     exact: bool = True
     peer: bool = False

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.generation.settings import read_json, read_settings
-from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
+from rankbook.tools.runtimes.exported import FileModel, past_of
 from rankbook.tools.runtimes.ort_memory import anchored, untouched
 
 if TYPE_CHECKING:
@@ -22,18 +20,12 @@ if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Logits, Tokens
     from rankbook.tools.runtimes.ort_steps import BoundSteps
 
+    Array = np.ndarray[Any, Any]
+
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
 """Session configuration entry; with ``1`` a graph of which a node would run on the CPU beside the GPU is refused."""
 _ROOM = 256
 """Positions beyond those needed in the buffer of a cache that grows in place."""
-
-_NUMPY = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(int8)": "int8",
-}
 
 
 def unavailable() -> str | None:
@@ -128,7 +120,7 @@ def session(
     return made
 
 
-class OrtModel(LanguageModel):
+class OrtModel(FileModel):
     """An exported file as a language model; the cache stays in ONNX Runtime's own tensors between steps."""
 
     def __init__(
@@ -153,16 +145,10 @@ class OrtModel(LanguageModel):
             UsageError: Not a file with ``input_ids`` and ``logits``.
             MissingError: ONNX Runtime or the native library is missing.
         """
-        from rankbook.exporter.file import ExportedModel
         from rankbook.tools.runtimes import runtimes
 
-        self.file = path if isinstance(path, ExportedModel) else ExportedModel.open(path)
+        super().__init__(path)
         self.name = f"onnxruntime {self.file.path}"
-        if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
-            raise UsageError(
-                f"{self.file.path} has no input_ids and logits, so it cannot be given text; give a file written by"
-                " `rankbook export` (with --inputs ids)"
-            )
         if self.file.metadata.dtype == "bf16":
             raise UsageError(
                 f"{self.file.path} is bf16, which ONNX Runtime does not run on a CPU; export with --dtype fp32"
@@ -180,101 +166,33 @@ class OrtModel(LanguageModel):
             activations="int8" if kernels == "native-int8" else "fp32",
             entries=entries,
         )
-        self._types = {item.name: _NUMPY[item.type] for item in self.session.get_inputs()}
-        self._outputs = [item.name for item in self.session.get_outputs()]
-        self._cache: dict[str, Any] = {}
-        self._length = self._held = 0
+        self._held = 0
         self._steps: BoundSteps | None = None
         # ONNX Runtime's attention writes new keys and values behind the old ones, in the same buffer.
         self._in_place = self.file.metadata.graph == "ort"
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer beside the file, or None; read when it is asked for, since transformers loads for seconds."""
-        from rankbook.calibration.model.tokenizer import read_tokenizer
-
-        return read_tokenizer(str(self.file.path.parent))
-
-    @cached_property
-    def context(self) -> int | None:
-        """What the file says; for files that do not, the configuration beside them."""
-        folder = self.file.path.parent
-        noted = self.file.metadata.context
-        value = noted if noted.isdecimal() else read_json(folder / "config.json").get("max_position_embeddings")
-        return int(value) if value else None
-
-    @cached_property
-    def generation_config(self) -> Mapping[str, Any]:
-        """That of the folder."""
-        return read_settings(self.file.path.parent)
-
-    @cached_property
-    def packed(self) -> tuple[int, int]:
-        """Of operators of this project and of MatMulNBits."""
-        return packed_size(self.file)
-
-    @property
-    def file_bytes(self) -> int:
-        """The graph and its data files."""
-        return self.file.file_bytes
-
-    @property
-    def last_only(self) -> bool:
-        """Whether the file gives the logits of the last position only."""
-        return self.file.metadata.logits == "last"
-
-    def scores(self, tokens: Tokens) -> Logits:
-        """Score tokens (batch, length) without a cache: float32 (batch, length or 1, vocabulary)."""
-        self._reset(tokens.shape[0])
-        scores: Logits = self._run(tokens, ["logits"])["logits"].numpy().astype("float32", copy=False)
-        return scores
 
     def open_graph(self, graph: bytes) -> Any:
         """Return a session of another graph, with the same kernels and the data files of this one."""
         placed, folder = anchored(graph, self.file)
         return session(placed, threads=self._threads, data_folder=folder, native=self.native, cuda=self.cuda)
 
-    def start(self, tokens: Tokens) -> Logits:
-        """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
-        self._reset(tokens.shape[0])
-        return self._advance(tokens)
-
-    def step(self, token: int) -> Logits:
-        """Continue with one token, return the next logits (vocabulary,)."""
-        import numpy as np
-
-        return self._advance(np.array([[token]], np.int64))
-
-    def feeds(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the inputs of one call without a cache, by name, as numpy arrays."""
-        self._reset(tokens.shape[0])
-        return self._inputs(tokens) | {name: value.numpy() for name, value in self._cache.items()}
+    def run_graph(self, graph: bytes, outputs: Mapping[str, str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute a graph in a session of its own."""
+        results = self.open_graph(graph).run(list(outputs.values()), dict(feeds))
+        return dict(zip(outputs, results, strict=True))
 
     def _reset(self, batch: int) -> None:
-        """An empty cache: tensors without a past."""
-        import numpy as np
         from onnxruntime import OrtValue
 
-        self._length = self._held = 0
-        self._cache, self._steps = {}, None
-        for name, shape in self.file.inputs.items():
-            if name.startswith("past_key_values"):
-                sizes = [
-                    batch if axis == 0 else size if isinstance(size, int) else 0 for axis, size in enumerate(shape)
-                ]
-                self._cache[name] = OrtValue.ortvalue_from_numpy(np.zeros(sizes, self._types[name]))
+        super()._reset(batch)
+        self._held, self._steps = 0, None
+        self._cache = {name: OrtValue.ortvalue_from_numpy(value) for name, value in self._cache.items()}
 
     def _advance(self, tokens: Tokens) -> Logits:
-        if self._in_place:
-            self._reserve(self._length + tokens.shape[1])
-            scores = self._run_in_place(tokens)
-        else:
-            values = self._run(tokens, self._outputs)
-            self._cache = {_past(name): value for name, value in values.items() if name.startswith("present")}
-            scores = values["logits"].numpy()
-        self._length += tokens.shape[1]
-        last: Logits = scores[0, -1].astype("float32")  # a copy: the next step writes there
-        return last
+        if not self._in_place:
+            return super()._advance(tokens)
+        self._reserve(self._length + tokens.shape[1])
+        return self._last(tokens, self._run_in_place(tokens))
 
     def _reserve(self, positions: int) -> None:
         """Make the buffers of the cache hold so many positions; they double, so that copies are rare."""
@@ -289,12 +207,14 @@ class OrtModel(LanguageModel):
             wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
             self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
 
-    def _run(self, tokens: Tokens, outputs: list[str]) -> dict[str, Any]:
-        """Compute outputs by name; OrtValues go in and out, since the cache is most of what a step moves."""
+    def _compute(self, tokens: Tokens, outputs: Collection[str]) -> dict[str, Any]:
+        """OrtValues go in and out, since the cache is most of what a step moves."""
         from onnxruntime import OrtValue
 
         feeds = {name: OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(tokens).items()}
-        return dict(zip(outputs, self.session.run_with_ort_values(outputs, feeds | self._cache), strict=True))
+        results = self.session.run_with_ort_values(list(outputs), feeds | self._cache)
+        values = dict(zip(outputs, results, strict=True))
+        return values | {"logits": values["logits"].numpy()}
 
     def _run_in_place(self, tokens: Tokens) -> Any:
         """Compute the logits; keys and values are written into the buffers of the cache."""
@@ -302,31 +222,12 @@ class OrtModel(LanguageModel):
         if steps is None:
             from rankbook.tools.runtimes.ort_steps import BoundSteps
 
-            outputs = {_past(name): name for name in self._outputs if name.startswith("present")}
+            outputs = {past_of(name): name for name in self.file.outputs}
             buffers = {name: (outputs[name], value) for name, value in self._cache.items()}
             steps = BoundSteps(self.session, buffers, self._types)
         # For a GPU, what is bound is copied there at that moment: such a binding serves one call.
         self._steps = None if self.cuda else steps
         return steps.run(tokens, self._length)
-
-    def _inputs(self, tokens: Tokens) -> dict[str, np.ndarray[Any, Any]]:
-        import numpy as np
-
-        batch, length = tokens.shape
-        inputs: dict[str, np.ndarray[Any, Any]] = {}
-        for name in ("input_ids", "attention_mask", "position_ids"):
-            if name in self._types:
-                size = self._length + length if name == "attention_mask" else length
-                inputs[name] = np.ones((batch, size), self._types[name])
-        inputs["input_ids"][:] = tokens
-        if "position_ids" in inputs:
-            inputs["position_ids"][:] = np.arange(self._length, self._length + length)
-        return inputs
-
-
-def _past(present: str) -> str:
-    """Return the name of the cache input that an output of the last step becomes."""
-    return present.replace("present", "past_key_values", 1)
 
 
 def model_entries(setting: Setting) -> dict[str, str]:
@@ -364,12 +265,16 @@ def _library_name(library: str) -> str:
 def _runtime(
     name: str, enables: str, unavailable: Callable[[], str | None], version: Callable[[], str], **more: Any
 ) -> Runtime:
-    def open_file(source: Source, setting: Setting) -> LanguageModel:
-        return OrtModel(source.path, threads=setting.threads, kernels=name, entries=model_entries(setting))
+    def open_file(file: Path | ExportedModel, setting: Setting) -> FileModel:
+        return OrtModel(file, threads=setting.threads, kernels=name, entries=model_entries(setting))
+
+    def open_source(source: Source, setting: Setting) -> LanguageModel:
+        return open_file(source.path, setting)
 
     title = "onnxruntime" if name == "bodies" else f"onnxruntime, {name}"
     kinds = frozenset({Kind.ONNX})
-    return Runtime(name, title, enables, unavailable, version, kinds, open=open_file, prepare=prepare, **more)
+    more |= {"open": open_source, "open_file": open_file, "prepare": prepare}
+    return Runtime(name, title, enables, unavailable, version, kinds, **more)
 
 
 RUNTIMES = (

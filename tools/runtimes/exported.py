@@ -1,0 +1,170 @@
+"""An exported file as a language model, whatever computes it: its inputs, its cache, and what lies beside it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankbook.tools.errors import UsageError
+from rankbook.tools.generation.settings import read_json, read_settings
+from rankbook.tools.inspect.sizes import packed_size
+from rankbook.tools.runtimes.base import LanguageModel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rankbook.exporter.file import ExportedModel
+    from rankbook.tools.runtimes.base import Logits, Tokens
+
+    Array = np.ndarray[Any, Any]
+
+_PAST, _PRESENT = "past_key_values", "present"
+
+
+class FileModel(LanguageModel):
+    """An exported file; a runtime adds how its outputs are computed.
+
+    Attributes:
+        file: The file.
+        is_reference: Whether its operators are the numpy references themselves, so that they need no comparison.
+    """
+
+    is_reference = False
+
+    def __init__(self, path: Path | ExportedModel) -> None:
+        """Open a file or an exported folder.
+
+        Raises:
+            UsageError: Not a file with ``input_ids`` and ``logits``.
+        """
+        from rankbook.exporter.file import ExportedModel
+
+        self.file = path if isinstance(path, ExportedModel) else ExportedModel.open(path)
+        if "input_ids" not in self.file.inputs or "logits" not in self.file.outputs:
+            raise UsageError(
+                f"{self.file.path} has no input_ids and logits, so it cannot be given text; give a file written by"
+                " `rankbook export` (with --inputs ids)"
+            )
+        self._cache: dict[str, Any] = {}
+        self._length = 0
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the file, or None; read when it is asked for, since transformers loads for seconds."""
+        from rankbook.calibration.model.tokenizer import read_tokenizer
+
+        return read_tokenizer(str(self.file.path.parent))
+
+    @cached_property
+    def context(self) -> int | None:
+        """What the file says; for files that do not, the configuration beside them."""
+        folder = self.file.path.parent
+        noted = self.file.metadata.context
+        value = noted if noted.isdecimal() else read_json(folder / "config.json").get("max_position_embeddings")
+        return int(value) if value else None
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """That of the folder."""
+        return read_settings(self.file.path.parent)
+
+    @cached_property
+    def packed(self) -> tuple[int, int]:
+        """Of operators of this project and of MatMulNBits."""
+        return packed_size(self.file)
+
+    @property
+    def file_bytes(self) -> int:
+        """The graph and its data files."""
+        return self.file.file_bytes
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the file gives the logits of the last position only."""
+        return self.file.metadata.logits == "last"
+
+    def scores(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) without a cache: float32 (batch, length or 1, vocabulary)."""
+        self._reset(tokens.shape[0])
+        scores: Logits = self._compute(tokens, ["logits"])["logits"].astype("float32", copy=False)
+        return scores
+
+    def start(self, tokens: Tokens) -> Logits:
+        """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
+        self._reset(tokens.shape[0])
+        return self._advance(tokens)
+
+    def step(self, token: int) -> Logits:
+        """Continue with one token, return the next logits (vocabulary,)."""
+        import numpy as np
+
+        return self._advance(np.array([[token]], np.int64))
+
+    def feeds(self, tokens: Tokens) -> dict[str, Array]:
+        """Return the inputs of one call without a cache, by name."""
+        self._reset(tokens.shape[0])
+        return self._inputs(tokens) | self._empty_cache(tokens.shape[0])
+
+    @abstractmethod
+    def run_graph(self, graph: bytes, outputs: Mapping[str, str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute another graph whose data files are those of the file.
+
+        Args:
+            graph: A serialized model.
+            outputs: Names of values of the graph, by the names that they have in what is returned.
+            feeds: Inputs by name.
+        """
+
+    @abstractmethod
+    def _compute(self, tokens: Tokens, outputs: Collection[str]) -> dict[str, Any]:
+        """Return outputs by name for tokens behind the cache: logits as an array, the others as the cache has them."""
+
+    def _advance(self, tokens: Tokens) -> Logits:
+        values = self._compute(tokens, list(self.file.outputs))
+        self._cache = {past_of(name): value for name, value in values.items() if name.startswith(_PRESENT)}
+        return self._last(tokens, values["logits"])
+
+    def _last(self, tokens: Tokens, scores: Array) -> Logits:
+        """Count tokens, and return the last row of their scores; a copy, since the next step may write there."""
+        self._length += tokens.shape[1]
+        last: Logits = scores[0, -1].astype("float32")
+        return last
+
+    def _reset(self, batch: int) -> None:
+        self._length, self._cache = 0, dict(self._empty_cache(batch))
+
+    def _empty_cache(self, batch: int) -> dict[str, Array]:
+        """Return tensors without a past, by the names of the inputs."""
+        import numpy as np
+
+        return {
+            name: np.zeros([batch, *(size if isinstance(size, int) else 0 for size in shape[1:])], self._types[name])
+            for name, shape in self.file.inputs.items()
+            if name.startswith(_PAST)
+        }
+
+    def _inputs(self, tokens: Tokens) -> dict[str, Array]:
+        import numpy as np
+
+        batch, length = tokens.shape
+        inputs: dict[str, Array] = {}
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if name in self._types:
+                size = self._length + length if name == "attention_mask" else length
+                inputs[name] = np.ones((batch, size), self._types[name])
+        inputs["input_ids"][:] = tokens
+        if "position_ids" in inputs:
+            inputs["position_ids"][:] = np.arange(self._length, self._length + length)
+        return inputs
+
+    @cached_property
+    def _types(self) -> dict[str, str]:
+        return self.file.input_types
+
+
+def past_of(present: str) -> str:
+    """Return the name of the cache input that an output of the last step becomes."""
+    return present.replace(_PRESENT, _PAST, 1)
