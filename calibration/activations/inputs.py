@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,16 +179,12 @@ def applied(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -
     Raises:
         ValueError: A static kind lacks the range of a layer.
     """
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for name in layers:
             reach = config.ranges[name].step if config.static and name in config.ranges else math.inf
             through = _StraightThroughHook(config.function(name), reach)
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(through))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(through))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -256,15 +252,14 @@ def calibrate(
         raise ValueError(f"activation range {how!r} is unknown; choose one of {', '.join(RANGES)}")
     seen = {name: Histogram() for name in layers}
 
-    def observer(histogram: Histogram) -> Callable[..., None]:
-        return lambda _module, args: histogram.add(args[0])
+    def observe(histogram: Histogram, _module: nn.Module, args: Any) -> None:
+        histogram.add(args[0])
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(observer(item)) for name, item in seen.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, histogram in seen.items():
+            hook = functools.partial(observe, histogram)
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if empty := [name for name, histogram in seen.items() if histogram.count == 0]:
         raise ValueError(f"{empty[0]} saw no calibration input; give text that reaches it, or leave it out with --skip")
     symmetric = kind == "static8"

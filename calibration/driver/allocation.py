@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,38 +186,31 @@ def sensitivities(
     fisher = {name: torch.zeros(()) for name in layers}
     sketches: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, output: Tensor) -> None:
-            inputs = args[0].detach()
+    def add(name: str, inputs: Tensor, grad: Tensor) -> None:
+        stride = _stride(grad.shape[-1])
+        flow = grad[..., ::stride].reshape(-1, grad[..., ::stride].shape[-1]).float().square()
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()
+        fisher[name] = fisher[name] + flow.T @ flat.square() * (stride / tokens.numel())
+        if spectra:
+            sketch = flat.T @ (flow.sum(1)[:, None] * (flat @ _directions(flat.shape[1])))
+            sketches[name] = sketches.get(name, 0) + sketch * (stride / tokens.numel())
 
-            def add(grad: Tensor) -> None:
-                stride = _stride(grad.shape[-1])
-                flow = grad[..., ::stride].reshape(-1, grad[..., ::stride].shape[-1]).float().square()
-                energy = inputs.reshape(-1, inputs.shape[-1]).float().square()
-                fisher[name] = fisher[name] + flow.T @ energy * (stride / tokens.numel())
-                if spectra:
-                    flat = inputs.reshape(-1, inputs.shape[-1]).float()
-                    sketch = flat.T @ (flow.sum(1)[:, None] * (flat @ _directions(flat.shape[1])))
-                    sketches[name] = sketches.get(name, 0) + sketch * (stride / tokens.numel())
+    def watch(name: str, _module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(partial(add, name, args[0].detach()))  # type: ignore[no-untyped-call]
 
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
     _, start = adapter_of(model).embeddings().embedding
-    hooks.append(start.register_forward_hook(lambda _module, _args, output: output.detach().requires_grad_()))
     generator = torch.Generator().manual_seed(seed)
-    try:
-        with torch.enable_grad():
-            for window in tokens:
-                logits = model(input_ids=window[None], use_cache=False).logits[0].float()
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad(set_to_none=True)
+    with ExitStack() as hooks, torch.enable_grad():
+        hooks.callback(model.zero_grad, set_to_none=True)
+        for name, module in layers.items():
+            hooks.enter_context(module.register_forward_hook(partial(watch, name)))
+        hooks.enter_context(
+            start.register_forward_hook(lambda _module, _args, output: output.detach().requires_grad_())
+        )
+        for window in tokens:
+            logits = model(input_ids=window[None], use_cache=False).logits[0].float()
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
     if damaged := [name for name, found in fisher.items() if not is_finite(found)]:
         raise ValueError(f"the gradients of {damaged[0]} overflow, so a budget cannot be spent; give --bits instead")
     return {

@@ -148,13 +148,8 @@ def _stack(parts: list[QuantizedLinear], bias: Tensor | None) -> QuantizedLinear
     top = parts[0]
     if any(not torch.equal(part.levels, top.levels) for part in parts):
         raise ValueError(f"{top.method} gave different levels for different rows; they need one fixed set of levels")
-    columns = {
-        field: [getattr(part.params, field) for part in parts if getattr(part.params, field) is not None]
-        for field in ("codes", "step", "base", "values")
-    }
-    params = GroupParams(**{field: torch.cat(tensors) for field, tensors in columns.items() if tensors})
-    codes = torch.cat([part.codes for part in parts])
-    return QuantizedLinear(codes, top.bits, top.levels, params, top.has_offset, bias, None, top.method)
+    codes, params = torch.cat([part.codes for part in parts]), GroupParams.joined([part.params for part in parts], 0)
+    return replace(top, codes=codes, params=params, bias=bias, low_rank=None)
 
 
 def _wants_embedding(found: Embeddings, options: QuantizeOptions) -> bool:

@@ -14,8 +14,9 @@ ranges 0.0084 and 0.0063, LRQ (60 steps) 0.0071 and 0.0067; LCQ gains nothing: 0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -219,26 +220,20 @@ def _norm_outputs(block: nn.Module, run: Callable[[], Tensor], layers: Sequence[
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
 
-    def keep_output(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs[name] = output.flatten()
+    def keep_output(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs[name] = output.flatten()
 
-        return hook
+    def keep_input(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs[name] = (args[0] if args else kwargs["input"]).flatten()
 
-    def keep_input(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs[name] = (args[0] if args else kwargs["input"]).flatten()
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep_output(name)) for name, module in norms.items()]
-    hooks += [block.get_submodule(n).register_forward_pre_hook(keep_input(n), with_kwargs=True) for n in layers]
-    try:
+    with ExitStack() as hooks:
+        for name, module in norms.items():
+            hooks.enter_context(module.register_forward_hook(partial(keep_output, name)))
+        for name in layers:
+            hook = partial(keep_input, name)
+            hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: [n for n, output in outputs.items() if torch.equal(output, inputs[name])] for name in layers}
 
 

@@ -76,12 +76,4 @@ def quantize_params(grouped: Tensor, codes: Tensor, books: Codebooks, gram: Tens
     stored = from_params(to_params(books, bits), books.levels)
     refit = refit_params(grouped, codes, Codebooks(stored.levels, stored.coeffs, books.offset), gram, offset_only=True)
     first, second = to_params(books, bits), to_params(refit, bits)
-    return GroupParams.joined([planes(first, 0, -1), planes(second, -1, None)])
-
-
-def planes(params: GroupParams, first: int, stop: int | None) -> GroupParams:
-    """Return some planes of per-group parameters."""
-    take = slice(first, stop)
-    if params.codes is None or params.step is None or params.base is None:
-        return GroupParams(values=params.values[..., take] if params.values is not None else None)
-    return GroupParams(params.codes[..., take], params.step[..., take], params.base[..., take])
+    return GroupParams.joined([first.planes(0, -1), second.planes(-1, None)])

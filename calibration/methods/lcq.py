@@ -15,25 +15,22 @@ from torch import Tensor
 from rankbook.calibration.fitting import codebook_fit, codebook_store, feedback, rounding
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods.base import Method
-from rankbook.calibration.option import Options, option
+from rankbook.calibration.option import option
 from rankbook.calibration.record.codebooks import LEVEL_DTYPES
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.settings import EFFORTS
 from rankbook.calibration.training.learned_rounding import LearnedRounding, StepSizes
-from rankbook.calibration.training.reconstruct import COMPUTE, TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.training.reconstruct import TrainableLayer, TrainingOptions, train_records
 from rankbook.calibration.training.trained_codebooks import GRADIENTS, TrainedCodebooks
 from rankbook.plugins.layer_spec import check_group
 from rankbook.plugins.widths import BITS
 
 RECIPES = ("rounding", "codebook")
-STEPS = {"default": 100, "high": 600}
-"""Training steps per block of each effort that trains."""
 _PREDICT_ROUNDS = 4
 """Alternations of the fits that compare numbers of planes."""
 
 
 @dataclass(frozen=True)
-class LcqConfig(Options):
+class LcqConfig(TrainingOptions):
     """Options of LCQ."""
 
     bits: int = option(3, "bits of a code", choices=BITS)
@@ -41,16 +38,12 @@ class LcqConfig(Options):
     rank: int = option(2, "planes of the codebook matrix, 1 to 2**bits - 1")
     param_bits: int = option(8, "bits of each number of a group: 8 or 16")
     level_dtype: str = option("int8", "storage of the levels; int8 uses 7 bits", choices=tuple(LEVEL_DTYPES))
-    effort: str = option("default", "fast: closed form alone; default, high: trained by block", choices=EFFORTS)
     seed: int = option(0, "seed of the batch order in training")
     fit_rounds: int = option(10, "alternations of the activation-weighted least squares")
     feedback_rounds: int = option(2, "rounds of codes by error feedback and refit; 0 for none", least=0)
     damping: float = option(0.01, "share of the mean input energy added to the Gram matrix")
-    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
     recipe: str = option("rounding", "training: learned rounding, or of the codebooks", choices=RECIPES)
     gradient: str = option("straight-through", "gradient of recipe codebook", choices=GRADIENTS)
-    batch: int = option(1, "calibration sequences per training step", least=1)
-    compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
     rounding_step: float = option(0.5, "twice the reach of learned rounding, in level gaps")
     coeff_step: float = option(0.05, "twice the reach of the coefficients, relative")
     offset_step: float = option(0.03, "twice the reach of the offsets, in level gaps")
@@ -64,6 +57,10 @@ class LcqConfig(Options):
             )
         if self.param_bits not in (8, 16):
             raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
+
+    def trains(self) -> bool:
+        """Return whether blocks are trained; ``fast`` is the closed form alone, whatever ``steps`` says."""
+        return self.effort != "fast"
 
 
 def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = None) -> QuantizedLinear:
@@ -124,31 +121,18 @@ def predict(weight: Tensor, energy: Tensor, group: int, bits: int, planes: int) 
     return rounding.from_groups(rounding.lookup(codebooks, rounding.nearest(grouped, codebooks)))
 
 
-def trains(config: LcqConfig) -> bool:
-    """Return whether blocks are trained."""
-    return config.effort != "fast"
-
-
 def refine(
     problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: LcqConfig
 ) -> dict[str, QuantizedLinear]:
-    """Train the records of a block by its output; with effort ``fast`` they are returned as they are.
-
-    Error branches stay as they are; the codebooks are trained around them.
-    """
-    if not trains(config) or not records:
-        return dict(records)
-    steps = config.steps or STEPS[config.effort]
+    """Train codes and codebooks of a block, or the codebooks alone, see `train_records`."""
     sizes = StepSizes(config.rounding_step, config.coeff_step, config.offset_step, config.level_step)
-    layers: dict[str, TrainableLayer] = {}
-    for name, record in records.items():
-        weight = problem.layers[name].weight
+
+    def layer(weight: Tensor, record: QuantizedLinear) -> TrainableLayer:
         if config.recipe == "codebook":
-            layers[name] = TrainedCodebooks(weight, record, config.gradient)
-        else:
-            layers[name] = LearnedRounding(weight, record, steps, sizes)
-    train = TrainConfig(steps=steps, batch=config.batch, compute=config.compute)
-    return train_block(problem, records, layers, train).records
+            return TrainedCodebooks(weight, record, config.gradient)
+        return LearnedRounding(weight, record, config.training_steps(), sizes)
+
+    return train_records(problem, records, config, layer)
 
 
-METHOD = Method("lcq", LcqConfig, quantize, refine, trains, feedback=True, rows=rows, predict=predict)
+METHOD = Method("lcq", LcqConfig, quantize, refine, LcqConfig.trains, feedback=True, rows=rows, predict=predict)

@@ -7,7 +7,8 @@ few steps and the relative loss are this project's; ``compat`` goes back to the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -16,24 +17,21 @@ from rankbook.calibration.fitting import grids, rounding
 from rankbook.calibration.fitting.grids import Grid
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.methods.base import Method
-from rankbook.calibration.option import Options, option
+from rankbook.calibration.option import option
 from rankbook.calibration.record.codebooks import affine_levels
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.settings import EFFORTS
-from rankbook.calibration.training.reconstruct import COMPUTE, TrainableLayer, TrainConfig, train_block
+from rankbook.calibration.training.reconstruct import STEPS, TrainConfig, TrainingOptions, train_records
 from rankbook.calibration.training.scaled_rounding import Divisors, ScaledRounding
 from rankbook.plugins.widths import BITS
 
 UNIFORM = ("affine", "symmetric")
-STEPS = {"fast": 0, "default": 100, "high": 600}
-"""Training steps per block of each effort; 0 is rounding to nearest."""
 _COMPAT_STEPS, _COMPAT_BATCH, _COMPAT_RATE = 5000, 2, 5e-4
 _COMPAT_RANGES, _COMPAT_POWER = 100, 2.4
 _NARROW, _WIDE = 4096, 8192
 
 
 @dataclass(frozen=True)
-class LrqConfig(Options):
+class LrqConfig(TrainingOptions):
     """Options of LRQ."""
 
     bits: int = option(3, "bits of a code", choices=BITS)
@@ -42,11 +40,7 @@ class LrqConfig(Options):
     format: str = option("affine", "evenly spaced levels", choices=UNIFORM)
     clip_search: bool = option(True, "search the range of each group before training")
     param_bits: int = option(8, "bits of each number of a group: 8 or 16")
-    effort: str = option("default", "fast: no training; default, high: trained by block", choices=EFFORTS)
     seed: int = option(0, "seed of the batch order and of the scaling matrices")
-    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
-    batch: int = option(1, "calibration sequences per training step", least=1)
-    compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
     rate: float = option(0.0, "step size of the scaling matrices; 0 goes by the steps")
     scale_rate: float = option(0.0, "step size of the grid's scales; 0 goes by the steps")
     full_rank: bool = option(False, "a full scaling matrix: FlexRound")
@@ -81,13 +75,14 @@ class LrqConfig(Options):
 
     def training_steps(self) -> int:
         """Return the training steps per block."""
-        if self.compat and self.effort != "fast":
-            return self.steps or _COMPAT_STEPS
-        return self.steps or STEPS[self.effort]
+        released = _COMPAT_STEPS if self.compat and self.effort != "fast" else 0
+        return self.steps or released or STEPS[self.effort]
 
-    def trains(self) -> bool:
-        """Return whether blocks are trained."""
-        return self.training_steps() > 0
+    def train_config(self) -> TrainConfig:
+        """Return how blocks are trained."""
+        if not self.compat:
+            return super().train_config()
+        return replace(super().train_config(), batch=max(self.batch, _COMPAT_BATCH), loss="square")
 
 
 _REACH = 0.5
@@ -148,22 +143,14 @@ def _released_search(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def refine(
     problem: BlockProblem, records: Mapping[str, QuantizedLinear], config: LrqConfig
 ) -> dict[str, QuantizedLinear]:
-    """Train the records of a block by its output; with effort ``fast`` they are returned as they are.
-
-    Error branches stay as they are; the codes are trained around them.
-    """
-    steps = config.training_steps()
-    if not steps or not records:
-        return dict(records)
-    layers: dict[str, TrainableLayer] = {}
-    for index, (name, record) in enumerate(records.items()):
-        weight = problem.layers[name].weight
-        divisors = config.divisors(*weight.shape)
-        layers[name] = ScaledRounding(weight, record, divisors, 1000 * problem.seed + index)
-    batch = max(config.batch, _COMPAT_BATCH) if config.compat else config.batch
-    loss = "square" if config.compat else "relative"
-    train = TrainConfig(steps=steps, batch=batch, compute=config.compute, loss=loss)
-    return train_block(problem, records, layers, train).records
+    """Train codes and scales of a block, see `train_records`."""
+    seeds = count(1000 * problem.seed)
+    return train_records(
+        problem,
+        records,
+        config,
+        lambda weight, record: ScaledRounding(weight, record, config.divisors(*weight.shape), next(seeds)),
+    )
 
 
 METHOD = Method("lrq", LrqConfig, quantize, refine, LrqConfig.trains)

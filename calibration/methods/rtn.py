@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
@@ -16,7 +17,13 @@ from rankbook.plugins.widths import BITS
 
 @dataclass(frozen=True)
 class RtnConfig(Options):
-    """Options of rounding to nearest."""
+    """Options of rounding to nearest.
+
+    Attributes:
+        method: What records say that they were made with; methods that end in such a rounding have their own.
+    """
+
+    method: ClassVar[str] = "rtn"
 
     bits: int = option(4, "bits of a code", choices=BITS)
     group_size: int = option(64, "weights of one row that share a scale")
@@ -37,12 +44,12 @@ class RtnConfig(Options):
 
 
 def quantize(problem: LayerProblem, config: RtnConfig) -> QuantizedLinear:
-    """Round one layer.
+    """Round one layer to nearest; its inputs may have been scaled (see `rankbook.calibration.driver.scaling`).
 
     Raises:
         ValueError: The group size does not divide the layer, or the weights are not finite.
     """
-    return round_nearest(problem, config.grid(), "rtn")
+    return round_nearest(problem, config.grid(), config.method)
 
 
 METHOD = Method("rtn", RtnConfig, quantize)

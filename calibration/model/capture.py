@@ -8,6 +8,7 @@ autocast their matrix products take its dtype.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,14 +143,10 @@ def entering(model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor
         found.update(args[0])
         raise _StopForwardError
 
-    hook = module.register_forward_pre_hook(note)
-    try:
-        with outside_in_float32(model, blocks), _each_in_float32(blocks):
-            for batch in torch.split(tokens, batch_size(tokens)):
-                with contextlib.suppress(_StopForwardError):
-                    model(input_ids=batch, use_cache=False)
-    finally:
-        hook.remove()
+    with outside_in_float32(model, blocks), _each_in_float32(blocks), module.register_forward_pre_hook(note):
+        for batch in torch.split(tokens, batch_size(tokens)):
+            with contextlib.suppress(_StopForwardError):
+                model(input_ids=batch, use_cache=False)
     return found
 
 
@@ -159,14 +156,34 @@ def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[
 
     Layers that are given the same tensor (q, k and v; gate and up) share one statistics object.
     """
-    collector = _Collector(block, layers)
-    try:
+    modules: dict[str, Any] = {name: block.get_submodule(name) for name in layers}
+    statistics: dict[str, LayerStatistics] = {}
+    owners: dict[str, str] = {}
+    seen: list[tuple[Tensor, int, str]] = []
+
+    def of(name: str) -> LayerStatistics:
+        if name not in statistics:  # made when needed: those of a wide layer are large, and many layers share
+            statistics[name] = LayerStatistics.empty(int(modules[name].weight.shape[1]))
+        return statistics[name]
+
+    def observe(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        # The tensors are kept until the batch ends, so that an address is never seen twice by chance.
+        owner = next((o for tensor, version, o in seen if tensor is x and version == x._version), name)
+        known = owners.setdefault(name, owner)
+        if known == name:
+            seen.append((x, x._version, name))
+            of(name).update(x)
+        elif owner != known:  # a layer whose input was shared in an earlier batch is given its own now
+            raise RuntimeError(f"layer {name} shares its input with {known} in one batch and not in another")
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(observe, name), with_kwargs=True))
         for batch in torch.split(stream, batch_size(stream)):
             call(block, batch.float())
-            collector.end_batch()
-    finally:
-        collector.remove()
-    return collector.result()
+            seen.clear()
+    return {name: of(owners.get(name, name)) for name in modules}
 
 
 def within_range(model: Any) -> contextlib.AbstractContextManager[object]:
@@ -188,15 +205,12 @@ def outside_in_float32(model: nn.Module, blocks: Blocks) -> Iterator[None]:
     large = [m for m in model.modules() if isinstance(m, (nn.Embedding, PackedModule)) or (head and m is head[1])]
     inside |= {id(module) for module in large}
     others = [m for m in model.modules() if id(m) not in inside]
-    hooks = [m.register_forward_hook(lambda _m, _i, output: output.float()) for m in large]
-    try:
-        with contextlib.ExitStack() as stack:
-            for module in others:
-                stack.enter_context(in_float32(module, recurse=False))
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as stack:
+        for module in large:
+            stack.enter_context(module.register_forward_hook(lambda _module, _args, output: output.float()))
+        for module in others:
+            stack.enter_context(in_float32(module, recurse=False))
+        yield
 
 
 @contextlib.contextmanager
@@ -228,8 +242,8 @@ def _each_in_float32(blocks: Blocks) -> Iterator[None]:
             def narrow(_module: nn.Module, _args: Any, _output: Any, widened: contextlib.ExitStack = widened) -> None:
                 widened.close()
 
-            hooks.callback(block.register_forward_pre_hook(widen).remove)
-            hooks.callback(block.register_forward_hook(narrow).remove)
+            hooks.enter_context(block.register_forward_pre_hook(widen))
+            hooks.enter_context(block.register_forward_hook(narrow))
         yield
 
 
@@ -338,50 +352,3 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Te
     found: list[tuple[tuple[Any, ...], Tensor]] = []
     _map(lambda where, tensor: found.append((where, tensor)), value, path)
     return found
-
-
-class _Collector:
-    """Forward pre-hooks that fill statistics, once per distinct input tensor."""
-
-    def __init__(self, block: nn.Module, layers: Sequence[str]) -> None:
-        self._statistics: dict[str, LayerStatistics] = {}
-        self._owner: dict[str, str] = {}
-        self._seen: list[tuple[Tensor, int, str]] = []
-        self._modules: dict[str, Any] = {name: block.get_submodule(name) for name in layers}
-        self._hooks = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, module in self._modules.items()
-        ]
-
-    def _of(self, name: str) -> LayerStatistics:
-        if name not in self._statistics:  # made when needed: those of a wide layer are large, and many layers share
-            width = self._modules[name].weight.shape[1]
-            self._statistics[name] = LayerStatistics.empty(int(width))
-        return self._statistics[name]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else kwargs["input"]
-            # The tensors are kept until the batch ends, so that an address is never seen twice by chance.
-            owner = next((o for seen, version, o in self._seen if seen is x and version == x._version), name)
-            known = self._owner.setdefault(name, owner)
-            if known == name:
-                self._seen.append((x, x._version, name))
-                self._of(name).update(x)
-            elif owner != known:  # a layer whose input was shared in an earlier batch is given its own now
-                raise RuntimeError(f"layer {name} shares its input with {known} in one batch and not in another")
-
-        return observe
-
-    def end_batch(self) -> None:
-        """Forget the tensors of the batch."""
-        self._seen.clear()
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def result(self) -> dict[str, LayerStatistics]:
-        """Return the statistics by layer, shared ones under each of their names."""
-        return {name: self._of(self._owner.get(name, name)) for name in self._modules}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -98,24 +98,25 @@ class GroupParams:
         return cls(codes.to(torch.int8), step, 128 * step)
 
     @classmethod
-    def joined(cls, parts: Sequence[GroupParams]) -> GroupParams:
-        """Put planes of the same groups beside each other.
+    def joined(cls, parts: Sequence[GroupParams], axis: int = -1) -> GroupParams:
+        """Put planes of the same groups beside each other, or, along axis 0, whole panels of rows below each other.
 
         Raises:
             ValueError: No parts, or parts in different forms.
         """
-        values = [part.values for part in parts if part.values is not None]
-        if parts and len(values) == len(parts):
-            return cls(values=torch.cat(values, -1))
-        stored = [
-            (p.codes, p.step, p.base)
-            for p in parts
-            if p.codes is not None and p.step is not None and p.base is not None
-        ]
-        if not parts or len(stored) != len(parts):
+        names = {tuple(part.held()) for part in parts}
+        if len(names) != 1:
             raise ValueError("group parameters can be joined only if all hold 8-bit codes or all hold values")
-        codes, step, base = zip(*stored, strict=True)
-        return cls(torch.cat(codes, -1), torch.cat(step, -1), torch.cat(base, -1))
+        return cls(**{name: torch.cat([part.held()[name] for part in parts], axis) for name in names.pop()})
+
+    def planes(self, first: int, stop: int | None) -> GroupParams:
+        """Return some of the planes."""
+        return GroupParams(**{name: tensor[..., first:stop] for name, tensor in self.held().items()})
+
+    def held(self) -> dict[str, Tensor]:
+        """Return the tensors of the form that it has, by field."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], spec: LayerSpec) -> GroupParams:

@@ -8,7 +8,7 @@ corrections are this project's). The forward value is the *stored* one: integer 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,15 +109,9 @@ class LearnedRounding:
         codes = rounding.nearest(self._place, books.dense())
         if self._params is None:
             raise ValueError("the layer has no parameters yet")
-        return QuantizedLinear(
-            codes=rounding.from_groups(codes),
-            bits=self._start.bits,
-            levels=books.levels.to(self._start.levels.dtype),
-            params=self._params,
-            has_offset=True,
-            bias=self._start.bias,
-            low_rank=self._start.low_rank,
-            method=self._start.method,
+        levels = books.levels.to(self._start.levels.dtype)
+        return replace(
+            self._start, codes=rounding.from_groups(codes), levels=levels, params=self._params, has_offset=True
         )
 
 

@@ -8,7 +8,7 @@ section 3).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.fitting.problem import BlockProblem
+from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.settings import EFFORTS
 
 LOSSES = ("relative", "square")
 """Error of a block's output: relative for each token (see `token_errors`), or the plain square, summed over tokens."""
@@ -26,6 +28,32 @@ COMPUTE = ("auto", "float32", "bfloat16")
 """Arithmetic of the block's forward and backward pass; ``auto`` takes bfloat16 where the processor multiplies it
 natively.
 """
+
+
+STEPS = {"fast": 0, "default": 100, "high": 600}
+"""Training steps per block of each effort."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """Options of every method that trains blocks."""
+
+    effort: str = option("default", "fast: no training; default, high: trained by block", choices=EFFORTS)
+    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
+    batch: int = option(1, "calibration sequences per training step", least=1)
+    compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
+
+    def training_steps(self) -> int:
+        """Return the training steps per block."""
+        return self.steps or STEPS[self.effort]
+
+    def trains(self) -> bool:
+        """Return whether blocks are trained."""
+        return self.training_steps() > 0
+
+    def train_config(self) -> TrainConfig:
+        """Return how blocks are trained."""
+        return TrainConfig(self.training_steps(), self.batch, self.compute)
 
 
 class TrainableLayer(Protocol):
@@ -69,6 +97,28 @@ class TrainResult:
     records: dict[str, QuantizedLinear]
     loss_before: float
     loss_after: float
+
+
+def train_records(
+    problem: BlockProblem,
+    records: Mapping[str, QuantizedLinear],
+    options: TrainingOptions,
+    layer: Callable[[Tensor, QuantizedLinear], TrainableLayer],
+) -> dict[str, QuantizedLinear]:
+    """Train the records of a block by its output; where the options do not train they are returned as they are.
+
+    Error branches stay as they are; what is trained is trained around them.
+
+    Args:
+        problem: The block.
+        records: Where training starts.
+        options: Whether and how long.
+        layer: Makes what is trained of a weight (N, K) and its record; called in the order of the records.
+    """
+    if not options.trains() or not records:
+        return dict(records)
+    layers = {name: layer(problem.layers[name].weight, record) for name, record in records.items()}
+    return train_block(problem, records, layers, options.train_config()).records
 
 
 def train_block(

@@ -10,7 +10,7 @@ rank; FlexRound (Lee et al. 2023): S has as many numbers as the weight.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,6 @@ class ScaledRounding:
         self._scale = dense[0].contiguous()
         self._shift = dense[1] / dense[0] if record.has_offset else torch.zeros_like(self._scale)
         self._branch = None if record.low_rank is None else record.low_rank.dense()
-        self._divisors = divisors
         rows, columns = weight.shape
         self._delta = torch.zeros_like(self._scale)
         self._row = torch.zeros(rows)
@@ -128,18 +127,7 @@ class ScaledRounding:
 
     def record(self) -> QuantizedLinear:
         """Return the state as it is stored."""
-        codes = self._round()
-        start = self._start
-        return QuantizedLinear(
-            codes=rounding.from_groups(codes),
-            bits=start.bits,
-            levels=start.levels,
-            params=self._params(),
-            has_offset=start.has_offset,
-            bias=start.bias,
-            low_rank=start.low_rank,
-            method=start.method,
-        )
+        return replace(self._start, codes=rounding.from_groups(self._round()), params=self._params())
 
 
 def _start_matrices(rows: int, columns: int, divisors: Divisors, seed: int) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ here, and a scale-free parameterization that contains OmniQuant's learned clippi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -186,13 +188,4 @@ class TrainedCodebooks:
         params, books = self._stored(self._model.books())
         codes = rounding.nearest(self._grouped, books.dense())
         levels = books.levels.to(self._start.levels.dtype)
-        return QuantizedLinear(
-            rounding.from_groups(codes),
-            self._start.bits,
-            levels,
-            params,
-            has_offset=True,
-            bias=self._start.bias,
-            low_rank=self._start.low_rank,
-            method=self._start.method,
-        )
+        return replace(self._start, codes=rounding.from_groups(codes), levels=levels, params=params, has_offset=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,25 +146,18 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     from rankbook.calibration.model.packed_modules import CodebookEmbedding, packed_modules
 
     captured, adapter = Captured(), adapter_of(torch_model.model)
-    hooks = []
 
-    def remember(name: str, scale: float) -> Callable[..., None]:
-        def hook(_: Any, inputs: Any, output: Any) -> None:
-            captured.inputs[name] = inputs[0].detach().numpy()
-            # The factor of a scaled embedding is a node of its own in the graph.
-            captured.outputs[name] = (output.detach().float() / scale).numpy()
+    def remember(name: str, scale: float, _: Any, inputs: Any, output: Any) -> None:
+        captured.inputs[name] = inputs[0].detach().numpy()
+        # The factor of a scaled embedding is a node of its own in the graph.
+        captured.outputs[name] = (output.detach().float() / scale).numpy()
 
-        return hook
-
-    for stored, module in packed_modules(torch_model.model).items():
-        name = adapter.language_name(stored)  # the file of a model with a vision tower holds its language model alone
-        scale = float(module.spec.scale) if isinstance(module, CodebookEmbedding) else 1.0
-        hooks.append(module.register_forward_hook(remember(name, scale)))
-    try:
+    with ExitStack() as hooks:
+        for stored, module in packed_modules(torch_model.model).items():
+            name = adapter.language_name(stored)  # that of the language model alone
+            scale = float(module.spec.scale) if isinstance(module, CodebookEmbedding) else 1.0
+            hooks.enter_context(module.register_forward_hook(partial(remember, name, scale)))
         torch_model.logits(tokens)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return captured
 
 

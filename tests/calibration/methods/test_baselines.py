@@ -40,7 +40,7 @@ def test_gptq_takes_columns_as_they_stand_or_by_energy() -> None:
 
 def test_learned_clipping_starts_at_the_record() -> None:
     problem = problems.layer(40, 128)
-    record = omniquant.quantize(problem, TRAINED)
+    record = rtn.quantize(problem, TRAINED)
     layer = TrainedCodebooks(problem.weight, record, "straight-through", 1e-2)
     again = layer.record()
     assert torch.equal(again.levels, record.levels)
@@ -53,7 +53,7 @@ def test_learned_clipping_starts_at_the_record() -> None:
 def test_learned_clipping_moves_ranges_alone(bits: int) -> None:
     problem = problems.block()
     config = dataclasses.replace(TRAINED, bits=bits, clip_search=False, param_bits=16)
-    records = {name: omniquant.quantize(part, config) for name, part in problem.layers.items()}
+    records = {name: rtn.quantize(part, config) for name, part in problem.layers.items()}
     trained = omniquant.refine(problem, records, config)
     before, after = block_loss(problem, records), block_loss(problem, trained)
     assert after <= before if bits == 8 else after < 0.9 * before
@@ -70,20 +70,17 @@ def test_learned_clipping_moves_ranges_alone(bits: int) -> None:
 def test_fast_effort_trains_nothing() -> None:
     problem = problems.block()
     config = OmniQuantConfig(bits=3, effort="fast")
-    records = {name: omniquant.quantize(part, config) for name, part in problem.layers.items()}
+    records = {name: rtn.quantize(part, config) for name, part in problem.layers.items()}
     assert omniquant.refine(problem, records, config) == records
 
 
 def test_methods_with_input_scaling_round_to_nearest() -> None:
     problem = problems.layer(40, 128)
-    for name, module, config in (
-        ("awq", awq, awq.AwqConfig(bits=3)),
-        ("smoothquant", smoothquant, smoothquant.SmoothQuantConfig()),
-    ):
-        record = module.quantize(problem, config)
+    for name, config in (("awq", awq.AwqConfig(bits=3)), ("smoothquant", smoothquant.SmoothQuantConfig())):
+        record = METHODS[name].quantize(problem, config)
         assert record.method == METHODS[name].scale_inputs == name
         assert torch.equal(record.codes, rtn.quantize(problem, config).codes)
-    assert not smoothquant.quantize(problem, smoothquant.SmoothQuantConfig()).has_offset
+    assert not rtn.quantize(problem, smoothquant.SmoothQuantConfig()).has_offset
 
 
 def test_wrong_values_are_refused() -> None:
