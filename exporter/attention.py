@@ -60,7 +60,7 @@ def attend(
 def mask(
     *,
     q_length: int,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     attention_mask: Tensor,
     **_: Any,
@@ -69,12 +69,18 @@ def mask(
 
     A query always sees itself, so that the rows of padding have something to normalize: a row without any key is NaN in
     some runtimes, and the NaN would spread through the values of later layers.
+
+    An offset for each row, (batch, 1), is that of a cache of a fixed length, where no query sees padding without a mask
+    of it (`rankbook.exporter.static`).
     """
-    query = (torch.arange(q_length) + q_offset)[None, None, :, None]
+    fixed = isinstance(q_offset, Tensor)
+    query = torch.arange(q_length) + q_offset
+    query = (query if fixed else query[None])[:, None, :, None]
     # The length is taken from the mask: it equals past + sequence, but torch.export knows it as a size of its own.
     key = torch.arange(attention_mask.shape[1])[None, None, None, :]
     first = torch.zeros((), dtype=torch.int64)  # batch and head, of which no supported pattern depends
-    return mask_function(first, first, query, key) & (attention_mask[:, None, None, :] | (query == key))
+    seen = mask_function(first, first, query, key)
+    return seen if fixed else seen & (attention_mask[:, None, None, :] | (query == key))
 
 
 def additive_mask(*, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:

@@ -39,10 +39,11 @@ from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
+from rankbook.exporter.passes.static_cache import RaiseOpset, ScatterCache
 from rankbook.exporter.passes.weights import BindWeights, packed_layer
 from rankbook.exporter.properties import DATA_SHA256
 from rankbook.exporter.skeleton import Skeleton, build
-from rankbook.exporter.trace import trace
+from rankbook.exporter.trace import max_context, trace
 from rankbook.plugins import contract
 
 MODEL, DATA = ONNX_NAME, f"{ONNX_NAME}.data"
@@ -171,10 +172,12 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
     check_layers(dialect, (packed_layer(checkpoint, name, dtype, int8_activations=int8) for name in checkpoint.layers))
     kind = "int8" if int8 else checkpoint.settings.get("activations", {}).get("kind", "none")
     skeleton = build(checkpoint, dtype, config)
-    model = trace(skeleton, options.logits, options.inputs)
+    model = trace(skeleton, options)
+    fixed = options.graph == "static"
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
         CheckMasks(),
+        *([ScatterCache()] if fixed else []),
         BindWeights(checkpoint, skeleton, dialect, int8_activations=int8),
         *([QuantizeCache()] if options.kv == "int8" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
@@ -184,18 +187,22 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
         *(_ort_passes(skeleton) if options.graph == "ort" else [DecomposeAttention()]),
         common.RemoveUnusedNodesPass(),
         AddBodies(),
+        *([RaiseOpset()] if fixed else []),
         InferShapes(),
-        AddMetadata(checkpoint, **options.described(), activations=kind, context=_context(skeleton)),
+        AddMetadata(checkpoint, **options.described(), activations=kind, **_limits(skeleton, options)),
     ]
     for step in passes:
         step(model)
     return model
 
 
-def _context(skeleton: Skeleton) -> str:
+def _limits(skeleton: Skeleton, options: ExportOptions) -> dict[str, str]:
     """Return up to how many positions, past ones included, the file is right; empty where there is no limit."""
+    if options.graph == "static":
+        slots = str(max_context(skeleton, options))
+        return {"context": slots, "max_context": slots}
     limit = adapter_of(skeleton.model).context()
-    return str(limit) if limit else ""
+    return {"context": str(limit) if limit else ""}
 
 
 def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from rankbook.calibration.option import Options, option
 from rankbook.exporter import dialects
 
+DTYPES = ("fp32", "fp16", "bf16")
+"""Types of activations and of weights that are not quantized."""
 LOGITS = ("last", "all")
 """Whether the logits of the last position or of all positions are an output."""
 INPUTS = {"ids": "input_ids", "embeds": "inputs_embeds"}
@@ -21,7 +23,7 @@ class ExportOptions(Options):
         ValueError: At construction, for a value that does not exist; the message names those that do.
     """
 
-    dtype: str = option("fp32", "activations and unquantized weights", choices=("fp32", "fp16", "bf16"))
+    dtype: str = option("fp32", "activations and unquantized weights", choices=DTYPES)
     logits: str = option("last", "last is for generation, all for `rankbook eval`", choices=LOGITS)
     dialect: str = option(
         dialects.NATIVE,
@@ -37,9 +39,23 @@ class ExportOptions(Options):
     )
     graph: str = option(
         "standard",
-        "operators of everything else: standard (any runtime), or ort (ONNX Runtime's own attention and"
-        " normalization: faster there)",
-        choices=("standard", "ort"),
+        "operators of everything else, and the cache: standard (any runtime; it grows), ort (ONNX Runtime's own"
+        " attention and normalization: faster there), or static (for engines: a cache of --max-context positions,"
+        " written in place)",
+        choices=("standard", "ort", "static"),
+    )
+    max_context: int | None = option(
+        None,
+        "positions of the cache of --graph static, prompt and answer together; 1024 where not given, or all that the"
+        " model has if those are fewer",
+        metavar="N",
+        least=1,
+    )
+    sample: str = option(
+        "none",
+        "greedy: the best token of each row is an output too (next_token), so that a step need not read the logits;"
+        " --graph static only",
+        choices=("none", "greedy"),
     )
     kv: str = option(
         "float",
@@ -57,7 +73,14 @@ class ExportOptions(Options):
         super().__post_init__()
         if self.graph == "ort" and self.kv == "int8":
             raise ValueError("graph 'ort' has a cache in the type of the activations; give kv float, or graph standard")
+        if self.graph != "static" and (self.max_context or self.sample != "none"):
+            raise ValueError(
+                f"max_context and sample belong to graph 'static', and this is {self.graph!r}; leave them out"
+            )
+        if self.sample != "none" and self.logits != "last":
+            raise ValueError("sample 'greedy' gives the token behind the last one; give logits 'last'")
 
     def described(self) -> dict[str, str]:
         """Return what the file is, by the names of `rankbook.exporter.properties.Metadata`."""
-        return {name: getattr(self, name) for name in ("dtype", "logits", "dialect", "graph", "kv", "inputs")}
+        names = ("dtype", "logits", "dialect", "graph", "kv", "inputs", "sample")
+        return {name: getattr(self, name) for name in names}

@@ -34,6 +34,8 @@ class Metadata:
         inputs: ``ids``, or embedded tokens.
         activations: What products compute with.
         context: Positions up to which the file is right, past ones included; empty without a limit.
+        max_context: Positions of a cache of a fixed length (``graph`` static); empty for one that grows.
+        sample: ``greedy`` where the best token is an output.
         data_sha256: Hash of the data file; empty where an older version wrote the file.
         properties: All properties as they are in a file that was read.
     """
@@ -52,6 +54,8 @@ class Metadata:
     inputs: str = "ids"
     activations: str = "none"
     context: str = ""
+    max_context: str = ""
+    sample: str = "none"
     data_sha256: str = ""
     properties: Mapping[str, str] = field(default_factory=dict)
 

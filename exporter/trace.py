@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -13,107 +14,140 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.exporter import refusal
+from rankbook.exporter import refusal, static
 from rankbook.exporter.functions import OPSET
-from rankbook.exporter.options import INPUTS, LOGITS
+from rankbook.exporter.options import INPUTS, ExportOptions
 from rankbook.exporter.skeleton import Skeleton
 
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 """Sizes of the example; none is 0 or 1, which torch.export would take for constants."""
+_ROWS = {0: "batch", 1: "sequence"}
+"""Dynamic axes of tokens and of what there is one of for each."""
+DEFAULT_CONTEXT = 1024
+"""Slots of a cache of a fixed length where neither the user nor the model wants another number."""
+
+Past = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, (batch, heads, positions, size) each."""
 
 
 class _CausalLM(nn.Module):
-    """The model as a function of plain tensors."""
+    """The model as a function of plain tensors, with a cache that grows.
 
-    def __init__(self, model: Any, logits: str, inputs: str) -> None:
+    Every layer keeps all positions, also one with a sliding window: its mask hides the older ones, and the cache of all
+    layers has one length.
+    """
+
+    def __init__(self, model: Any, options: ExportOptions) -> None:
         super().__init__()
-        self.model = model
-        self.last = logits == "last"
-        self.inputs = INPUTS[inputs]
+        self.model, self.options = model, options
 
-    def forward(
-        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
-
-        ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden). The last logits of a row
-        are those of its last real position: rows of a batch may be padded on either side.
-
-        Every layer keeps all positions, also one with a sliding window: its mask hides the older ones, and the cache of
-        all layers has one length.
-        """
+    def forward(self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past) -> tuple[Any, ...]:
+        """Return what `_run` does; rows of a batch may be padded on either side."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
         for index, (key, value) in enumerate(past):
             cache.update(key, value, index)
+        length = tokens.shape[1]
+        # 1 where a token is real, and 0 where it is padding.
+        real = attention_mask[:, attention_mask.shape[1] - length :]
+        last = (real * torch.arange(length)).argmax(1)
+        return self._run(tokens, attention_mask, position_ids, cache, last)
+
+    def _run(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any, last: Tensor) -> tuple[Any, ...]:
+        """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
+
+        ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden); ``last`` (batch,) is the
+        place of the last real one in each row, whose logits are those of ``--logits last``. With ``--sample greedy``
+        the best token of each row (batch, 1) comes behind the logits.
+        """
         head = self.model.get_output_embeddings()
-        real = attention_mask[:, attention_mask.shape[1] - tokens.shape[1] :]
         # Before the output layer, so that it computes one position, and what follows it in the model stays.
-        hook = head.register_forward_pre_hook(lambda _, given: (_last(given[0], real),)) if self.last else None
+        hook = head.register_forward_pre_hook(lambda _, given: (_at(given[0], last),)) if self._last_only else None
         try:
             output = self.model(
-                **{self.inputs: tokens},
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                **{INPUTS[self.options.inputs]: tokens},
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )
         finally:
             if hook is not None:
                 hook.remove()
-        return output.logits.float(), [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        logits = output.logits.float()
+        best = (logits.argmax(-1),) if self.options.sample == "greedy" else ()
+        return logits, *best, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+
+    @property
+    def _last_only(self) -> bool:
+        return self.options.logits == "last"
 
 
-def _last(hidden: Tensor, real: Tensor) -> Tensor:
-    """Return the last real position of each row, (batch, 1, hidden), of hidden states (batch, sequence, hidden).
+class _StaticLM(_CausalLM):
+    """The same with a cache of a fixed length (`rankbook.exporter.static`)."""
 
-    ``real`` (batch, sequence) is 1 where a position is a token and 0 where it is padding.
-    """
-    last = (real * torch.arange(hidden.shape[1])).argmax(1)
+    def forward(self, tokens: Tensor, write_indices: Tensor, lengths: Tensor, past: Past) -> tuple[Any, ...]:
+        """Return what `_run` does for rows of ``lengths`` (batch,) real tokens behind ``write_indices`` (batch,)."""
+        positions = write_indices[:, None] + torch.arange(tokens.shape[1])
+        # For models that count positions in it. Attention has no need of it, see `rankbook.exporter.attention.mask`.
+        mask = torch.ones(tokens.shape[0], past[0][0].shape[2], dtype=torch.int64)
+        cache = static.fixed_cache(past, write_indices)
+        return self._run(tokens, mask, positions, cache, (lengths - 1).clamp_min(0))
+
+
+def _at(hidden: Tensor, last: Tensor) -> Tensor:
+    """Return one position ``last`` (batch,) of each row, (batch, 1, hidden), of (batch, sequence, hidden)."""
     return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
 
 
-def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
+@dataclass(frozen=True)
+class _Example:
+    """What is traced, and with what.
+
+    Attributes:
+        module: The model.
+        values: Examples of the inputs behind the tokens and before the cache, by name.
+        sizes: Names of the dynamic axes of each of them.
+        cache: Names of the dynamic axes of keys and values.
+    """
+
+    module: nn.Module
+    values: dict[str, Tensor]
+    sizes: tuple[dict[int, str], ...]
+    cache: dict[int, str]
+
+
+def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
     """Return the graph of a skeleton; its large weights are still missing.
 
     Raises:
-        ValueError: ``logits`` or ``inputs`` is unknown.
+        ValueError: Embedded tokens are asked of a model that gives images positions of their own.
         NotExportableError: torch cannot trace the model; the message says where.
     """
-    if logits not in LOGITS:
-        raise ValueError(f"logits {logits!r} is unknown; choose one of {LOGITS}")
-    if inputs not in INPUTS:
-        raise ValueError(f"inputs {inputs!r} is unknown; choose one of {tuple(INPUTS)}")
     config = skeleton.model.config
-    if inputs == "embeds" and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    if options.inputs == "embeds" and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         raise ValueError(
             "positions of images have three parts in this model, and one in the file; export with --inputs ids"
         )
-    past = _past(skeleton)
+    fixed = options.graph == "static"
+    past = _past(skeleton, max_context(skeleton, options) if fixed else _PAST)
+    example = _static(skeleton, options) if fixed else _growing(skeleton, options)
     layers = len(past)
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
-    if inputs == "embeds":
+    if options.inputs == "embeds":
         tokens = torch.zeros(_BATCH, _SEQUENCE, config.hidden_size, dtype=skeleton.dtype)
-    attention_mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64)
-    positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous()
-    rows = {0: "batch", 1: "sequence"}
-    cache_dims = {0: "batch", 2: "past_sequence"}
+    best = ["next_token"] if options.sample == "greedy" else []
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                _CausalLM(skeleton.model, logits, inputs).eval(),
-                (tokens, attention_mask, positions, past),
+                example.module.eval(),
+                (tokens, *example.values.values(), past),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(rows, {0: "batch", 1: "total_sequence"}, rows, [(cache_dims, cache_dims)] * layers),
-                input_names=[
-                    INPUTS[inputs],
-                    "attention_mask",
-                    "position_ids",
-                    *_cache_names("past_key_values", layers),
-                ],
-                output_names=["logits", *_cache_names("present", layers)],
+                dynamic_shapes=(_ROWS, *example.sizes, [(example.cache, example.cache)] * layers),
+                input_names=[INPUTS[options.inputs], *example.values, *_cache_names("past_key_values", layers)],
+                output_names=["logits", *best, *_cache_names("present", layers)],
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, *refusal.TRACE_ERRORS) as error:
@@ -126,8 +160,36 @@ def trace(skeleton: Skeleton, logits: str, inputs: str = "ids") -> ir.Model:
     return model
 
 
-def _past(skeleton: Skeleton) -> list[tuple[Tensor, Tensor]]:
-    """Return an example of the keys and values of each layer, in the shapes that the model gives them.
+def max_context(skeleton: Skeleton, options: ExportOptions) -> int:
+    """Return the slots of the cache of ``--graph static``.
+
+    Raises:
+        ValueError: More are asked for than the model has positions.
+    """
+    limit = adapter_of(skeleton.model).context()
+    wanted = options.max_context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
+    if limit and wanted > limit:
+        raise ValueError(f"max_context is {wanted} and the model is right up to {limit} positions; give at most that")
+    return wanted
+
+
+def _growing(skeleton: Skeleton, options: ExportOptions) -> _Example:
+    values = {
+        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
+        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous(),
+    }
+    sizes = ({0: "batch", 1: "total_sequence"}, _ROWS)
+    return _Example(_CausalLM(skeleton.model, options), values, sizes, {0: "batch", 2: "past_sequence"})
+
+
+def _static(skeleton: Skeleton, options: ExportOptions) -> _Example:
+    row = {0: "batch"}
+    values = {"write_indices": torch.full((_BATCH,), _PAST), "lengths": torch.full((_BATCH,), _SEQUENCE)}
+    return _Example(_StaticLM(skeleton.model, options), values, (row, row), row)
+
+
+def _past(skeleton: Skeleton, length: int) -> Past:
+    """Return an example of the keys and values of each layer, ``length`` positions in the shapes of the model.
 
     Raises:
         NotExportableError: Something else is kept.
@@ -149,12 +211,13 @@ def _past(skeleton: Skeleton) -> list[tuple[Tensor, Tensor]]:
                 use_cache=True,
             )
         kept = [(layer.keys, layer.values) for layer in cache.layers]
-        shapes = [tuple((_BATCH, part.shape[1], _PAST, part.shape[3]) for part in pair) for pair in kept]
+        shapes = [tuple((_BATCH, part.shape[1], length, part.shape[3]) for part in pair) for pair in kept]
     except refusal.TRACE_ERRORS as error:
         raise refusal.traced(model.config, error) from error
     if len(shapes) != adapter_of(model).layers:
         raise refusal.NotExportableError(model.config, f"{len(shapes)} of its layers keep keys and values")
-    return [(torch.zeros(key, dtype=skeleton.dtype), torch.zeros(value, dtype=skeleton.dtype)) for key, value in shapes]
+    # Nobody reads the elements, and what nobody writes takes no memory.
+    return [(torch.empty(key, dtype=skeleton.dtype), torch.empty(value, dtype=skeleton.dtype)) for key, value in shapes]
 
 
 def _cache_names(prefix: str, layers: int) -> list[str]:

@@ -10,6 +10,8 @@ from rankbook.exporter.rewrite import Writer
 
 PAST, PRESENT, SCALE = "past_key_values.", "present.", "_scale"
 """Names of the tensors: ``past_key_values.0.key`` and its ``past_key_values.0.key_scale``."""
+_JOINS = {("Concat", 2), ("TensorScatter", 3)}
+"""Operators that put new keys or values behind the past, and the number of their inputs."""
 _SMALLEST = {ir.DataType.FLOAT16: 1e-7}
 _SMALLEST_WIDE = 1e-30
 """Lower bounds of a scale, so that a token of zeros can be divided by it; float16 has no smaller numbers."""
@@ -21,7 +23,7 @@ def cache_layers(values: Iterable[ir.Value]) -> int:
 
 
 class QuantizeCache(ir.passes.InPlacePass):
-    """Replaces each ``Concat(past, new)`` of the cache by the same on INT8 codes and on their scales.
+    """Replaces each ``Concat(past, new)`` or ``TensorScatter`` of the cache by the same on INT8 codes and on scales.
 
     Keys are stored as attention sees them, after the rotary embedding: ``scale = max|x| / 127`` over one head of one
     token, ``codes = clamp(round(x / scale))``, symmetric. Attention reads ``codes * scale`` for new tokens as well, so
@@ -32,7 +34,7 @@ class QuantizeCache(ir.passes.InPlacePass):
         """Change the model in place.
 
         Raises:
-            ValueError: A cache tensor is not joined with new keys or values in one Concat.
+            ValueError: A cache tensor is not joined with new keys or values in one node.
         """
         graph = model.graph
         scales: dict[str, tuple[ir.Value, ir.Value]] = {}
@@ -46,8 +48,8 @@ class QuantizeCache(ir.passes.InPlacePass):
 
 def _quantize(graph: ir.Graph, past: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Rewrite one cache tensor; return the scales of the past and of the present."""
-    concat = _concat(graph, past)
-    new, present = concat.inputs[1], concat.outputs[0]
+    join = _join(graph, past)
+    new, present = join.inputs[1], join.outputs[0]
     dtype, name = present.dtype, str(present.name)
     if new is None or dtype is None or past.shape is None or present.shape is None:
         raise ValueError(f"the cache tensor {past.name!r} has no type or shape")
@@ -62,28 +64,30 @@ def _quantize(graph: ir.Graph, past: ir.Value) -> tuple[ir.Value, ir.Value]:
     step = writer.op("Max", step, writer.number(_smallest(dtype), dtype))
     one, zero = writer.number(1.0, dtype), writer.number(0, ir.DataType.INT8)
     codes = writer.op("QuantizeLinear", writer.op("Div", new, step), one, zero)
-    joined = writer.op("Concat", past, codes, axis=2)
-    scales = writer.op("Concat", old_scale, step, axis=2)
+    joined, scales = (
+        writer.node(join.op_type, [old, part, *join.inputs[2:]], {"axis": 2}).outputs[0]
+        for old, part in ((past, codes), (old_scale, step))
+    )
     values = writer.op("Mul", writer.op("DequantizeLinear", joined, one, zero), scales, like=present)
     joined.type, joined.shape = ir.TensorType(ir.DataType.INT8), present.shape
     scales.type, scales.shape = ir.TensorType(dtype), ir.Shape([*present.shape.dims[:-1], 1])
     index = next(i for i, output in enumerate(graph.outputs) if output is present)
-    graph.insert_after(concat, writer.nodes)
+    graph.insert_after(join, writer.nodes)
     graph.outputs[index] = joined
     present.replace_all_uses_with(values)
-    graph.remove(concat, safe=True)
+    graph.remove(join, safe=True)
     present.name, joined.name, scales.name = f"{name}.float", name, f"{name}{SCALE}"
     return old_scale, scales
 
 
-def _concat(graph: ir.Graph, past: ir.Value) -> ir.Node:
+def _join(graph: ir.Graph, past: ir.Value) -> ir.Node:
     """Return the node that joins the past with what is new and whose output is the present."""
     for node in past.consumers():
-        joins = node.op_type == "Concat" and len(node.inputs) == 2 and node.inputs[0] is past
+        joins = (node.op_type, len(node.inputs)) in _JOINS and node.inputs[0] is past
         if joins and any(output is node.outputs[0] for output in graph.outputs):
             return node
     raise ValueError(
-        f"the cache tensor {past.name!r} is not joined with new ones in one Concat, so it cannot be stored in 8 bits;"
+        f"the cache tensor {past.name!r} is not joined with new ones in one node, so it cannot be stored in 8 bits;"
         " export with --kv float"
     )
 

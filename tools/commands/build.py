@@ -9,7 +9,7 @@ from rankbook.calibration.option import WHERE, argument, required
 from rankbook.calibration.source import ENGINE_NAME
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.deploy.engine import EngineReport
+from rankbook.tools.deploy.engine import COMMANDS, EngineReport
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.report import Table, megabytes
 from rankbook.tools.runtimes import build_engine
@@ -19,9 +19,9 @@ from rankbook.tools.runtimes import build_engine
 class Build(BuildOptions, Common):
     """Options of the verb: those of the build, and where things are."""
 
-    source: Path = argument("exported folder or .onnx file", metavar="MODEL", group=WHERE)
+    source: Path = argument("checkpoint, exported folder or .onnx file", metavar="MODEL", group=WHERE)
     output: Path = required(
-        "folder for model.engine and engine.json", metavar="DIR", flags=("-o", "--output"), group=WHERE
+        "folder for the engine and what running it needs", metavar="DIR", flags=("-o", "--output"), group=WHERE
     )
 
 
@@ -31,11 +31,11 @@ def run(options: Build) -> Outcome:
     console = Console(quiet=options.quiet)
     with console.progress(f"building {options.target} engine") as progress:
         report = build_engine(options.target, options.source, options.output, options, progress)
-    without = ["the same without rankbook:"] if report.commands else []
+    without = [f"the same without rankbook: {options.output / COMMANDS}"] if report.commands else []
     return Outcome(
         report=report,
         tables=_tables(report),
-        text="\n".join([str(options.output / ENGINE_NAME), *without, *report.commands.values()]),
+        text="\n".join([str(options.output / ENGINE_NAME), *without]),
         passed=report.passed,
         config_folder=options.output,
     )
@@ -62,7 +62,7 @@ def _tables(report: EngineReport) -> tuple[Table, ...]:
 COMMAND = Command(
     name="build",
     summary="build a TensorRT-RTX (or TensorRT) engine and verify it",
-    example="rankbook build onnx --target rtx --compute-capability SM86 SM120 --max-context 2048 -o engine",
+    example="rankbook build q --target rtx --compute-capability SM86 SM120 --max-context 2048 -o engine",
     options=Build,
     run=run,
 )

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.checkpoint.extras import copy_extras
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.output import replaced_folder
-from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
+from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, is_checkpoint
 from rankbook.plugins import library
 from rankbook.tools.child import run_module
 from rankbook.tools.deploy import engine_commands, engine_log
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 TIMING_CACHE_NAME = "timing.cache"
 """Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
+GRAPH, COMMANDS = "onnx", "commands.sh"
+"""In the engine folder: what a checkpoint was exported to, and the same build with other tools."""
 WEIGHTS_SLACK = 1.05
 """Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
 WEIGHTS_SLACK_BYTES = 1 << 20
@@ -109,8 +112,10 @@ def build(
     (True, ('SM86',))
 
     Args:
-        source: An ``.onnx`` file or an exported folder.
-        output: Folder to write ``model.engine`` and ``engine.json`` to.
+        source: A checkpoint, which is exported with ``--graph static`` into the folder `GRAPH` of ``output``; or an
+            exported folder or ``.onnx`` file.
+        output: Folder for the engine, what `rankbook.tools.deploy.engine.EngineReport` says of it, the commands that
+            build the same, tokenizer and configuration.
         options: What to build; the defaults without.
         progress: Called with the fraction done and the builder's phase.
 
@@ -118,39 +123,74 @@ def build(
         UsageError: The source is not usable.
         CheckFailedError: The builder failed.
         FileExistsError: ``output`` holds something else than an engine.
+        ValueError: The checkpoint cannot be exported.
     """
     from rankbook.exporter.file import ExportedModel  # with numpy, for which --help does not wait
 
     options, output = options or BuildOptions(), Path(output)
     options.check()
-    model = ExportedModel.open(Path(source))
-    model.require_packed()
-    model.require_standard()
-    profiles = make_profiles(model.inputs, options.limits)
+    checkpoint = is_checkpoint(source)
+    options.check_source(checkpoint=checkpoint)
     with replaced_folder(output, ENGINE_MANIFEST) as folder, _workspace(folder, options.keep_files) as work:
-        plugins = options.plugin_library()
-        engine = folder / ENGINE_NAME
-        if options.self_contained and plugins is None:
-            raise UsageError(f"--self-contained stores the plugin library, but {_why_no_plugins(options)}")
-        request = {
-            "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
-            "onnx": str(model.path),
-            "engine": str(engine),
-            "log": str(work / "build.log"),
-            "capabilities": list(options.capabilities),
+        if checkpoint:
+            source = _exported(source, folder / GRAPH, options, progress)
+        model = ExportedModel.open(Path(source))
+        model.require_packed()
+        model.require_standard()
+        profiles = make_profiles(model.inputs, options.limits(int(model.metadata.max_context or 0)))
+        request = _request(model.path, folder, work, options)
+        request |= {
             "profiles": list(profiles.values()),
-            "workspace_bytes": options.workspace_bytes,
-            "plugins": [str(plugins)] if plugins else [],
-            "aot": options.aot,
-            "self_contained": options.self_contained,
             # TensorRT-RTX measures nothing while it builds.
             "timing_cache": [str(f / TIMING_CACHE_NAME) for f in (output, folder)] if options.target == "trt" else None,
         }
         result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
-        report = _report(model, options, profiles, {**result, "graph": graph}, log, sha256_file(engine))
+        kept = graph == model.path or options.keep_files
+        places = {
+            "source": _final(model.path, folder, output),
+            "graph": _final(graph, folder, output) if kept else None,
+        }
+        report = _report(model, options, profiles, {**result, **places}, log, sha256_file(folder / ENGINE_NAME))
         (folder / ENGINE_MANIFEST).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
+        if report.commands:
+            (folder / COMMANDS).write_text(engine_commands.script(report.commands), encoding="utf-8")
+        if (model.path.parent / "config.json").is_file():  # not any folder in which a graph lies
+            copy_extras(model.path.parent, folder, also=("config.json",))
     return report
+
+
+def _request(graph: Path, folder: Path, work: Path, options: BuildOptions) -> dict[str, Any]:
+    """Return what `rankbook.tools.deploy.rtx_worker` is asked for, shapes and timings left out."""
+    plugins = options.plugin_library()
+    if options.self_contained and plugins is None:
+        raise UsageError(f"--self-contained stores the plugin library, but {_why_no_plugins(options)}")
+    return {
+        "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
+        "onnx": str(graph),
+        "engine": str(folder / ENGINE_NAME),
+        "log": str(work / "build.log"),
+        "capabilities": list(options.capabilities),
+        "workspace_bytes": options.workspace_bytes,
+        "plugins": [str(plugins)] if plugins else [],
+        "aot": options.aot,
+        "self_contained": options.self_contained,
+    }
+
+
+def _exported(
+    checkpoint: str | Path, folder: Path, options: BuildOptions, progress: Callable[[float, str | None], None]
+) -> Path:
+    """Export a checkpoint for the engine; return the graph."""
+    from rankbook.exporter.export import MODEL, export
+
+    export(checkpoint, folder, options.graph(), progress=lambda stage, *_: progress(0.0, f"export: {stage}"))
+    return folder / MODEL
+
+
+def _final(path: Path, folder: Path, output: Path) -> Path:
+    """Return where a file of the unfinished folder will lie; of others, where it is."""
+    return output.resolve() / path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def _why_no_plugins(options: BuildOptions) -> str:
@@ -236,7 +276,11 @@ def _report(
     log: engine_log.EngineLog,
     sha256: str,
 ) -> EngineReport:
-    source = {"path": str(model.path), "sha256": sha256_file(model.path), "metadata": dict(model.metadata.properties)}
+    source = {
+        "path": str(result["source"]),
+        "sha256": sha256_file(model.path),
+        "metadata": dict(model.metadata.properties),
+    }
     return EngineReport(
         target=options.target,
         version=result["version"],
@@ -301,8 +345,8 @@ def verify_plugins(model: ExportedModel, options: BuildOptions, result: dict[str
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
 
-def _commands(graph: Path, options: BuildOptions, profiles: dict[str, Shapes]) -> dict[str, str]:
-    if options.aot:  # neither tool can register plugins of this form
+def _commands(graph: Path | None, options: BuildOptions, profiles: dict[str, Shapes]) -> dict[str, str]:
+    if options.aot or graph is None:  # neither tool can register plugins of this form; expanded bodies were not kept
         return {}
     plugins = options.plugin_library()
     build = engine_commands.Build(

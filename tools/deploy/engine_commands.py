@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +71,11 @@ def polygraphy(build: Build) -> str:
             parts.append(flag)
             parts += [f"{name}:[{','.join(map(str, bounds[index]))}]" for name, bounds in shapes.items()]
     return " ".join([*settings, shlex.join(parts)])
+
+
+def script(commands: Mapping[str, str]) -> str:
+    """Return a shell script of commands by the names of their tools."""
+    lines = ["#!/bin/sh", "# The engine of this folder, built without rankbook; run one of them.", ""]
+    for name, command in commands.items():
+        lines += [f"# {name}", command, ""]
+    return "\n".join(lines)

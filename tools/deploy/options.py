@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankbook.calibration.option import Options, option
+from rankbook.exporter.options import DTYPES, ExportOptions
 from rankbook.plugins import library
 from rankbook.tools.deploy.profiles import Limits
 from rankbook.tools.errors import MissingError, UsageError
@@ -24,8 +25,25 @@ class BuildOptions(Options):
         metavar="SM",
     )
     max_batch: int = option(1, "largest batch", metavar="N", least=1)
-    max_sequence: int = option(512, "longest prompt of one call, in tokens", metavar="N", least=1)
-    max_context: int = option(1024, "longest context with the cache, in tokens", metavar="N", least=1)
+    max_sequence: int | None = option(
+        None, "longest prompt of one call, in tokens: 512 where not given, or the context", metavar="N", least=1
+    )
+    max_context: int | None = option(
+        None,
+        "longest context with the cache, in tokens: 1024 where not given, or all that the model has; a file with a"
+        " static cache has its own",
+        metavar="N",
+        least=1,
+    )
+    dtype: str | None = option(
+        None, "of a checkpoint: activations and unquantized weights, fp16 where not given", choices=DTYPES
+    )
+    kv: str | None = option(None, "of a checkpoint: the cache, float where not given", choices=("float", "int8"))
+    sample: str | None = option(
+        None,
+        "of a checkpoint: greedy makes the best token an output too, none where not given",
+        choices=("none", "greedy"),
+    )
     workspace: int | None = option(None, "bound of the builder's workspace, in MiB", metavar="MIB")
     plugins: str = option(
         "library",
@@ -49,14 +67,42 @@ class BuildOptions(Options):
         """
         return capabilities(self.compute_capability) if self.target == "rtx" else ()
 
-    @property
-    def limits(self) -> Limits:
-        """Shapes to serve.
+    def limits(self, held: int | None = None) -> Limits:
+        """Return the shapes to serve; ``held`` is the length of a static cache.
 
         Raises:
+            UsageError: The cache has another length than is asked for.
             ValueError: They contradict each other.
         """
-        return Limits(self.max_batch, self.max_sequence, self.max_context)
+        if held and self.max_context not in (None, held):
+            raise UsageError(
+                f"--max-context is {self.max_context} and the file's static cache holds {held} positions; leave the"
+                " flag out, or export with it"
+            )
+        context = held or self.max_context or Limits.context
+        return Limits(self.max_batch, self.max_sequence or min(Limits.sequence, context), context)
+
+    def graph(self) -> ExportOptions:
+        """Return how a checkpoint is exported for the engine."""
+        return ExportOptions(
+            dtype=self.dtype or "fp16",
+            graph="static",
+            kv=self.kv or "float",
+            sample=self.sample or "none",
+            max_context=self.max_context,
+        )
+
+    def check_source(self, *, checkpoint: bool) -> None:
+        """Refuse options of a checkpoint where there is none.
+
+        Raises:
+            UsageError: The message names them.
+        """
+        if given := [f"--{name}" for name in ("dtype", "kv", "sample") if getattr(self, name) and not checkpoint]:
+            raise UsageError(
+                f"{' and '.join(given)} say how a checkpoint is exported, and the model is exported already; leave them"
+                " out, or give the checkpoint"
+            )
 
     @property
     def workspace_bytes(self) -> int | None:
@@ -76,7 +122,7 @@ class BuildOptions(Options):
             ValueError: Limits that contradict each other.
             MissingError: The PTX is not built.
         """
-        _ = self.capabilities, self.limits
+        _ = self.capabilities, self.limits(), self.graph()
         if not self.aot:
             return
         if self.target == "rtx":

@@ -147,18 +147,29 @@ class FileModel(LanguageModel):
         }
 
     def _inputs(self, tokens: Tokens) -> dict[str, Array]:
+        """Return the inputs of one call by name, the cache left out.
+
+        Raises:
+            UsageError: A cache of a fixed length does not hold so many tokens.
+        """
         import numpy as np
 
         batch, length = tokens.shape
-        inputs: dict[str, Array] = {}
-        for name in ("input_ids", "attention_mask", "position_ids"):
-            if name in self._types:
-                size = self._length + length if name == "attention_mask" else length
-                inputs[name] = np.ones((batch, size), self._types[name])
-        inputs["input_ids"][:] = tokens
-        if "position_ids" in inputs:
-            inputs["position_ids"][:] = np.arange(self._length, self._length + length)
-        return inputs
+        self._check_slots(self._length + length)
+        values = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((batch, self._length + length)),
+            "position_ids": np.tile(np.arange(self._length, self._length + length), (batch, 1)),
+            "write_indices": np.full(batch, self._length),
+            "lengths": np.full(batch, length),
+        }
+        types = self._types
+        return {name: np.ascontiguousarray(value, types[name]) for name, value in values.items() if name in types}
+
+    def _check_slots(self, positions: int) -> None:
+        """Check that a cache of a fixed length, which the graph does not check, holds so many positions."""
+        if self.file.metadata.max_context:
+            self.check_room(positions, "the text")
 
     @cached_property
     def _types(self) -> dict[str, str]:

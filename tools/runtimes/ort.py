@@ -12,13 +12,13 @@ from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 from rankbook.tools.runtimes.exported import FileModel, past_of
 from rankbook.tools.runtimes.ort_memory import anchored, untouched
+from rankbook.tools.runtimes.ort_steps import BoundSteps
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rankbook.exporter.file import ExportedModel
     from rankbook.tools.runtimes.base import Logits, Tokens
-    from rankbook.tools.runtimes.ort_steps import BoundSteps
 
     Array = np.ndarray[Any, Any]
 
@@ -168,8 +168,9 @@ class OrtModel(FileModel):
         )
         self._held = 0
         self._steps: BoundSteps | None = None
-        # ONNX Runtime's attention writes new keys and values behind the old ones, in the same buffer.
-        self._in_place = self.file.metadata.graph == "ort"
+        # New keys and values are written behind the old ones, in the same buffer: one that grows, or of a fixed length.
+        self._fixed = int(self.file.metadata.max_context or 0)
+        self._in_place = self.file.metadata.graph in ("ort", "static")
 
     def open_graph(self, graph: bytes) -> Any:
         """Return a session of another graph, with the same kernels and the data files of this one."""
@@ -181,11 +182,23 @@ class OrtModel(FileModel):
         results = self.open_graph(graph).run(list(outputs.values()), dict(feeds))
         return dict(zip(outputs, results, strict=True))
 
+    def scores(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) without a cache: float32 (batch, length or 1, vocabulary)."""
+        if not self._fixed:
+            return super().scores(tokens)
+        self._reset(tokens.shape[0])
+        self._reserve(tokens.shape[1])
+        scores: Logits = self._run_in_place(tokens).astype("float32")  # a copy: the next call writes there
+        return scores
+
     def _reset(self, batch: int) -> None:
         from onnxruntime import OrtValue
 
+        if self._fixed and self._cache and next(iter(self._cache.values())).shape()[0] == batch:
+            self._length = 0  # no query sees what another text left in the buffers
+            return
         super()._reset(batch)
-        self._held, self._steps = 0, None
+        self._held, self._steps = self._fixed, None
         self._cache = {name: OrtValue.ortvalue_from_numpy(value) for name, value in self._cache.items()}
 
     def _advance(self, tokens: Tokens) -> Logits:
@@ -198,6 +211,7 @@ class OrtModel(FileModel):
         """Make the buffers of the cache hold so many positions; they double, so that copies are rare."""
         from onnxruntime import OrtValue
 
+        self._check_slots(positions)
         if positions <= self._held:
             return
         self._held, self._steps = max(positions + _ROOM, 2 * self._held), None
@@ -220,8 +234,6 @@ class OrtModel(FileModel):
         """Compute the logits; keys and values are written into the buffers of the cache."""
         steps = self._steps
         if steps is None:
-            from rankbook.tools.runtimes.ort_steps import BoundSteps
-
             outputs = {past_of(name): name for name in self.file.outputs}
             buffers = {name: (outputs[name], value) for name, value in self._cache.items()}
             steps = BoundSteps(self.session, buffers, self._types)

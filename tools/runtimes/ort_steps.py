@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
+_ROWS = ("write_indices", "lengths")
+"""Inputs of files with a cache of a fixed length, one element for each row: its tokens so far, and the new ones."""
+
+
 class BoundSteps:
     """A binding of a session to the buffers of a cache, which serves every call as long as these buffers do.
 
@@ -40,7 +44,7 @@ class BoundSteps:
         batch, _, held, _ = next(iter(buffers.values()))[1].shape()
         self._positions = np.arange(held)
         self._mask = np.ones(batch * held, types["attention_mask"]) if "attention_mask" in types else None
-        self._types = {name: types[name] for name in ("input_ids", "position_ids") if name in types}
+        self._types = {name: types[name] for name in ("input_ids", "position_ids", *_ROWS) if name in types}
         self._inputs: dict[str, Array] = {}
         self._logits: Array = np.empty(0)
 
@@ -52,8 +56,13 @@ class BoundSteps:
         end = past + length
         known = bool(self._inputs) and self._inputs["input_ids"].shape == tokens.shape
         if not known:
-            self._inputs = {name: np.empty(tokens.shape, kind) for name, kind in self._types.items()}
+            self._inputs = {
+                name: np.full(batch, length, kind) if name in _ROWS else np.empty(tokens.shape, kind)
+                for name, kind in self._types.items()
+            }
         self._inputs["input_ids"][:] = tokens
+        if "write_indices" in self._inputs:
+            self._inputs["write_indices"][:] = past
         if "position_ids" in self._inputs:
             self._inputs["position_ids"][:] = self._positions[past:end]
         if self._mask is not None:

@@ -1,0 +1,167 @@
+"""``export --graph static``: a cache of a fixed length computes what PyTorch computes without a cache."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
+from rankbook.tools import errors
+from rankbook.tools.runtimes import open_model
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
+from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
+from tests.tools.files import run_cli, stdout_json
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
+CONTEXT = 24
+# float32 on both sides, sums in another order through two layers.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint ``checkpoint`` of a tiny Llama, and its files ``all`` and ``greedy``."""
+    folder = tmp_path_factory.mktemp("llama")
+    checkpoint = make_checkpoint(folder, "llama", model={"head_dim": 16}, bits=4)
+    export(checkpoint, folder / "all", ExportOptions(logits="all", graph="static", max_context=CONTEXT))
+    export(checkpoint, folder / "greedy", ExportOptions(graph="static", max_context=CONTEXT, sample="greedy"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(work: Path) -> Any:
+    """What PyTorch computes."""
+    return TorchModel(work / "checkpoint").logits(TOKENS)
+
+
+def relative(got: Any, want: Any) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def check(folder: Path, want: Any, tolerance: float = TOLERANCE) -> None:
+    """Compare a batch, a prompt with steps, and steps behind several tokens at once."""
+    file = OrtModel(folder)
+    assert relative(file.logits(TOKENS), want) < tolerance
+    steps = [file.start(TOKENS[:1, :10]), *(file.step(int(token)) for token in TOKENS[0, 10:])]
+    assert relative(np.stack(steps), want[0, 9:]) < tolerance
+    parts = [file.start(TOKENS[1:, :3]), file._advance(TOKENS[1:, 3:9]), file._advance(TOKENS[1:, 9:])]
+    assert relative(np.stack(parts), want[1, [2, 8, 19]]) < tolerance
+
+
+def test_a_llama_writes_its_cache_in_place(work: Path, expected: Any) -> None:
+    check(work / "all", expected)
+    model = onnx.load(work / "all" / "model.onnx", load_external_data=False)
+    kinds = collections.Counter(node.op_type for node in model.graph.node)
+    assert kinds["TensorScatter"] == 4
+    assert not kinds["Concat"] + kinds["Attention"]
+    assert {item.version for part in (model, *model.functions) for item in part.opset_import if not item.domain} == {24}
+    file = ExportedModel.open(work / "all")
+    file.require_standard()
+    assert (file.metadata.graph, file.metadata.max_context, file.metadata.context) == ("static", "24", "24")
+    assert list(file.inputs)[:2] == ["input_ids", "write_indices"]
+    assert file.inputs["past_key_values.1.value"] == file.outputs["present.1.value"] == ["batch", 2, CONTEXT, 16]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen3", "mistral", "opt", "bloom"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Windows and a softcap, packed query, key and value, norms of heads, learned positions, ALiBi."""
+    checkpoint = make_checkpoint(tmp_path, family, **FAMILY_OPTIONS.get(family, {"bits": 4}))
+    export(checkpoint, tmp_path / "out", ExportOptions(logits="all", graph="static", max_context=CONTEXT))
+    check(tmp_path / "out", TorchModel(checkpoint).logits(TOKENS))
+
+
+def test_a_text_sees_nothing_of_the_text_before(work: Path, expected: Any) -> None:
+    file = OrtModel(work / "all")
+    file.logits(TOKENS[::-1].copy())
+    buffer = next(iter(file._cache.values()))
+    assert relative(file.logits(TOKENS), expected) < TOLERANCE
+    assert next(iter(file._cache.values())) is buffer, "the same buffers serve every text"
+
+
+def test_padding_at_the_end_of_a_row_is_overwritten(work: Path, expected: Any) -> None:
+    """Rows of 12 and 5 tokens in one call, then 3 and 0, then one each: the cache of each row has no gaps."""
+    file = OrtModel(work / "greedy")
+    past = {name: value.numpy() for name, value in _buffers(file, 2).items()}
+    filled = np.zeros(2, np.int64)
+    for counts in ((12, 5), (3, 0), (1, 1), (2, 4)):
+        lengths = np.array(counts)
+        tokens = np.full((2, lengths.max()), 7)
+        for row, (begin, count) in enumerate(zip(filled, lengths, strict=True)):
+            tokens[row, :count] = TOKENS[row, begin : begin + count]
+        feeds = {"input_ids": tokens, "write_indices": filled, "lengths": lengths, **past}
+        found = dict(zip(file.file.outputs, file.session.run(None, feeds), strict=True))
+        past = {name.replace("present", "past_key_values"): found[name] for name in found if name.startswith("present")}
+        filled = filled + lengths
+        for given in np.flatnonzero(lengths):
+            assert relative(found["logits"][given, 0], expected[given, filled[given] - 1]) < TOLERANCE
+        np.testing.assert_array_equal(found["next_token"], found["logits"].argmax(-1))
+
+
+def _buffers(file: OrtModel, batch: int) -> dict[str, Any]:
+    file._reset(batch)
+    return file._cache
+
+
+def test_a_cache_of_int8_holds_what_the_growing_one_holds(work: Path) -> None:
+    """Codes are read as attention sees them, so a batch, a prompt with steps, and the standard graph are one."""
+    for graph, context in (("standard", None), ("static", CONTEXT)):
+        chosen = ExportOptions(logits="all", graph=graph, kv="int8", max_context=context)
+        export(work / "checkpoint", work / f"int8-{graph}", chosen)
+    want = OrtModel(work / "int8-standard").logits(TOKENS)
+    check(work / "int8-static", want)
+
+
+def test_half_precision_keeps_one_attention_node_a_layer(work: Path, expected: Any) -> None:
+    for dtype in ("fp16", "bf16"):
+        chosen = ExportOptions(logits="all", graph="static", max_context=CONTEXT, dtype=dtype)
+        export(work / "checkpoint", work / dtype, chosen)
+        nodes = onnx.load(work / dtype / "model.onnx", load_external_data=False).graph.node
+        kinds = collections.Counter(node.op_type for node in nodes)
+        assert (kinds["Attention"], kinds["RotaryEmbedding"], kinds["TensorScatter"]) == (2, 4, 4)
+        assert all(len(node.input) == 4 for node in nodes if node.op_type == "Attention"), "an explicit mask alone"
+    check(work / "fp16", expected, tolerance=1e-2)
+
+
+def test_positions_beyond_the_cache_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = OrtModel(work / "all")
+    file.start(np.zeros((1, CONTEXT - 1), np.int64))
+    file.step(0)
+    with pytest.raises(errors.UsageError, match=f"{CONTEXT + 1} positions.*holds {CONTEXT}"):
+        file.step(0)
+    with pytest.raises(errors.UsageError, match=f"{CONTEXT + 2} positions"):
+        file.logits(np.zeros((2, CONTEXT + 2), np.int64))
+    flags = ["--graph", "static", "--quiet", "--max-context"]
+    assert run_cli("export", work / "checkpoint", "-o", work / "no", *flags, 129) == errors.USAGE
+    assert "up to 128 positions" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="belong to graph 'static'"):
+        ExportOptions(max_context=8)
+    with pytest.raises(ValueError, match="give logits 'last'"):
+        ExportOptions(graph="static", sample="greedy", logits="all")
+
+
+def test_commands_know_such_files(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--checkpoint", work / "checkpoint", "--json", "--quiet", "--tokens", 16]
+    assert run_cli("parity", work / "all", *flags) == 0
+    report = stdout_json(capsys)
+    assert report["cached"]["passed"]
+    assert len(report["layers"]) == 14
+    said = []
+    for kind in ("greedy", "checkpoint"):
+        assert run_cli("generate", work / kind, "-p", "the", "--max-new-tokens", 8, "--quiet") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_the_native_library_runs_it_too(work: Path, expected: Any) -> None:
+    file = open_model(work / "all", "auto")
+    assert relative(file.logits(TOKENS), expected) < TOLERANCE
