@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 PIECE = 1 << 16
 """Characters that are tokenized at once."""
@@ -134,20 +135,14 @@ def _plain(path: Path) -> Iterator[str]:
             yield part
 
 
-class _opened:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     """Open UTF-8 text, a byte-order mark left out; what is not UTF-8 is a sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        self.stream = self.path.open(encoding="utf-8-sig")
-        return self.stream
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        self.stream.close()
-        if isinstance(error, UnicodeDecodeError):
-            raise ValueError(f"{self.path} is not UTF-8 text ({error.reason}); convert it") from error
+    with path.open(encoding="utf-8-sig") as stream:
+        try:
+            yield stream
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

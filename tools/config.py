@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"configuration {path} does not exist; check the path") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"configuration {path} is not UTF-8 text: {error}") from None
-    values = _parse_toml(path, text) if path.suffix == ".toml" else _parse_yaml(path, text)
+    values = _parsed(path, text)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -42,24 +42,18 @@ def read(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _parse_yaml(path: Path, text: str) -> Any:
+def _parsed(path: Path, text: str) -> Any:
     import yaml
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"configuration {path} is not valid YAML: {error}") from None
-
-
-def _parse_toml(path: Path, text: str) -> Any:
     try:
         import tomllib as toml
     except ModuleNotFoundError:  # Python 3.10
         import tomli as toml  # type: ignore[no-redef,import-not-found,unused-ignore]
     try:
-        return toml.loads(text)
-    except toml.TOMLDecodeError as error:
-        raise UsageError(f"configuration {path} is not valid TOML: {error}") from None
+        return toml.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (toml.TOMLDecodeError, yaml.YAMLError) as error:
+        kind = "TOML" if path.suffix == ".toml" else "YAML"
+        raise UsageError(f"configuration {path} is not valid {kind}: {error}") from None
 
 
 def select(

@@ -152,18 +152,8 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
         demo.run("parity native", "parity", exported, "--checkpoint", checkpoint, "--text", demo.text, *greedy)
     note(0.94, "engine")
     limits = ["--max-sequence", 256, "--max-context", 512]
-    demo.run(
-        "build",
-        "build",
-        exported,
-        "--target",
-        "rtx",
-        "--compute-capability",
-        *options.compute_capability,
-        *limits,
-        "-o",
-        engine,
-    )
+    capabilities = ["--compute-capability", *options.compute_capability]
+    demo.run("build", "build", exported, "--target", "rtx", *capabilities, *limits, "-o", engine)
     report = summarize(demo)
     write_text_atomic(folder / "report.json", to_json(report) + "\n")
     write_text_atomic(folder / "report.md", "\n\n".join(markdown(report)) + "\n")
@@ -200,14 +190,7 @@ def summarize(demo: Demo) -> dict[str, Any]:
         "note": GRID_NOTE,
         "passed": all(stage.passed for stage in demo.stages.values()),
         "stages": [
-            {
-                "name": stage.name,
-                "seconds": stage.seconds,
-                "peak_rss_bytes": stage.peak_rss_bytes,
-                "passed": stage.passed,
-                "command": stage.command,
-            }
-            for stage in demo.stages.values()
+            {key: value for key, value in vars(stage).items() if key != "report"} for stage in demo.stages.values()
         ],
     }
 

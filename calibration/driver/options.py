@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, described, near, option
+from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, near, option
 from rankbook.calibration.settings import (
     ACTIVATION_FORMATS,
     ALLOCATED,
@@ -226,26 +226,6 @@ class QuantizeOptions(Seeded):
         """Return the kind of input scaling: the one chosen, or the method's own."""
         return self._method().scale_inputs if self.scale_inputs is None else self.scale_inputs
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        values = dataclasses.asdict(self)
-        lists = {name: list(values[name]) for name in _lists()}
-        return {**values, **lists, "method_options": dict(self.method_options)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> QuantizeOptions:
-        """Undo `to_json`.
-
-        Raises:
-            ValueError: Unknown names.
-        """
-        names = {item.name for item in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - names):
-            raise ValueError(f"unknown options {unknown}; there are {', '.join(sorted(names))}")
-        lists = _lists()
-        given: dict[str, Any] = {name: tuple(value) if name in lists else value for name, value in values.items()}
-        return cls(**given)
-
     def _method(self) -> Method:
         return _methods()[self.method]
 
@@ -265,10 +245,6 @@ def _methods() -> Mapping[str, Method]:
     from rankbook.calibration.methods import METHODS
 
     return METHODS
-
-
-def _lists() -> set[str]:
-    return {item.name for item in described(QuantizeOptions) if item.many and item.kind is not dict}
 
 
 _FIELD = {"weight_format": "format", "branch_passes": "passes"}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,7 @@ def _load_original(source: str | Path) -> tuple[Any, Any]:
 def _fingerprint(options: QuantizeOptions, digest: str) -> dict[str, Any]:
     """Return everything that shapes the result; a run is resumed only with the same."""
     text = _text_hash(options)
-    return {"options": options.to_json(), "model": digest, "calibration": text, "versions": versions()}
+    return {"options": asdict(options), "model": digest, "calibration": text, "versions": versions()}
 
 
 def _text_hash(options: QuantizeOptions) -> str:
@@ -313,7 +313,7 @@ def _calibration(state: PartialState, tokenizer: Any, model: Any, options: Quant
 def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[str, str]) -> dict[str, Any]:
     return {
         "source": dict(source),
-        "options": options.to_json(),
+        "options": asdict(options),
         "calibration": report.calibration,
         "calibration_windows": dict(report.calibration_windows),
         "totals": dict(report.totals),

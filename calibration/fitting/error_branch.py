@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import feedback
 from rankbook.calibration.fitting.problem import LayerProblem
-from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import Factor, LowRank, QuantizedLinear
 from rankbook.calibration.settings import ERROR_BRANCHES as ERROR_BRANCHES
 
@@ -51,9 +50,8 @@ def fit_error_branch(
         raise ValueError(f"error rank {rank} is negative; choose 0 (no branch) to {min(problem.weight.shape)}")
     if kind == "none" or rank == 0:
         return None
+    problem.check()
     error = problem.weight.float() - record.weight()
-    if not is_finite(error):
-        raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
     rank = min(rank, *error.shape)
     return (
         _exact(problem, error, rank, factor_bits)
@@ -63,20 +61,11 @@ def fit_error_branch(
 
 
 def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
-    """Return the diagonal of M (K,) for the kinds other than ``qera``, normalized as LQER's code does it.
-
-    Raises:
-        ValueError: Statistics that are not finite.
-    """
+    """Return the diagonal of M (K,) for the kinds other than ``qera``, normalized as LQER's code does it."""
     statistics = problem.statistics
     if kind == "lqer" or statistics.tokens == 0:
         return torch.ones(problem.weight.shape[1])
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
-    if not is_finite(magnitude):
-        raise ValueError(
-            f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
-            " convert it again"
-        )
     floored = magnitude.float().clamp_min(1e-4)
     return floored / (floored.min() * floored.max()).sqrt()
 
@@ -88,16 +77,7 @@ def _diagonal(problem: LayerProblem, error: Tensor, kind: str, rank: int, factor
 
 
 def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) -> LowRank:
-    gram = problem.statistics.gram.float()
-    if not is_finite(gram):
-        raise ValueError(
-            f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
-            " convert it again"
-        )
-    mean = gram.diagonal().mean()
-    if float(mean) <= 0:
-        gram, mean = torch.eye(len(gram)), torch.ones(())
-    gram = feedback.damped_gram(gram / mean, _DAMPING)
+    gram = feedback.scaled_gram(problem, _DAMPING)
     root = square_root(gram)
     up, down = truncated_svd(error @ root, rank)
     down = torch.linalg.solve_triangular(root, down, upper=False, left=False)

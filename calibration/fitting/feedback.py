@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import LayerProblem
-from rankbook.calibration.record.finite import is_finite
 
 _BLOCK = 64
 _DAMPING = 0.01
@@ -37,14 +36,8 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     Raises:
         ValueError: The statistics or the weights hold NaN or infinity.
     """
+    problem.check()
     gram = problem.statistics.gram.float()
-    if not is_finite(gram):
-        raise ValueError(
-            f"the input statistics of {problem.name} hold NaN or infinity: the model overflows even in float32;"
-            " convert it again"
-        )
-    if not is_finite(problem.weight):
-        raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
     mean = gram.diagonal().mean()
     if problem.statistics.tokens == 0 or float(mean) <= 0:
         return torch.eye(problem.weight.shape[1])

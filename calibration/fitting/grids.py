@@ -21,7 +21,6 @@ from rankbook.calibration.record.codebooks import (
     nf4_levels,
     symmetric_levels,
 )
-from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.plugins.layer_spec import check_group
 
@@ -89,8 +88,7 @@ def grouped_weight(problem: LayerProblem, group: int) -> Tensor:
     Raises:
         ValueError: The group size does not divide the layer, or the weights are not finite.
     """
-    if not is_finite(problem.weight):
-        raise ValueError(f"the weights of {problem.name} hold NaN or infinity; repair or re-download the model")
+    problem.check()
     check_group(problem.weight.shape[1], group)
     return rounding.to_groups(problem.weight.float(), group)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.record.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,20 @@ class LayerProblem:
     weight: Tensor
     bias: Tensor | None
     statistics: LayerStatistics
+
+    def check(self) -> None:
+        """Check that weights and statistics can be computed with.
+
+        Raises:
+            ValueError: They hold NaN or infinity.
+        """
+        if not is_finite(self.weight):
+            raise ValueError(f"the weights of {self.name} hold NaN or infinity; repair or re-download the model")
+        if not (is_finite(self.statistics.gram) and is_finite(self.statistics.peak)):
+            raise ValueError(
+                f"the input statistics of {self.name} hold NaN or infinity: the model overflows even in float32;"
+                " convert it again"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from rankbook.calibration.option import argument, option, required
 from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
@@ -12,9 +11,6 @@ from rankbook.tools.console import Console
 from rankbook.tools.evaluate.options import EvalOptions
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,7 @@ class Eval(EvalOptions, KernelOptions, Common):
 def run(options: Eval) -> Outcome:
     """Evaluate."""
     from rankbook.calibration.text import read_text
-    from rankbook.tools.evaluate.quality import measure
+    from rankbook.tools.evaluate.quality import evaluate
     from rankbook.tools.runtimes import Setting, open_model
 
     # A wrong path should not cost the time of loading a model.
@@ -58,7 +54,7 @@ def run(options: Eval) -> Outcome:
         reference = None
         if options.reference is not None:
             reference = open_model(options.reference, setting=setting)
-        result = measure(model, text, options, reference, lambda fraction: show(fraction, None))
+        result = evaluate(model, text, options, reference=reference, progress=lambda fraction: show(fraction, None))
     rows = [
         ("perplexity", result.perplexity),
         ("perplexity of the reference", result.reference_perplexity),

@@ -120,7 +120,7 @@ def compare_node(model: FileModel, node: Node, inputs: dict[str, Array], toleran
         return reference.run_node(node, {**constants, **{name: np.asarray(values[name]) for name in inputs}})
 
     runner = _node_runner(model, node, constants, inputs)
-    (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, [inputs], tolerance)
+    (agreement,) = compare(function_runner(f"numpy {node.name}", inputs, infer), runner, inputs, tolerance)
     return agreement
 
 
@@ -174,7 +174,7 @@ def compare_layers(model: FileModel, captured: Captured, tokens: Tokens, toleran
     }
     first = function_runner("torch layers", {"input_ids": tokens}, lambda _: expected)
     second = function_runner(f"{model.name} layers", feeds, lambda given: model.run_graph(graph, outputs, given))
-    agreements = compare(first, second, [feeds], tolerance)
+    agreements = compare(first, second, feeds, tolerance)
     return tuple(LayerCheck(item.name, item.error, item.passed) for item in agreements)
 
 
@@ -189,7 +189,7 @@ def _own_error(model: FileModel, name: str, captured: Captured, tolerance: float
     inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
     expected = {"y": captured.outputs[name]}
     runner = _node_runner(model, node, reference.constants(node), inputs)
-    (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, [inputs], tolerance)
+    (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, inputs, tolerance)
     return agreement.error
 
 

@@ -215,7 +215,7 @@ def compare_logits(
 
     inputs = {"input_ids": tokens}
     first, second = (function_runner(held.name, inputs, infer(held)) for held in (torch_model, model))
-    (agreement,) = compare(first, second, [inputs], tolerance)
+    (agreement,) = compare(first, second, inputs, tolerance)
     return agreement, float((seen[0].argmax(-1) == seen[1].argmax(-1)).mean())
 
 
@@ -236,5 +236,5 @@ def compare_cached(model: FileModel, torch_model: TorchModel, tokens: Tokens, to
     inputs = {"input_ids": tokens}
     first = function_runner("torch without a cache", inputs, infer_torch)
     second = function_runner(f"{model.name} with a cache", inputs, infer_file)
-    (agreement,) = compare(first, second, [inputs], tolerance)
+    (agreement,) = compare(first, second, inputs, tolerance)
     return agreement

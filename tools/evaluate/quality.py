@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: LanguageModel,
-    text: str | Path,
+    text: str | Path | Text,
     options: EvalOptions | None = None,
     *,
     reference: LanguageModel | None = None,
@@ -35,32 +35,23 @@ def evaluate(
 
     Args:
         model: What `rankbook.open_model` returns; it must give the logits of every position.
-        text: .txt, .jsonl or .json file, or a `datasets` name.
+        text: .txt, .jsonl or .json file, a `datasets` name, or what `rankbook.calibration.text.read_text` found.
         options: Windows and how many of them.
         reference: The unquantized model; without it there is no divergence.
         progress: Called with the fraction done.
+
+    A text that is shorter than asked is said in a `Note`.
 
     Raises:
         ValueError: The text is missing, empty or too short, or the two models do not fit each other.
         UsageError: There is no tokenizer, or the model gives the last logits only.
     """
-    from rankbook.calibration.text import read_text
-
-    options = options or EvalOptions()
-    return measure(model, read_text(text, chat=options.chat), options, reference, progress)
-
-
-def measure(
-    model: LanguageModel,
-    text: Text,
-    options: EvalOptions,
-    reference: LanguageModel | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> EvalResult:
-    """Do the work of `evaluate` on a text that was found; one that is shorter than asked is said in a `Note`."""
     from rankbook.calibration import evaluate as judge
     from rankbook.calibration.data import token_windows
+    from rankbook.calibration.text import Text, read_text
 
+    options = options or EvalOptions()
+    text = text if isinstance(text, Text) else read_text(text, chat=options.chat)
     tokenizer = model.tokenizer or (reference.tokenizer if reference else None)
     if tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")

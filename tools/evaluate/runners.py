@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,55 +69,39 @@ def function_runner(name: str, inputs: Feeds, infer: Callable[[Feeds], Mapping[s
     return FunctionRunner(name=name)
 
 
-def compare(first: Any, second: Any, feeds: Sequence[Feeds], tolerance: float) -> list[Agreement]:
+def compare(first: Any, second: Any, feeds: Feeds, tolerance: float) -> list[Agreement]:
     """Run two runners on the same inputs and compare their outputs, which must have the same names.
 
     Args:
         first: The runner that is right.
         second: The runner in question.
-        feeds: Inputs of each iteration.
+        feeds: Inputs of both.
         tolerance: Largest difference allowed, relative to the largest value of the first runner.
 
     Returns:
-        One agreement for each output, in the order of the first runner; with several iterations, the worst one.
+        One agreement for each output, in the order of the first runner.
     """
     from polygraphy.comparator import Comparator, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
     # Verdicts are reported elsewhere; polygraphy's own lines would go to stdout.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        results = Comparator.run([first, second], data_loader=[OrderedDict(feed) for feed in feeds])
-        (_, expected), (_, actual) = results.items()
-        scales = _scales(expected)
+        results = Comparator.run([first, second], data_loader=[OrderedDict(feeds)])
+        (_, (expected,)), _ = results.items()
+        scales = {name: _largest(np.asarray(value)) for name, value in expected.items()}
         limits = {name: tolerance * scale for name, scale in scales.items()} | {"": tolerance}
         function = SimpleCompareFunc(check_error_stat="max", atol=limits, rtol=0.0)
         verdicts = Comparator.compare_accuracy(results, compare_func=function)
-    pair = next(iter(verdicts[0].values()))
-    agreements = []
-    for name, scale in scales.items():
-        outcomes = [iteration.get(name) for iteration in pair]
-        agreements.append(_agreement(name, scale, tolerance, outcomes))
-    del actual
-    return agreements
+    ((outcomes,),) = verdicts[0].values()
+    return [_agreement(name, scale, tolerance, outcomes.get(name)) for name, scale in scales.items()]
 
 
-def _scales(iterations: Any) -> dict[str, float]:
-    scales: dict[str, float] = {}
-    for iteration in iterations:
-        for name, value in iteration.items():
-            array = np.asarray(value)
-            largest = float(np.abs(array).max()) if array.size else 0.0
-            scales[name] = max(scales.get(name, 0.0), largest, float(np.finfo(np.float32).tiny))
-    return scales
+def _largest(values: Array) -> float:
+    return max(float(np.abs(values).max(initial=0)), float(np.finfo(np.float32).tiny))
 
 
-def _agreement(name: str, scale: float, tolerance: float, outcomes: Sequence[Any]) -> Agreement:
+def _agreement(name: str, scale: float, tolerance: float, outcome: Any) -> Agreement:
     """An output that is missing, of another shape or not finite has no statistics: its error is infinite."""
-    largest = mean = 0.0
-    passed = True
-    for outcome in outcomes:
-        known = hasattr(outcome, "max_absdiff") and np.isfinite(outcome.max_absdiff)
-        largest = max(largest, outcome.max_absdiff / scale if known else float("inf"))
-        mean = max(mean, outcome.mean_absdiff / scale if known else float("inf"))
-        passed = passed and known and bool(outcome)
-    return Agreement(name, largest, mean, scale, tolerance, passed)
+    known = hasattr(outcome, "max_absdiff") and np.isfinite(outcome.max_absdiff)
+    largest, mean = (outcome.max_absdiff / scale, outcome.mean_absdiff / scale) if known else (math.inf, math.inf)
+    return Agreement(name, largest, mean, scale, tolerance, known and bool(outcome))

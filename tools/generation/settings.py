@@ -66,7 +66,8 @@ class GenerationSettings:
             stops = given.get("stop_strings") or ()
             stops = [stops] if isinstance(stops, str) else [str(stop) for stop in stops]
             # Special tokens are not part of the decoded text.
-            special = dict(zip(getattr(tokenizer, "all_special_tokens", ()), _special_ids(tokenizer), strict=False))
+            tokens, ids = (getattr(tokenizer, f"all_special_{what}", ()) for what in ("tokens", "ids"))
+            special = dict(zip(tokens, ids, strict=False))
             words = tuple(tuple(map(int, word)) for word in given.get("bad_words_ids") or ())
             first, last = (_tokens(given.get(f"forced_{name}_token_id")) for name in ("bos", "eos"))
             return cls(
@@ -151,10 +152,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _tokens(value: Any) -> list[int]:
     return [] if value is None else [int(token) for token in (value if isinstance(value, (list, tuple)) else [value])]
-
-
-def _special_ids(tokenizer: Any) -> Sequence[int]:
-    return getattr(tokenizer, "all_special_ids", ())
 
 
 def _suggested(given: Mapping[str, Any]) -> dict[str, Any]:
