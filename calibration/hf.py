@@ -26,6 +26,7 @@ from rankbook.calibration.checkpoint.format import (
     open_checkpoint,
 )
 from rankbook.calibration.checkpoint.integrity import check_tensors, read_layers, tensor_names
+from rankbook.calibration.model import experts
 from rankbook.calibration.model.completeness import check_complete
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
@@ -151,13 +152,11 @@ def install_modules(model: Any, specs: dict[str, LayerSpec], dtype: torch.dtype)
     Raises:
         ValueError: The model has no such module.
     """
+    for owner in {matrix.rpartition(".")[0] for matrix in experts.stacks(specs)}:
+        if experts.fused(found := _module(model, owner)):
+            experts.split(found)
     for name, spec in sorted(specs.items(), key=lambda item: bool(item[1].shared_with)):
-        try:
-            model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(
-                f"{type(model).__name__} has no layer {name!r}; config.json belongs to another model"
-            ) from error
+        _module(model, name)
         if spec.shared_with:
             module: nn.Module = TiedCodebookLinear(model.get_submodule(spec.shared_with))
         elif spec.kind == "embedding":
@@ -166,6 +165,16 @@ def install_modules(model: Any, specs: dict[str, LayerSpec], dtype: torch.dtype)
             module = CodebookLinear(spec, dtype=dtype)
         replace_module(model, name, module.eval())
     _forget_ties(model, set(specs))
+
+
+def _module(model: Any, name: str) -> Any:
+    """Return a module of a model by name; a model without it is another one."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {name!r}; config.json belongs to another model"
+        ) from error
 
 
 def _forget_ties(model: Any, packed: set[str]) -> None:

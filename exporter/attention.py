@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
 
@@ -34,7 +34,7 @@ def register() -> None:
 
 
 def attend(
-    module: torch.nn.Module,  # noqa: ARG001
+    module: nn.Module,  # noqa: ARG001
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -48,13 +48,42 @@ def attend(
     Raises:
         ValueError: The model asks for something that the ONNX operator cannot do.
     """
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention with {name} cannot be exported to the ONNX Attention operator")
-    output = torch.onnx.ops.attention(
-        query, key, value, attention_mask, scale=scaling, softcap=0.0 if softcap is None else float(softcap)
-    )[0]
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("attention with position_bias cannot be exported to the ONNX Attention operator")
+    if (sinks := kwargs.get("s_aux")) is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value, attention_mask = _with_sinks(query, key, value, attention_mask, sinks / scaling)
+    softcap = 0.0 if softcap is None else float(softcap)
+    if value.shape[-1] == query.shape[-1]:
+        output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0]
+    else:  # of which torch takes the result to be of the size of queries
+        attributes = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
+        given, shape = (query, key, value, attention_mask), [*query.shape[:-1], value.shape[-1]]
+        output = torch.onnx.ops.symbolic("Attention", given, attributes, dtype=query.dtype, shape=shape, version=23)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the arguments of an attention in which one more key has the given score in each head and no value.
+
+    That is what a sink is (gpt-oss): a term in the denominator of the softmax. The key is zero but for a feature that
+    all others have not, and of which queries have the score, before scaling, of their head.
+
+    Args:
+        query: (batch, heads, sequence, size); key and value likewise, with fewer heads.
+        key: Keys.
+        value: Values.
+        seen: Which keys each query sees, bool (batch, 1, sequence, keys).
+        sinks: Scores before scaling, (heads,).
+    """
+    more = nn.functional.pad
+    scores = sinks.to(query.dtype)[None, :, None, None].expand(query.shape[0], -1, query.shape[2], 1)
+    features = torch.zeros_like(key[..., :1]), torch.ones_like(key[:, :, :1, :1])
+    key = torch.cat([more(key, (0, 0, 0, 1)), torch.cat(features, 2)], 3)
+    seen = None if seen is None else torch.cat([seen, torch.ones_like(seen[..., :1])], 3)
+    return torch.cat([query, scores], 3), key, more(value, (0, 0, 0, 1)), seen
 
 
 def mask(

@@ -20,6 +20,7 @@ from rankbook.calibration.checkpoint.extras import copy_extras
 from rankbook.calibration.checkpoint.format import Checkpoint, open_checkpoint
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.experts import stacks
 from rankbook.calibration.model.language import language_view
 from rankbook.calibration.source import ONNX_NAME
 from rankbook.exporter import attention, conform, dialects, external
@@ -40,7 +41,7 @@ from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.static_cache import RaiseOpset, ScatterCache
-from rankbook.exporter.passes.weights import BindWeights, packed_layer
+from rankbook.exporter.passes.weights import BindWeights, packed_layers
 from rankbook.exporter.properties import DATA_SHA256
 from rankbook.exporter.skeleton import Skeleton, build
 from rankbook.exporter.trace import max_context, trace
@@ -143,7 +144,8 @@ def export(
         report("check", 0, 1)
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
     sizes, specs = dict(_tensor_bytes(model)), checkpoint.layers.values()
-    packed = {name: size for name, size in sizes.items() if name.rpartition(".")[0] in checkpoint.layers}
+    owners = {*checkpoint.layers, *stacks(checkpoint.layers)}
+    packed = {name: size for name, size in sizes.items() if name.rpartition(".")[0] in owners}
     stored = 8 * sum(size for name, size in packed.items() if not name.endswith(".bias"))
     if options.dialect == NATIVE:  # other operators store other side data than the records
         stored = sum(sum(spec.stored_bits().values()) for spec in specs)
@@ -169,7 +171,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
     """Return the model of a checkpoint; its large tensors are lazy. ``config`` is for one without a folder."""
     dialect, dtype = dialects.dialect(options.dialect), DTYPES[options.dtype]
     int8 = options.activations == "int8"
-    check_layers(dialect, (packed_layer(checkpoint, name, dtype, int8_activations=int8) for name in checkpoint.layers))
+    check_layers(dialect, packed_layers(checkpoint, dtype, int8_activations=int8))
     kind = "int8" if int8 else checkpoint.settings.get("activations", {}).get("kind", "none")
     skeleton = build(checkpoint, dtype, config)
     model = trace(skeleton, options)

@@ -28,7 +28,6 @@ from rankbook.exporter.stored import (
 )
 from rankbook.plugins import contract, merged
 from rankbook.plugins.contract import Operator
-from rankbook.plugins.layer_spec import LayerSpec
 from rankbook.plugins.operators import OPERATORS
 
 if TYPE_CHECKING:
@@ -231,14 +230,17 @@ class ExportedModel:
 
         for node in self.packed:
             if node.operator is not None and node.operator.bits:
-                self._check_numbers(node, node.operator.bits)
+                self._check_numbers(node, node.operator)
 
-    def _check_numbers(self, node: Node, bits: int) -> None:
+    def _check_numbers(self, node: Node, operator: Operator) -> None:
         try:
             given = {port: tensor.spec for port, tensor in node.constants.items()}
-            for port, form in LayerSpec.of_constants(bits, node.attributes, given).constants().items():
+            spec, _ = operator.layer(node.attributes, given)
+            for port, form in spec.constants().items():
                 if port in node.constants and port != "codes":
-                    form.check(f"{node.name}.{port}", node.constants[port].numpy())
+                    values = node.constants[port].numpy()
+                    for one in values if operator.one_of else [values]:
+                        form.check(f"{node.name}.{port}", one)
         except ValueError as error:
             raise ExportedFileError(f"{self.path}: {error}{AGAIN}") from None
 
@@ -258,8 +260,13 @@ class ExportedModel:
         """Check that TensorRT can know every operator of the file.
 
         Raises:
-            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``.
+            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``, or experts.
         """
+        if any(node.operator is not None and node.operator.one_of is not None for node in self.packed):
+            raise ExportedFileError(
+                f"{self.path} holds experts of a mixture, for which there is no plugin yet and whose body has operators"
+                " that TensorRT does not know; run it in ONNX Runtime"
+            )
         if foreign := sorted(self.domains - {"", contract.DOMAIN}):
             raise ExportedFileError(
                 f"{self.path} has operators of {', '.join(foreign)}, which TensorRT does not know (--dialect"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,15 @@ def dequantize_function() -> onnx.FunctionProto:
 def forwarded(item: Attribute, caller: str) -> onnx.AttributeProto:
     """Return an attribute of a node inside a function that is the attribute ``caller`` of the calling node."""
     return onnx.AttributeProto(name=item.name, type=_KINDS[item.kind], ref_attr_name=caller)
+
+
+def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes, and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes_within(attribute.g.node)
 
 
 class FunctionWriter:
@@ -112,15 +121,17 @@ class FunctionWriter:
 
     def function(self, operator: Operator) -> onnx.FunctionProto:
         """Return the function of an operator."""
-        domains = sorted({node.domain for node in self._nodes} | {""})
+        outputs = [port.name for port in operator.outputs]
+        return self.named(operator.name, operator.input_names(), outputs, [item.name for item in operator.attributes])
+
+    def named(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str] = ()
+    ) -> onnx.FunctionProto:
+        """Return the function under any name."""
+        domains = sorted({node.domain for node in nodes_within(self._nodes)} | {""})
+        versions = [helper.make_opsetid(domain, VERSIONS.get(domain, 1)) for domain in domains]
         return helper.make_function(
-            contract.DOMAIN,
-            operator.name,
-            operator.input_names(),
-            [port.name for port in operator.outputs],
-            self._nodes,
-            [helper.make_opsetid(domain, VERSIONS.get(domain, 1)) for domain in domains],
-            attributes=[item.name for item in operator.attributes],
+            contract.DOMAIN, name, inputs, outputs, self._nodes, versions, attributes=attributes
         )
 
     def _attribute(self, field: str, kind: onnx.AttributeProto.AttributeType, name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
+from rankbook.calibration.model import experts
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
@@ -26,6 +27,8 @@ TRACE_DOMAIN = "rankbook.trace"
 """Domain of placeholders that do not outlive the passes."""
 PACKED = "Packed"
 """Placeholder of a packed layer; the dialect chooses its operator."""
+EXPERTS = "Experts"
+"""Placeholder of the packed layers of all experts of a matrix."""
 DENSE = "Dense"
 """Placeholder of a linear layer that is not quantized."""
 LAYER = "layer"
@@ -58,7 +61,15 @@ class PackedPlaceholder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a symbolic result (..., N) in the dtype of x (..., K)."""
-        return _node(PACKED, x, self.name, x.dtype, [*x.shape[:-1], self.spec.out_features])
+        return _node(PACKED, [x], self.name, x.dtype, [*x.shape[:-1], self.spec.out_features])
+
+
+class ExpertsPlaceholder(PackedPlaceholder):
+    """The packed layers of all experts of a matrix as one node with two inputs."""
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:  # type: ignore[override]
+        """Return a symbolic result (S, N) in the dtype of x (S, K); ``numbers`` (S,) are the experts of the rows."""
+        return _node(EXPERTS, [x, numbers], self.name, x.dtype, [x.shape[0], self.spec.out_features])
 
 
 class EmbeddingPlaceholder(PackedPlaceholder):
@@ -70,7 +81,7 @@ class EmbeddingPlaceholder(PackedPlaceholder):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return symbolic rows (..., K) for indices (...)."""
-        rows = _node(PACKED, x, self.name, torch.float32, [*x.shape, self.spec.in_features]).to(self.dtype)
+        rows = _node(PACKED, [x], self.name, torch.float32, [*x.shape, self.spec.in_features]).to(self.dtype)
         # Rounded to the dtype first, as in CodebookEmbedding.
         return rows if self.spec.scale == 1.0 else rows * torch.tensor(self.spec.scale).to(self.dtype)
 
@@ -85,7 +96,7 @@ class DensePlaceholder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a symbolic result (..., N) in the dtype of x (..., K)."""
-        return _node(DENSE, x, self.name, x.dtype, [*x.shape[:-1], self.out_features])
+        return _node(DENSE, [x], self.name, x.dtype, [*x.shape[:-1], self.out_features])
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -> Skeleton:
@@ -141,11 +152,12 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
         heads = {name.rpartition(".")[0] for name in kind._tied_weights_keys or {}}
         config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in stored)
     through_interface = kind._can_set_attn_implementation()
+    chosen = {"attn_implementation": attention.IMPLEMENTATION if through_interface else "eager"}
+    if kind._can_set_experts_implementation():  # of experts in float; packed ones have a node
+        chosen["experts_implementation"] = "batched_mm"
     try:
         with _parameters_on_meta():
-            model = kind._from_config(
-                config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION if through_interface else "eager"
-            )
+            model = kind._from_config(config, dtype=dtype, **chosen)
     except refusal.TRACE_ERRORS as error:
         raise refusal.traced(text, error) from error
     if not through_interface:
@@ -179,14 +191,15 @@ class _Language(nn.Module):
         return output
 
 
-def _node(op: str, x: Tensor, layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:
+def _node(op: str, inputs: list[Tensor], layer: str, dtype: torch.dtype, shape: list[Any]) -> Tensor:
     name = f"{TRACE_DOMAIN}::{op}"
-    result: Tensor = torch.onnx.ops.symbolic(name, (x,), {LAYER: layer}, dtype=dtype, shape=shape, version=1)
+    result: Tensor = torch.onnx.ops.symbolic(name, inputs, {LAYER: layer}, dtype=dtype, shape=shape, version=1)
     return result
 
 
 def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Replace linear layers, and packed embeddings, by placeholders."""
+    """Replace linear layers, packed experts and packed embeddings by placeholders."""
+    _place_experts(model, checkpoint)
     for name, module in list(model.named_modules()):
         spec = checkpoint.layers.get(name)
         if spec is not None and isinstance(module, nn.Embedding):
@@ -197,6 +210,30 @@ def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None
             replace_module(model, name, PackedPlaceholder(name, spec))
         elif type(module) is nn.Linear:
             replace_module(model, name, DensePlaceholder(name, module))
+
+
+def _place_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Replace the fused matrices of experts by placeholders, where they are packed.
+
+    Raises:
+        CheckpointError: Some of the experts of a block are packed and others are not.
+    """
+    packed = experts.stacks(checkpoint.layers)
+    for owner in {matrix.rpartition(".")[0] for matrix in packed}:
+        module: Any = model.get_submodule(owner)
+        matrices = experts.fused(module)
+        counts = {len(module._parameters[name]) for name in matrices}
+        experts.split(module)
+        for matrix in matrices:
+            layers = packed.get(f"{owner}.{matrix}", [])
+            if {len(layers)} != counts:
+                raise CheckpointError(
+                    f"{len(layers)} experts of {owner}.{matrix} are packed of {max(counts)}; quantize all experts of a"
+                    " block, or skip all"
+                )
+            placeholder = ExpertsPlaceholder(f"{owner}.{matrix}", checkpoint.layers[layers[0]])
+            delattr(module, matrix)
+            setattr(module, matrix, placeholder)
 
 
 def _owners(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -14,7 +14,7 @@ levels is all ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,7 @@ class Operator:
         limits: Limits of the kernels by name, for the C++ header.
         member: What each of its products is alone, for an operator of several (`rankbook.plugins.merged`).
         count: How many products it has.
+        one_of: The product of one expert, for an operator whose constants are stacked (`rankbook.plugins.experts`).
     """
 
     name: str
@@ -159,16 +160,17 @@ class Operator:
     limits: Mapping[str, int] = field(default_factory=dict)
     member: Operator | None = None
     count: int = 1
+    one_of: Operator | None = None
 
     @property
     def int8_activations(self) -> bool:
         """Whether x is rounded to 8 bits, as `rankbook.plugins.int8` defines."""
-        return self.kind in (MATMUL_INT8, MATMUL_LOW_RANK_INT8)
+        return self.kind.endswith(INT8_SUFFIX)
 
     @property
     def low_rank(self) -> bool:
         """Whether there is an error branch."""
-        return self.kind in (MATMUL_LOW_RANK, MATMUL_LOW_RANK_INT8)
+        return "down" in self.constants()
 
     @property
     def has_plugin(self) -> bool:
@@ -182,6 +184,20 @@ class Operator:
     def constants(self) -> tuple[str, ...]:
         """Formal names of the inputs that must be initializers, in order."""
         return tuple(port.name for port in self.inputs if port.constant)
+
+    def layer(self, attributes: Mapping[str, Any], constants: Mapping[str, TensorSpec]) -> tuple[LayerSpec, int]:
+        """Return the layer whose constants these are by formal name, and how many of the kind are stacked in them.
+
+        Raises:
+            ValueError: They are those of no layer.
+        """
+        if self.one_of is None:
+            return LayerSpec.of_constants(self.bits, attributes, constants), 1
+        counts = {part.shape[0] if part.shape else 0 for part in constants.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise ValueError(f"the constants are of {', '.join(map(str, sorted(counts)))} experts; they must agree")
+        one = {name: replace(part, shape=part.shape[1:]) for name, part in constants.items()}
+        return LayerSpec.of_constants(self.bits, attributes, one), counts.pop()
 
     def given(self, attributes: Mapping[str, Any]) -> tuple[Port, ...]:
         """Return the inputs that a node with these attributes has."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from rankbook.plugins import attention, contract, merged, rows
+from rankbook.plugins import attention, contract, experts, merged, rows
 
 OPERATORS: dict[str, contract.Operator] = {
     operator.name: operator
-    for operator in (*contract.PACKED.values(), *merged.OPERATORS, *attention.OPERATORS, *rows.OPERATORS)
+    for operator in (
+        *contract.PACKED.values(),
+        *merged.OPERATORS,
+        *experts.OPERATORS,
+        *attention.OPERATORS,
+        *rows.OPERATORS,
+    )
 }
 """Every operator by its op_type."""

@@ -37,6 +37,7 @@ from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS, Method
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.experts import matrix_of, stacks
 from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins import layout
 from rankbook.plugins.layer_spec import MIN_GROUP, LayerSpec
@@ -137,7 +138,16 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
         stored = {item: stored_bits(rows, columns, corners[_kind(item)], chosen) for item, chosen in possible.items()}
         found[name] = Candidates(harms(weight, sensitive[name], options.group(columns), possible), stored)
     weights = sum(module.weight.numel() for module in layers.values())
-    return choose(found, options.target_bits * weights, weights)
+    groups = {name: [name] for name in names if not matrix_of(name)} | stacks(names)
+    together = {name: _together(found, members) for name, members in groups.items()}
+    solution = choose(together, options.target_bits * weights, weights)
+    return {member: solution[name] for name, members in groups.items() for member in members}
+
+
+def _together(found: Mapping[str, Candidates], names: Sequence[str]) -> Candidates:
+    """Return what a choice costs several layers for which one choice is made: the experts of one matrix."""
+    harm, stored = ([getattr(found[name], part) for name in names] for part in ("harm", "stored"))
+    return Candidates(*({item: sum(each[item] for each in all_) for item in all_[0]} for all_ in (harm, stored)))
 
 
 def _shaped(options: QuantizeOptions) -> bool:
@@ -183,7 +193,9 @@ def sensitivities(
     Large inputs that the output does not depend on (attention sinks) count for nothing, unlike in a product of mean
     squares.
     """
-    fisher = {name: torch.zeros(()) for name in layers}
+    # Experts that no token is sent to stay at zero.
+    sizes: dict[str, Any] = {name: module.weight.shape for name, module in layers.items()}
+    fisher = {name: torch.zeros(len(range(0, rows, _stride(rows))), columns) for name, (rows, columns) in sizes.items()}
     sketches: dict[str, Tensor] = {}
 
     def add(name: str, inputs: Tensor, grad: Tensor) -> None:

@@ -21,6 +21,7 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.experts import share_statistics
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
@@ -98,7 +99,8 @@ class BlockSolver:
         block, prefix, call = site.block, site.prefix, site.call
         method, options = METHODS[self.options.method], self.options
         with self.arithmetic():
-            statistics = capture.collect(block, call, streams.inputs.values, site.layers)
+            seen = capture.collect(block, call, streams.inputs.values, site.layers)
+        statistics, few_tokens = share_statistics(seen)
         scaled = self._scale_inputs(block, lambda: call(block, streams.inputs.values[:1].float()), statistics)
         problems = {name: _problem(block, name, statistics[name]) for name in site.layers}
         share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
@@ -123,6 +125,7 @@ class BlockSolver:
             errors,
             {f"{prefix}{name}": tensor.to(self.dtype) for name, tensor in scaled.tensors.items()},
             [f"{prefix}{name}" for name in scaled.layers],
+            [f"{prefix}{name}" for name in few_tokens],
         )
 
     def rounded_inputs(self, site: Site, streams: Streams) -> AbstractContextManager[None]:

@@ -14,8 +14,8 @@ from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins.layer_spec import LayerSpec
 
-SKIPPED, OUTSIDE = "skipped by option", "outside the decoder blocks"
-"""Ends of the reasons in `QuantizeReport.left_alone` that are no surprise."""
+SKIPPED, OUTSIDE, GATE = "skipped by option", "outside the decoder blocks", "router or gate of experts"
+"""Parts of the reasons in `QuantizeReport.left_alone` that are no surprise."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,34 @@ class Progress:
     fraction: float
     eta_s: float | None
     peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do to a model.
+
+    Attributes:
+        layers: Number of layers that will be packed.
+        packed_share: Their share of the weights in the blocks.
+        left_alone: Names of weights that stay as they are, with the reason.
+    """
+
+    layers: int
+    packed_share: float
+    left_alone: Mapping[str, str]
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Return the names of what is left alone by reason."""
+        found: dict[str, list[str]] = {}
+        for name, reason in self.left_alone.items():
+            found.setdefault(reason, []).append(name)
+        return found
+
+    def sentence(self) -> str:
+        """Say in a line what is packed and what is not."""
+        what = f"{self.layers} layers with {self.packed_share:.1%} of the weights in the blocks will be packed"
+        each = [f"{len(names)} such as {names[0]} ({reason})" for reason, names in self.reasons().items()]
+        return f"{what}; left alone: {', '.join(each)}" if each else what
 
 
 @dataclass(frozen=True)
@@ -72,6 +100,8 @@ class QuantizeReport:
             ``model`` the weights that stay in float, see `in_float`.
         left_alone: Names of weights that stay as they are, with the reason.
         scaled: Names of layers whose inputs were scaled before quantization.
+        few_tokens: Names of layers of experts that saw fewer tokens than they have inputs, see
+            `rankbook.calibration.model.experts.share_statistics`.
         calibration: Where the calibration tokens came from.
         calibration_windows: Windows used and tokens of each, beside those asked for.
         seconds: Wall time of this run (of the last part, after a resume).
@@ -84,6 +114,7 @@ class QuantizeReport:
     totals: Mapping[str, Any]
     left_alone: Mapping[str, str]
     scaled: tuple[str, ...]
+    few_tokens: tuple[str, ...]
     calibration: str
     calibration_windows: Mapping[str, int]
     seconds: float
@@ -100,7 +131,7 @@ class QuantizeReport:
         """What of the blocks stays in float without having been skipped by option; empty where nothing does."""
         found: dict[str, list[str]] = {}
         for name, reason in self.left_alone.items():
-            if not reason.endswith((SKIPPED, OUTSIDE)):
+            if not any(expected in reason for expected in (SKIPPED, OUTSIDE, GATE)):
                 found.setdefault(reason, []).append(name)
         if not found:
             return ""

@@ -31,12 +31,14 @@ class BlockResult:
         errors: Relative output errors by full layer name.
         tensors: New values of other parameters of the block by full name (norms that carry an input scaling).
         scaled: Full names of the layers whose inputs are scaled.
+        few_tokens: Full names of the layers of experts with shared statistics.
     """
 
     layers: Mapping[str, CodebookLinear]
     errors: Mapping[str, float | None]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scaled: Sequence[str] = ()
+    few_tokens: Sequence[str] = ()
 
 
 class PartialState:
@@ -74,7 +76,11 @@ class PartialState:
         """Store a finished block; a reader never sees half of one."""
         tensors = {f"{name}.{part}": t for name, layer in result.layers.items() for part, t in layer.packed().items()}
         layers = {name: layer.spec.to_json() for name, layer in result.layers.items()}
-        others = {"tensors": list(result.tensors), "scaled": list(result.scaled)}
+        others = {
+            "tensors": list(result.tensors),
+            "scaled": list(result.scaled),
+            "few_tokens": list(result.few_tokens),
+        }
         metadata = {
             "layers": json.dumps(layers),
             "errors": json.dumps(dict(result.errors), allow_nan=False),
@@ -132,7 +138,7 @@ def _block(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockR
         layers[name] = CodebookLinear(spec, {part: tensors[f"{name}.{part}"] for part in spec.tensors()})
     others = json.loads(metadata["others"])
     changed = {name: tensors[name] for name in others["tensors"]}
-    return BlockResult(layers, json.loads(metadata["errors"]), changed, others["scaled"])
+    return BlockResult(layers, json.loads(metadata["errors"]), changed, others["scaled"], others["few_tokens"])
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from rankbook.calibration.driver.block import BlockSolver, Site, Streams
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.report import (
     LayerReport,
+    Plan,
     Progress,
     QuantizeReport,
     Reporter,
@@ -39,6 +40,7 @@ from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.loading import load_model, model_hash, resolve, source_folder
 from rankbook.calibration.model.packed_modules import packed_modules, replace_module
+from rankbook.calibration.model.plain import make_plain, restore
 from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.source import Kind
@@ -55,7 +57,7 @@ def quantize_model(
     *,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    begin: Callable[[Any], None] | None = None,
+    begin: Callable[[Any, Plan], None] | None = None,
 ) -> QuantizeReport:
     """Quantize a causal language model and write the checkpoint.
 
@@ -75,7 +77,8 @@ def quantize_model(
         options: What to do.
         resume: Go on at the last finished block of an interrupted run with the same model and options.
         progress: Told of every step.
-        begin: Called with the model's configuration before anything is computed; what it raises ends the run.
+        begin: Called with the model's configuration and what will be done, before anything is computed; what it raises
+            ends the run.
 
     Raises:
         ValueError: Options that do not fit the model, weights with NaN, empty calibration text, a state to resume that
@@ -89,7 +92,7 @@ def quantize_model(
         model, tokenizer = _load_original(source)
         run = _Run.prepare(model, options, progress)
         if begin is not None:
-            begin(model.config)
+            begin(model.config, run.plan())
         digest = model_hash(source)
         state = PartialState(output, _fingerprint(options, digest), resume=resume)
         run.reporter.tell("calibration text", -1)
@@ -109,6 +112,16 @@ def quantize_model(
         return report
 
 
+def plan(source: str | Path, options: QuantizeOptions) -> tuple[Any, Plan]:
+    """Return the configuration of a model and what `quantize_model` would do to it; nothing is computed.
+
+    Raises:
+        ValueError: Options that do not fit the model.
+    """
+    model, _ = _load_original(source)
+    return model.config, _Run.prepare(model, options, None).plan()
+
+
 @dataclass
 class _Run:
     """The state of one run over a loaded model."""
@@ -122,6 +135,7 @@ class _Run:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     embedding_layers: dict[str, LayerReport] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
+    few_tokens: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> Any:
@@ -137,8 +151,15 @@ class _Run:
         if options.kv_bits:
             adapter.cached_outputs()  # to see whether they are known
         _check_finite_outside(model, blocks)
+        forms = make_plain(model)
         chosen = select(model, blocks, options)
+        restore(model, forms, chosen.names(blocks))
         return cls(adapter, options, blocks, found, chosen, Reporter(len(blocks.modules), progress))
+
+    def plan(self) -> Plan:
+        """Say what will be done."""
+        chosen = self.selection
+        return Plan(len(chosen.names(self.blocks)), chosen.share(self.blocks), chosen.left_alone)
 
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the embeddings and every block, or take finished blocks from ``state``."""
@@ -167,10 +188,8 @@ class _Run:
         if self.options.target_bits is None:
             return {}
         self.reporter.tell("spending the budget", -1)
-        prefix = self.blocks.name
-        names = [f"{prefix}.{i}.{name}" for i, layers in enumerate(self.selection.layers) for name in layers]
         with capture.within_range(self.model):
-            return allocate(self.model, names, tokens, self.options)
+            return allocate(self.model, self.selection.names(self.blocks), tokens, self.options)
 
     def _first_inputs(self, tokens: Tensor) -> capture.Stream:
         dtype = next(self.blocks.modules[0].parameters()).dtype
@@ -209,6 +228,7 @@ class _Run:
             for module in result.layers.values():
                 module.dematerialize()
         self.scaled += result.scaled
+        self.few_tokens += result.few_tokens
         for name, module in result.layers.items():
             self.layers[name] = LayerReport(module.spec, result.errors[name])
 
@@ -232,6 +252,7 @@ class _Run:
             totals=totals(self.layers, entries),
             left_alone=self.selection.left_alone,
             scaled=tuple(self.scaled),
+            few_tokens=tuple(self.few_tokens),
             calibration=data.description,
             calibration_windows=self._calibration_windows(data.tokens),
             seconds=time.monotonic() - start,
@@ -320,6 +341,7 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
         "layers": {name: layer.to_json() for name, layer in report.layers.items()},
         "left_alone": dict(report.left_alone),
         "scaled_inputs": list(report.scaled),
+        "few_tokens": list(report.few_tokens),
         "run": {
             "seconds": report.seconds,
             "resumed_at": report.resumed_at,

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.report import OUTSIDE, SKIPPED
+from rankbook.calibration.driver.report import GATE, OUTSIDE, SKIPPED
 from rankbook.calibration.model.adapter import Blocks, adapter_of
 from rankbook.calibration.model.patterns import check_patterns, matches
+from rankbook.calibration.model.plain import is_product
+from rankbook.plugins.layer_spec import MIN_GROUP
 
 LEAST_SHARE = 0.5
 """Share of the blocks' weights that must be quantized, or left alone by option, unless ``allow_partial`` is given."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of configurations that say how many experts a block has."""
 
 
 @dataclass
@@ -28,9 +32,23 @@ class Selection:
     layers: list[list[str]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
+    def share(self, blocks: Blocks) -> float:
+        """Return the share of the weights in the blocks that the layers hold."""
+        every = {id(p): p.numel() for block in blocks.modules for p in block.parameters() if p.ndim >= 2}
+        pairs = zip(blocks.modules, self.layers, strict=True)
+        chosen = [block.get_submodule(name).weight for block, layers in pairs for name in layers]
+        return sum(weight.numel() for weight in chosen) / sum(every.values())  # type: ignore[operator,misc]
+
+    def names(self, blocks: Blocks) -> list[str]:
+        """Return the full names of the layers."""
+        return [f"{blocks.name}.{index}.{local}" for index, layers in enumerate(self.layers) for local in layers]
+
 
 def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Selection:
-    """Choose the plain linear layers of the blocks.
+    """Choose the linear layers of the blocks (`rankbook.calibration.model.plain`).
+
+    Routers and gates of experts stay in float: they are small, and what they choose changes at once. So do layers whose
+    rows are shorter than the smallest group.
 
     Raises:
         ValueError: The group size fits none of the rows of a layer, a pattern matches nothing, or nothing or too little
@@ -39,13 +57,16 @@ def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Select
     selection, others = Selection(), Counter[str]()
     owners = Counter(id(module) for block in blocks.modules for module in block.modules())
     counted: set[int] = set()
+    gates = _gates(model)
     for index, block in enumerate(blocks.modules):
         selection.layers.append([])
         for local, module in block.named_modules():
             name = f"{blocks.name}.{index}.{local}"
             if not has_weights(module):
                 continue
-            reason = _reason(name, module, options, shared=owners[id(module)] > 1)
+            reason = _reason(name, module, options, gates)
+            if not reason and owners[id(module)] > 1:
+                reason = "used by more than one block"
             if id(module) not in counted:
                 others["" if reason in ("", SKIPPED) else type(module).__name__] += _weights(module)
             counted.add(id(module))
@@ -55,7 +76,7 @@ def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Select
                 _check_group(name, module.in_features, options)
                 selection.layers[-1].append(local)
     _note_outside(model, blocks, selection)
-    chosen = [f"{blocks.name}.{index}.{local}" for index, layers in enumerate(selection.layers) for local in layers]
+    chosen = selection.names(blocks)
     check_patterns("skip", options.skip, [name for name, module in model.named_modules() if has_weights(module)])
     if not chosen:
         raise ValueError(f"no layer of {type(model).__name__} is left to quantize; check --skip and the kind of model")
@@ -78,13 +99,24 @@ def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.ndim >= 2)
 
 
-def _reason(name: str, module: nn.Module, options: QuantizeOptions, *, shared: bool) -> str:
+def _gates(model: nn.Module) -> set[int]:
+    """Return how many outputs a router or gate of experts has; empty for a model without experts."""
+    config = adapter_of(model).config
+    parts = (config, getattr(config, "ffn_config", None))
+    counts = {int(getattr(part, name, None) or 0) for part in parts for name in _EXPERTS} - {0, 1}
+    return {1, *counts} if counts else set()
+
+
+def _reason(name: str, module: nn.Module, options: QuantizeOptions, gates: set[int]) -> str:
     """Return why a module with weights is left alone; empty if it is not."""
     if matches(name, options.skip):
         return SKIPPED
-    if type(module) is not nn.Linear:
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim == 2 and weight.shape[0] in gates:
+        return f"{GATE} of {weight.shape[0]} outputs"
+    if not isinstance(module, nn.Linear) or not is_product(module):
         return f"{type(module).__name__} is not a linear layer that rankbook knows"
-    return "used by more than one block" if shared else ""
+    return "" if module.in_features >= MIN_GROUP else f"rows of {module.in_features} weights are too short for a group"
 
 
 def _check_share(model: nn.Module, weights: Counter[str]) -> None:

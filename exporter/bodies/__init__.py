@@ -11,7 +11,8 @@ from functools import cache
 
 import onnx
 
-from rankbook.exporter.functions import DEQUANTIZE, dequantize_function
+from rankbook.exporter.bodies import experts
+from rankbook.exporter.functions import DEQUANTIZE, dequantize_function, nodes_within
 from rankbook.plugins import contract
 from rankbook.plugins.operators import OPERATORS
 
@@ -27,7 +28,7 @@ def functions(op_types: Iterable[str]) -> list[onnx.FunctionProto]:
         name = wanted.pop(0)
         if name not in found:
             found[name] = body(name)
-            wanted += [node.op_type for node in found[name].node if node.domain == contract.DOMAIN]
+            wanted += [node.op_type for node in nodes_within(found[name].node) if node.domain == contract.DOMAIN]
     return list(found.values())
 
 
@@ -40,6 +41,8 @@ def body(op_type: str) -> onnx.FunctionProto:
     """
     if op_type == DEQUANTIZE:
         return dequantize_function()
+    if op_type.startswith(experts.PRODUCT):
+        return experts.one(OPERATORS[op_type.removeprefix(experts.PRODUCT)])
     operator = OPERATORS[op_type]
     function: onnx.FunctionProto = importlib.import_module(f"{__name__}.{operator.body}").body(operator)
     return function

@@ -22,8 +22,13 @@ from rankbook.plugins.contract import Operator
 def body(operator: Operator) -> onnx.FunctionProto:
     """Return the function that computes a product."""
     writer = FunctionWriter()
+    write(writer, operator, writer.attribute("in_features"), writer.attribute("out_features"))
+    return writer.function(operator)
+
+
+def write(writer: FunctionWriter, operator: Operator, in_features: str, out_features: str) -> None:
+    """Append the nodes of a product; the names are those of its sizes, int64 (1,)."""
     node, ints, bits = writer.node, writer.ints, operator.bits
-    in_features, out_features = writer.attribute("in_features"), writer.attribute("out_features")
     x = int8.rounded_input(writer, in_features) if operator.int8_activations else "x"
     padded = _padded(writer, x, in_features)  # before the first dequantize, see functions.py
     words = node("Add", writer.dequantize("codes"), writer.floats(128))  # (NP, KB, b, 32, 4)
@@ -44,7 +49,6 @@ def body(operator: Operator) -> onnx.FunctionProto:
         product = node("Add", product, _branch(writer, x, rounded=operator.int8_activations))
     total = node("Add", product, node("CastLike", "bias", x))
     node("CastLike", total, "x", output="y")
-    return writer.function(operator)
 
 
 def _padded(writer: FunctionWriter, x: str, in_features: str) -> str:

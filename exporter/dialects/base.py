@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -39,6 +40,7 @@ class PackedLayer:
         input_range: Static range of the input, or None where the input is not quantized.
         symmetric_input: Whether that range is symmetric: INT8 with zero point 0, otherwise UINT8.
         int8_activations: Whether the operator rounds its input to 8 bits, with one scale per token and group.
+        experts: How many layers of experts are stacked in what is read; 0 where it is one layer.
     """
 
     name: str
@@ -50,6 +52,7 @@ class PackedLayer:
     input_range: StaticRange | None = None
     symmetric_input: bool = True
     int8_activations: bool = False
+    experts: int = 0
 
 
 class LayerWriter(Writer):
@@ -123,12 +126,15 @@ class Dialect:
         refuse: Returns why a layer cannot be expressed and what to do, or an empty string.
         lower: Returns the nodes that compute a layer from its input; the last one gives the output and has the name
             of the layer.
+        lower_experts: As ``lower``, of stacked experts, from the rows of x and the expert of each; None where the
+            dialect has no operator for them.
     """
 
     name: str
     summary: str
     refuse: Callable[[PackedLayer], str]
     lower: Callable[[LayerWriter, ir.Value], list[ir.Node]]
+    lower_experts: Callable[[LayerWriter, ir.Value, ir.Value], list[ir.Node]] | None = None
 
 
 def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
@@ -143,7 +149,7 @@ def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
     for layer in layers:
         if layer.dtype == torch.float16:
             _check_half(layer)
-        if reason := dialect.refuse(layer):
+        if reason := _no_experts(dialect, layer) or dialect.refuse(layer):
             reasons[reason] += 1
             example.setdefault(reason, layer.name)
     if reasons:
@@ -151,8 +157,22 @@ def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
         raise DialectError(f"dialect {dialect.name!r} cannot express this checkpoint: {told}")
 
 
+def _no_experts(dialect: Dialect, layer: PackedLayer) -> str:
+    if not layer.experts or dialect.lower_experts is not None:
+        return ""
+    return "it has no operator for the experts of a mixture; export in the dialect rankbook"
+
+
+def _of_expert(layer: PackedLayer, expert: int, part: str) -> Tensor:
+    return layer.read(part)[expert]
+
+
 def _check_half(layer: PackedLayer) -> None:
     """Refuse a layer whose decoded weight, error branch or bias float16 does not hold."""
+    for expert in range(layer.experts):
+        _check_half(replace(layer, experts=0, read=functools.partial(_of_expert, layer, expert)))
+    if layer.experts:
+        return
     spec, read = layer.spec, layer.read
     held = {name: read(name) for name in spec.tensors() if name != "codes"}
     params = GroupParams.unpack(held, spec).dense()

@@ -176,7 +176,10 @@ def _cache(node: ir.Node, value: ir.Value | None) -> ir.Node:
     concat = None if value is None else value.producer()
     joins = concat is not None and concat.op_type == "Concat" and len(concat.inputs) == 2
     if concat is None or not joins or not str(getattr(concat.inputs[0], "name", "")).startswith(PAST):
-        raise ValueError(f"attention node {node.name!r} does not read its cache from one Concat with the past")
+        raise ValueError(
+            f"attention node {node.name!r} does not read its cache from one Concat with the past; export with graph"
+            " standard"
+        )
     return concat
 
 

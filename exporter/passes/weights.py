@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
@@ -11,16 +13,18 @@ from torch import Tensor
 
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.format import Checkpoint
+from rankbook.calibration.model.experts import matrix_of, stacks
 from rankbook.calibration.record import halves
-from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
+from rankbook.exporter.dialects.base import Dialect, DialectError, LayerWriter, PackedLayer
 from rankbook.exporter.rewrite import Writer, lazy_tensor
-from rankbook.exporter.skeleton import DENSE, LAYER, PACKED, SMALL_BYTES, TRACE_DOMAIN, Skeleton
+from rankbook.exporter.skeleton import DENSE, EXPERTS, LAYER, PACKED, SMALL_BYTES, TRACE_DOMAIN, Skeleton
 
 
 class BindWeights(ir.passes.InPlacePass):
     """Completes every node that `rankbook.exporter.skeleton` left without weights.
 
     * A packed layer: the nodes and constants of a dialect (`rankbook.exporter.dialects`).
+    * ``Experts``: the packed layers of all experts of a matrix, as one node of the dialect.
     * ``Dense``: Transpose, MatMul and Add on the stored weight, which an embedding may use too.
     * A large parameter that was traced as an expanded zero: its stored values.
 
@@ -40,7 +44,7 @@ class BindWeights(ir.passes.InPlacePass):
         """Change the model in place."""
         graph = model.graph
         for node in list(graph):
-            if (node.domain, node.op_type) == (TRACE_DOMAIN, PACKED):
+            if node.domain == TRACE_DOMAIN and node.op_type in (PACKED, EXPERTS):
                 self._lower_packed(graph, node)
             elif (node.domain, node.op_type) == (TRACE_DOMAIN, DENSE):
                 self._lower_dense(graph, node)
@@ -50,13 +54,18 @@ class BindWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def _lower_packed(self, graph: ir.Graph, node: ir.Node) -> None:
-        layer, x = node.attributes[LAYER].as_string(), node.inputs[0]
+        name, (x, *numbers) = node.attributes[LAYER].as_string(), node.inputs
+        find = expert_layers if node.op_type == EXPERTS else packed_layer
+        layer = find(self._checkpoint, name, self._skeleton.dtype, int8_activations=self._int8_activations)
+        writer = LayerWriter(graph, layer)
         if x is None:
-            raise ValueError(f"the placeholder of {layer} has no input")
-        writer = LayerWriter(
-            graph, packed_layer(self._checkpoint, layer, self._skeleton.dtype, int8_activations=self._int8_activations)
-        )
-        self._replace(writer, node, self._dialect.lower(writer, writer.quantized_input(x)))
+            raise ValueError(f"the placeholder of {name} has no input")
+        lower, lower_experts = self._dialect.lower, self._dialect.lower_experts
+        if numbers and numbers[0] is not None and lower_experts is not None:  # what `check_layers` has seen to
+            nodes = lower_experts(writer, x, numbers[0])
+        else:
+            nodes = lower(writer, writer.quantized_input(x))
+        self._replace(writer, node, nodes)
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
         layer = node.attributes[LAYER].as_string()
@@ -91,6 +100,41 @@ class BindWeights(ir.passes.InPlacePass):
             return halves.narrowed(owner, self._checkpoint.tensor(owner), dtype)
 
         return lazy_tensor(owner, from_torch_dtype(dtype), self._checkpoint.tensor(owner).shape, load)
+
+
+def packed_layers(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, int8_activations: bool = False
+) -> Iterator[PackedLayer]:
+    """Yield every packed layer as dialects see it, the experts of one matrix as one."""
+    for name in checkpoint.layers:
+        if not matrix_of(name):
+            yield packed_layer(checkpoint, name, dtype, int8_activations=int8_activations)
+    for matrix in stacks(checkpoint.layers):
+        yield expert_layers(checkpoint, matrix, dtype, int8_activations=int8_activations)
+
+
+def expert_layers(
+    checkpoint: Checkpoint, matrix: str, dtype: torch.dtype, *, int8_activations: bool = False
+) -> PackedLayer:
+    """Return the packed layers of all experts of a matrix, stacked.
+
+    Raises:
+        DialectError: They differ in what is stored, or have ranges of their own for what enters them.
+    """
+    names = stacks(checkpoint.layers)[matrix]
+    first = packed_layer(checkpoint, names[0], dtype, int8_activations=int8_activations)
+    if odd := [name for name in names if checkpoint.layers[name] != first.spec]:
+        raise DialectError(
+            f"{odd[0]} is stored in another form than {names[0]}, and the experts of a matrix are one operator;"
+            " quantize all of them alike"
+        )
+    if first.input_range is not None:
+        raise DialectError(f"the inputs of {names[0]} have a static range for each expert; export with --weights-only")
+
+    def read(part: str) -> torch.Tensor:
+        return torch.stack([checkpoint.part(name, part) for name in names])
+
+    return replace(first, name=matrix, owner=matrix, read=read, experts=len(names))
 
 
 def packed_layer(

@@ -27,8 +27,6 @@ def config(kind: str, **more: Any) -> Any:
     ("asked", "reason"),
     [
         (config("mamba", **SIZES), STATE),
-        (config("mixtral", **SIZES, **HEADS, num_local_experts=4), "experts"),
-        (config("gpt_oss", **SIZES, **HEADS, head_dim=16, num_local_experts=4), "s_aux"),
         (config("mpt", d_model=48, n_heads=4, n_layers=2, vocab_size=259), "cannot be traced"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

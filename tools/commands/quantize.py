@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from rankbook.tools.errors import UsageError
 from rankbook.tools.report import Table
 
 if TYPE_CHECKING:
-    from rankbook.calibration.driver.report import Progress, QuantizeReport
+    from rankbook.calibration.driver.report import Plan, Progress, QuantizeReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,13 @@ class Quantize(QuantizeOptions, Common):
     output: Path = required("folder for the checkpoint", metavar="DIR", flags=("-o", "--output"), group=WHERE)
     resume: bool = option(False, "go on at the last finished block of an earlier run", group=WHERE)
     overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
+    dry_run: bool = option(False, "say what would be packed and whether it can be exported, and end", group=WHERE)
     require_export: bool = option(False, "refuse a model that `rankbook export` cannot write", group=WHERE)
 
     def __post_init__(self) -> None:
         # Before the methods, and with them torch, are loaded: a mistake should not cost seconds.
         check_replaceable(self.output, MANIFEST)
-        if (self.output / MANIFEST).is_file() and not (self.overwrite or self.resume):
+        if (self.output / MANIFEST).is_file() and not (self.overwrite or self.resume or self.dry_run):
             raise UsageError(
                 f"{self.output} holds a checkpoint already; give another folder, or --overwrite to replace it"
             )
@@ -46,7 +47,7 @@ def run(options: Quantize) -> Outcome:
     """Quantize."""
     import torch
 
-    from rankbook.calibration.driver.run import quantize_model
+    from rankbook.calibration.driver.run import plan, quantize_model
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -55,15 +56,13 @@ def run(options: Quantize) -> Outcome:
     width = f"{chosen.bits} bits" if chosen.target_bits is None else f"{chosen.target_bits} stored bits"
     reasons: list[str] = []
 
-    def begin(config: Any) -> None:
-        from rankbook.exporter.exportable import check_exportable
+    def begin(config: Any, planned: Plan) -> None:
+        console.log(planned.sentence())
+        reasons.append(_cannot_export(config, options))
 
-        reasons.append(check_exportable(config))
-        if reasons[0] and options.require_export:
-            raise UsageError(f"cannot be exported: {reasons[0]}; leave out --require-export to use it in PyTorch")
-        if reasons[0]:
-            note(f"the checkpoint cannot be exported: {reasons[0]}; it runs in PyTorch only")
-
+    if options.dry_run:
+        config, planned = plan(options.model, chosen)
+        return _dry(planned, _cannot_export(config, options))
     with console.progress(f"quantizing with {chosen.method} at {width}") as show:
 
         def progress(step: Progress) -> None:
@@ -82,6 +81,29 @@ def run(options: Quantize) -> Outcome:
         **report.to_json(),
     }
     return Outcome(summary, _tables(report), str(options.output), config_folder=options.output)
+
+
+def _cannot_export(config: Any, options: Quantize) -> str:
+    """Return why a model cannot be exported, having said so; an empty string where it can be."""
+    from rankbook.exporter.exportable import check_exportable
+
+    reason = check_exportable(config)
+    if reason and options.require_export:
+        raise UsageError(f"cannot be exported: {reason}; leave out --require-export to use it in PyTorch")
+    if reason:
+        note(f"the checkpoint cannot be exported: {reason}; it runs in PyTorch only")
+    return reason
+
+
+def _dry(planned: Plan, reason: str) -> Outcome:
+    rows: list[tuple[str, object]] = [
+        ("layers that would be packed", planned.layers),
+        ("share of the weights in the blocks", f"{planned.packed_share:.1%}"),
+        *[(f"left alone: {why}", f"{len(names)} such as {names[0]}") for why, names in planned.reasons().items()],
+        ("cannot be exported", reason or "it can be"),
+    ]
+    summary = {**asdict(planned), "cannot_export": reason}
+    return Outcome(summary, [Table("what would be done", ("property", "value"), rows)])
 
 
 def method_help(arguments: Sequence[str]) -> str:
@@ -122,6 +144,7 @@ def _tables(report: QuantizeReport) -> list[Table]:
         ("calibration", report.calibration),
         ("layers left alone", len(report.left_alone)),
         ("layers with scaled inputs", len(report.scaled)),
+        *_experts(report),
         *[(f"layers by {text}", spread(specs, name)) for name, text in _COUNTED.items()],
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
@@ -133,6 +156,16 @@ def _tables(report: QuantizeReport) -> list[Table]:
 
 _COUNTED = {"bits": "bits", "planes": "planes", "branch_rank": "rank of the error branch"}
 """What the table calls properties of a `LayerSpec`."""
+
+
+def _experts(report: QuantizeReport) -> list[tuple[str, object]]:
+    """Say how many layers of experts saw too few tokens; nothing for a model without experts."""
+    from rankbook.calibration.model.experts import matrix_of
+
+    experts = sum(matrix_of(name) is not None for name in report.layers)
+    if not experts:
+        return []
+    return [("layers of experts", experts), ("  of which with shared statistics: few tokens", len(report.few_tokens))]
 
 
 COMMAND = Command(

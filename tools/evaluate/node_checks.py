@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankbook.plugins.experts import NUMBERS
 from rankbook.tools.evaluate.node_model import graph_with_outputs, single_node
 from rankbook.tools.evaluate.options import ParityOptions
 from rankbook.tools.evaluate.runners import Agreement, Array, compare, function_runner
@@ -96,13 +97,15 @@ def compare_operators(model: FileModel, tolerance: float, options: ParityOptions
 def random_inputs(file: ExportedModel, node: Node, rng: np.random.Generator) -> dict[str, Array]:
     """Return random values for the inputs of a node that are not constants: 5 rows of activations or of indices."""
     inputs: dict[str, Array] = {}
+    lead = (5,) if NUMBERS in node.ports() else (1, 5)
     for formal in node.ports():
         if formal in node.constants:
             continue
-        if formal == "indices":
-            inputs[formal] = rng.integers(0, int(node.attributes["out_features"]), (1, 5))
-        else:
-            inputs[formal] = rng.standard_normal((1, 5, int(node.attributes["in_features"]))).astype(_activation(file))
+        if formal == "x":
+            inputs[formal] = rng.standard_normal((*lead, int(node.attributes["in_features"]))).astype(_activation(file))
+        else:  # numbers of rows, or of experts
+            most = node.constants["codes"].shape[0] if formal == NUMBERS else int(node.attributes["out_features"])
+            inputs[formal] = rng.integers(0, most, lead)
     return inputs
 
 
@@ -136,24 +139,26 @@ def _node_runner(model: FileModel, node: Node, constants: dict[str, Array], inpu
 class Captured:
     """Inputs and outputs of torch modules by name, in the order of their calls."""
 
-    inputs: dict[str, Array] = field(default_factory=dict)
+    inputs: dict[str, tuple[Array, ...]] = field(default_factory=dict)
     outputs: dict[str, Array] = field(default_factory=dict)
 
 
 def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     """Run the torch model once and keep what goes into and comes out of every packed layer."""
     from rankbook.calibration.model.adapter import adapter_of
+    from rankbook.calibration.model.experts import ExpertMatrices
     from rankbook.calibration.model.packed_modules import CodebookEmbedding, packed_modules
 
     captured, adapter = Captured(), adapter_of(torch_model.model)
 
     def remember(name: str, scale: float, _: Any, inputs: Any, output: Any) -> None:
-        captured.inputs[name] = inputs[0].detach().numpy()
+        captured.inputs[name] = tuple(value.detach().numpy() for value in inputs)
         # The factor of a scaled embedding is a node of its own in the graph.
         captured.outputs[name] = (output.detach().float() / scale).numpy()
 
+    stacked = {name: item for name, item in torch_model.model.named_modules() if isinstance(item, ExpertMatrices)}
     with ExitStack() as hooks:
-        for stored, module in packed_modules(torch_model.model).items():
+        for stored, module in {**packed_modules(torch_model.model), **stacked}.items():
             name = adapter.language_name(stored)  # that of the language model alone
             scale = float(module.spec.scale) if isinstance(module, CodebookEmbedding) else 1.0
             hooks.enter_context(module.register_forward_hook(partial(remember, name, scale)))
@@ -184,9 +189,9 @@ def _own_error(model: FileModel, name: str, captured: Captured, tolerance: float
     node = next((node for node in file.packed if node.name == name), None)
     if node is None:  # a layer of another dialect is more than one node
         return None
-    formal = next(formal for formal in node.ports() if formal not in node.constants)
-    values = captured.inputs[name]
-    inputs = {formal: values if formal == "indices" else values.astype(_activation(file))}
+    formals = [formal for formal in node.ports() if formal not in node.constants]
+    given = zip(formals, captured.inputs[name], strict=True)
+    inputs = {formal: values.astype(_activation(file)) if formal == "x" else values for formal, values in given}
     expected = {"y": captured.outputs[name]}
     runner = _node_runner(model, node, reference.constants(node), inputs)
     (agreement,) = compare(function_runner("torch", inputs, lambda _: expected), runner, inputs, tolerance)

@@ -169,10 +169,9 @@ def _onnx(path: Path) -> Inspection:
     }
     noted, nodes = model.metadata.layers, {node.name: node for node in model.packed}
     layers = tuple(
-        _onnx_layer(model, nodes[name], {"method": model.metadata.method, **noted.get(name, {})})
-        if name in nodes
-        else _other(model, name, noted[name])
+        layer
         for name in model.outputs_of
+        for layer in (_onnx_layers(model, nodes[name]) if name in nodes else [_other(model, name, noted[name])])
     )
     packed = {tensor.name for node in model.packed for tensor in node.constants.values()}
     floats = {
@@ -198,7 +197,8 @@ def _other(model: ExportedModel, name: str, entry: Mapping[str, Any]) -> Layer:
     return replace(_layer(name, spec, 8 * stored / spec.weights), error=_error(entry))
 
 
-def _onnx_layer(model: ExportedModel, node: Node, noted: dict[str, Any]) -> Layer:
+def _onnx_layers(model: ExportedModel, node: Node) -> list[Layer]:
+    """Describe the layer of a node, or the layers of experts that it holds, by their names in the checkpoint."""
     operator = node.operator
     if operator is None:
         raise UsageError(
@@ -207,16 +207,21 @@ def _onnx_layer(model: ExportedModel, node: Node, noted: dict[str, Any]) -> Laye
         )
     constants = {formal: tensor.spec for formal, tensor in node.constants.items()}
     try:
-        spec = LayerSpec.of_constants(operator.bits, node.attributes, constants)
+        spec, count = operator.layer(node.attributes, constants)
     except ValueError as error:
         raise UsageError(f"{model.path}: node {node.name}: {error}; export it again") from None
-    stored = sum(bits_of(constants).values())
-    return replace(
-        _layer(node.name, spec, stored / spec.weights),
-        method=str(noted["method"]),
-        error=_error(noted),
-        operator=node.op_type,
-    )
+    stored = sum(bits_of(constants).values()) / count
+    names = [node.name] if operator.one_of is None else [f"{node.name}.{expert}" for expert in range(count)]
+    noted = {name: {"method": model.metadata.method, **model.metadata.layers.get(name, {})} for name in names}
+    return [
+        replace(
+            _layer(name, spec, stored / spec.weights),
+            method=str(noted[name]["method"]),
+            error=_error(noted[name]),
+            operator=node.op_type,
+        )
+        for name in names
+    ]
 
 
 def _layer(name: str, spec: LayerSpec, stored_bits: float) -> Layer:

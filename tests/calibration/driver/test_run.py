@@ -29,6 +29,7 @@ from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.notes import Note
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import layout
+from rankbook.tools.dev import family_models
 from tests.calibration import toy_method
 from tests.calibration.runs import files, interrupted, options
 from tests.tiny import tiny_model, tiny_tokenizer, write_text
@@ -224,28 +225,54 @@ def test_manifest_accounts_for_every_stored_bit(tmp_path: Path) -> None:
 
 
 def test_skipped_and_unknown_layers_are_left_alone_and_listed(tmp_path: Path) -> None:
+    ffn = {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
     config = AutoConfig.for_model(
-        "mixtral", vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        "dbrx", vocab_size=259, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, ffn_config=ffn,
+        attn_config=attention, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     model = AUTO.from_config(config)
     model.save_pretrained(tmp_path / "model")
-    chosen = options(tmp_path, calib=None, skip=("*.1.self_attn.q_proj",))
-    # Each block has 3072 weights in attention, 64 in the router and 9216 in experts.
-    with pytest.raises(ValueError, match=r"only 24\.9% of the weights .* \(74\.6% in MixtralExperts, 0\.5% in Mixtral"):
+    chosen = options(tmp_path, calib=None, skip=("*.1.*.Wqkv",))
+    # Each block has 2048 and 1024 weights in attention, 64 in the router and 9216 in experts of a form of their own.
+    with pytest.raises(ValueError, match=r"only 24\.9% of the weights .* \(74\.6% in DbrxExpertGLU, 0\.5% in Linear"):
         quantize_model(tmp_path / "model", tmp_path / "out", chosen)
-    with pytest.warns(Note, match=r"79\.3% of the weights in the blocks stay in float"):
+    with pytest.warns(Note, match=r"83\.4% of the weights in the blocks stay in float"):
         report = quantize_model(tmp_path / "model", tmp_path / "out", replace(chosen, allow_partial=True))
-    packed = 2 * 3072 - 1024
+    packed = 2 * 3072 - 2048
     assert report.totals["blocks"]["float_share"] == 1 - packed / (2 * (3072 + 64 + 9216))
     assert report.totals["model"]["float_weights"] == 2 * (3072 + 64 + 9216) - packed + 2 * 259 * 32
-    assert "2 such as model.layers.0.mlp.experts (MixtralExperts is not a linear layer" in report.unknown
-    assert report.left_alone["model.layers.1.self_attn.q_proj"] == "skipped by option"
-    assert "Experts" in report.left_alone["model.layers.0.mlp.experts"]
-    assert len(report.layers) == 7
+    assert "2 such as transformer.blocks.0.ffn.experts.mlp (DbrxExpertGLU is not a linear layer" in report.unknown
+    assert report.left_alone["transformer.blocks.1.norm_attn_norm.attn.Wqkv"] == "skipped by option"
+    assert report.left_alone["transformer.blocks.0.ffn.router.layer"] == "router or gate of experts of 2 outputs"
+    assert len(report.layers) == 3
     loaded, _ = load_model(tmp_path / "out")
     before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
-    assert torch.equal(before["model.layers.0.mlp.experts.down_proj"], after["model.layers.0.mlp.experts.down_proj"])
+    assert torch.equal(
+        before["transformer.blocks.0.ffn.experts.mlp.w1"], after["transformer.blocks.0.ffn.experts.mlp.w1"]
+    )
+
+
+@pytest.mark.parametrize("method", ["lcq", "gptq"])
+def test_every_expert_is_a_layer_of_its_own(method: str, tmp_path: Path) -> None:
+    family_models.tiny("mixtral", tmp_path / "model")
+    more = {"method": method, "bits": 3, "error_branch": "lqer", "error_rank": 2, "skip": ("*.1.mlp.experts.*",)}
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, **more))
+    experts = [name for name in report.layers if "experts" in name]
+    assert experts == [
+        f"model.layers.0.mlp.experts.{part}.{i}" for part in ("gate_up_proj", "down_proj") for i in range(4)
+    ]
+    assert all(0 < (report.layers[name].error or 0) < 0.2 for name in experts)
+    assert set(report.few_tokens) <= set(experts)
+    assert report.left_alone["model.layers.0.mlp.gate"] == "router or gate of experts of 4 outputs"
+    assert report.unknown == ""
+    loaded, _ = load_model(tmp_path / "out")
+    tokens = torch.arange(20)[None]
+    source, _ = load_model(tmp_path / "model")
+    want, got = source(input_ids=tokens).logits, loaded(input_ids=tokens).logits
+    assert 0 < float((got - want).abs().max()) < 0.5 * float(want.abs().max())
+    fused = source.get_parameter("model.layers.1.mlp.experts.down_proj")
+    assert torch.equal(loaded.get_parameter("model.layers.1.mlp.experts.down_proj"), fused)
 
 
 def test_experts_that_the_user_skips_are_no_surprise(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""Experts of a mixture whose matrices are fused into one tensor, taken apart into linear layers.
+
+transformers keeps the matrices of all experts of a block as parameters of three dimensions, ``gate_up_proj`` (or
+``up_proj``) and ``down_proj``, transposed in some families. `split` puts a list of linear layers in the place of each,
+so that everything that is done to a linear layer is done to the matrix of an expert: its name is
+``<experts>.gate_up_proj.3``. What a family does between the matrices (gates, norms) stays its own code.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration.fitting.statistics import LayerStatistics
+
+MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+"""Names of the fused parameters; experts have one of the first two, and the last."""
+_MATRIX = re.compile(rf"(.+\.(?:{'|'.join(MATRICES)}))\.(\d+)")
+
+
+class ExpertMatrices(nn.ModuleList):
+    """The same matrix of every expert, as linear layers."""
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Return each row of x (S, K) times the matrix of its expert, (S, N); experts (S,) are their numbers."""
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=len(self)).tolist()
+        rows = zip(self, torch.split(x[order], counts), strict=True)
+        return torch.cat([layer(chunk) for layer, chunk in rows if len(chunk)])[order.argsort()]
+
+
+def matrix_of(name: str) -> tuple[str, int] | None:
+    """Return the name of the matrix of all experts and the expert's number, for the name of a layer of one expert."""
+    found = _MATRIX.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def stacks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of the layers of experts by the name of their matrix, in the order of the experts."""
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        if matrix := matrix_of(name):
+            found.setdefault(matrix[0], {})[matrix[1]] = name
+    return {matrix: [layers[index] for index in sorted(layers)] for matrix, layers in found.items()}
+
+
+def fused(module: nn.Module) -> list[str]:
+    """Return the names of the fused parameters of experts as transformers marks them; empty for other modules."""
+    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+        return []
+    return [name for name in MATRICES if getattr(module._parameters.get(name), "ndim", 0) == 3]
+
+
+def split(module: Any) -> None:
+    """Put linear layers in the place of the fused parameters of experts; weights are views of what they were."""
+    for name in fused(module):
+        weights, biases = module._parameters.pop(name), module._parameters.pop(f"{name}_bias", None)
+        if module.is_transposed:
+            weights = weights.transpose(1, 2)
+        pairs = zip(weights, [None] * len(weights) if biases is None else biases, strict=True)
+        setattr(module, name, ExpertMatrices(_linear(weight, bias) for weight, bias in pairs))
+    module.forward = types.MethodType(routed, module)
+    module._is_hf_initialized = True  # or transformers would draw the parameters that are gone
+
+
+def join(module: Any) -> None:
+    """Undo `split`."""
+    for name in MATRICES:
+        if isinstance(layers := getattr(module, name, None), ExpertMatrices):
+            delattr(module, name)
+            weights, biases = ([getattr(layer, part) for layer in layers] for part in ("weight", "bias"))
+            whole = torch.stack(weights)
+            setattr(module, name, _fixed(whole.transpose(1, 2).contiguous() if module.is_transposed else whole))
+            if biases[0] is not None:
+                setattr(module, f"{name}_bias", _fixed(torch.stack(biases)))
+    for name in ("forward", "_is_hf_initialized"):
+        module.__dict__.pop(name, None)
+
+
+def routed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Return the weighted sum of the chosen experts, (T, H): the forward of experts that were split.
+
+    Args:
+        module: The experts.
+        hidden_states: (T, H).
+        top_k_index: Numbers of the chosen experts, (T, k).
+        top_k_weights: Their weights, (T, k).
+    """
+    experts = top_k_index.reshape(-1)
+    y = hidden_states[:, None].expand(-1, top_k_index.shape[1], -1).reshape(-1, hidden_states.shape[1])
+    if module.has_gate:
+        y = module._apply_gate(module.gate_up_proj(y, experts))
+    else:
+        y = module.act_fn(module.up_proj(y, experts))
+    y = module.down_proj(y, experts)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    weighted: Tensor = y.reshape(*top_k_index.shape, -1) * top_k_weights[..., None]
+    return weighted.sum(1).to(hidden_states.dtype)
+
+
+def share_statistics(statistics: Mapping[str, LayerStatistics]) -> tuple[dict[str, LayerStatistics], list[str]]:
+    """Return statistics in which no expert stands for itself with too few tokens, and the names of those that did.
+
+    A Gram matrix of fewer tokens than inputs is singular. An expert that saw fewer is given the missing ones as copies
+    of the mean of all experts of its matrix, in numbers: its own tokens keep their weight.
+    """
+    found, few = dict(statistics), []
+    for names in stacks(statistics).values():
+        own = [statistics[name] for name in names]
+        columns, seen = len(own[0].gram), sum(item.tokens for item in own)
+        scarce = [name for name in names if statistics[name].tokens < columns]
+        if not scarce or not seen:
+            continue
+        few += scarce
+        gram, mean_abs = sum(item.gram for item in own), sum(item.mean_abs for item in own)
+        peaks = [torch.stack([getattr(item, part) for item in own]).amax(0) for part in ("peak_mean_abs", "peak")]
+        for name in scarce:
+            item = statistics[name]
+            part = (columns - item.tokens) / seen
+            sums = {"gram": item.gram + part * gram, "mean_abs": item.mean_abs + part * mean_abs}
+            shared = replace(item, **sums, tokens=columns)
+            found[name] = shared if item.tokens else replace(shared, peak_mean_abs=peaks[0], peak=peaks[1])
+    return found, few
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = _fixed(weight)
+    if bias is not None:
+        layer.bias = _fixed(bias)
+    return layer
+
+
+def _fixed(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach(), requires_grad=False)

@@ -1,0 +1,86 @@
+"""Fused experts become linear layers and back, compute what transformers computes, and none is without statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.model import experts
+from rankbook.calibration.model.plain import make_plain, restore
+from rankbook.tools.dev.family_models import configuration
+
+FAMILIES = ("mixtral", "gpt_oss", "nemotron_h")
+"""Gated; transposed, with biases, interleaved and clamped; without a gate."""
+
+
+def model_of(family: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(configuration(family), dtype=torch.float32).eval().requires_grad_(False)
+    for module in model.modules():
+        for name in experts.fused(module):
+            torch.nn.init.normal_(module._parameters[name], std=0.1)
+            if f"{name}_bias" in module._parameters:
+                torch.nn.init.normal_(module._parameters[f"{name}_bias"])
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_experts_compute_the_same_and_can_be_joined(family: str) -> None:
+    model = model_of(family)
+    tokens = torch.arange(40).reshape(2, 20)
+    want, before = model(input_ids=tokens).logits, {k: v.clone() for k, v in model.state_dict().items()}
+    found = make_plain(model)
+    layers = [name for name, _ in model.named_modules() if experts.matrix_of(name)]
+    assert len(layers) == 4 * 2 * len(found)
+    torch.testing.assert_close(model(input_ids=tokens).logits, want, rtol=1e-4, atol=1e-5)
+    restore(model, found, [])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(model.state_dict()) == set(before)
+    torch.testing.assert_close(model(input_ids=tokens).logits, want)
+
+
+def test_conv1d_becomes_a_linear_layer_and_is_put_back() -> None:
+    model = model_of("gpt2")
+    tokens = torch.arange(40).reshape(2, 20)
+    want = model(input_ids=tokens).logits
+    found = make_plain(model)
+    assert type(model.transformer.h[0].attn.c_attn) is torch.nn.Linear
+    torch.testing.assert_close(model(input_ids=tokens).logits, want)
+    restore(model, found, ["transformer.h.0.attn.c_attn"])
+    assert type(model.transformer.h[0].attn.c_attn) is torch.nn.Linear
+    assert type(model.transformer.h[1].attn.c_attn).__name__ == "Conv1D"
+
+
+def test_names_tell_the_matrix_and_the_expert() -> None:
+    assert experts.matrix_of("model.layers.0.mlp.experts.gate_up_proj.12") == (
+        "model.layers.0.mlp.experts.gate_up_proj",
+        12,
+    )
+    assert experts.matrix_of("model.layers.0.mlp.up_proj") is None
+    names = [f"a.down_proj.{index}" for index in (10, 2, 0)]
+    assert experts.stacks(names) == {"a.down_proj": ["a.down_proj.0", "a.down_proj.2", "a.down_proj.10"]}
+
+
+def test_an_expert_with_few_tokens_shares_those_of_all() -> None:
+    torch.manual_seed(0)
+    columns, counts = 8, (20, 3, 0)
+    statistics = {f"a.down_proj.{index}": LayerStatistics.empty(columns) for index in range(3)}
+    inputs = [torch.randn(count, columns) for count in counts]
+    for x, item in zip(inputs, statistics.values(), strict=True):
+        if len(x):
+            item.update(x)
+    shared, few = experts.share_statistics({**statistics, "q_proj": LayerStatistics.empty(4)})
+    assert few == ["a.down_proj.1", "a.down_proj.2"]
+    assert shared["a.down_proj.0"] is statistics["a.down_proj.0"]
+    mean = torch.cat(inputs).T @ torch.cat(inputs) / sum(counts)
+    own = inputs[1].T @ inputs[1]
+    torch.testing.assert_close(shared["a.down_proj.1"].gram, own + (columns - 3) * mean)
+    torch.testing.assert_close(shared["a.down_proj.2"].gram, columns * mean)
+    assert shared["a.down_proj.2"].tokens == columns
+    torch.testing.assert_close(shared["a.down_proj.2"].peak, torch.cat(inputs).abs().amax(0))

@@ -1,0 +1,273 @@
+"""Which model families are served: tiny random models of each through quantize, reload, export and parity.
+
+    python -m rankbook.tools.dev.families [--families llama,mixtral] [-o build/families]
+
+Each family runs in a child of its own with a time limit. What was found is kept as one JSON file a family, so that a
+run of some families updates the table, and docs/families.md is written from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankbook.tools.dev.docs import ROOT
+from rankbook.tools.dev.family_models import FAMILIES, MOST_USED, tiny
+from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, describe
+from rankbook.tools.report import Table
+
+SERVED = ("standard", "ort", "fp16")
+"""Exports that are compared with PyTorch: the two graphs in float32, and the standard one in half precision."""
+_WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil strong tea in old pots".split()
+_TOKENS = (2, 24)
+_SAME = 1e-5
+"""Largest difference after a reload, relative to the largest logit: sums of float32 in another order."""
+_REFUSED = "not exported"
+
+
+@dataclass
+class Row:
+    """What one family does.
+
+    Attributes:
+        family: Its ``model_type``.
+        packed: Share of the weights in the blocks that are packed; None where quantization fails.
+        cannot_export: What `quantize` says before it begins.
+        reload: Largest relative difference of logits after a reload, from those of the original with decoded weights.
+        errors: Largest relative difference of logits, with and without a cache, by export; None where it fails.
+        passed: Whether that is within tolerance, by export.
+        reasons: Why a step ended, by step.
+        seconds: Wall time.
+    """
+
+    family: str
+    packed: float | None = None
+    cannot_export: str = ""
+    reload: float | None = None
+    errors: dict[str, float | None] = field(default_factory=dict)
+    passed: dict[str, bool] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> bool:
+        """Whether something was written that computes other numbers: worse than any refusal."""
+        stale = self.reload is not None and self.reload > _SAME
+        return stale or any(self.errors.get(name) is not None and not self.passed[name] for name in SERVED)
+
+    @property
+    def served(self) -> bool:
+        """Whether the family passes quantize, reload, export and parity on both graphs."""
+        return not self.wrong and all(self.passed.get(name) for name in ("standard", "ort"))
+
+
+def sweep(family: str, folder: Path, exports: Sequence[str] = SERVED) -> Row:
+    """Take one family through all steps in this process; what fails is noted, and ends what depends on it."""
+    import torch
+
+    from rankbook.calibration.driver.options import QuantizeOptions
+    from rankbook.calibration.driver.run import quantize_model
+    from rankbook.exporter.exportable import check_exportable
+
+    torch.set_num_threads(1)
+    row, start = Row(family), time.monotonic()
+    source, checkpoint = folder / "model", folder / "checkpoint"
+    text = folder / "text.txt"
+    text.write_text(" ".join(_WORDS[i * i % len(_WORDS)] for i in range(400)), encoding="utf-8")
+    how = QuantizeOptions(
+        method="rtn", bits=4, group_size=32, calib=str(text), calib_sequences=4, calib_length=64, allow_partial=True
+    )
+
+    def quantized() -> None:
+        report = quantize_model(source, checkpoint, how, begin=begin)
+        row.packed = 1 - report.totals["blocks"]["float_share"]
+
+    def begin(config: Any, _: object = None) -> None:
+        row.cannot_export = check_exportable(config)
+
+    if _step(row, "build", lambda: tiny(family, source)) and _step(row, "quantize", quantized):
+        _step(row, "reload", lambda: _reload(row, source, checkpoint))
+        for name in exports:
+            if not row.cannot_export:
+                _step(row, name, functools.partial(_parity, row, name, checkpoint, folder / name))
+    row.seconds = round(time.monotonic() - start, 1)
+    return row
+
+
+def _step(row: Row, name: str, work: Callable[[], object]) -> bool:
+    """Run a step; return whether it came to its end."""
+    try:
+        work()
+    except Exception as error:  # whatever a family's code raises is what is to be found out
+        row.reasons[name] = describe(error)[0].removesuffix("; run again with --debug for the traceback")
+        return False
+    return True
+
+
+def _reload(row: Row, source: Path, checkpoint: Path) -> None:
+    """Compare a checkpoint with the original model in which every packed weight is the decoded one."""
+    import torch
+
+    from rankbook.calibration.checkpoint.format import load_records
+    from rankbook.calibration.model.loading import load_model
+
+    dense, loaded = (load_model(folder, torch.float32)[0] for folder in (source, checkpoint))
+    for name, record in load_records(checkpoint).items():
+        _put(dense, name, record.weight(with_low_rank=True))
+    tokens = torch.arange(_TOKENS[0] * _TOKENS[1]).reshape(_TOKENS) * 5 % 250
+    with torch.no_grad():
+        want, got = (model(input_ids=tokens, use_cache=False).logits for model in (dense, loaded))
+    row.reload = float((got - want).abs().max() / want.abs().max())
+
+
+def _put(model: Any, name: str, weight: Any) -> None:
+    """Give a layer of the original model another weight (N, K), whatever its class."""
+    import torch
+
+    from rankbook.calibration.model.experts import matrix_of
+
+    if found := matrix_of(name):
+        experts, matrix = found[0].rpartition(".")[::2]
+        module = model.get_submodule(experts)
+        module._parameters[matrix][found[1]] = weight.T if module.is_transposed else weight
+        return
+    module = model.get_submodule(name)
+    transposed = type(module).__name__ == "Conv1D"
+    module.weight = torch.nn.Parameter(weight.T if transposed else weight, requires_grad=False)
+
+
+def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
+    """Export and compare, without and with a cache."""
+    import numpy as np
+
+    from rankbook.exporter.export import ExportOptions, export
+    from rankbook.tools.evaluate import parity
+    from rankbook.tools.evaluate.options import ParityOptions
+    from rankbook.tools.runtimes.ort import OrtModel
+    from rankbook.tools.runtimes.torch import TorchModel
+
+    row.errors[name], row.passed[name] = None, False
+    options = ExportOptions(graph="ort" if name == "ort" else "standard", dtype="fp16" if name == "fp16" else "fp32")
+    export(checkpoint, folder, options)
+    model, torch_model = OrtModel(folder, threads=1), TorchModel(checkpoint, threads=1)
+    tokens = np.random.default_rng(0).integers(0, 250, _TOKENS)
+    report = parity.check(model, torch_model, tokens, ParityOptions(), lambda *_: None)
+    row.errors[name] = max(item.error for item in (report.logits, report.cached) if item is not None)
+    row.passed[name] = report.passed
+    if not report.passed:
+        row.reasons[name] = f"parity fails; first at {report.first_bad_layer or report.problems or 'the logits'}"
+
+
+def _child(family: str, folder: Path) -> None:
+    """Write the row of a family; what its code prints goes to a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    _keep(folder, sweep(family, folder))
+
+
+def _keep(folder: Path, row: Row) -> None:
+    (folder / "row.json").write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
+
+
+def run(families: Sequence[str], folder: Path, limit_s: float) -> None:
+    """Run families one after another, each in a fork of this process: libraries are loaded once."""
+    _load()
+    for family in families:
+        place = folder / family
+        (place / "row.json").unlink(missing_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(family, place))
+        process.start()
+        process.join(limit_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if not (place / "row.json").is_file():
+            ended = f"ended after {limit_s:g} s" if process.exitcode == -9 else f"ended with {process.exitcode}"
+            _keep(place, Row(family, reasons={"run": ended}))
+        row = _read(place / "row.json")
+        print(json.dumps(asdict(row)), flush=True)
+
+
+def _load() -> None:
+    """Import what every family needs, the tables of torch's exporter too."""
+    import onnxruntime  # noqa: F401
+    import torch
+
+    from rankbook.exporter import export  # noqa: F401
+    from rankbook.tools.evaluate import parity  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.onnx.export(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), dynamo=True, verbose=False)
+
+
+def _read(path: Path) -> Row:
+    return Row(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def document(rows: Mapping[str, Row]) -> str:
+    """Return docs/families.md."""
+    found = [rows[family] for family in FAMILIES if family in rows]
+    served, wrong = (sum(getattr(row, name) for row in found) for name in ("served", "wrong"))
+    said = sum(bool(row.cannot_export or "quantize" in row.reasons) for row in found)
+    lines = [
+        "# Model families",
+        "<!-- Made by `python -m rankbook.tools.dev.families`. -->",
+        "Tiny random models of the decoder families of transformers (two blocks, 64 features, 4 experts of which 2 are"
+        " used, windows shorter than the text), quantized with RTN at 4 bits in groups of 32. *Packed* is the share of"
+        " the weights in the blocks; *reload* compares the checkpoint with the original model that has the decoded"
+        " weights; the other columns are the larger of the differences of logits between PyTorch and ONNX Runtime,"
+        " without and with a cache, relative to the largest logit: `export`, `export --graph ort`, `export --dtype"
+        " fp16`. `-` was not reached.",
+        f"Of {len(found)} families {served} pass quantize, reload, export and parity on both graphs; {said} are refused"
+        f" by `quantize`, or said by it not to be exportable, before it begins; {wrong} give wrong numbers.",
+        Table("", ("family", "packed", "reload", *SERVED, "why not"), [_cells(row) for row in found]).markdown(),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    packed = "-" if row.packed is None else f"{row.packed:.0%}"
+    reload = "-" if row.reload is None else "same" if row.reload <= _SAME else f"**{row.reload:.0e}**"
+    exports = [_verdict(row, name) for name in SERVED]
+    why = {reason: None for reason in (row.cannot_export, *row.reasons.values()) if reason}
+    return f"`{row.family}`", packed, reload, *exports, "; ".join(why).replace("|", "\\|").replace("\n", " ")
+
+
+def _verdict(row: Row, name: str) -> str:
+    error = row.errors.get(name)
+    if error is None:
+        return _REFUSED if name in row.errors or row.cannot_export else "-"
+    return f"{error:.0e}" if row.passed[name] else f"**{error:.0e}**"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run families and write the document; 1 where one gives wrong numbers or another result than the table said."""
+    parser = argparse.ArgumentParser(prog="python -m rankbook.tools.dev.families", description=__doc__.split("\n")[0])
+    parser.add_argument("--families", help="names, separated by commas; all without it, `used` for the most used ones")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for a family (default: 600)")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "families", help="folder for the models")
+    args = parser.parse_args(argv)
+    asked = {None: tuple(FAMILIES), "used": MOST_USED}.get(args.families) or tuple(args.families.split(","))
+    if unknown := sorted(set(asked) - set(FAMILIES)):
+        print(f"unknown families {', '.join(unknown)}; known are {', '.join(FAMILIES)}", file=sys.stderr)
+        return USAGE
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"})
+    run(asked, args.output, args.limit)
+    rows = {path.parent.name: _read(path) for path in args.output.glob("*/row.json")}
+    (ROOT / "docs" / "families.md").write_text(document(rows), encoding="utf-8")
+    return CHECK_FAILED if any(rows[family].wrong for family in asked) else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
