@@ -1,0 +1,70 @@
+"""What a run tells: progress with an estimate, sums over layers, and what stays in float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rankbook.calibration.driver.report import (
+    OUTSIDE,
+    SKIPPED,
+    LayerReport,
+    Progress,
+    QuantizeReport,
+    Reporter,
+    in_float,
+    output_error,
+    totals,
+)
+from tests.calibration.records import random_record
+
+LAYERS = {name: LayerReport(random_record(seed=index).spec(), 0.1) for index, name in enumerate("ab")}
+
+
+def report(left_alone: dict[str, str]) -> QuantizeReport:
+    floats = in_float([nn.Linear(8, 8)], LAYERS.values())
+    return QuantizeReport(Path("q"), LAYERS, totals(LAYERS, {"blocks": floats}), left_alone, (), "", {}, 1.0, 0, 1)
+
+
+def test_totals_are_sums_over_the_layers() -> None:
+    found = totals(LAYERS, {"lm_head": {"name": "x"}})
+    assert found["linear"]["weights"] == 2 * 40 * 48
+    assert found["linear"]["stored_bits"] == sum(sum(layer.stored_bits.values()) for layer in LAYERS.values())
+    assert found["linear"]["stored_bits"] == sum(found["linear"]["parts"].values())
+    assert found["lm_head"] == {"name": "x"}
+
+
+def test_the_share_in_float_counts_each_parameter_once_and_no_vectors() -> None:
+    linear = nn.Linear(8, 4)
+    found = in_float([linear, nn.Sequential(linear)], LAYERS.values())
+    assert found["float_weights"] == 32
+    assert found["float_share"] == 32 / (32 + 2 * 40 * 48)
+
+
+def test_only_what_is_a_surprise_is_unknown() -> None:
+    assert report({"a": SKIPPED, "b": f"Embedding {OUTSIDE}"}).unknown == ""
+    assert "2 such as c (Conv1D is odd)" in report({"c": "Conv1D is odd", "d": "Conv1D is odd"}).unknown
+    assert report({}).to_json()["layers"]["a"]["error"] == 0.1
+
+
+def test_progress_has_an_estimate_once_work_was_done() -> None:
+    seen: list[Progress] = []
+    reporter = Reporter(4, seen.append)
+    reporter.tell("text", -1)
+    reporter.start(1)
+    reporter.tell("block", 1, 0.5)
+    assert [step.fraction for step in seen] == [0.0, 0.375]
+    assert seen[0].eta_s is None
+    assert seen[1].eta_s is not None
+    assert seen[1].eta_s >= 0
+
+
+def test_the_error_of_an_output_is_relative_to_it() -> None:
+    record = random_record()
+    weight, x = record.weight() * 1.1, torch.randn(64, 48)
+    error = output_error(weight, record, x.T @ x)
+    assert error == pytest.approx((0.1 / 1.1) ** 2, rel=1e-3)
+    assert output_error(weight, record, torch.zeros(48, 48)) is None
