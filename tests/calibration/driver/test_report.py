@@ -26,7 +26,19 @@ LAYERS = {name: LayerReport(random_record(seed=index).spec(), 0.1) for index, na
 
 def report(left_alone: dict[str, str]) -> QuantizeReport:
     floats = in_float([nn.Linear(8, 8)], LAYERS.values())
-    return QuantizeReport(Path("q"), LAYERS, totals(LAYERS, {"blocks": floats}), left_alone, (), "", {}, 1.0, 0, 1)
+    return QuantizeReport(
+        output_dir=Path("q"),
+        layers=LAYERS,
+        totals=totals(LAYERS, {"blocks": floats}),
+        left_alone=left_alone,
+        few_tokens=(),
+        scaled=(),
+        calibration="",
+        calibration_windows={},
+        seconds=1.0,
+        resumed_at=0,
+        peak_rss_bytes=1,
+    )
 
 
 def test_totals_are_sums_over_the_layers() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from rankbook.calibration.fitting import feedback, rounding
+from rankbook.calibration.fitting.problem import LayerProblem
 from tests.calibration import problems
 
 
-def codebooks(problem: problems.LayerProblem) -> torch.Tensor:
+def codebooks(problem: LayerProblem) -> torch.Tensor:
     grouped = rounding.to_groups(problem.weight, 64)
     low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
     return low + (high - low) * torch.linspace(0, 1, 8)[None, :, None]

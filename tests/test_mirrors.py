@@ -1,0 +1,40 @@
+"""A library module of weight has its tests where one looks for them: the same path under tests/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = 80
+"""Lines from which on a module is asked for its tests."""
+PIPELINE, ENGINE, BENCH = "tools/test_pipeline.py", "tools/deploy/test_engine.py", "tools/test_bench.py"
+ELSEWHERE = {
+    **dict.fromkeys(("parity", "quantize"), PIPELINE),
+    **dict.fromkeys(("engine_commands", "engine_log", "options", "rtx_worker", "trt"), ENGINE),
+    **dict.fromkeys(("bench", "layer_bench", "layers", "model_bench"), BENCH),
+    **dict.fromkeys(("genai", "llamacpp"), "tools/test_bench_peers.py"),
+    **dict.fromkeys(("ort", "ort_steps", "torch", "exported"), "tools/runtimes/test_registry.py"),
+    "block": "calibration/driver/test_run.py",
+    "inspect": "tools/inspect/test_inspection.py",
+    "node_checks": "tools/test_int8_operators.py",
+}
+"""Modules that need a whole run, a builder or another program, by stem: the test module that runs them."""
+
+
+def without_tests() -> list[Path]:
+    """Return the modules of weight without a test module at their place."""
+    modules = [path for part in ("calibration", "tools", "plugins") for path in (ROOT / part).rglob("[a-z]*.py")]
+    heavy = [path.relative_to(ROOT) for path in modules if path.read_text("utf-8").count("\n") >= LEAST]
+    heavy = [path for path in heavy if path.parts[:2] != ("tools", "dev")]
+    return [path for path in heavy if not (ROOT / "tests" / path.with_name(f"test_{path.name}")).is_file()]
+
+
+def test_modules_of_weight_have_their_tests_at_their_place() -> None:
+    missing = sorted(str(path) for path in without_tests() if path.stem not in ELSEWHERE)
+    assert not missing, f"no test module mirrors {', '.join(missing)}; write one, or say in ELSEWHERE what runs it"
+
+
+def test_what_is_tested_elsewhere_still_is() -> None:
+    stems = {path.stem for path in without_tests()}
+    assert sorted(set(ELSEWHERE) - stems) == [], "these have a test module of their own now, or are gone"
+    assert [name for name in ELSEWHERE.values() if not (ROOT / "tests" / name).is_file()] == []
