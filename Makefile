@@ -97,8 +97,9 @@ native-all: $(VENV)/.tools
 	@[ -e plugins/lib/librankbook_trt.so ] || \
 		printf '\n!!! THE TENSORRT PLUGIN LIBRARY WAS NOT BUILT (see above): its tests are skipped !!!\n\n' >&2
 
+# In a process for each usable core (tests/conftest.py); PYTEST_ARGS=-n0 runs them in one.
 test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
 GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py

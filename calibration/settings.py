@@ -15,6 +15,8 @@ ALLOCATED = ("bits", "rank", "branch")
 """What ``--allocate`` takes: bits per code, planes of the codebooks, rank of the error branch."""
 ERROR_BRANCHES = ("none", "lqer", "l2qer", "qera-diag", "qera")
 """Kinds of the low-rank error branch, see `rankbook.calibration.fitting.error_branch`."""
+INPUT_BRANCHES = ("l2qer", "qera-diag", "qera")
+"""Those that are fitted to what enters a layer."""
 SCALINGS = ("none", "awq", "smoothquant")
 """Kinds of input scaling that norms hide, see `rankbook.calibration.driver.scaling`."""
 FORMATS = ("affine", "symmetric", "nf4", "mxint")

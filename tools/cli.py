@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from rankbook.calibration.notes import Note
+from rankbook.calibration.option import near
 from rankbook.tools import config, errors, flags
 from rankbook.tools.command import Command, Outcome
 from rankbook.tools.commands import discover
@@ -82,10 +83,15 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> int:
     commands = discover()
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    if verb is not None and verb not in commands:
+        raise UsageError(f"verb: invalid choice: {verb!r}; choose one of {', '.join(commands)}{near(verb, commands)}")
     parser, known = _build_parser(commands, arguments)
-    given = vars(parser.parse_args(arguments))
-    verb = given.pop("verb", None)
-    if verb is None:
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(_not_a_flag(unknown, verb, known))
+    given = vars(parsed)
+    if given.pop("verb", None) is None or verb is None:
         parser.print_help()
         return errors.USAGE
     options = _resolve(commands[verb], given, known)
@@ -126,6 +132,18 @@ def _build_parser(
         )
         flags.add_flags(sub, known[name])
     return parser, known
+
+
+def _not_a_flag(unknown: Sequence[str], verb: str | None, known: dict[str, dict[str, Flag]]) -> str:
+    """Say which of the words that no flag takes is wrong, and what may have been meant."""
+    wrong = next((word.partition("=")[0] for word in unknown if word.startswith("-")), unknown[0])
+    flags_of = {name: [text for flag in items.values() for text in flag.flags] for name, items in known.items()}
+    others = [name for name, texts in flags_of.items() if wrong in texts]
+    mine = flags_of.get(verb or "", ["--version"])
+    meant = f"; it is a flag of {', '.join(others)}" if others else near(wrong, [*mine, "--help"])
+    command = f"rankbook {verb}" if verb else "rankbook"
+    what = f"{wrong} is not a flag of" if wrong.startswith("-") else f"{wrong!r} is one argument too many for"
+    return f"{what} `{command}`; `{command} --help` shows what is allowed{meant}"
 
 
 def _resolve(command: Command, given: dict[str, Any], known: dict[str, dict[str, Flag]]) -> Any:

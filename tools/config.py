@@ -6,7 +6,7 @@ the flags of that verb alone (``quantize: {bits: 3}``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,14 @@ def select(
     for key, value in values.items():
         if key in flags and isinstance(value, Mapping):
             section = {str(name).replace("-", "_"): item for name, item in value.items()}
-            _check_known(section, keys[key], f"{source}, section {key}")
+            _check_known(section, keys[key], f"{source}, section {key}", key)
             if key == verb:
                 chosen |= section
         elif key in everything:
             if key in keys[verb]:
                 chosen.setdefault(key, value)
         else:
-            _check_known([key], {*everything, *flags}, source)
+            _check_known([key], {*everything, *flags}, source, verb)
     found: dict[str, Any] = {}
     for key, value in chosen.items():
         if value is None:  # a key without a value says nothing
@@ -95,11 +95,13 @@ def select(
     return found
 
 
-def _check_known(keys: Iterable[str], known: Iterable[str], source: str) -> None:
-    names = sorted(known)
+def _check_known(keys: Iterable[str], known: Collection[str], source: str, verb: str) -> None:
     for key in keys:
-        if key not in names:
-            raise UsageError(f"{source}: unknown key {key!r}; the known ones are {', '.join(names)}{near(key, names)}")
+        if key not in known:
+            raise UsageError(
+                f"{source}: unknown key {key!r}; keys are flags without dashes, which `rankbook {verb} --help` lists"
+                f"{near(key, known)}"
+            )
 
 
 def write_resolved(folder: Path, verb: str, flags: Mapping[str, Flag], options: Any) -> Path:

@@ -100,7 +100,7 @@ class Flag:
     def help(self) -> str:
         """Return the phrase of the option with its default."""
         if self.option.default is MISSING:
-            return self.option.about.text + ("" if self.option.about.positional else " (required)")
+            return f"{self.option.about.text} (required)"
         default = self.option.shown_default()
         return self.option.about.text + (f" (default: {default})" if default else "")
 
@@ -202,7 +202,8 @@ def make(kind: type[Any], verb: str, flags: Mapping[str, Flag], values: Mapping[
         flag.shown for name, flag in flags.items() if flag.option.default is MISSING and values.get(name) is None
     ]
     if missing:
-        raise UsageError(f"{', '.join(missing)} is missing; `rankbook {verb} --help` shows an example")
+        is_ = "is" if len(missing) == 1 else "are"
+        raise UsageError(f"{' and '.join(missing)} {is_} missing; `rankbook {verb} --help` shows an example")
     return kind(**values)
 
 

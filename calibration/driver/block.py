@@ -35,14 +35,21 @@ class Streams:
     """Calibration activations, moved from block to block in place.
 
     Attributes:
+        calls: How the model calls each block.
         inputs: Of the quantized prefix.
         targets: Of the original model, or None for methods without a training stage.
-        end: Number of blocks that the streams must pass; 0 where no block is left to quantize.
+        end: Number of blocks that the streams must pass; 0 where no block is left to quantize, or none needs inputs.
     """
 
+    calls: Sequence[capture.BlockCall]
     inputs: capture.Stream
     targets: capture.Stream | None
     end: int
+
+    @classmethod
+    def none(cls) -> Streams:
+        """Return those of a run that needs no inputs."""
+        return cls((), capture.Stream(torch.empty(0)), None, 0)
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,12 @@ class Site:
         prefix: Its name in the model, with a dot at the end.
         block: The block.
         layers: Names of the layers to quantize, within the block.
-        call: How the model calls it.
     """
 
     index: int
     prefix: str
     block: nn.Module
     layers: Sequence[str]
-    call: capture.BlockCall
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,12 @@ class BlockSolver:
 
     def solve(self, site: Site, streams: Streams) -> BlockResult:
         """Return the records of one block in float32."""
-        block, prefix, call = site.block, site.prefix, site.call
+        block, prefix = site.block, site.prefix
         method, options = METHODS[self.options.method], self.options
-        with self.arithmetic():
-            seen = capture.collect(block, call, streams.inputs.values, site.layers)
-        statistics, few_tokens = share_statistics(seen)
-        scaled = self._scale_inputs(block, lambda: call(block, streams.inputs.values[:1].float()), statistics)
+        statistics, few_tokens = share_statistics(self._statistics(site, streams))
+        scaled = self._scale_inputs(
+            block, lambda: streams.calls[site.index](block, streams.inputs.values[:1].float()), statistics
+        )
         problems = {name: _problem(block, name, statistics[name]) for name in site.layers}
         share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
         with torch.random.fork_rng(devices=[]):
@@ -116,10 +121,10 @@ class BlockSolver:
                 progress = _refine_progress(self.reporter, site.index)
                 seed = options.seed + site.index
                 given, wanted = streams.inputs.values, streams.targets.values
-                whole = BlockProblem(block, problems, given, wanted, call, seed, progress)
+                whole = BlockProblem(block, problems, given, wanted, streams.calls[site.index], seed, progress)
                 with self.rounded_inputs(site, streams):
                     records = method.refine(whole, records, options.method_config())
-        errors = {f"{prefix}{n}": output_error(p.weight, records[n], p.statistics.gram) for n, p in problems.items()}
+        errors = {f"{prefix}{name}": output_error(problem, records[name]) for name, problem in problems.items()}
         return BlockResult(
             {f"{prefix}{name}": CodebookLinear.from_record(record) for name, record in records.items()},
             errors,
@@ -135,9 +140,17 @@ class BlockSolver:
 
         def run() -> None:
             for batch in torch.split(streams.inputs.values, capture.batch_size(streams.inputs.values)):
-                site.call(site.block, batch.float())
+                streams.calls[site.index](site.block, batch.float())
 
         return in_block(site.block, site.prefix, site.layers, run, self.options)
+
+    def _statistics(self, site: Site, streams: Streams) -> Mapping[str, LayerStatistics]:
+        """Return what enters each layer."""
+        if self.options.weighs_inputs():
+            with self.arithmetic():
+                return capture.collect(site.block, streams.calls[site.index], streams.inputs.values, site.layers)
+        widths: dict[str, Any] = {name: site.block.get_submodule(name).in_features for name in site.layers}
+        return {name: LayerStatistics.unseen(width) for name, width in widths.items()}
 
     def _scale_inputs(
         self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]

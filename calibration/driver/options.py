@@ -15,6 +15,7 @@ from rankbook.calibration.settings import (
     EFFORTS,
     ERROR_BRANCHES,
     FORMATS,
+    INPUT_BRANCHES,
     KV_BITS,
     RANGES,
     SCALINGS,
@@ -225,6 +226,19 @@ class QuantizeOptions(Seeded):
     def scaling(self) -> str:
         """Return the kind of input scaling: the one chosen, or the method's own."""
         return self._method().scale_inputs if self.scale_inputs is None else self.scale_inputs
+
+    def weighs_inputs(self) -> bool:
+        """Return whether a block is solved with what enters its layers; without, nothing runs through it."""
+        method, config, branch = self._method(), self.method_config(), self.driver_branch()
+        trains = method.refine is not None and method.trains(config)
+        fitted = branch in INPUT_BRANCHES or (branch != "none" and self.branch_passes > 1)
+        return trains or fitted or self.scaling() != "none" or method.weighs_inputs(config)
+
+    def needs_text(self) -> bool:
+        """Return whether calibration text is needed for any layer of a block."""
+        from rankbook.calibration.activations.inputs import is_static
+
+        return self.weighs_inputs() or self.target_bits is not None or is_static(self.activations)
 
     def _method(self) -> Method:
         return _methods()[self.method]

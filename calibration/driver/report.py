@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins.layer_spec import LayerSpec
@@ -210,9 +211,11 @@ def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dic
     }
 
 
-def output_error(problem_weight: Any, record: QuantizedLinear, gram: Any) -> float | None:
+def output_error(problem: LayerProblem, record: QuantizedLinear) -> float | None:
     """Return ``|X (W - W')^T|^2 / |X W^T|^2`` from the Gram matrix ``X^T X``; None where no input was seen."""
-    weight = problem_weight.float()
+    weight, gram = problem.weight.float(), problem.statistics.gram
+    if not problem.statistics.tokens:
+        return None
     energy = float(((weight @ gram) * weight).sum())
     if energy <= 0:
         return None

@@ -96,7 +96,7 @@ def quantize_model(
         digest = model_hash(source)
         state = PartialState(output, _fingerprint(options, digest), resume=resume)
         run.reporter.tell("calibration text", -1)
-        data = _calibration(state, tokenizer, model, options)
+        data = _calibration(state, run, tokenizer)
         resumed = state.finished()
         run.blocks_in_order(data.tokens, state)
         run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
@@ -161,24 +161,31 @@ class _Run:
         chosen = self.selection
         return Plan(len(chosen.names(self.blocks)), chosen.share(self.blocks), chosen.left_alone)
 
+    def needs_text(self) -> bool:
+        """Return whether anything that is to be done depends on calibration text."""
+        return self.options.needs_text() or embeddings.wants_statistics(self.embeddings, self.options)
+
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the embeddings and every block, or take finished blocks from ``state``."""
         finished = state.finished()
         choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
         solver = BlockSolver(self.options, self.model.dtype, self.reporter, choices)
-        self.reporter.tell("first inputs", -1)
-        calls = capture.record_calls(self.model, self.blocks, tokens)
+        streaming = self.options.weighs_inputs()
+        if streaming:
+            self.reporter.tell("first inputs", -1)
+        calls = capture.record_calls(self.model, self.blocks, tokens) if streaming else []
         targets = self._first_inputs(tokens) if solver.trains() else None  # before the embedding may change
         last = self._last_inputs(tokens, solver)
         packed = embeddings.quantize_embedding(self.adapter, self.embeddings, self.options, last)
-        same = None if packed else targets
-        inputs = self._first_inputs(tokens) if same is None else capture.Stream(same.values.clone())
-        # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
-        streams = Streams(inputs, targets, len(calls) if finished < len(calls) else 0)
+        streams = Streams.none()
+        if streaming:
+            same = None if packed else targets
+            inputs = self._first_inputs(tokens) if same is None else capture.Stream(same.values.clone())
+            # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
+            streams = Streams(calls, inputs, targets, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
-        each = zip(self.blocks.modules, self.selection.layers, calls, strict=True)
-        for index, (block, layers, call) in enumerate(each):
-            site = Site(index, f"{self.blocks.name}.{index}.", block, layers, call)
+        for index, (block, layers) in enumerate(zip(self.blocks.modules, self.selection.layers, strict=True)):
+            site = Site(index, f"{self.blocks.name}.{index}.", block, layers)
             self._block(site, streams, solver, state, solve=index >= finished)
         packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
         self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
@@ -208,25 +215,27 @@ class _Run:
         """Quantize one block, or replay it, and move both streams past it."""
         _check_finite(site.block, site.prefix)
         what = f"block {site.prefix[:-1]}"
-        self.reporter.tell("calibrating" if solve else "replaying", site.index)
+        self.reporter.tell("solving" if solve else "replaying", site.index)
         with capture.in_float32(site.block):
             if streams.targets is not None and site.index < streams.end:
                 with solver.arithmetic():
-                    capture.advance(site.block, site.call, streams.targets, f"{what} of the original model")
+                    call = streams.calls[site.index]
+                    capture.advance(site.block, call, streams.targets, f"{what} of the original model")
             if solve:
                 state.save(site.index, solver.solve(site, streams))
             result = state.load(site.index)  # also when just solved: what is on disk is what the next block sees
             for name, module in result.layers.items():
                 module.compute_dtype = self.model.dtype
-                module.materialize()
                 replace_module(self.model, name, module)
             for name, tensor in result.tensors.items():
                 self.model.get_parameter(name).data = tensor.float()
             if site.index + 1 < streams.end:
+                for module in result.layers.values():
+                    module.materialize()
                 with solver.rounded_inputs(site, streams), solver.arithmetic():
-                    capture.advance(site.block, site.call, streams.inputs, what)
-            for module in result.layers.values():
-                module.dematerialize()
+                    capture.advance(site.block, streams.calls[site.index], streams.inputs, what)
+                for module in result.layers.values():
+                    module.dematerialize()
         self.scaled += result.scaled
         self.few_tokens += result.few_tokens
         for name, module in result.layers.items():
@@ -310,8 +319,13 @@ def _text_hash(options: QuantizeOptions) -> str:
     return sha256_file(path) if path.is_file() else hashlib.sha256(options.calib.encode()).hexdigest()
 
 
-def _calibration(state: PartialState, tokenizer: Any, model: Any, options: QuantizeOptions) -> CalibrationData:
-    """Return the calibration tokens, those of the interrupted run if there was one."""
+def _calibration(state: PartialState, run: _Run, tokenizer: Any) -> CalibrationData:
+    """Return the calibration tokens, those of the interrupted run if there was one; none where nothing needs text."""
+    model, options = run.model, run.options
+    if not run.needs_text():
+        if options.calib is not None:
+            note(f"the calibration text {options.calib} is not read: nothing that was chosen depends on it")
+        return CalibrationData(torch.empty(0, 0, dtype=torch.int64), f"none: {options.method} needs no text here")
     if (stored := state.tokens()) is not None:
         return CalibrationData(*stored)
     most = adapter_of(model).longest_text() or options.calib_length

@@ -32,7 +32,7 @@ def solve_layer(problem: LayerProblem, options: QuantizeOptions) -> QuantizedLin
         record = record.with_low_rank(branch)
         if options.branch_passes == 1 or branch is None:
             return record
-        error = output_error(problem.weight, record, problem.statistics.gram) or 0.0
+        error = output_error(problem, record) or 0.0
         if error < least:
             best, least = record, error
         if left:

@@ -32,6 +32,13 @@ class LayerStatistics:
         zeros = torch.zeros(in_features)
         return cls(torch.zeros(in_features, in_features), zeros.clone(), zeros.clone(), zeros.clone())
 
+    @classmethod
+    def unseen(cls, in_features: int) -> LayerStatistics:
+        """Return `empty` statistics that take no memory and cannot be updated."""
+        zero = torch.zeros(())
+        row = zero.expand(in_features)
+        return cls(zero.expand(in_features, in_features), row, row, row)
+
     def update(self, x: Tensor) -> None:
         """Add one batch of inputs (..., K), any floating dtype."""
         flat = x.detach().reshape(-1, x.shape[-1]).float()

@@ -18,4 +18,4 @@ class AwqConfig(rtn.RtnConfig):
     clip_search: bool = option(True, "search the range of each group by weighted error")
 
 
-METHOD = Method("awq", AwqConfig, rtn.quantize, scale_inputs="awq")
+METHOD = Method("awq", AwqConfig, rtn.quantize, weighs_inputs=AwqConfig.weighs_inputs, scale_inputs="awq")

@@ -27,6 +27,8 @@ class Method:
         refine: ``refine(problem, records, config)`` improves the records of a whole block by its output, or None
             where the method has no such stage. It is given what ``quantize`` returned (with error branches, if any).
         trains: Whether ``refine`` does anything with this config; without, no stream of targets is computed.
+        weighs_inputs: Whether ``quantize`` looks at the statistics of a layer's inputs with this config; where nothing
+            does, no text is read or sampled.
         scale_inputs: Input scaling that belongs to the method (see `rankbook.calibration.driver.scaling`).
         feedback: Whether codes are chosen with error feedback, so that the errors of a layer are not independent.
         rows: ``rows(sample, config)`` fits to some rows of a large matrix what all of them share, and returns what
@@ -40,6 +42,7 @@ class Method:
     quantize: Callable[[LayerProblem, Any], QuantizedLinear]
     refine: Callable[[BlockProblem, Mapping[str, QuantizedLinear], Any], dict[str, QuantizedLinear]] | None = None
     trains: Callable[[Any], bool] = lambda _: True
+    weighs_inputs: Callable[[Any], bool] = lambda _: True
     scale_inputs: str = "none"
     feedback: bool = False
     rows: Callable[[LayerProblem, Any], Callable[[LayerProblem], QuantizedLinear]] | None = None

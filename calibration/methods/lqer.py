@@ -14,7 +14,7 @@ from rankbook.calibration.methods import rtn
 from rankbook.calibration.methods.base import Method
 from rankbook.calibration.option import option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.settings import ERROR_BRANCHES, FORMATS
+from rankbook.calibration.settings import ERROR_BRANCHES, FORMATS, INPUT_BRANCHES
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class LqerConfig(rtn.RtnConfig):
         super().__post_init__()
         if self.factor_bits not in (8, 16, 32):
             raise ValueError(f"factor_bits {self.factor_bits} is not supported; choose 8 or 16")
+
+    def weighs_inputs(self) -> bool:
+        """Return whether the inputs of a layer matter: for the branch, or in a search of ranges."""
+        return super().weighs_inputs() or (self.error_rank > 0 and self.error_branch in INPUT_BRANCHES)
 
 
 def quantize(problem: LayerProblem, config: LqerConfig) -> QuantizedLinear:
@@ -51,4 +55,4 @@ def quantize(problem: LayerProblem, config: LqerConfig) -> QuantizedLinear:
     return record.with_low_rank(branch)
 
 
-METHOD = Method("lqer", LqerConfig, quantize)
+METHOD = Method("lqer", LqerConfig, quantize, weighs_inputs=LqerConfig.weighs_inputs)

@@ -42,6 +42,10 @@ class RtnConfig(Options):
         """Return the grid that weights are rounded to."""
         return Grid(self.bits, self.group_size, self.format, self.clip_search, self.param_bits, self.level_dtype)
 
+    def weighs_inputs(self) -> bool:
+        """Return whether the inputs of a layer matter: they weigh the errors in a search of ranges."""
+        return self.clip_search
+
 
 def quantize(problem: LayerProblem, config: RtnConfig) -> QuantizedLinear:
     """Round one layer to nearest; its inputs may have been scaled (see `rankbook.calibration.driver.scaling`).
@@ -52,4 +56,4 @@ def quantize(problem: LayerProblem, config: RtnConfig) -> QuantizedLinear:
     return round_nearest(problem, config.grid(), config.method)
 
 
-METHOD = Method("rtn", RtnConfig, quantize)
+METHOD = Method("rtn", RtnConfig, quantize, weighs_inputs=RtnConfig.weighs_inputs)

@@ -24,4 +24,10 @@ class SmoothQuantConfig(rtn.RtnConfig):
     format: str = option("symmetric", "fixed levels", choices=FORMATS)
 
 
-METHOD = Method("smoothquant", SmoothQuantConfig, rtn.quantize, scale_inputs="smoothquant")
+METHOD = Method(
+    "smoothquant",
+    SmoothQuantConfig,
+    rtn.quantize,
+    weighs_inputs=SmoothQuantConfig.weighs_inputs,
+    scale_inputs="smoothquant",
+)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "plugins" / "csrc"
@@ -135,8 +136,17 @@ def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = (
     folder = ROOT / "build" / "emulation" / (_digest(*_files()) + marks)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"lib{name}-{_digest(*(CSRC / source for source in sources))}.so"
-    if target.exists():
-        return target
+    try:
+        with FileLock(folder / "lock"):  # another test process may want the same: it finds what this one has built
+            if not target.exists():
+                _build(target, sources, includes)
+    except RuntimeError as error:
+        _failures[name] = str(error)  # the next test must not try again
+        raise
+    return target
+
+
+def _build(target: Path, sources: Sequence[str | Path], includes: Sequence[Path]) -> None:
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += [
         *EXTRA_FLAGS,
@@ -147,24 +157,19 @@ def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = (
         "c++",
         "-c",
     ]
-    objects = [folder / f"{Path(source).stem}-{_digest(CSRC / source)}.o" for source in sources]
+    objects = [target.parent / f"{Path(source).stem}-{_digest(CSRC / source)}.o" for source in sources]
     steps = [
         ([str(compiler()), *flags, str(CSRC / source)], out)
         for source, out in zip(sources, objects, strict=True)
         if not out.exists()
     ]
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda step: _compile(*step), steps))
-        _compile([str(compiler()), *EXTRA_FLAGS, "-shared", *map(str, objects)], target)
-    except RuntimeError as error:
-        _failures[name] = str(error)  # the next test must not try again
-        raise
-    return target
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda step: _compile(*step), steps))
+    _compile([str(compiler()), *EXTRA_FLAGS, "-shared", *map(str, objects)], target)
 
 
 def _compile(command: list[str], target: Path) -> None:
-    # Two test processes may build at once: each writes a file of its own, and the last rename wins.
+    # Whoever ends this process leaves no half of a target, and on a GPU two may build at once: the last rename wins.
     partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
     done = subprocess.run([*command, "-o", str(partial)], check=False, capture_output=True, text=True)
     if done.returncode:

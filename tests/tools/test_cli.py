@@ -70,7 +70,19 @@ def test_no_verb_prints_the_help_and_is_a_usage_error(capsys):
     ("arguments", "said"),
     [
         (["frobnicate"], "invalid choice"),
-        (["build"], "MODEL, -o is missing"),
+        (["quantise", "x"], "did you mean quantize?"),
+        (["--versoin"], "--versoin is not a flag of `rankbook`; `rankbook --help` shows"),
+        (["--versoin"], "did you mean --version?"),
+        (
+            ["quantize", "x", "--bit", "3"],
+            "--bit is not a flag of `rankbook quantize`; `rankbook quantize --help`",
+        ),
+        (["quantize", "x", "--bit", "3"], "did you mean --bits or"),
+        (["export", "x", "--bits=3", "-o", "y"], "--bits is not a flag of `rankbook export`"),
+        (["export", "x", "--bits=3", "-o", "y"], "it is a flag of quantize"),
+        (["inspect", "x", "y"], "'y' is one argument too many for `rankbook inspect`"),
+        (["build", "x", "-o"], "expected one argument; `rankbook build --help`"),
+        (["build"], "MODEL and -o are missing"),
         (["build", "x", "-o", "y", "--target", "cpu"], "invalid choice"),
         (["quantize", "x", "-o", "y", "--bits", "5"], "invalid choice"),
         (["inspect", "no/such/file"], "does not exist"),
@@ -197,8 +209,12 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("sise: 2", "unknown key 'sise'; the known ones are colour, "),
-            ("echo: {sise: 2}", "section echo: unknown key 'sise'; the known ones are config, "),
+            (
+                "sise: 2",
+                "c.yaml: unknown key 'sise'; keys are flags without dashes, which `rankbook echo --help` lists;",
+            ),
+            ("echo: {sise: 2}", "section echo: unknown key 'sise'; keys are flags"),
+            ("other: {sise: 2}", "which `rankbook other --help` lists"),
             ("other: {size: 2}", "section other: unknown key 'size'"),
             ("size: 9", "choose one of 1, 2, 3"),
             ("size: many", "invalid literal"),

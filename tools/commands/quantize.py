@@ -72,7 +72,7 @@ def run(options: Quantize) -> Outcome:
         report = quantize_model(
             options.model, options.output, chosen, resume=options.resume, progress=progress, begin=begin
         )
-    if chosen.calib is None:
+    if chosen.calib is None and report.calibration_windows["windows"]:
         console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
     summary = {
         "bits_per_weight": report.bits_per_weight,

@@ -331,7 +331,10 @@ def test_fp16_weights_whose_activations_leave_fp16(tmp_path: Path, changes: dict
     assert float(states[1].abs().max()) > 65_504
     report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, **changes))
     errors = {name: layer.error for name, layer in report.layers.items()}
-    assert all(error is not None and 0 <= error < 1 for error in errors.values()), errors
+    if options(tmp_path, **changes).weighs_inputs():
+        assert all(error is not None and 0 <= error < 1 for error in errors.values()), errors
+    else:
+        assert set(errors.values()) == {None}
     json.loads((tmp_path / "out" / MANIFEST).read_text(), parse_constant=pytest.fail)
     json.loads((tmp_path / "out" / "config.json").read_text(), parse_constant=pytest.fail)
     loaded, _ = load_model(tmp_path / "out", torch.float32)
@@ -407,7 +410,8 @@ def test_a_layer_is_packed_once_on_its_way_to_disk(tmp_path: Path, monkeypatch: 
     for name in counted:
         monkeypatch.setattr(layout, name, count(name, getattr(layout, name)))
     tiny_model("llama", tmp_path / "model")
-    chosen = options(tmp_path, method="rtn", quantize_lm_head=8)
+    chosen = options(tmp_path, method="rtn", clip_search=True, quantize_lm_head=8)
     report = quantize_model(tmp_path / "model", tmp_path / "out", chosen)
-    # Decoded once, to compute the inputs of the next block; the output layer is the last.
-    assert counted == {"pack_codes": len(report.layers), "unpack_codes": len(report.layers) - 1}
+    # Decoded once, to compute the inputs of the next block; behind the last one there is none.
+    first = [name for name in report.layers if ".layers.0." in name]
+    assert counted == {"pack_codes": len(report.layers), "unpack_codes": len(first)}
