@@ -342,9 +342,8 @@ def test_fp16_weights_whose_activations_leave_fp16(tmp_path: Path, changes: dict
 
 
 def test_a_model_with_nothing_to_quantize(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=259, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
-    )
+    sizes = {"n_embd": 8, "n_inner": 8, "n_layer": 1, "n_head": 2}  # rows shorter than the smallest group
+    config = AutoConfig.for_model("gpt2", vocab_size=259, **sizes, bos_token_id=0, eos_token_id=1)
     AUTO.from_config(config).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no layer of GPT2LMHeadModel is left to quantize"):
         quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, calib=None))
