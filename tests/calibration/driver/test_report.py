@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from rankbook.calibration.driver.report import (
     output_error,
     totals,
 )
+from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.fitting.statistics import LayerStatistics
 from tests.calibration.records import random_record
 
 LAYERS = {name: LayerReport(random_record(seed=index).spec(), 0.1) for index, name in enumerate("ab")}
@@ -76,7 +79,8 @@ def test_progress_has_an_estimate_once_work_was_done() -> None:
 
 def test_the_error_of_an_output_is_relative_to_it() -> None:
     record = random_record()
-    weight, x = record.weight() * 1.1, torch.randn(64, 48)
-    error = output_error(weight, record, x.T @ x)
-    assert error == pytest.approx((0.1 / 1.1) ** 2, rel=1e-3)
-    assert output_error(weight, record, torch.zeros(48, 48)) is None
+    statistics = LayerStatistics.empty(48)
+    statistics.update(torch.randn(64, 48))
+    problem = LayerProblem("layer", record.weight() * 1.1, None, statistics)
+    assert output_error(problem, record) == pytest.approx((0.1 / 1.1) ** 2, rel=1e-3)
+    assert output_error(replace(problem, statistics=LayerStatistics.unseen(48)), record) is None
