@@ -1,7 +1,9 @@
 """An exported file: opened once, and shared by everything that looks into it.
 
-The graph is read as a protobuf message, without its weights. Tensors are views of the memory-mapped data file, and so
-are the constants of a node of several products (`rankbook.plugins.merged`), which is shown as its products.
+The graph is read as a protobuf message, without its weights, and not by onnx_ir: importing it takes 0.35 s of CPU time
+beside 0.27 s for onnx (sympy, which it wants for dimensions), and its reader stops at the first damage where
+`ExportedModel.examine` lists all. Tensors are views of the memory-mapped data file, and so are the constants of a node
+of several products (`rankbook.plugins.merged`), which is shown as its products.
 """
 
 from __future__ import annotations

@@ -15,3 +15,14 @@ def test_a_value_without_a_shape_is_named():
     """)
     with pytest.raises(ValueError, match=r"Unknown node.*'h'"):
         InferShapes()(model)
+
+
+def test_shapes_that_contradict_each_other_are_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 11, opset_import: ["" : 23]>
+        g (float[2,3] x, float[4,5] w) => (float[2,5] y) { h = MatMul (x, w)  y = Relu (h) }
+    """)
+    model.graph.node(0).name = "layers.0.o_proj"
+    with pytest.raises(ValueError, match=r"contradict each other: .*layers\.0\.o_proj"):
+        InferShapes()(model)
+    assert not caplog.records, "no traceback beside it"

@@ -72,9 +72,23 @@ Shape shape_of(const Ort::TensorTypeAndShapeInfo& info) {
   return out;
 }
 
-Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product)
-    : info_(info), names_(names), node_(std::move(op_type)), suffix_(product == kAlone ? "" : "_" + std::to_string(product)) {
+Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product,
+                     const Ort::KernelContext* context)
+    : info_(info),
+      names_(names),
+      node_(std::move(op_type)),
+      suffix_(product == kAlone ? "" : "_" + std::to_string(product)),
+      context_(context) {
   node_ += " '" + info_.GetNodeName() + "'";
+}
+
+bool Constants::are_cast(const OrtKernelInfo* info) {
+  const Ort::ConstKernelInfo node(info);
+  if (node.GetInputCount() <= Port::kLevels) return false;
+  int constant = 0;
+  node.GetTensorConstantInput(Port::kLevels, &constant);
+  const auto type = node.GetInputTypeInfo(Port::kLevels).GetTensorTypeAndShapeInfo().GetElementType();
+  return constant == 0 && type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
 void Constants::fail(const std::string& sentence) const { throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT); }
@@ -155,6 +169,7 @@ Ort::ConstValue Constants::tensor(size_t input) const {
 }
 
 Ort::ConstValue Constants::input(size_t position, const std::string& name) const {
+  if (context_ != nullptr) return context_->GetInput(position);
   int constant = 0;
   const Ort::ConstValue value = info_.GetTensorConstantInput(position, &constant);
   if (constant == 0 || !static_cast<const OrtValue*>(value)) {

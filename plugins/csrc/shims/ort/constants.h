@@ -28,9 +28,14 @@ struct Place {
 class Constants {
  public:
   // `names` are those of the inputs of an operator of one product. In a merged node (plugins/merged.py) this is number
-  // `product` of it.
-  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product = kAlone);
+  // `product` of it. With the context of a call they are the inputs of that call.
+  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product = kAlone,
+            const Ort::KernelContext* context = nullptr);
   static constexpr int kAlone = -1;
+
+  // Whether levels are float32 and not known before a call: what ONNX Runtime makes of a node's fp16 constants, with Cast
+  // nodes that it only folds where graph optimizations are on.
+  static bool are_cast(const OrtKernelInfo* info);
 
   // Fails where the node has another number of inputs, or leaves out one of them or an output.
   void expect_inputs(size_t count) const;
@@ -66,6 +71,7 @@ class Constants {
   const char* const* names_;
   std::string node_;  // "CodebookMatMul3 'model.layers.0.q_proj'"
   std::string suffix_;
+  const Ort::KernelContext* context_;
   mutable std::map<size_t, Ort::Value> held_;  // of a merged node
 };
 

@@ -67,23 +67,31 @@ struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
         constants.expect_inputs(inputs_alone());
         *kernel = new GatherKernel(constants, bits);
       } else {
-        *kernel = new MatMulKernel(read_products(info), Constants(info, LowRank::kInputs, name).node(), kernels);
+        std::string node = Constants(info, LowRank::kInputs, name).node();
+        if (merged == 0 && Constants::are_cast(info)) {
+          auto held = std::make_shared<Ort::KernelInfo>(Ort::ConstKernelInfo(info).Copy());
+          auto read = [this, held](const Ort::KernelContext& context) { return read_products(*held, &context); };
+          *kernel = new MatMulKernel({}, std::move(read), std::move(node), kernels);
+        } else {
+          *kernel = new MatMulKernel(read_products(info, nullptr), nullptr, std::move(node), kernels);
+        }
       }
     });
   }
 
-  std::vector<Product> read_products(const OrtKernelInfo* info) const {
+  // From the initializers of a node, or from the inputs of a call.
+  std::vector<Product> read_products(const OrtKernelInfo* info, const Ort::KernelContext* context) const {
     std::vector<Product> out;
     std::vector<Constants> constants;
     for (int i = 0; i < products(); ++i) {
-      constants.emplace_back(info, LowRank::kInputs, name, merged > 0 ? i : Constants::kAlone);
+      constants.emplace_back(info, LowRank::kInputs, name, merged > 0 ? i : Constants::kAlone, context);
       constants[i].expect_inputs(merged > 0 ? 2 : inputs_alone());
       out.emplace_back(constants[i], constants[i].layer(bits, inputs_alone(), kCpuLimits), kernels);
       if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
         constants[i].fail("all products must have the same in_features and, where activations are rounded, the same groups");
       }
     }
-    if (kernels.copy) Product::copy(out, constants);
+    if (kernels.copy && context == nullptr) Product::copy(out, constants);
     return out;
   }
 
@@ -118,8 +126,8 @@ static_assert(contract::kMostMerged <= kMostProducts);
 
 }  // namespace
 
-MatMulKernel::MatMulKernel(std::vector<Product> products, std::string node, const Kernels& kernels)
-    : products_(std::move(products)), node_(std::move(node)), kernels_(kernels) {}
+MatMulKernel::MatMulKernel(std::vector<Product> products, Read read, std::string node, const Kernels& kernels)
+    : products_(std::move(products)), read_(std::move(read)), node_(std::move(node)), kernels_(kernels) {}
 
 OrtStatusPtr MatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
   return guarded([&] { compute(Ort::KernelContext(context)); });
@@ -127,23 +135,26 @@ OrtStatusPtr MatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
 
 struct MatMulKernel::Call {
   const Ort::KernelContext& context;
+  const std::vector<Product>& products;
   int64_t tokens;
   const float* x = nullptr;
   float* y[kMostProducts] = {};
 };
 
 void MatMulKernel::compute(const Ort::KernelContext& context) const {
+  const std::vector<Product> read = read_ ? read_(context) : std::vector<Product>();
+  const std::vector<Product>& products = read_ ? read : products_;
   const Ort::ConstValue x = context.GetInput(MatMul::kX);
   const auto info = x.GetTensorTypeAndShapeInfo();
   Shape shape = shape_of(info);
-  const int64_t in_features = products_[0].in_features();
+  const int64_t in_features = products[0].in_features();
   if (!shape.has(1) || shape.last() != in_features) {
     fail(node_, "x has shape " + shape.text() + "; its last size must be in_features = " + std::to_string(in_features));
   }
-  Call call{context, shape.count(shape.axes - 1)};
+  Call call{context, products, shape.count(shape.axes - 1)};
   void* results[kMostProducts] = {};
-  for (size_t i = 0; i < products_.size(); ++i) {
-    shape.last() = products_[i].out_features();
+  for (size_t i = 0; i < products.size(); ++i) {
+    shape.last() = products[i].out_features();
     results[i] = context.GetOutput(i, shape.at.data(), shape.axes).GetTensorMutableRawData();
   }
   const auto type = info.GetElementType();
@@ -151,48 +162,50 @@ void MatMulKernel::compute(const Ort::KernelContext& context) const {
     return compute_half(call, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, x.GetTensorRawData(), results);
   }
   call.x = x.GetTensorData<float>();
-  for (size_t i = 0; i < products_.size(); ++i) call.y[i] = static_cast<float*>(results[i]);
+  for (size_t i = 0; i < products.size(); ++i) call.y[i] = static_cast<float*>(results[i]);
   multiply(call);
 }
 
 // The same for fp16 or bf16, by way of fp32.
 void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* const* results) const {
-  const auto inputs = static_cast<size_t>(call.tokens * products_[0].in_features());
+  const std::vector<Product>& products = call.products;
+  const auto inputs = static_cast<size_t>(call.tokens * products[0].in_features());
   size_t outputs = 0;
-  for (const Product& each : products_) outputs += static_cast<size_t>(call.tokens * each.out_features());
+  for (const Product& each : products) outputs += static_cast<size_t>(call.tokens * each.out_features());
   const std::unique_ptr<float[]> staged(new float[inputs + outputs]);
   const auto* from = static_cast<const uint16_t*>(x);
   for (size_t i = 0; i < inputs; ++i) staged[i] = half ? half_to_float(from[i]) : bfloat_to_float(from[i]);
   call.x = staged.get();
   float* next = staged.get() + inputs;
-  for (size_t i = 0; i < products_.size(); ++i) {
+  for (size_t i = 0; i < products.size(); ++i) {
     call.y[i] = next;
-    next += call.tokens * products_[i].out_features();
+    next += call.tokens * products[i].out_features();
   }
   multiply(call);
-  for (size_t i = 0; i < products_.size(); ++i) {
+  for (size_t i = 0; i < products.size(); ++i) {
     auto* to = static_cast<uint16_t*>(results[i]);
-    const int64_t count = call.tokens * products_[i].out_features();
+    const int64_t count = call.tokens * products[i].out_features();
     for (int64_t j = 0; j < count; ++j) to[j] = half ? Ort::Float16_t(call.y[i][j]).val : Ort::BFloat16_t(call.y[i][j]).val;
   }
 }
 
 void MatMulKernel::multiply(const Call& call) const {
+  const std::vector<Product>& made = call.products;
   const Parallel pool = pool_of(call.context);
   Status status;
   if (kernels_.rounds) {
     Int8Product products[kMostProducts];
-    for (size_t i = 0; i < products_.size(); ++i) {
-      products[i] = products_[i].int8(call.context);
+    for (size_t i = 0; i < made.size(); ++i) {
+      products[i] = made[i].int8(call.context);
       products[i].y = call.y[i];
     }
-    Int8Args args{products, static_cast<int>(products_.size()), call.x, call.tokens};
+    Int8Args args{products, static_cast<int>(made.size()), call.x, call.tokens};
     Workspace workspace(int8_workspace(args));
     args.workspace = workspace.get();
     status = int8_linear(args, kernels_.int8, pool);
   } else {
-    for (size_t i = 0; i < products_.size() && status.ok(); ++i) {
-      LinearArgs args = products_[i].floats(call.context);
+    for (size_t i = 0; i < made.size() && status.ok(); ++i) {
+      LinearArgs args = made[i].floats(call.context);
       const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(args.weight, args.branch, call.tokens))]);
       args.x = call.x;
       args.tokens = call.tokens;
