@@ -118,6 +118,40 @@ def additive_mask(*, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor
     return torch.where(mask(**given), 0.0, torch.finfo(dtype).min / 2).to(dtype)
 
 
+class ComplexRotary:
+    """A rotary embedding as complex numbers, whose axes are added while they are pairs of real ones.
+
+    ONNX has no complex numbers, and torch's exporter writes no other operation of them than their product.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """Hold complex values (batch, sequence, size / 2)."""
+        self._pairs = torch.view_as_real(values)
+
+    def to(self, _device: Any) -> ComplexRotary:
+        """Return this: a trace has one device."""
+        return self
+
+    def unsqueeze(self, dim: int) -> Tensor:
+        """Return complex values with a new axis."""
+        return torch.view_as_complex(self._pairs.unsqueeze(dim))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return complex values with the axes of an index."""
+        return torch.view_as_complex(self._pairs[index])
+
+
+def without_complex_axes(model: nn.Module) -> None:
+    """Wrap what rotary embeddings return in `ComplexRotary` where it is complex."""
+
+    def wrap(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return ComplexRotary(output) if isinstance(output, Tensor) and output.is_complex() else output
+
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            module.register_forward_hook(wrap)
+
+
 def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
     """Return cos and sin of a model's rotary embedding, (positions, size / 2) each; None where it has none."""
     adapter = adapter_of(model)
@@ -126,5 +160,7 @@ def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
     positions = torch.arange(adapter.context())[None]
     with torch.no_grad():
         tables = found(torch.zeros(1, dtype=torch.float32), positions)
+    if not isinstance(tables, tuple):  # complex numbers
+        return None
     cos, sin = (table[0, :, : table.shape[-1] // 2].float().numpy() for table in tables)
     return cos, sin

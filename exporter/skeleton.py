@@ -163,8 +163,9 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
     if not through_interface:
         model.config._attn_implementation = attention.ADDITIVE
     adapter_of(model).keep_frequencies()
+    attention.without_complex_axes(model)
     model.tie_weights()
-    return model if inner else _Language(model)
+    return model if inner or config is text else _Language(model)  # one without a table of its own has no towers
 
 
 class _Language(nn.Module):

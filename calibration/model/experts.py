@@ -92,7 +92,9 @@ def routed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         top_k_index: Numbers of the chosen experts, (T, k).
         top_k_weights: Their weights, (T, k).
     """
-    experts = top_k_index.reshape(-1)
+    # Some routers leave the order of the chosen experts open, and runtimes differ in it.
+    top_k_index, order = top_k_index.sort(-1)
+    top_k_weights, experts = top_k_weights.gather(-1, order), top_k_index.reshape(-1)
     y = hidden_states[:, None].expand(-1, top_k_index.shape[1], -1).reshape(-1, hidden_states.shape[1])
     if module.has_gate:
         y = module._apply_gate(module.gate_up_proj(y, experts))

@@ -89,14 +89,13 @@ def source_folder(source: str | Path) -> Path | None:
 def _auto_class(config: Any) -> Any:
     """Return the class of transformers that loads a model; one with a vision tower is in another list."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto import modeling_auto as auto
 
-    with_vision = getattr(config, "vision_config", None) is not None
-    return (
-        AutoModelForImageTextToText
-        if with_vision and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        else AutoModelForCausalLM
-    )
+    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    listed = type(config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # also Mistral 4, which has no tower
+    with_vision = listed or getattr(config, "vision_config", None) is not None
+    return AutoModelForImageTextToText if with_vision else AutoModelForCausalLM
 
 
 def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:

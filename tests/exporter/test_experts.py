@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,25 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.model.loading import load_model
 from rankbook.exporter.bodies import functions
 from rankbook.exporter.conform import check_proto
+from rankbook.exporter.dialects.base import DialectError
 from rankbook.exporter.dialects.rankbook import attributes, initializers
+from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
 from rankbook.exporter.functions import OPSET
+from rankbook.exporter.stored import ExportedFileError
 from rankbook.plugins import contract, experts, layout
 from rankbook.plugins.operators import OPERATORS
+from rankbook.tools.dev import family_models
+from rankbook.tools.inspect.inspection import inspect
 from tests.calibration.records import FORMS, random_record
+from tests.exporter.compare import worst_error
 from tests.ops.cases import EPSILON, relative_error
+from tests.tiny import write_text
 
 EXPERTS = 5
 ROWS = np.array([3, 0, 3, 1, 3, 0, 4])
@@ -113,3 +125,34 @@ def test_constants_of_different_numbers_of_experts_are_refused() -> None:
     stack = Stack(bits=4)
     stack.constants["params"] = stack.constants["params"][:3]
     assert any("params" in problem for problem in check_proto(stack.model()))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    family_models.tiny("mixtral", folder / "model")
+    text = str(write_text(folder / "text.txt"))
+    how = QuantizeOptions(method="rtn", bits=4, group_size=32, calib=text, calib_sequences=2, calib_length=16)
+    quantize_model(folder / "model", folder / "checkpoint", how)
+    return folder / "checkpoint"
+
+
+def test_a_file_with_experts_is_described_layer_by_layer_and_rounds_inside(checkpoint: Path, tmp_path: Path) -> None:
+    report = export(checkpoint, tmp_path / "out", ExportOptions(logits="all", activations="int8"))
+    assert report.nodes["CodebookExperts4A8"] == 4
+    assert report.other_bytes < report.packed_bytes + 2 * 4 * family_models.VOCABULARY * 64
+    file = ExportedModel.open(tmp_path / "out")
+    file.verify()
+    with pytest.raises(ExportedFileError, match="experts of a mixture"):
+        file.require_standard()
+    stored, exported = (inspect(folder).layers for folder in (checkpoint, tmp_path / "out"))
+    assert {layer.name: layer.bits for layer in exported} == {layer.name: layer.bits for layer in stored}
+    model, _ = load_model(checkpoint)
+    # Inputs are rounded to 8 bits.
+    assert worst_error(tmp_path / "out", model, logits="all") < 0.05
+
+
+@pytest.mark.parametrize("dialect", ["qdq", "ort"])
+def test_other_dialects_refuse_experts(dialect: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(DialectError, match="no operator for the experts of a mixture; export in the dialect rankbook"):
+        export(checkpoint, tmp_path / "out", ExportOptions(dialect=dialect))

@@ -76,10 +76,15 @@ def sweep(family: str, folder: Path, exports: Sequence[str] = SERVED) -> Row:
 
     from rankbook.calibration.driver.options import QuantizeOptions
     from rankbook.calibration.driver.run import quantize_model
+    from rankbook.calibration.model.source_config import read_config
     from rankbook.exporter.exportable import check_exportable
 
     torch.set_num_threads(1)
     row, start = Row(family), time.monotonic()
+
+    def said() -> str:
+        return check_exportable(read_config(str(source))) if row.errors.get("standard", 0) is None else ""
+
     source, checkpoint = folder / "model", folder / "checkpoint"
     text = folder / "text.txt"
     text.write_text(" ".join(_WORDS[i * i % len(_WORDS)] for i in range(400)), encoding="utf-8")
@@ -88,17 +93,16 @@ def sweep(family: str, folder: Path, exports: Sequence[str] = SERVED) -> Row:
     )
 
     def quantized() -> None:
-        report = quantize_model(source, checkpoint, how, begin=begin)
+        report = quantize_model(source, checkpoint, how)
         row.packed = 1 - report.totals["blocks"]["float_share"]
-
-    def begin(config: Any, _: object = None) -> None:
-        row.cannot_export = check_exportable(config)
 
     if _step(row, "build", lambda: tiny(family, source)) and _step(row, "quantize", quantized):
         _step(row, "reload", lambda: _reload(row, source, checkpoint))
         for name in exports:
-            if not row.cannot_export:
-                _step(row, name, functools.partial(_parity, row, name, checkpoint, folder / name))
+            if not row.cannot_export and not _step(
+                row, name, functools.partial(_parity, row, name, checkpoint, folder / name)
+            ):
+                row.cannot_export = said()
     row.seconds = round(time.monotonic() - start, 1)
     return row
 
@@ -167,26 +171,26 @@ def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
         row.reasons[name] = f"parity fails; first at {report.first_bad_layer or report.problems or 'the logits'}"
 
 
-def _child(family: str, folder: Path) -> None:
+def _child(family: str, folder: Path, exports: Sequence[str]) -> None:
     """Write the row of a family; what its code prints goes to a file."""
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _keep(folder, sweep(family, folder))
+    _keep(folder, sweep(family, folder, exports))
 
 
 def _keep(folder: Path, row: Row) -> None:
     (folder / "row.json").write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
 
 
-def run(families: Sequence[str], folder: Path, limit_s: float) -> None:
+def run(families: Sequence[str], folder: Path, limit_s: float, exports: Sequence[str] = SERVED) -> None:
     """Run families one after another, each in a fork of this process: libraries are loaded once."""
     _load()
     for family in families:
         place = folder / family
         (place / "row.json").unlink(missing_ok=True)
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(family, place))
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(family, place, exports))
         process.start()
         process.join(limit_s)
         if process.is_alive():
@@ -255,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run families and write the document; 1 where one gives wrong numbers or another result than the table said."""
     parser = argparse.ArgumentParser(prog="python -m rankbook.tools.dev.families", description=__doc__.split("\n")[0])
     parser.add_argument("--families", help="names, separated by commas; all without it, `used` for the most used ones")
+    parser.add_argument("--exports", default=",".join(SERVED), help="which exports to compare, separated by commas")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a family (default: 600)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "families", help="folder for the models")
     args = parser.parse_args(argv)
@@ -263,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unknown families {', '.join(unknown)}; known are {', '.join(FAMILIES)}", file=sys.stderr)
         return USAGE
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"})
-    run(asked, args.output, args.limit)
+    run(asked, args.output, args.limit, tuple(args.exports.split(",")))
     rows = {path.parent.name: _read(path) for path in args.output.glob("*/row.json")}
     (ROOT / "docs" / "families.md").write_text(document(rows), encoding="utf-8")
     return CHECK_FAILED if any(rows[family].wrong for family in asked) else OK

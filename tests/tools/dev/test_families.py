@@ -39,7 +39,7 @@ def test_a_family_that_takes_too_long_is_ended_and_noted(tmp_path: Path, monkeyp
     assert asdict(families._read(tmp_path / "llama" / "row.json"))["reasons"] == {"run": "ended after 0.2 s"}
 
 
-@pytest.mark.parametrize("family", ["gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "gpt2", "falcon"])
 def test_families_that_are_used_most_pass(family: str, tmp_path: Path) -> None:
     row = families.sweep(family, tmp_path, exports=("standard",))
     assert family in FAMILIES
