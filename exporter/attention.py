@@ -159,7 +159,7 @@ def rotary_tables(model: Any) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.f
         return None
     positions = torch.arange(adapter.context())[None]
     with torch.no_grad():
-        tables = found(torch.zeros(1, dtype=torch.float32), positions)
+        tables: Any = found(torch.zeros(1, dtype=torch.float32), positions)
     if not isinstance(tables, tuple):  # complex numbers
         return None
     cos, sin = (table[0, :, : table.shape[-1] // 2].float().numpy() for table in tables)
