@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rankbook.calibration.notes import Note
 from rankbook.calibration.option import near
+from rankbook.calibration.versions import versions
 from rankbook.tools import config, errors, flags
 from rankbook.tools.command import Command, Outcome
 from rankbook.tools.commands import discover
@@ -114,7 +115,7 @@ def _build_parser(
     """Return the parser, whose help may depend on ``arguments``, and the flags of every verb by the names of fields."""
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="rankbook", description=DESCRIPTION, epilog=EPILOG, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"rankbook {version()}")
+    parser.add_argument("--version", action="version", version=f"rankbook {versions()['rankbook']}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=_Parser)
     known = {name: flags.flags_of(command.options) for name, command in commands.items()}
     helped = arguments[:1] if {"-h", "--help"} & {*arguments} else ()
@@ -186,17 +187,6 @@ def _print(outcome: Outcome, notes: list[str], *, as_json: bool) -> None:
         table.show(sys.stdout)
     if outcome.text:
         print(outcome.text)
-
-
-def version() -> str:
-    """Return the installed version of rankbook."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("rankbook")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 if __name__ == "__main__":

@@ -160,16 +160,6 @@ def install(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -
         module.__dict__[_HOOK] = hooks
 
 
-@dataclass(frozen=True)
-class _InputHook:
-    """A forward pre-hook; a class, so that models that have it can be copied and pickled."""
-
-    function: Callable[[Tensor], Tensor]
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.function(args[0]), *args[1:])
-
-
 @contextmanager
 def applied(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -> Iterator[None]:
     """Quantize what enters the named layers while the context lasts; gradients pass as if nothing were rounded.
@@ -182,14 +172,14 @@ def applied(model: nn.Module, config: ActivationConfig, layers: Iterable[str]) -
     with ExitStack() as hooks:
         for name in layers:
             reach = config.ranges[name].step if config.static and name in config.ranges else math.inf
-            through = _StraightThroughHook(config.function(name), reach)
+            through = _InputHook(config.function(name), reach)
             hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(through))
         yield
 
 
 @dataclass(frozen=True)
-class _StraightThroughHook:
-    """A forward pre-hook whose gradient is that of the unrounded input.
+class _InputHook:
+    """A forward pre-hook with the gradient of the unrounded input; a class, so that models can be copied and pickled.
 
     Attributes:
         function: Rounds a tensor.
@@ -197,7 +187,7 @@ class _StraightThroughHook:
     """
 
     function: Callable[[Tensor], Tensor]
-    reach: float
+    reach: float = math.inf
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]

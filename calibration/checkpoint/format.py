@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.card import write_checkpoint_card
 from rankbook.calibration.checkpoint.files import sha256_file
+from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.integrity import (
-    INDEX,
-    WEIGHTS,
     check_files,
     check_tensors,
     member,
@@ -33,12 +31,12 @@ from rankbook.calibration.checkpoint.integrity import (
     read_layers,
     tensor_files,
 )
-from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
 from rankbook.calibration.source import is_checkpoint as is_checkpoint
+from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
 
 FORMAT_VERSION = 2
@@ -252,45 +250,16 @@ def check_version(version: object, where: Path | str) -> None:
     """
     if version not in READABLE:
         raise CheckpointError(
-            f"{where} has format version {version!r}; this rankbook reads {' and '.join(map(str, READABLE))}:"
+            f"{where} has format version {version!r}; this rankbook reads versions {' and '.join(map(str, READABLE))}:"
             " quantize the model again, or install the version of rankbook that wrote it"
         )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of rankbook and of the libraries that shape a result."""
-    import importlib.metadata
-    import platform
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed as a package"
-
-    packages = ("rankbook", "torch", "transformers", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
-
-
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    from huggingface_hub import save_torch_state_dict
+
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_torch_state_dict(plain, folder, max_shard_size=shard_bytes)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rankbook.calibration.activations.settings import chosen_settings
 from rankbook.calibration.checkpoint.extras import copy_extras
 from rankbook.calibration.checkpoint.files import sha256_file
-from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, versions, write_checkpoint
+from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, write_checkpoint
 from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.driver import embeddings
@@ -44,6 +44,7 @@ from rankbook.calibration.model.plain import make_plain, restore
 from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.source import Kind
+from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
 
 _HEAD_TOKENS = 8192

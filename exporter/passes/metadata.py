@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 
-from rankbook.calibration.checkpoint.format import Checkpoint, versions
+from rankbook.calibration.checkpoint.format import Checkpoint
+from rankbook.calibration.versions import versions
 from rankbook.exporter.properties import Metadata
 from rankbook.plugins import contract
 
@@ -29,14 +29,14 @@ class AddMetadata(ir.passes.InPlacePass):
             method=", ".join(sorted({spec.method for spec in layers.values()})),
             bits=", ".join(str(bits) for bits in sorted({spec.bits for spec in layers.values()})),
             checkpoint_sha256=_hashes(manifest),
-            versions={**versions(), "onnx": _version("onnx"), "onnx_ir": _version("onnx-ir")},
+            versions=versions("onnx", "onnx_ir"),
             layers={name: _entry(name, spec.to_json(), manifest) for name, spec in layers.items()},
             **more,  # type: ignore[arg-type]
         )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Change the model in place."""
-        model.producer_name, model.producer_version = "rankbook", _version("rankbook")
+        model.producer_name, model.producer_version = "rankbook", versions()["rankbook"]
         model.graph.name = self._name
         model.metadata_props.clear()
         model.metadata_props.update(self._metadata.texts())
@@ -50,10 +50,3 @@ def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
 def _entry(name: str, spec: dict[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     known = manifest.get("layers", {}).get(name)
     return {**spec, "error": known["error"]} if isinstance(known, dict) and "error" in known else spec
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from rankbook.calibration.versions import installed
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.report import Table
 from rankbook.tools.runtimes import runtimes, trt
@@ -70,17 +70,12 @@ def run(_: Common) -> Outcome:
 
 
 def _packages() -> list[Finding]:
-    return [
-        Finding(
-            name,
-            "package",
-            find_spec(name) is not None,
-            _version(_DISTRIBUTIONS.get(name, name)) or f"pip install {_DISTRIBUTIONS.get(name, name)}",
-            enables,
-            needed,
-        )
-        for name, enables, needed in _PACKAGES
-    ]
+    findings = []
+    for name, enables, needed in _PACKAGES:
+        package = _DISTRIBUTIONS.get(name, name)
+        detail = installed(package) or f"pip install {package}"
+        findings.append(Finding(name, "package", find_spec(name) is not None, detail, enables, needed))
+    return findings
 
 
 def _runtimes() -> list[Finding]:
@@ -151,13 +146,6 @@ def _tool(name: str, hint: str, enables: str) -> Finding:
     places = [shutil.which(name), str(beside) if beside.is_file() else None, f"/usr/local/cuda/bin/{name}"]
     found = next((place for place in places if place and Path(place).is_file()), None)
     return Finding(name, "tool", found is not None, found or hint, enables)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 COMMAND = Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.report import Table, plain
 
 if TYPE_CHECKING:
-    from rankbook.tools.inspect.inspection import Inspection
+    from rankbook.tools.inspect.inspection import Inspection, Layer
 
 _SHORT = ("file_bytes", "stored_bytes", "engine_bytes", "weights_bytes", "model_type", "opset", "version")
 
@@ -37,34 +38,20 @@ def run(options: Inspect) -> Outcome:
 
 
 def _table(found: Inspection) -> Table:
-    columns = (
-        "layer",
-        "method",
-        "bits",
-        "N x K",
-        "group",
-        "rank",
-        "error rank",
-        "stored bits/weight",
-        "error",
-        "operator",
-    )
-    rows = [
-        (
-            layer.name,
-            layer.method,
-            layer.bits,
-            f"{layer.out_features} x {layer.in_features}",
-            layer.group,
-            layer.planes,
-            layer.error_rank or None,
-            layer.stored_bits,
-            layer.error,
-            layer.operator,
-        )
-        for layer in found.layers
-    ]
-    return Table(f"{found.kind} {found.path}", columns, rows)
+    columns: dict[str, Callable[[Layer], object]] = {
+        "layer": lambda layer: layer.name,
+        "method": lambda layer: layer.method,
+        "bits": lambda layer: layer.bits,
+        "N x K": lambda layer: f"{layer.out_features} x {layer.in_features}",
+        "group": lambda layer: layer.group,
+        "rank": lambda layer: layer.planes,
+        "error rank": lambda layer: layer.error_rank or None,
+        "stored bits/weight": lambda layer: layer.stored_bits,
+        "error": lambda layer: layer.error,
+        "operator": lambda layer: layer.operator,
+    }
+    rows = [[value(layer) for value in columns.values()] for layer in found.layers]
+    return Table(f"{found.kind} {found.path}", tuple(columns), rows)
 
 
 def _summary(found: Inspection) -> str:

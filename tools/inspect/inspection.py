@@ -134,8 +134,7 @@ def _checkpoint(path: Path) -> Inspection:
     ]
     facts = {key: value for key, value in opened.manifest.items() if key not in ("layers", "files")}
     facts["files"] = {name: entry["bytes"] for name, entry in opened.manifest.get("files", {}).items()}
-    headers = (_safetensors_header(file) for file in path.glob("*.safetensors"))
-    shapes = {name: entry["shape"] for header in headers for name, entry in header.items()}
+    shapes = {name: shape for file in path.glob("*.safetensors") for name, _, shape in _stored(file)}
     facts["left_in_float"] = _left_in_float({name: shapes.get(name, ()) for name in opened.unquantized()}, layers)
     return Inspection("checkpoint", str(path), tuple(layers), facts)
 
@@ -225,17 +224,9 @@ def _onnx_layers(model: ExportedModel, node: Node) -> list[Layer]:
 
 
 def _layer(name: str, spec: LayerSpec, stored_bits: float) -> Layer:
-    return Layer(
-        name=name,
-        method=spec.method,
-        bits=spec.bits,
-        out_features=spec.out_features,
-        in_features=spec.in_features,
-        group=spec.group,
-        planes=spec.planes,
-        error_rank=spec.branch_rank,
-        stored_bits=stored_bits,
-    )
+    same = ("method", "bits", "out_features", "in_features", "group", "planes")
+    fields = {field: getattr(spec, field) for field in same}
+    return Layer(name=name, **fields, error_rank=spec.branch_rank, stored_bits=stored_bits)
 
 
 def _engine(path: Path) -> Inspection:
@@ -257,9 +248,8 @@ def _engine(path: Path) -> Inspection:
 
 def _model(path: Path) -> Inspection:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    layers: list[Layer] = []
-    for file in sorted(path.glob("*.safetensors")):
-        layers += _dense_layers(_safetensors_header(file).items())
+    stored = [tensor for file in path.glob("*.safetensors") for tensor in _stored(file)]
+    layers = [_dense(name, dtype, shape) for name, dtype, shape in stored if len(shape) == 2]
     layers.sort(key=lambda layer: _natural(layer.name))
     if not layers:
         raise UsageError(f"{path} has a config.json but no readable .safetensors weights; give a complete model folder")
@@ -269,32 +259,18 @@ def _model(path: Path) -> Inspection:
     return Inspection("model", str(path), tuple(layers), facts)
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Read names, types and shapes: eight bytes of length, then JSON."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > path.stat().st_size:
-            raise UsageError(f"{path} is truncated or not a safetensors file; copy it again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise UsageError(f"{path} is not a safetensors file; copy it again") from None
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+def _stored(path: Path) -> list[tuple[str, str, list[int]]]:
+    """Return name, type and shape of every tensor of a safetensors file; their data is not read."""
+    from rankbook.calibration.checkpoint.integrity import opened
+
+    with opened(path) as stream:
+        slices = ((name, stream.get_slice(name)) for name in stream.keys())  # noqa: SIM118 (not a dict)
+        return [(name, held.get_dtype(), held.get_shape()) for name, held in slices]
 
 
-def _dense_layers(tensors: Iterable[tuple[str, Any]]) -> list[Layer]:
-    return [
-        Layer(
-            name=name.removesuffix(".weight"),
-            method=entry["dtype"],
-            bits=_ELEMENT_BITS.get(entry["dtype"], 0),
-            out_features=entry["shape"][0],
-            in_features=entry["shape"][1],
-            stored_bits=float(_ELEMENT_BITS.get(entry["dtype"], 0)),
-        )
-        for name, entry in tensors
-        if len(entry["shape"]) == 2
-    ]
+def _dense(name: str, dtype: str, shape: Sequence[int]) -> Layer:
+    bits, (rows, columns) = _ELEMENT_BITS.get(dtype, 0), shape
+    return Layer(name.removesuffix(".weight"), dtype, bits, rows, columns, stored_bits=float(bits))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

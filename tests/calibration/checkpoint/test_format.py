@@ -42,7 +42,7 @@ def test_manifest_names_versions_and_hashes(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / ck.MANIFEST).read_text())
     assert manifest["format_version"] == ck.FORMAT_VERSION
     assert {"rankbook", "torch", "transformers", "python"} <= set(manifest["versions"])
-    assert set(manifest["files"]) == {"config.json", "model.safetensors"}
+    assert set(manifest["files"]) == {"README.md", "config.json", "model.safetensors"}
     assert len(manifest["files"]["model.safetensors"]["sha256"]) == 64
 
 
@@ -136,7 +136,7 @@ def test_damaged_manifest_or_config(tmp_path: Path) -> None:
 def test_other_version(tmp_path: Path) -> None:
     write(tmp_path / "out")
     edit_json(tmp_path / "out" / ck.MANIFEST, format_version=99)
-    with pytest.raises(ck.CheckpointError, match=r"version 99.*reads version 1"):
+    with pytest.raises(ck.CheckpointError, match=r"version 99.*reads versions 1 and 2"):
         ck.load_records(tmp_path / "out")
 
 
@@ -155,6 +155,6 @@ def test_a_layer_without_its_tensors(tmp_path: Path) -> None:
         ck.load_records(tmp_path / "out")
 
 
-def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
+def test_no_pickles_are_written(tmp_path: Path) -> None:
     write(tmp_path / "out", 3000)
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".safetensors"}
