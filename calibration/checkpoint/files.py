@@ -20,15 +20,20 @@ def sha256_file(path: Path) -> str:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text beside ``path`` and rename it into place: readers see the old or the new file, never half.
+    """Write UTF-8 text, see `write_atomic`."""
+    write_atomic(path, text.encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write bytes beside ``path`` and rename them into place: readers see the old or the new file, never half.
 
     Where ``path`` is a link, the file that it leads to is written.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("xb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -96,7 +96,7 @@ def test_layers_and_peers_run_on_the_cuda_provider_alone(sessions, monkeypatch, 
 
 
 def test_models_run_with_native_cuda(tmp_path, monkeypatch, sessions) -> None:
-    """Those that do not choose kernels; turns are timed on the wall."""
+    """Where kernels are chosen so; turns are timed on the wall."""
     seen: list[model_bench.ModelRace] = []
 
     def measure(race: model_bench.ModelRace, _progress: object) -> list[model_bench.ModelResult]:
@@ -105,7 +105,7 @@ def test_models_run_with_native_cuda(tmp_path, monkeypatch, sessions) -> None:
 
     monkeypatch.setattr(model_bench, "measure_models", measure)
     models = [tmp_path, f"{tmp_path}@bodies"]
-    assert run_cli("bench", *models, "--device", "cuda", "--threads", 1, "--quiet") == errors.OK
+    assert run_cli("bench", *models, "--kernels", "native-cuda", "--threads", 1, "--quiet") == errors.OK
     (race,) = seen
     assert [subject.runtime for subject in race.subjects] == ["native-cuda", "bodies"]
     assert race.clock_threads is None

@@ -8,7 +8,7 @@ from rankbook.calibration.option import Threaded, option
 from rankbook.plugins.widths import BITS
 from rankbook.tools.errors import UsageError
 
-LAYERS, MODELS = "single layers", "exported models"
+LAYERS, MODELS, DEVICE = "single layers", "exported models", "models with --device cuda"
 """Titles of the groups of options."""
 
 
@@ -26,6 +26,19 @@ class ModelOptions(TurnOptions):
     prompt: int = option(64, "tokens before decoding begins", metavar="N", least=1, group=MODELS)
     steps: int = option(32, "tokens decoded in a turn", metavar="N", least=1, group=MODELS)
     prefill: int = option(512, "tokens of the prefill; 0 leaves it out", metavar="N", least=0, group=MODELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(ModelOptions):
+    """How whole models are measured on a GPU: every size with every model."""
+
+    contexts: tuple[int, ...] = option(
+        (128, 1024), "tokens in the cache before decoding begins", metavar="N", least=1, group=DEVICE
+    )
+    batches: tuple[int, ...] = option((1,), "texts decoded side by side", metavar="N", least=1, group=DEVICE)
+    prompts: tuple[int, ...] = option(
+        (128, 512), "tokens of the prompts", metavar="N", least=1, flags=("--prompt-lengths",), group=DEVICE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rankbook.calibration.source import Kind, identify
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes import AUTO, LanguageModel, Setting, find, open_model, peers, runtimes
 
@@ -41,6 +42,20 @@ class ModelSubject:
         if not Path(path).exists():
             raise UsageError(f"{path} does not exist; give models, e.g. exported folders, with @{'|@'.join(names)}")
         return cls(Path(path), wanted)
+
+    @classmethod
+    def on_device(cls, text: str) -> ModelSubject:
+        """Read ``PATH`` or ``PATH@RUNTIME`` for a GPU: exported files run there with the native library.
+
+        Raises:
+            UsageError: Nothing lies at the path.
+        """
+        found = cls.parse(text, AUTO)
+        try:
+            kind = identify(found.path).kind
+        except ValueError:  # said where it is opened
+            kind = Kind.ONNX
+        return found if found.runtime != AUTO or kind is not Kind.ONNX else cls(found.path, "native-cuda")
 
     @classmethod
     def parse_peer(cls, text: str) -> ModelSubject:

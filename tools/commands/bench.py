@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.option import argument, option
-from rankbook.tools.bench.options import LayerOptions, ModelOptions
+from rankbook.tools.bench.options import DeviceOptions, LayerOptions
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
@@ -28,11 +30,12 @@ CUDA_PEER_BITS = (4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(ModelOptions, LayerOptions, KernelOptions, Common):
+class Bench(DeviceOptions, LayerOptions, KernelOptions, Common):
     """Options of the verb: those of models and of single layers, and what to compare."""
 
     models: tuple[str, ...] = argument(
-        "exported folders or .onnx files, MODEL@KERNELS to choose kernels; single layers when none is given",
+        "exported folders or .onnx files, MODEL@KERNELS to choose kernels; engine folders with --device cuda; single"
+        " layers when none is given",
         default=(),
         metavar="MODEL",
     )
@@ -53,8 +56,11 @@ class Bench(ModelOptions, LayerOptions, KernelOptions, Common):
 
 def run(options: Bench) -> Outcome:
     """Measure, report, store."""
+    from rankbook.tools.bench import plot
     from rankbook.tools.runtimes import runtimes
 
+    if options.models and options.device == "cuda":
+        return _device(options)
     runtimes()["bodies"].require()
     if cuda := _kernels(options) == "native-cuda":
         runtimes()["native-cuda"].require()
@@ -68,8 +74,31 @@ def run(options: Bench) -> Outcome:
         f"plain read from memory, {threads} threads: {rate / 1e9:.1f} GB/s"
         for threads, rate in report["bandwidth"].items()
     ]
-    text = "\n".join([*lines, *(_store(options.output, report, table, lines) if options.output else [])])
-    return Outcome(report, [table], text)
+    if options.output:
+        draw = partial(plot.draw, report["models"]) if "models" in report else None
+        lines += _store(options.output, report, [table], lines, draw)
+    return Outcome(report, [table], "\n".join(lines))
+
+
+def _device(options: Bench) -> Outcome:
+    """Measure models on a GPU."""
+    from rankbook.tools.bench import device_report as shown
+    from rankbook.tools.bench.device_bench import DeviceRace
+    from rankbook.tools.bench.subject import ModelSubject
+
+    _check_peers(options, _kernels(options))
+    subjects = list(dict.fromkeys(map(ModelSubject.on_device, options.models)))
+    watch, instruments = shown.instruments()
+    with Console(quiet=options.quiet).progress("models") as progress:
+        found = DeviceRace(options, instruments).run(subjects, progress)
+    report = {"machine": {**_cpu(), **watch()}, "copy_bandwidth": instruments.copy, **vars(found)}
+    lines = [f"not measured: {item.name}: {item.reason}" for item in found.missing]
+    if instruments.copy:
+        lines.insert(0, f"plain copy within device memory: {instruments.copy / 1e9:.0f} GB/s")
+    tables = shown.tables(found)
+    if options.output:
+        lines += _store(options.output, report, tables, lines, lambda path: shown.draw(found, path))
+    return Outcome(report, tables, "\n".join(lines))
 
 
 def _kernels(options: Bench) -> str:
@@ -89,16 +118,22 @@ def _threads(options: Bench) -> tuple[int, ...]:
     return tuple(sorted({1, len(os.sched_getaffinity(0))}))
 
 
-def _machine(runtime: str) -> dict[str, Any]:
-    import onnxruntime
-
-    from rankbook.plugins.library import native_info, unavailable
-
+def _cpu() -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
+    }
+
+
+def _machine(runtime: str) -> dict[str, Any]:
+    import onnxruntime
+
+    from rankbook.plugins.library import native_info, unavailable
+
+    return {
+        **_cpu(),
         "clock": "one thread: its own time; more, or a GPU: wall",
         "onnxruntime": onnxruntime.__version__,
         "native": None if unavailable(runtime) else native_info(runtime),
@@ -170,17 +205,21 @@ def _models(options: Bench) -> tuple[Table, list[ModelResult]]:
     from rankbook.tools.bench.subject import ModelSubject
 
     kernels = _kernels(options)
-    if options.peers and kernels == "native-cuda":
-        raise UsageError(
-            f"--peers {' '.join(options.peers)}: beside models these run on the CPU; on a GPU give the folder of"
-            " `rankbook export --dialect ort` as another MODEL, which runs MatMulNBits there"
-        )
+    _check_peers(options, kernels)
     subjects = [ModelSubject.parse(text, kernels) for text in options.models]
     subjects += [ModelSubject.parse_peer(text) for text in options.peers]
     race = ModelRace(tuple(dict.fromkeys(subjects)), options)
     with Console(quiet=options.quiet).progress("models") as progress:
         results = measure_models(race, progress)
     return _model_table(results, race.references), results
+
+
+def _check_peers(options: Bench, kernels: str) -> None:
+    if options.peers and kernels == "native-cuda":
+        raise UsageError(
+            f"--peers {' '.join(options.peers)}: beside models these run on the CPU; on a GPU give the folder of"
+            " `rankbook export --dialect ort` as another MODEL, which runs MatMulNBits there"
+        )
 
 
 def _model_table(results: list[ModelResult], references: tuple[str, ...]) -> Table:
@@ -209,19 +248,25 @@ def _model_table(results: list[ModelResult], references: tuple[str, ...]) -> Tab
     return Table("models, medians", (*columns, "file, MB", "RSS beyond Python, MB", "to the file"), rows)
 
 
-def _store(folder: Path, report: dict[str, Any], table: Table, lines: list[str]) -> list[str]:
+def _store(
+    folder: Path,
+    report: dict[str, Any],
+    tables: Sequence[Table],
+    lines: list[str],
+    draw: Callable[[Path], None] | None,
+) -> list[str]:
     """Write the files; returns what to say about them."""
     from rankbook.tools.bench import plot
 
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(folder / "bench.json", to_json(report) + "\n")
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    write_text_atomic(folder / "bench.md", "\n\n".join([machine, table.markdown(), *lines]) + "\n")
-    if "models" not in report:
+    write_text_atomic(folder / "bench.md", "\n\n".join([machine, *(t.markdown() for t in tables), *lines]) + "\n")
+    if draw is None:
         return [f"stored in {folder}"]
     if reason := plot.unavailable():
         return [f"stored in {folder}, without a plot: {reason}"]
-    plot.draw(report["models"], folder / "bench.png")
+    draw(folder / "bench.png")
     return [f"stored in {folder}"]
 
 

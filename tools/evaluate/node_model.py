@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rankbook.exporter.file import ExportedModel, Node
 
 Array = np.ndarray[Any, Any]
+_ELEMENTS = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
 def single_node(model: ExportedModel, node: Node, constants: dict[str, Array], inputs: dict[str, Array]) -> bytes:
@@ -49,12 +50,20 @@ def single_node(model: ExportedModel, node: Node, constants: dict[str, Array], i
 
 
 def graph_with_outputs(model: ExportedModel, names: list[str]) -> bytes:
-    """Return the serialized graph of a file in which the values ``names`` are outputs too; weights stay outside."""
+    """Return the serialized graph of a file in which the values ``names`` are outputs too; weights stay outside.
+
+    Types and shapes are those that the graph states. Of a value of which it says nothing the type is that of the
+    activations, since TensorRT takes no output without one.
+    """
     import onnx
 
     graph = onnx.ModelProto()
     graph.CopyFrom(model.proto)
     present = {value.name for value in graph.graph.output}
-    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    known = {value.name: value for value in graph.graph.value_info}
+    usual = onnx.TensorProto.DataType.Value(_ELEMENTS.get(model.metadata.dtype, "FLOAT"))
+    for name in names:
+        if name not in present:
+            graph.graph.output.append(known.get(name) or onnx.helper.make_tensor_value_info(name, usual, None))
     serialized: bytes = graph.SerializeToString()
     return serialized

@@ -93,6 +93,7 @@ def parity(
         ValueError: File or checkpoint are damaged or changed.
     """
     from rankbook.calibration.checkpoint.format import open_checkpoint
+    from rankbook.calibration.model.adapter import adapter_of
     from rankbook.exporter.file import ExportedModel
 
     options = options or ParityOptions()
@@ -104,7 +105,7 @@ def parity(
     file = ExportedModel.open(source.path)
     file.require_packed()
     file.verify()
-    folder = Path(checkpoint) if checkpoint is not None else _noted_checkpoint(source.path)
+    folder = Path(checkpoint) if checkpoint is not None else noted_checkpoint(source.path)
     if folder is None:
         raise UsageError(f"the checkpoint of {model} is not where it was; name it with --checkpoint DIR")
     open_checkpoint(folder, verify=True)
@@ -112,10 +113,11 @@ def parity(
     exported = runtime.open_file(file, Setting(options.threads))
     exported.check_room(options.tokens, "--tokens")
     original = TorchModel(folder, threads=options.threads)
-    return check(exported, original, _tokens(original, text, options), options, progress)
+    tokens = compared_tokens(original, adapter_of(original.model).vocabulary, text, options)
+    return check(exported, original, tokens, options, progress)
 
 
-def _noted_checkpoint(path: Path) -> Path | None:
+def noted_checkpoint(path: Path) -> Path | None:
     """Return the checkpoint that an exported file was made from, as its export wrote it down, if it is still there."""
     resolved = path.with_name("rankbook-export.yaml")
     if not resolved.is_file():
@@ -128,13 +130,16 @@ def _noted_checkpoint(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if noted and candidate.is_dir()), None)
 
 
-def _tokens(model: TorchModel, text: str | Path | None, options: ParityOptions) -> Tokens:
-    """Return two sequences of tokens, random ones without a text."""
-    if text is None:
-        from rankbook.calibration.model.adapter import adapter_of
+def compared_tokens(model: LanguageModel, vocabulary: int, text: str | Path | None, options: ParityOptions) -> Tokens:
+    """Return two sequences of tokens: of a text by the model's tokenizer, or random ones of the vocabulary.
 
-        size = adapter_of(model.model).vocabulary
-        return np.random.default_rng(options.seed).integers(0, size, (2, options.tokens))
+    Raises:
+        UsageError: There is a text and no tokenizer.
+    """
+    if text is None:
+        return np.random.default_rng(options.seed).integers(0, vocabulary, (2, options.tokens))
+    if model.tokenizer is None:
+        raise UsageError(f"{model.name} has no tokenizer for --text; leave it out")
     from rankbook.calibration.data import token_windows
     from rankbook.calibration.text import read_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,13 +70,26 @@ def function_runner(name: str, inputs: Feeds, infer: Callable[[Feeds], Mapping[s
 
 
 def compare(first: Any, second: Any, feeds: Feeds, tolerance: float) -> list[Agreement]:
-    """Run two runners on the same inputs and compare their outputs, which must have the same names.
+    """Run two runners on the same inputs and compare their outputs, see `judge`."""
+    return judge(run([first, second], feeds), tolerance)
+
+
+def run(runners: Sequence[Any], feeds: Feeds) -> Any:
+    """Run runners, whose names differ, on the same inputs; return polygraphy's ``RunResults``, which it can save."""
+    from polygraphy.comparator import Comparator
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        return Comparator.run(list(runners), data_loader=[OrderedDict(feeds)])
+
+
+def judge(results: Any, tolerance: float, pair: tuple[int, int] = (0, 1)) -> list[Agreement]:
+    """Compare the outputs of two runners, which must have the same names.
 
     Args:
-        first: The runner that is right.
-        second: The runner in question.
-        feeds: Inputs of both.
+        results: What `run` returned.
         tolerance: Largest difference allowed, relative to the largest value of the first runner.
+        pair: Places of the runner that is right and of the one in question.
 
     Returns:
         One agreement for each output, in the order of the first runner.
@@ -86,12 +99,11 @@ def compare(first: Any, second: Any, feeds: Feeds, tolerance: float) -> list[Agr
 
     # Verdicts are reported elsewhere; polygraphy's own lines would go to stdout.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        results = Comparator.run([first, second], data_loader=[OrderedDict(feeds)])
-        (_, (expected,)), _ = results.items()
+        (expected,) = list(results.values())[pair[0]]
         scales = {name: _largest(np.asarray(value)) for name, value in expected.items()}
         limits = {name: tolerance * scale for name, scale in scales.items()} | {"": tolerance}
         function = SimpleCompareFunc(check_error_stat="max", atol=limits, rtol=0.0)
-        verdicts = Comparator.compare_accuracy(results, compare_func=function)
+        verdicts = Comparator.compare_accuracy(results, compare_func=function, comparisons=[pair])
     ((outcomes,),) = verdicts[0].values()
     return [_agreement(name, scale, tolerance, outcomes.get(name)) for name, scale in scales.items()]
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, Kind, Source, identify
+from rankbook.calibration.source import Kind, Source, identify
 from rankbook.plugins.layer_spec import LayerSpec, bits_of
+from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -230,20 +231,10 @@ def _layer(name: str, spec: LayerSpec, stored_bits: float) -> Layer:
 
 
 def _engine(path: Path) -> Inspection:
-    manifest = path / ENGINE_MANIFEST
-    try:
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} holds an engine without {ENGINE_MANIFEST}; build it with `rankbook build`") from None
-    except ValueError as error:
-        raise UsageError(f"{manifest} is damaged ({error}); build the engine again") from None
-    engine = path / ENGINE_NAME
-    if not engine.is_file() or engine.stat().st_size != facts.get("engine_bytes"):
-        raise UsageError(f"{engine} is missing or does not have the size that {ENGINE_MANIFEST} states; build it again")
+    manifest = Manifest.read(path)
     # The layers of an engine are fused kernels; the file that it was built from says what they compute.
-    source = Path(facts["source"]["path"])
-    layers = _onnx(source).layers if source.is_file() else ()
-    return Inspection("engine", str(engine), layers, facts)
+    layers = _onnx(manifest.source).layers if manifest.source.is_file() else ()
+    return Inspection("engine", str(manifest.engine), layers, dict(manifest.facts))
 
 
 def _model(path: Path) -> Inspection:

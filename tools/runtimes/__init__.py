@@ -70,7 +70,8 @@ def find(source: str | Path, name: str = AUTO) -> tuple[Runtime, Source]:
 
 
 def _automatic(source: Source) -> Runtime:
-    fitting = [item for item in runtimes().values() if item.automatic and item.open and source.kind in item.kinds]
+    opening = [item for item in runtimes().values() if item.automatic and item.open and source.kind in item.kinds]
+    fitting = [item for item in opening if item.fits(source)]
     if not fitting:
         raise UsageError(f"{source.path} is {source.kind.value}, which no runtime opens; give the model it came from")
     reasons = [item.unavailable() for item in fitting]

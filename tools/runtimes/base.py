@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,21 @@ class LanguageModel(ABC):
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,). `start` comes first."""
 
+    def start_batch(self, rows: Sequence[Tokens]) -> Logits:
+        """Begin several texts side by side, given as tokens (length,) each; return the last logits (batch, vocabulary).
+
+        Raises:
+            UsageError: The runtime decodes one text at a time.
+        """
+        if len(rows) != 1:
+            raise UsageError(f"{self.name} decodes one text at a time; {len(rows)} were given")
+        return self.start(rows[0][None])[None]
+
+    def step_batch(self, tokens: Sequence[int]) -> Logits:
+        """Continue every text of `start_batch` with one token, return the next logits (batch, vocabulary)."""
+        (token,) = tokens
+        return self.step(token)[None]
+
     def generated(self, tokens: Tokens, count: int) -> list[int] | None:
         """Continue tokens (1, length) greedily by ``count`` tokens with the loop of the library that defines the model.
 
@@ -81,6 +96,11 @@ class LanguageModel(ABC):
         """
         del tokens, count
         return None
+
+    @property
+    def dialect(self) -> str:
+        """Operators of packed layers of an exported file or of an engine built from one; empty for other models."""
+        return ""
 
     @property
     def context(self) -> int | None:
@@ -156,6 +176,7 @@ class Runtime:
             is nothing to build.
         open_file: As `open`, of an exported file that is open already; None where it opens none.
         automatic: Taken for its kinds where no runtime is named; of several, the first that is available.
+        fits: Whether it opens this model of its kinds, e.g. an engine of its own builder.
         exact: Computes what the file says, so that parity can be asked of it.
         peer: Of somebody else: what the bench compares with.
         cuda: Runs on an NVIDIA GPU.
@@ -173,6 +194,7 @@ class Runtime:
     build: Callable[[Path, Path, BuildOptions, Callable[[float, str | None], None]], EngineReport] | None = None
     open_file: Callable[[ExportedModel, Setting], FileModel] | None = None
     automatic: bool = False
+    fits: Callable[[Source], bool] = lambda _: True
     exact: bool = True
     peer: bool = False
     cuda: bool = False

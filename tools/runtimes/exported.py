@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,11 @@ class FileModel(LanguageModel):
         return self.file.file_bytes
 
     @property
+    def dialect(self) -> str:
+        """Operators of its packed layers."""
+        return self.file.metadata.dialect
+
+    @property
     def last_only(self) -> bool:
         """Whether the file gives the logits of the last position only."""
         return self.file.metadata.logits == "last"
@@ -102,6 +107,27 @@ class FileModel(LanguageModel):
         import numpy as np
 
         return self._advance(np.array([[token]], np.int64))
+
+    def start_batch(self, rows: Sequence[Tokens]) -> Logits:
+        """Begin several texts of one length side by side, see `LanguageModel.start_batch`.
+
+        Raises:
+            UsageError: Their lengths differ.
+        """
+        import numpy as np
+
+        if len({len(row) for row in rows}) != 1:
+            raise UsageError(f"texts side by side have one length in {self.name}; give them one by one")
+        self._reset(len(rows))
+        self._advance(np.stack(rows))
+        return self._ends
+
+    def step_batch(self, tokens: Sequence[int]) -> Logits:
+        """Continue every text with one token, return the next logits (batch, vocabulary)."""
+        import numpy as np
+
+        self._advance(np.array(tokens, np.int64)[:, None])
+        return self._ends
 
     def feeds(self, tokens: Tokens) -> dict[str, Array]:
         """Return the inputs of one call without a cache, by name."""
@@ -128,9 +154,10 @@ class FileModel(LanguageModel):
         return self._last(tokens, values["logits"])
 
     def _last(self, tokens: Tokens, scores: Array) -> Logits:
-        """Count tokens, and return the last row of their scores; a copy, since the next step may write there."""
+        """Count tokens, and return the last scores of the first text; copies, since the next step may write there."""
         self._length += tokens.shape[1]
-        last: Logits = scores[0, -1].astype("float32")
+        self._ends: Logits = scores[:, -1].astype("float32")
+        last: Logits = self._ends[0]
         return last
 
     def _reset(self, batch: int) -> None:

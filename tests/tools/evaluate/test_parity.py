@@ -12,34 +12,37 @@ from rankbook.calibration.notes import Note
 from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate import parity
 from rankbook.tools.evaluate.options import ParityOptions
-from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
 def test_a_checkpoint_is_found_where_the_export_noted_it_or_beside(tmp_path: Path) -> None:
     exported, checkpoint = tmp_path / "work" / "onnx", tmp_path / "elsewhere" / "q"
     exported.mkdir(parents=True)
     checkpoint.mkdir(parents=True)
-    assert parity._noted_checkpoint(exported / "model.onnx") is None
+    assert parity.noted_checkpoint(exported / "model.onnx") is None
     (exported / "rankbook-export.yaml").write_text(f"export:\n  checkpoint: {checkpoint}\n")
-    assert parity._noted_checkpoint(exported / "model.onnx") == checkpoint
+    assert parity.noted_checkpoint(exported / "model.onnx") == checkpoint
     checkpoint.rename(tmp_path / "work" / "q")  # both were moved together
-    assert parity._noted_checkpoint(exported / "model.onnx") == tmp_path / "work" / "q"
+    assert parity.noted_checkpoint(exported / "model.onnx") == tmp_path / "work" / "q"
     (tmp_path / "work" / "q").rmdir()
-    assert parity._noted_checkpoint(exported / "model.onnx") is None
+    assert parity.noted_checkpoint(exported / "model.onnx") is None
 
 
 def test_tokens_are_random_or_those_of_a_text(tmp_path: Path) -> None:
-    held: Any = SimpleNamespace(model=tiny_model("llama"), tokenizer=tiny_tokenizer())
+    held: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
     options = ParityOptions(tokens=8, seed=3)
-    random = parity._tokens(held, None, options)
+    random = parity.compared_tokens(held, VOCABULARY, None, options)
     assert random.shape == (2, 8)
     assert int(random.max()) < VOCABULARY
-    assert (random == parity._tokens(held, None, options)).all()
+    assert (random == parity.compared_tokens(held, VOCABULARY, None, options)).all()
     (tmp_path / "text.txt").write_text("abcdefghijklmnop")
-    assert held.tokenizer.decode(parity._tokens(held, tmp_path / "text.txt", options).flatten()) == "abcdefghijklmnop"
+    assert (
+        held.tokenizer.decode(parity.compared_tokens(held, VOCABULARY, tmp_path / "text.txt", options).flatten())
+        == "abcdefghijklmnop"
+    )
     (tmp_path / "text.txt").write_text("abcdefgh")
     with pytest.warns(Note, match="is short: compared on 1 x 8 tokens"):
-        parity._tokens(held, tmp_path / "text.txt", options)
+        parity.compared_tokens(held, VOCABULARY, tmp_path / "text.txt", options)
 
 
 def test_too_few_tokens_for_the_check_of_the_cache() -> None:

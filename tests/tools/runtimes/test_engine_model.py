@@ -1,0 +1,272 @@
+"""Engines run: over the stand-in of TensorRT they give the text and the figures of ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rankbook.plugins import library
+from rankbook.tools import errors
+from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.runtimes import open_model, trt
+from rankbook.tools.runtimes.trt_engine import RUNTIME_CACHE_NAME
+from rankbook.tools.runtimes.trt_model import EngineModel
+from tests import tensorrt_stand_in as stand_in
+from tests.tensorrt_stand_in import HostMemory, State
+from tests.tiny import tiny_model, write_text
+from tests.tools.files import chain_model, run_cli, stdout_json
+
+FILES = ("standard-last", "static-last", "static-all")
+"""Exported files by graph and logits."""
+FILE = "static-last"
+CONTEXT = 64
+LIBRARIES = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}
+LIMITS: dict[str, Any] = {"max_batch": 3, "max_sequence": 8}
+PROMPT = "the quick brown fox"  # 19 tokens: three pieces of at most 8
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama's checkpoint ``q`` and its exported files, by graph and logits."""
+    folder = tmp_path_factory.mktemp("engines")
+    tiny_model("llama", folder / "model")
+    write_text(folder / "text.txt")
+    assert run_cli("quantize", folder / "model", "--method", "rtn", "--bits", 4, "-o", folder / "q", "--quiet") == 0
+    for name in FILES:
+        graph, logits = name.split("-")
+        how = ["--graph", graph, "--logits", logits, *(["--max-context", CONTEXT] if graph == "static" else [])]
+        assert run_cli("export", folder / "q", "-o", folder / name, *how, "--quiet") == 0
+    return folder
+
+
+@pytest.fixture(params=LIBRARIES)
+def state(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> State:
+    return stand_in.install(monkeypatch, request.param)
+
+
+@pytest.fixture
+def rtx(monkeypatch: pytest.MonkeyPatch) -> State:
+    return stand_in.install(monkeypatch)
+
+
+def build(state: State, source: Path, output: Path, **options: Any) -> Path:
+    target = LIBRARIES[state.module.__name__]
+    context = {} if source.name.startswith("static") else {"max_context": CONTEXT}
+    return stand_in.build(state, source, output, BuildOptions(target=target, **LIMITS | context | options))
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name.endswith("last")])
+def test_generate_gives_the_text_of_onnx_runtime(file, work, tmp_path, state, capsys):
+    """A prompt of several pieces, then single tokens until the context is full."""
+    engine = build(state, work / file, tmp_path / "engine")
+    found = []
+    for model in (engine, work / file):
+        flags = ["--max-new-tokens", 100, "--ignore-eos", "--json", "--quiet"]
+        kernels = [] if model is engine else ["--no-native"]
+        assert run_cli("generate", model, "-p", PROMPT, *flags, *kernels) == errors.OK
+        found.append(stdout_json(capsys))
+    want = found[1]["ids"][: CONTEXT - len(PROMPT)]
+    assert found[0]["ids"] == want
+    assert len(want) == CONTEXT - len(PROMPT)
+    assert (found[0]["finish_reason"], found[0]["kernels"]) == ("context", stand_in.RUNTIMES[state.module.__name__])
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name.endswith("all")])
+def test_eval_gives_the_figures_of_onnx_runtime(file, work, tmp_path, state, capsys):
+    """Windows longer than a call, two at once."""
+    engine = build(state, work / file, tmp_path / "engine")
+    found = []
+    for model in (engine, work / file):
+        flags = ["--text", work / "text.txt", "--context", 20, "--max-tokens", 80, "--batch", 2, "--json", "--quiet"]
+        kernels = [] if model is engine else ["--no-native"]
+        assert run_cli("eval", model, *flags, *kernels) == errors.OK
+        found.append(stdout_json(capsys))
+    assert found[0]["tokens"] == found[1]["tokens"] == 76
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_texts_of_several_lengths_side_by_side(file, work, tmp_path, state):
+    """Shorter ones are padded on the right, over several pieces; each gets the logits that it gets alone."""
+    model = opened(build(state, work / file, tmp_path / "engine"))
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 24))
+    rows = [tokens[0, :19], tokens[1, :3], tokens[2, :8]]
+    together = [model.start_batch(rows), *(model.step_batch(tokens[:, 20 + step].tolist()) for step in range(3))]
+    for index, row in enumerate(rows):
+        alone = [model.start(row[None]), *(model.step(int(tokens[index, 20 + step])) for step in range(3))]
+        for one, many in zip(alone, together, strict=True):
+            np.testing.assert_allclose(many[index], one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+def opened(folder: Path) -> EngineModel:
+    model = open_model(folder)
+    assert isinstance(model, EngineModel)
+    return model
+
+
+def test_caches_of_a_fixed_length_stay_where_they_are(work, tmp_path, state):
+    """One buffer for past and present; growing ones need two, which change places."""
+    sizes = {}
+    for file in {name.split("-")[0]: name for name in FILES}.values():
+        graph = file.split("-")[0]
+        model = opened(build(state, work / file, tmp_path / graph))
+        engine = model.engine
+        caches = [name for name in engine.outputs if name.startswith("present")]
+        assert len(caches) == 4
+        places = {engine.region(name).address for name in caches}
+        places |= {engine.region(name.replace("present", "past_key_values")).address for name in caches}
+        assert len(places) == (4 if graph == "static" else 8)
+        sizes[graph] = sum(engine.region(name).size for name in caches)
+        taken = state.memory.room()[0]
+        model.start(np.array([[1, 2, 3]]))
+        for token in range(5):
+            model.step(token)
+        assert state.memory.room()[0] == taken, "device memory is taken once"
+    assert set(sizes.values()) == {4 * 3 * 2 * CONTEXT * 12 * 4}
+
+
+def test_decoding_is_one_cuda_graph(work, tmp_path, state):
+    """TensorRT-RTX is told to record them; for TensorRT the second step is recorded and every later one replayed."""
+    model = opened(build(state, work / FILE, tmp_path / "engine"))
+    (config,) = state.configs
+    for _ in range(2):  # a new text begins with another profile
+        model.start(np.array([[1, 2, 3]]))
+        for token in range(6):
+            model.step(token)
+    if state.module.__name__ == "tensorrt":
+        assert config is None
+        assert state.memory.launches == (2 * 5 if model.engine.aliased else 0)
+    else:
+        assert config.cuda_graph_strategy == state.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        assert state.memory.launches == 0
+    assert state.runs == 2 * 7
+
+
+def test_what_rtx_compiled_is_kept_beside_the_engine(work, tmp_path, rtx):
+    folder = build(rtx, work / FILE, tmp_path / "engine")
+    for again in (False, True):
+        model = open_model(folder)
+        model.start(np.array([[1, 2]]))
+        model.step(3)
+        assert (folder / RUNTIME_CACHE_NAME).read_bytes() == b"compiled on a stand-in"
+        assert rtx.caches == ([b"compiled on a stand-in"] if again else [])
+
+
+@pytest.mark.trt
+@pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
+def test_a_folder_that_the_real_builder_wrote(work, tmp_path, rtx, capsys):
+    """Its manifest has all that running needs."""
+    flags = ["--max-batch", 1, "--max-sequence", 8, "--compute-capability", "SM86", "--no-plugins", "--quiet"]
+    assert run_cli("build", work / FILE, "-o", tmp_path / "engine", *flags) == errors.OK
+    rtx.folders.append(tmp_path / "engine")
+    found = []
+    for model in (tmp_path / "engine", work / FILE):
+        capsys.readouterr()
+        assert run_cli("generate", model, "-p", PROMPT, "--max-new-tokens", 8, "--ignore-eos", "--json", "--quiet") == 0
+        found.append(stdout_json(capsys)["ids"])
+    assert found[0] == found[1]
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+    """Check how generation is refused: an exit code and one sentence, and nothing on stdout."""
+    capsys.readouterr()
+    assert run_cli("generate", folder, "-p", "x", "--quiet") == code
+    shown = capsys.readouterr()
+    assert not shown.out
+    for word in words:
+        assert word in shown.err
+
+
+def test_an_engine_of_another_gpu(work, tmp_path, monkeypatch, capsys):
+    state = stand_in.install(monkeypatch, memory=HostMemory(capability="SM120"))
+    folder = build(state, work / FILE, tmp_path / "engine", compute_capability=("SM86", "SM89"))
+    refused(folder, capsys, errors.USAGE, "is SM120", "SM86 and SM89", "--compute-capability SM120")
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "words"),
+    [
+        ("CUDA initialization failure: CUDA driver version is insufficient", errors.MISSING, "update the driver"),
+        ("The engine plan file is generated on an incompatible device", errors.USAGE, "another GPU"),
+        ("Version tag does not match", errors.USAGE, "build it again, or install"),
+        ("Cuda Runtime (out of memory)", errors.USAGE, "--max-batch 3"),
+        ("something new", errors.CHECK_FAILED, "something new"),
+    ],
+)
+def test_what_the_library_refuses_is_explained(said, code, words, work, tmp_path, monkeypatch, capsys):
+    state = stand_in.install(monkeypatch, "tensorrt")
+    folder = build(state, work / FILE, tmp_path / "engine")
+    for where in ("refusal", "broken", "no_context"):
+        monkeypatch.setattr(state, where, said)
+        refused(folder, capsys, code, words)
+        monkeypatch.setattr(state, where, "")
+
+
+def test_an_engine_of_another_version(work, tmp_path, rtx, capsys):
+    folder = build(rtx, work / FILE, tmp_path / "engine")
+    stand_in.change(folder, version="1.2.0.54")
+    rtx.refusal = "it does not look like an engine"
+    refused(folder, capsys, errors.USAGE, "was built by tensorrt_rtx 1.2.0.54 and 1.7.1.116 is installed")
+
+
+def test_an_engine_that_needs_the_plugin_library(work, tmp_path, rtx, capsys, monkeypatch):
+    """It is registered before the engine is read; an engine that holds it must be alone."""
+    folder = build(rtx, work / FILE, tmp_path / "engine")
+    stand_in.change(folder, plugin_layers=14)
+    monkeypatch.setattr(library, "unavailable", lambda _: "librankbook_trt.so is not built: run `make native-cuda`")
+    refused(folder, capsys, errors.MISSING, "14 layers of the plugin library", "make native-cuda", "--self-contained")
+    monkeypatch.setattr(library, "unavailable", lambda _: None)
+    monkeypatch.setattr(library, "library", lambda _: Path("librankbook_trt.so"))
+    for _ in range(2):
+        open_model(folder)
+    assert rtx.plugins == ["librankbook_trt.so"]
+    holding = build(rtx, work / FILE, tmp_path / "holding")
+    stand_in.change(holding, plugin_layers=14, self_contained=True, plugin_form="library in the engine")
+    refused(holding, capsys, errors.USAGE, "one by one")
+    rtx.plugins.clear()
+
+
+def test_an_engine_that_holds_the_plugin_library(work, tmp_path, rtx):
+    folder = build(rtx, work / FILE, tmp_path / "engine")
+    stand_in.change(folder, plugin_layers=14, self_contained=True, plugin_form="library in the engine")
+    assert open_model(folder).context == CONTEXT
+    assert rtx.plugins == []
+
+
+def test_too_little_device_memory(work, tmp_path, monkeypatch, capsys):
+    """Tensors are counted before one of them is taken; the share that would fit is said."""
+    state = stand_in.install(monkeypatch, memory=HostMemory(total=60_000))
+    folder = build(state, work / FILE, tmp_path / "engine")
+    refused(folder, capsys, errors.USAGE, "Stand-in GPU has 0.00", "% of its --max-batch times --max-context would fit")
+    assert state.memory.room()[0] == 60_000
+
+
+def test_shapes_outside_of_the_profiles(work, tmp_path, state):
+    model = opened(build(state, work / FILES[-1], tmp_path / "engine"))
+    with pytest.raises(errors.UsageError, match=r"input_ids 4 x 8.* outside of the profiles .*--max-batch"):
+        model.scores(np.zeros((4, 8), np.int64))
+    with pytest.raises(errors.UsageError, match=f"holds {CONTEXT}"):
+        model.scores(np.zeros((1, CONTEXT + 1), np.int64))
+    with pytest.raises(errors.UsageError, match="a step comes after"):
+        opened(state.folders[0]).step(1)
+
+
+def test_an_engine_without_tokens(tmp_path, rtx, capsys):
+    folder = build(rtx, chain_model(tmp_path / "onnx"), tmp_path / "engine")
+    refused(folder, capsys, errors.USAGE, "no input_ids and logits")
+
+
+def test_a_truncated_engine(work, tmp_path, rtx, capsys):
+    folder = build(rtx, work / FILE, tmp_path / "engine")
+    (folder / "model.engine").write_bytes(b"half")
+    refused(folder, capsys, errors.USAGE, "does not have the size")
+
+
+@pytest.mark.skipif(trt.has_gpu(), reason="there is a GPU")
+def test_without_a_driver_it_says_so(work, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = build(stand_in.install(patch), work / FILE, tmp_path / "engine")
+    refused(folder, capsys, errors.MISSING)

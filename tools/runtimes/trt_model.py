@@ -1,0 +1,303 @@
+"""An engine folder as a language model: long prompts in pieces, several texts side by side, caches that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankbook.tools.deploy.manifest import Manifest
+from rankbook.tools.errors import UsageError
+from rankbook.tools.generation.settings import read_settings
+from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.tools.runtimes.trt_engine import Copy, Engine, Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rankbook.tools.runtimes.base import Logits, Tokens
+    from rankbook.tools.runtimes.trt_engine import Bounds, Shapes
+    from rankbook.tools.runtimes.trt_memory import DeviceMemory
+
+    Array = np.ndarray[Any, Any]
+
+_PAST, _PRESENT = "past_key_values", "present"
+_COMPILED = (1, 64)
+"""Steps after which TensorRT-RTX has compiled the kernels of both profiles, and those that it makes meanwhile."""
+
+
+class EngineModel(LanguageModel):
+    """An engine of `rankbook build`, with caches of a fixed length that are written in place or with growing ones.
+
+    A growing cache is read from one piece of memory and written, longer, to another; the two change places.
+
+    Attributes:
+        manifest: What the engine folder says about itself.
+        engine: The engine.
+    """
+
+    def __init__(self, folder: Path, bindings: Any, memory: DeviceMemory, kernels: str) -> None:
+        """Load the engine and take its device memory.
+
+        Args:
+            folder: The engine folder.
+            bindings: The module ``tensorrt`` or ``tensorrt_rtx``.
+            memory: Where its tensors go.
+            kernels: Name of the runtime.
+
+        Raises:
+            UsageError: It is for another GPU, of another version, of a file that takes no text, or does not fit.
+            MissingError: The driver or the plugin library is missing or too old.
+            CheckFailedError: The library refuses it for another reason.
+        """
+        self.manifest, self.kernels = Manifest.read(folder), kernels
+        self.name = f"{kernels} {folder}"
+        self.engine = Engine(self.manifest, bindings, memory)
+        if "input_ids" not in self.engine.inputs or "logits" not in self.engine.outputs:
+            raise UsageError(
+                f"{folder} has no input_ids and logits, so it cannot be given text; build it from a file written by"
+                " `rankbook export` (with --inputs ids)"
+            )
+        self._caches = {
+            name.replace(_PRESENT, _PAST, 1): name for name in self.engine.outputs if name.startswith(_PRESENT)
+        }
+        aliased = self.engine.aliased
+        self._swapped = {output: past for past, output in self._caches.items() if output not in aliased}
+        self.engine.reserve(Plan(self._largest, self._swapped))
+        self._host: dict[str, Array] = {}
+        self._turned, self._steps = False, 0
+        self._lengths: Array | None = None
+        self._mask: Array | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """That of the folder, or of the exported folder that it was built from."""
+        from rankbook.calibration.model.tokenizer import read_tokenizer
+
+        return read_tokenizer(str(self._texts))
+
+    @cached_property
+    def generation_config(self) -> Mapping[str, Any]:
+        """That of the folder, or of the exported folder that it was built from."""
+        return read_settings(self._texts)
+
+    @property
+    def _texts(self) -> Path:
+        """Where tokenizer and configuration lie: engines of older versions have none."""
+        folder, source = self.manifest.folder, self.manifest.source.parent
+        return folder if (folder / "config.json").is_file() or not source.is_dir() else source
+
+    @cached_property
+    def context(self) -> int:
+        """What the profiles hold, and what the file says that it is right for."""
+        noted = self.manifest.metadata.context
+        held = max(self._longest(bounds) for bounds in self.engine.profiles)
+        return min(held, int(noted)) if noted.isdecimal() else held
+
+    @property
+    def most_batch(self) -> int:
+        """Most texts that are decoded side by side."""
+        return max(bounds["input_ids"][1][0] for bounds in self.engine.profiles)
+
+    @property
+    def file_bytes(self) -> int:
+        """The engine."""
+        return self.manifest.engine.stat().st_size
+
+    @property
+    def device_bytes(self) -> int:
+        """See `Engine.device_bytes`."""
+        return self.engine.device_bytes
+
+    @cached_property
+    def packed(self) -> tuple[int, int]:
+        """Of the file that the engine was built from; nothing is known where it is gone."""
+        if not self.manifest.source.is_file():
+            return 0, 0
+        from rankbook.exporter.file import ExportedModel
+        from rankbook.tools.inspect.sizes import packed_size
+
+        return packed_size(ExportedModel.open(self.manifest.source))
+
+    @property
+    def dialect(self) -> str:
+        """That of the file that it was built from."""
+        return self.manifest.metadata.dialect
+
+    @property
+    def last_only(self) -> bool:
+        """Whether it gives the logits of the last position only."""
+        return self.manifest.metadata.logits == "last"
+
+    def scores(self, tokens: Tokens) -> Logits:
+        """Score tokens (batch, length) from an empty cache: float32 (batch, length or 1, vocabulary)."""
+        import numpy as np
+
+        self._begin(len(tokens))
+        if self.last_only:
+            return self._extend(list(tokens))[:, None]
+        return np.concatenate([self._call(part) for part in self._pieces(list(tokens))], axis=1)
+
+    def start(self, tokens: Tokens) -> Logits:
+        """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
+        last: Logits = self.start_batch(list(tokens))[0]
+        return last
+
+    def step(self, token: int) -> Logits:
+        """Continue with one token, return the next logits (vocabulary,)."""
+        last: Logits = self.step_batch([token])[0]
+        return last
+
+    def start_batch(self, rows: Sequence[Tokens]) -> Logits:
+        """Begin several texts, see `LanguageModel.start_batch`; shorter ones are padded on the right."""
+        self._begin(len(rows))
+        return self._extend(rows)
+
+    def step_batch(self, tokens: Sequence[int]) -> Logits:
+        """Continue every text with one token, return the next logits (batch, vocabulary)."""
+        import numpy as np
+
+        logits = self._extend([np.array([token]) for token in tokens])
+        self._steps += 1
+        if self._steps in _COMPILED:
+            self.engine.keep_compiled()
+        return logits
+
+    def values(self, tokens: Tokens, names: Sequence[str]) -> dict[str, Array]:
+        """Return inner values that are outputs of this engine, for tokens (batch, length) of one call, as float32."""
+        self._begin(len(tokens))
+        uploads, _ = self._prepare(list(tokens))
+        memory, outputs = self.engine.memory, self.engine.outputs
+        held = {name: memory.pinned(self.engine.shape(name), outputs[name]) for name in names}
+        self.engine.run(uploads, [Copy(name, array) for name, array in held.items()])
+        return {name: array.astype("float32") for name, array in held.items()}
+
+    def _begin(self, batch: int) -> None:
+        import numpy as np
+
+        self._lengths, self._mask = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
+
+    def _extend(self, rows: Sequence[Tokens]) -> Logits:
+        """Append tokens to every text; return the logits behind the last of each, (batch, vocabulary)."""
+        import numpy as np
+
+        last: Logits | None = None
+        begun = 0
+        for part in self._pieces(rows):
+            width = max(map(len, part))
+            ending = [index for index, row in enumerate(rows) if begun < len(row) <= begun + width]
+            found = self._call(part, ending)
+            last = np.zeros((len(rows), found.shape[-1]), np.float32) if last is None else last
+            last[ending] = found
+            begun += width
+        if last is None:
+            raise UsageError(f"{self.name} was given no tokens; give at least one")
+        return last
+
+    def _pieces(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
+        """Cut rows into pieces of at most what a profile takes in one call."""
+        most = max(bounds["input_ids"][1][1] for bounds in self.engine.profiles)
+        longest = max(map(len, rows))
+        return [[row[begin : begin + most] for row in rows] for begin in range(0, longest, most)]
+
+    def _call(self, rows: Sequence[Tokens], ending: Sequence[int] | None = None) -> Logits:
+        """Run the engine once.
+
+        Args:
+            rows: New tokens of each text; a text that has ended has none.
+            ending: Texts whose last logits are wanted, (len(ending), vocabulary); of all positions,
+                (batch, length, vocabulary), when None.
+        """
+        uploads, count = self._prepare(rows)
+        host, wanted = self._wanted(count, ending)
+        self.engine.run(uploads, wanted)
+        self._turned ^= bool(self._swapped)
+        found: Logits = host.astype("float32")  # a copy: the next call writes there
+        return found if ending is None else found[:, 0]
+
+    def _prepare(self, rows: Sequence[Tokens]) -> tuple[dict[str, Array], Array]:
+        """Set shapes and addresses for new tokens of each text; return the inputs, and the numbers of tokens."""
+        import numpy as np
+
+        lengths, mask = self._state()
+        count = np.array([len(row) for row in rows])
+        ids = np.zeros((len(rows), int(count.max())), np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+        self.check_room(int(lengths.max()) + ids.shape[1], "the text")
+        grown = np.concatenate([mask, np.arange(ids.shape[1]) < count[:, None]], axis=1)
+        # Padding stands behind the text: what it writes is hidden by the mask, or overwritten by the next tokens.
+        positions = np.minimum(lengths[:, None] + np.arange(ids.shape[1]), self.context - 1)
+        values = {"input_ids": ids, "attention_mask": grown, "position_ids": positions}
+        values |= {"write_indices": lengths, "lengths": count}
+        given = [name for name in self.engine.inputs if name not in self._caches]
+        shapes = {name: values[name].shape for name in given}
+        for name, output in self._caches.items():
+            _, heads, held, *size = self.engine.profiles[0][name][1]
+            shapes[name] = (len(rows), heads, mask.shape[1] if output in self._swapped else held, *size)
+        self.engine.prepare(self.engine.choose(shapes), shapes, self._places())
+        uploads = {name: self._staged(name, values[name]) for name in given}
+        self._lengths, self._mask = lengths + count, grown
+        return uploads, count
+
+    def _state(self) -> tuple[Array, Array]:
+        if self._lengths is None or self._mask is None:
+            raise UsageError(f"{self.name}: a step comes after the start of a text")
+        return self._lengths, self._mask
+
+    def _staged(self, name: str, values: Array) -> Array:
+        """Return an input in pinned memory; the same memory serves every call."""
+        kind = self.engine.inputs[name]
+        if name not in self._host:
+            size = self.engine.region(name).size
+            self._host[name] = self.engine.memory.pinned((size,), "uint8")
+        flat = self._host[name].view(kind)[: values.size]
+        flat[:] = values.reshape(-1)
+        return flat.reshape(values.shape)
+
+    def _wanted(self, count: Array, ending: Sequence[int] | None) -> tuple[Array, list[Copy]]:
+        """Return host memory for the logits that `_call` is asked for, and what to copy there."""
+        batch, length, words = self.engine.shape("logits")
+        rows = range(batch) if ending is None else ending
+        host = self._results((len(rows), length if ending is None else 1, words))
+        if ending is None or (length == 1 and list(rows) == list(range(batch))):
+            return host, [Copy("logits", host)]
+        size = words * host.itemsize
+        places = [(row * length + min(int(count[row]), length) - 1) * size for row in rows]
+        return host, [Copy("logits", host[index], place) for index, place in enumerate(places)]
+
+    def _results(self, shape: tuple[int, ...]) -> Array:
+        """Return pinned memory for logits; as much as was needed at most so far is kept."""
+        import numpy as np
+
+        kind = np.dtype(self.engine.outputs["logits"])
+        size = int(np.prod(shape)) * kind.itemsize
+        if "logits" not in self._host or self._host["logits"].size < size:
+            self._host["logits"] = self.engine.memory.pinned((size,), "uint8")
+        return self._host["logits"][:size].view(kind).reshape(shape)
+
+    def _places(self) -> dict[str, Any]:
+        """The memory of growing caches: every other call reads where an output was written."""
+        if not self._turned:
+            return {}
+        region = self.engine.region
+        return {past: region(output) for output, past in self._swapped.items()} | {
+            output: region(past) for output, past in self._swapped.items()
+        }
+
+    def _longest(self, bounds: Bounds) -> int:
+        """Positions that a profile holds."""
+        if "attention_mask" in bounds and self._swapped:
+            return bounds["attention_mask"][1][1]
+        return min((bounds[name][1][2] for name in self._caches), default=bounds["input_ids"][1][1])
+
+    def _largest(self, bounds: Bounds) -> Shapes:
+        """Shapes that fit each other: behind the longest past of growing caches the longest prompt has no room."""
+        shapes = {name: high for name, (_, high) in bounds.items()}
+        if self._swapped:
+            tokens, total = shapes["input_ids"][1], self._longest(bounds)
+            for name in self._swapped.values():
+                batch, heads, _, *size = shapes[name]
+                shapes[name] = (batch, heads, total - tokens, *size)
+        return shapes
