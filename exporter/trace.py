@@ -39,13 +39,11 @@ class _CausalLM(nn.Module):
 
     def __init__(self, model: Any, options: ExportOptions) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.options, self.adapter = model, options, adapter_of(model)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past) -> tuple[Any, ...]:
         """Return what `_run` does; rows of a batch may be padded on either side."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = self.adapter.new_cache()
         for index, (key, value) in enumerate(past):
             cache.update(key, value, index)
         length = tokens.shape[1]
@@ -61,9 +59,10 @@ class _CausalLM(nn.Module):
         place of the last real one in each row, whose logits are those of ``--logits last``. With ``--sample greedy``
         the best token of each row (batch, 1) comes behind the logits.
         """
-        head = self.model.get_output_embeddings()
-        # Before the output layer, so that it computes one position, and what follows it in the model stays.
-        hook = head.register_forward_pre_hook(lambda _, given: (_at(given[0], last),)) if self._last_only else None
+        head, hook = self.adapter.embeddings().head, None
+        if head is not None and self.options.logits == "last":
+            # Before the output layer, so that it computes one position, and what follows it in the model stays.
+            hook = head[1].register_forward_pre_hook(lambda _, given: (_at(given[0], last),))
         try:
             output = self.model(
                 **{INPUTS[self.options.inputs]: tokens},
@@ -78,10 +77,6 @@ class _CausalLM(nn.Module):
         logits = output.logits.float()
         best = (logits.argmax(-1),) if self.options.sample == "greedy" else ()
         return logits, *best, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-
-    @property
-    def _last_only(self) -> bool:
-        return self.options.logits == "last"
 
 
 class _StaticLM(_CausalLM):
@@ -125,8 +120,10 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
         ValueError: Embedded tokens are asked of a model that gives images positions of their own.
         NotExportableError: torch cannot trace the model; the message says where.
     """
-    config = skeleton.model.config
-    if options.inputs == "embeds" and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    config, adapter = skeleton.model.config, adapter_of(skeleton.model)
+    if adapter.embeddings().head is None:
+        raise refusal.NotExportableError(config, "it has no output layer")
+    if options.inputs == "embeds" and adapter.positions_have_parts():
         raise ValueError(
             "positions of images have three parts in this model, and one in the file; export with --inputs ids"
         )
@@ -136,7 +133,7 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
     layers = len(past)
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
     if options.inputs == "embeds":
-        tokens = torch.zeros(_BATCH, _SEQUENCE, config.hidden_size, dtype=skeleton.dtype)
+        tokens = torch.zeros(_BATCH, _SEQUENCE, adapter.hidden_size, dtype=skeleton.dtype)
     best = ["next_token"] if options.sample == "greedy" else []
     with _quiet(), torch.no_grad():
         try:
@@ -195,10 +192,9 @@ def _past(skeleton: Skeleton, length: int) -> Past:
         NotExportableError: Something else is kept.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import DynamicCache
 
-    model = skeleton.model
-    cache: Any = DynamicCache()
+    model, adapter = skeleton.model, adapter_of(skeleton.model)
+    cache = adapter.new_cache()
     try:
         with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
@@ -214,7 +210,7 @@ def _past(skeleton: Skeleton, length: int) -> Past:
         shapes = [tuple((_BATCH, part.shape[1], length, part.shape[3]) for part in pair) for pair in kept]
     except refusal.TRACE_ERRORS as error:
         raise refusal.traced(model.config, error) from error
-    if len(shapes) != adapter_of(model).layers:
+    if len(shapes) != adapter.layers:
         raise refusal.NotExportableError(model.config, f"{len(shapes)} of its layers keep keys and values")
     # Nobody reads the elements, and what nobody writes takes no memory.
     return [(torch.empty(key, dtype=skeleton.dtype), torch.empty(value, dtype=skeleton.dtype)) for key, value in shapes]

@@ -106,13 +106,19 @@ def test_last_logits_are_those_of_the_last_token_of_each_row(graph, tmp_path):
     assert np.abs(got[:, 0] - want).max() < TOLERANCE * np.abs(want).max()
 
 
-def test_a_language_model_without_a_class_of_its_own_is_traced_within_its_wrapper(tmp_path):
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"hidden_size": 48, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 48},
+}
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_a_language_model_without_a_class_of_its_own_is_traced_within_its_wrapper(family, tmp_path):
     text: dict[str, Any] = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 48}
     tokens = {"image_token_id": 255, "video_token_id": 254, "vision_start_token_id": 253, "vision_end_token_id": 252}
-    config = AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=vision, **tokens)
+    config = AutoConfig.for_model(family, text_config=text, vision_config=VISION[family], **tokens)
     torch.manual_seed(0)
     auto: Any = AutoModelForImageTextToText
     auto.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
