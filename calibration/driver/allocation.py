@@ -197,6 +197,8 @@ def sensitivities(
     sizes: dict[str, Any] = {name: module.weight.shape for name, module in layers.items()}
     fisher = {name: torch.zeros(len(range(0, rows, _stride(rows))), columns) for name, (rows, columns) in sizes.items()}
     sketches: dict[str, Tensor] = {}
+    if spectra:
+        sketches = {name: torch.zeros(columns, min(_SKETCH, columns)) for name, (_, columns) in sizes.items()}
 
     def add(name: str, inputs: Tensor, grad: Tensor) -> None:
         stride = _stride(grad.shape[-1])
@@ -205,7 +207,7 @@ def sensitivities(
         fisher[name] = fisher[name] + flow.T @ flat.square() * (stride / tokens.numel())
         if spectra:
             sketch = flat.T @ (flow.sum(1)[:, None] * (flat @ _directions(flat.shape[1])))
-            sketches[name] = sketches.get(name, 0) + sketch * (stride / tokens.numel())
+            sketches[name] += sketch * (stride / tokens.numel())
 
     def watch(name: str, _module: nn.Module, args: Any, output: Tensor) -> None:
         output.register_hook(partial(add, name, args[0].detach()))  # type: ignore[no-untyped-call]
@@ -246,9 +248,12 @@ def _spectrum(sketch: Tensor, fisher: Tensor) -> Tensor:
     if total <= 0:
         return torch.zeros(sketch.shape[1])
     inner = directions.T @ sketch.double()
-    shift = 1e-6 * inner.diagonal().mean()
-    lower, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2 + shift * torch.eye(len(inner)).double())
-    if int(failed):
+    for share in (1e-6, 1e-4, 1e-2):  # more where few tokens, as some experts see, leave rounding errors alone
+        shift = share * inner.diagonal().mean()
+        lower, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2 + shift * torch.eye(len(inner)).double())
+        if not int(failed):
+            break
+    else:
         raise ValueError("the inputs or gradients of a layer hold NaN or infinity; give --bits without a budget")
     half = torch.linalg.solve_triangular(lower, sketch.double().T, upper=False)
     eigenvalues: Tensor = torch.linalg.eigvalsh(half @ half.T).flip(0)

@@ -21,7 +21,7 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
-from rankbook.calibration.model.experts import share_statistics
+from rankbook.calibration.model.experts import matrix_of, share_statistics
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
@@ -159,7 +159,9 @@ class BlockSolver:
         if kind == "none":
             return scaling.Scaled()
         choose = scaling.chooser(kind, options.bits, options.group, options.scale_strength)
-        return scaling.scale_inputs(block, run, statistics, choose, self.dtype)
+        # What enters an expert is also given to the router, and to the other experts: nothing could carry a scaling.
+        alone = {name: found for name, found in statistics.items() if not matrix_of(name)}
+        return scaling.scale_inputs(block, run, alone, choose, self.dtype)
 
 
 def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:

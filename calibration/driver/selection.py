@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from rankbook.calibration.activations.inputs import is_static
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.report import GATE, OUTSIDE, SKIPPED
 from rankbook.calibration.model.adapter import Blocks, adapter_of
+from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.patterns import check_patterns, matches
 from rankbook.calibration.model.plain import is_product
 from rankbook.plugins.layer_spec import MIN_GROUP
@@ -81,6 +83,7 @@ def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Select
     if not chosen:
         raise ValueError(f"no layer of {type(model).__name__} is left to quantize; check --skip and the kind of model")
     check_patterns("activation_skip", options.activation_skip, chosen)
+    _check_ranges(chosen, options)
     if options.activations != "none" and all(matches(name, options.activation_skip) for name in chosen):
         raise ValueError(
             f"activation_skip {options.activation_skip} leaves no layer whose input could be quantized; name fewer"
@@ -88,6 +91,16 @@ def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Select
     if not options.allow_partial:
         _check_share(model, others)
     return selection
+
+
+def _check_ranges(chosen: list[str], options: QuantizeOptions) -> None:
+    """Refuse static ranges for what enters experts: those that no token is sent to would have none."""
+    experts = [name for name in chosen if matrix_of(name) and not matches(name, options.activation_skip)]
+    if is_static(options.activations) and experts:
+        raise ValueError(
+            f"activations {options.activations!r} need a range for the inputs of every layer, and experts such as"
+            f" {experts[0]} may see no calibration token; give --activation-skip '*.experts.*'"
+        )
 
 
 def has_weights(module: nn.Module) -> bool:

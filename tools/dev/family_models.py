@@ -175,18 +175,26 @@ _KEPT = ("A_log", "D", "dt_bias")
 """Parameters whose first values are not noise: a state must not grow."""
 
 
+def random_model(family: str) -> Any:
+    """Return a random float32 model of a family."""
+    import torch
+
+    config = configuration(family)
+    torch.manual_seed(0)
+    model = _class(config)._from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    _fill(model)
+    return model
+
+
 def tiny(family: str, folder: Path) -> Any:
-    """Return a random float32 model of a family and save it, with a tokenizer, to ``folder``.
+    """Save a random model of a family, with a tokenizer, to ``folder``, and return it.
 
     Raises:
         ValueError: Its logits are not finite.
     """
     import torch
 
-    config = configuration(family)
-    torch.manual_seed(0)
-    model = _class(config)._from_config(config, dtype=torch.float32).eval()
-    _fill(model)
+    model = random_model(family)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(24)[None]).logits
     if not bool(torch.isfinite(logits).all()):

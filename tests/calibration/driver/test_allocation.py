@@ -17,7 +17,12 @@ from rankbook.calibration.driver import allocation
 from rankbook.calibration.driver.allocation import Candidates, Choice, Sensitivity
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.driver.selection import select
 from rankbook.calibration.driver.solve import solve_layer
+from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.experts import stacks
+from rankbook.calibration.model.plain import make_plain
+from rankbook.tools.dev import family_models
 from tests.calibration import problems
 from tests.calibration.runs import files, interrupted, options
 from tests.tiny import tiny_model
@@ -212,6 +217,23 @@ def test_a_model_keeps_to_its_budget_and_a_resumed_run_to_its_bits(tmp_path: Pat
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     manifest = json.loads((tmp_path / "whole" / MANIFEST).read_text())
     assert manifest["options"]["target_bits"] == 5.0
+
+
+def test_experts_of_one_matrix_get_one_choice() -> None:
+    model = family_models.random_model("mixtral")
+    make_plain(model)
+    blocks = adapter_of(model).blocks()
+    given = QuantizeOptions(
+        method="rtn", bits=4, target_bits=5.0, allocate=("bits", "branch"), error_branch="lqer", error_rank=4
+    )
+    names = select(model, blocks, given).names(blocks)
+    tokens = torch.arange(12)[None]  # too few to reach every expert
+    chosen = allocation.allocate(model, names, tokens, given)
+    assert set(chosen) == set(names)
+    assert len(stacks(names)) == 4
+    for layers in stacks(names).values():
+        assert len(layers) == 4
+        assert len({chosen[name] for name in layers}) == 1
 
 
 def test_wrong_values_are_refused() -> None:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import experts
 from rankbook.calibration.model.plain import make_plain, restore
-from rankbook.tools.dev.family_models import configuration
+from rankbook.tools.dev.family_models import random_model, tiny
+from tests.calibration.runs import options
 
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h")
 """Gated; transposed, with biases, interleaved and clamped; without a gate."""
 
 
-def model_of(family: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_config(configuration(family), dtype=torch.float32).eval().requires_grad_(False)
-    for module in model.modules():
-        for name in experts.fused(module):
-            torch.nn.init.normal_(module._parameters[name], std=0.1)
-            if f"{name}_bias" in module._parameters:
-                torch.nn.init.normal_(module._parameters[f"{name}_bias"])
-    return model
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_split_experts_compute_the_same_and_can_be_joined(family: str) -> None:
-    model = model_of(family)
+    model = random_model(family)
     tokens = torch.arange(40).reshape(2, 20)
     want, before = model(input_ids=tokens).logits, {k: v.clone() for k, v in model.state_dict().items()}
     found = make_plain(model)
@@ -46,7 +34,7 @@ def test_split_experts_compute_the_same_and_can_be_joined(family: str) -> None:
 
 
 def test_conv1d_becomes_a_linear_layer_and_is_put_back() -> None:
-    model = model_of("gpt2")
+    model = random_model("gpt2")
     tokens = torch.arange(40).reshape(2, 20)
     want = model(input_ids=tokens).logits
     found = make_plain(model)
@@ -84,3 +72,14 @@ def test_an_expert_with_few_tokens_shares_those_of_all() -> None:
     torch.testing.assert_close(shared["a.down_proj.2"].gram, columns * mean)
     assert shared["a.down_proj.2"].tokens == columns
     torch.testing.assert_close(shared["a.down_proj.2"].peak, torch.cat(inputs).abs().amax(0))
+
+
+def test_what_enters_experts_is_neither_scaled_nor_given_a_static_range(tmp_path: Path) -> None:
+    tiny("mixtral", tmp_path / "model")
+    scaled = options(tmp_path, method="rtn", scale_inputs="awq", calib_sequences=1, calib_length=4)
+    report = quantize_model(tmp_path / "model", tmp_path / "out", scaled)
+    assert report.scaled
+    assert not any(experts.matrix_of(name) for name in report.scaled)
+    assert report.few_tokens  # four tokens cannot reach eight columns
+    with pytest.raises(ValueError, match=r"may see no calibration token; give --activation-skip '\*\.experts\.\*'"):
+        quantize_model(tmp_path / "model", tmp_path / "other", options(tmp_path, method="rtn", activations="static8"))
