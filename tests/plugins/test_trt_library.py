@@ -17,7 +17,7 @@ import pytest
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.source import ENGINE_NAME
-from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
 from rankbook.plugins import library
 from rankbook.plugins.contract import PACKED
 from rankbook.tools.demo import PACKAGE, PACKAGE_PIN, find_packaged_model
@@ -157,13 +157,12 @@ def test_every_operator_is_registered_and_builds(tmp_path):
 def test_every_family_becomes_an_engine_with_one_layer_per_node(family, tmp_path):
     """Whole tiny models, half precision, for every kind of GPU at once."""
     checkpoint = make_checkpoint(tmp_path, family, **FAMILY_OPTIONS[family])
-    exported = export(checkpoint, tmp_path / "onnx", ExportOptions(dtype="fp16"))
     options = BuildOptions(
         compute_capability=("SM80", "SM86", "SM89", "SM120"), max_batch=2, max_sequence=8, max_context=16
     )
-    report = engine.build(tmp_path / "onnx", tmp_path / "engine", options, lambda *_: None)
+    report = engine.build(checkpoint, tmp_path / "engine", options, lambda *_: None)
     assert report.passed, report.checks
-    assert report.plugin_layers == exported.layers > 0
+    assert report.plugin_layers == len(ExportedModel.open(tmp_path / "engine" / engine.GRAPH).packed) > 0
 
 
 @needs_rtx
@@ -175,10 +174,11 @@ def test_a_real_model_becomes_an_engine_with_one_layer_per_node(tmp_path):
     text = write_text(tmp_path / "text.txt")
     options = QuantizeOptions(method="rtn", bits=4, group_size=64, calib=str(text), calib_sequences=1, calib_length=16)
     quantize_model(find_packaged_model(), tmp_path / "checkpoint", options)
-    exported = export(tmp_path / "checkpoint", tmp_path / "onnx", ExportOptions(dtype="fp16"))
     chosen = BuildOptions(
         compute_capability=("SM80", "SM86", "SM89", "SM120"), max_batch=1, max_sequence=64, max_context=128
     )
-    report = engine.build(tmp_path / "onnx", tmp_path / "engine", chosen, lambda *_: None)
+    report = engine.build(tmp_path / "checkpoint", tmp_path / "engine", chosen, lambda *_: None)
     assert report.passed, report.checks
-    assert report.plugin_layers == exported.layers == 30 * 7
+    assert report.plugin_layers == 30 * 7
+    assert report.kernels["decode"]["gemv attention"] == report.kernels["prefill"]["gemm attention"] == 30
+    assert report.kernels["decode"]["copies of a cache"] == 0

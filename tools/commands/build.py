@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +52,19 @@ def _tables(report: EngineReport) -> tuple[Table, ...]:
         ("profiles", ", ".join(report.profiles)),
         ("network layers", report.network_layers),
         ("engine layers", sum(report.layers.values())),
+        *((f"kernels a call, {name}", _counts(kinds)) for name, kinds in report.kernels.items()),
+        ("a decode step must move", ", ".join(f"{name} {megabytes(size)}" for name, size in report.step_bytes.items())),
         ("plugin layers", report.plugin_layers or "none: the function bodies are built"),
         ("plugins", report.plugin_form),
         ("build time", f"{report.seconds:.1f} s"),
     ]
     checks = [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in report.checks]
     return Table("engine", ("property", "value"), facts), Table("checks", ("check", "verdict", "detail"), checks)
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    whole, *parts = (f"{count} {kind}" for kind, count in kinds.items())
+    return f"{whole.removesuffix(' all')} ({', '.join(parts)})"
 
 
 COMMAND = Command(

@@ -16,7 +16,8 @@ from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, is_checkpoint
 from rankbook.plugins import library
 from rankbook.tools.child import run_module
-from rankbook.tools.deploy import engine_commands, engine_log
+from rankbook.tools.deploy import engine_commands, engine_log, step
+from rankbook.tools.deploy.checks import Check, check_cache, has_plugin, verify, verify_cache, verify_plugins
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes, make_profiles
 from rankbook.tools.errors import CheckFailedError, UsageError
@@ -24,32 +25,16 @@ from rankbook.tools.report import plain
 from rankbook.tools.runtimes import trt
 
 if TYPE_CHECKING:
-    from rankbook.exporter.file import ExportedModel, Node
+    from rankbook.exporter.file import ExportedModel
 
 TIMING_CACHE_NAME = "timing.cache"
 """Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
 GRAPH, COMMANDS = "onnx", "commands.sh"
 """In the engine folder: what a checkpoint was exported to, and the same build with other tools."""
-WEIGHTS_SLACK = 1.05
-"""Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
-WEIGHTS_SLACK_BYTES = 1 << 20
-"""... and by this (lookup tables of the bodies, shape constants)."""
-
-_LOG_TYPES = {"int8": "Int8", "int4": "Int4"}
-"""Element types of codes in the builder's log by their names."""
 
 
 class ParserRefusedError(CheckFailedError):
     """TensorRT's parser does not take the graph."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One statement about the engine and whether it holds."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +48,8 @@ class EngineReport:
         stored_bytes: Bytes of the tensors in the ONNX file.
         constant_bytes: Bytes of the engine's constants by element type.
         layers: Engine layers by kind, over all profiles.
+        kernels: Kernels that a call starts, by profile (`rankbook.tools.deploy.step`).
+        step_bytes: What decoding a token must move: weights, the whole cache, outputs.
         profiles: Smallest, typical and largest shape of each input, by profile.
         checks: What was verified.
         self_contained: Whether the engine holds the plugin library.
@@ -84,6 +71,8 @@ class EngineReport:
     network_layers: int
     plugin_layers: int
     layers: dict[str, int]
+    kernels: dict[str, dict[str, int]]
+    step_bytes: dict[str, int]
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     profiles: dict[str, Shapes]
@@ -137,6 +126,7 @@ def build(
         model = ExportedModel.open(Path(source))
         model.require_packed()
         model.require_standard()
+        check_cache(model)
         profiles = make_profiles(model.inputs, options.limits(int(model.metadata.max_context or 0)))
         request = _request(model.path, folder, work, options)
         request |= {
@@ -276,6 +266,7 @@ def _report(
     log: engine_log.EngineLog,
     sha256: str,
 ) -> EngineReport:
+    found = step.kernels(log, profiles, int(model.metadata.max_context or 0))
     source = {
         "path": str(result["source"]),
         "sha256": sha256_file(model.path),
@@ -295,54 +286,22 @@ def _report(
         network_layers=result["network_layers"],
         plugin_layers=result["plugin_layers"],
         layers=dict(log.layers),
+        kernels=found,
+        step_bytes=step.step_bytes(model, profiles["decode"]),
         inputs=result["inputs"],
         outputs=result["outputs"],
         profiles=profiles,
-        checks=(*verify(model, profiles, result, log), verify_plugins(model, options, result)),
+        checks=(
+            *verify(model, profiles, result, log),
+            verify_plugins(model, options, result),
+            # The names in the log of TensorRT proper have not been seen.
+            *(verify_cache(model, found, log) if options.target == "rtx" else ()),
+        ),
         self_contained=options.self_contained,
         plugin_form=options.form(),
         commands=_commands(result["graph"], options, profiles),
         seconds=result["seconds"],
     )
-
-
-def verify(
-    model: ExportedModel, profiles: dict[str, Shapes], result: dict[str, Any], log: engine_log.EngineLog
-) -> tuple[Check, ...]:
-    """Compare the engine with the file: names, profiles, and that packed weights stayed packed."""
-    names = [item["name"] for item in result["inputs"]], [item["name"] for item in result["outputs"]]
-    codes, held = model.code_bytes, log.constant_bytes()
-    packed = all(held.get(_LOG_TYPES.get(dtype, dtype), 0) >= size for dtype, size in codes.items())
-    bound = int(model.stored_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
-    return (
-        Check("inputs", sorted(names[0]) == sorted(model.inputs), f"{len(names[0])} of {len(model.inputs)}"),
-        Check("outputs", sorted(names[1]) == sorted(model.outputs), f"{len(names[1])} of {len(model.outputs)}"),
-        Check(
-            "engine inputs",
-            set(log.inputs) <= set(model.inputs) and bool(log.inputs),
-            f"{len(log.inputs)} named in the log",
-        ),
-        Check("engine outputs", sorted(log.outputs) == sorted(model.outputs), f"{len(log.outputs)} named in the log"),
-        Check("profiles", result["profiles"] == len(profiles), f"{result['profiles']} of {len(profiles)}"),
-        Check("codes stayed packed", packed and bool(codes), f"bytes of constants {held}; of the file's codes {codes}"),
-        Check("weights", 0 < log.weights_bytes <= bound, f"{log.weights_bytes} bytes, at most {bound} allowed"),
-        Check("engine layers", sum(log.layers.values()) > 0, f"{sum(log.layers.values())} layers"),
-    )
-
-
-def has_plugin(node: Node) -> bool:
-    """Say whether the plugin library knows the operator of a node; of others the parser takes the body."""
-    return node.operator is not None and node.operator.has_plugin
-
-
-def verify_plugins(model: ExportedModel, options: BuildOptions, result: dict[str, Any]) -> Check:
-    """Compare the plugin layers with the nodes that there are plugins for; none where the bodies are built."""
-    wanted = sum(has_plugin(node) for node in model.packed) if options.plugin_library() else 0
-    if options.aot:
-        from rankbook.plugins import aot
-
-        wanted = sum(node.op_type in aot.names() for node in model.packed)
-    return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
 
 
 def _commands(graph: Path | None, options: BuildOptions, profiles: dict[str, Shapes]) -> dict[str, str]:

@@ -38,10 +38,9 @@ class BuildOptions(Options):
     dtype: str | None = option(
         None, "of a checkpoint: activations and unquantized weights, fp16 where not given", choices=DTYPES
     )
-    kv: str | None = option(None, "of a checkpoint: the cache, float where not given", choices=("float", "int8"))
     sample: str | None = option(
         None,
-        "of a checkpoint: greedy makes the best token an output too, none where not given",
+        "of a checkpoint: greedy makes the best token an output too, which is not so where not given",
         choices=("none", "greedy"),
     )
     workspace: int | None = option(None, "bound of the builder's workspace, in MiB", metavar="MIB")
@@ -87,7 +86,6 @@ class BuildOptions(Options):
         return ExportOptions(
             dtype=self.dtype or "fp16",
             graph="static",
-            kv=self.kv or "float",
             sample=self.sample or "none",
             max_context=self.max_context,
         )
@@ -98,7 +96,7 @@ class BuildOptions(Options):
         Raises:
             UsageError: The message names them.
         """
-        if given := [f"--{name}" for name in ("dtype", "kv", "sample") if getattr(self, name) and not checkpoint]:
+        if given := [f"--{name}" for name in ("dtype", "sample") if getattr(self, name) and not checkpoint]:
             raise UsageError(
                 f"{' and '.join(given)} say how a checkpoint is exported, and the model is exported already; leave them"
                 " out, or give the checkpoint"

@@ -1,0 +1,136 @@
+"""Engines of a cache of a fixed length: written in place, read by one fused attention kernel a layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankbook.exporter.export import ExportOptions, export
+from rankbook.tools import errors
+from rankbook.tools.deploy import engine, engine_log, step
+from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.runtimes import trt
+from tests.exporter.checkpoints import make_checkpoint
+from tests.tools.files import run_cli
+
+needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+"""SmolLM2-135M but for its 30 blocks, of which `tests.tiny` makes 2, and its vocabulary."""
+LIMITS: dict[str, Any] = {"compute_capability": ("SM89",), "max_sequence": 32, "max_context": 64}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of the shape of SmolLM2."""
+    return make_checkpoint(tmp_path_factory.mktemp("smollm2"), "llama", model=SMOLLM2, bits=4, group_size=64)
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of it, with the best token as an output."""
+    out = tmp_path_factory.mktemp("built") / "engine"
+    flags = ["--compute-capability", 89, "--max-sequence", 32, "--max-context", 64, "--sample", "greedy"]
+    assert run_cli("build", checkpoint, "-o", out, *flags, "--quiet") == 0
+    return out
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_a_checkpoint_becomes_an_engine_that_writes_its_cache_in_place(built):
+    out, report = built, json.loads((built / "engine.json").read_text())
+    checks = {item["name"]: (item["passed"], item["detail"]) for item in report["checks"]}
+    assert all(passed for passed, _ in checks.values()), checks
+    assert checks["cache updates in place"][1] == "4 of 4"
+    assert checks["fused attention"][1] == "2 in prefill, 2 in decode, of 2 nodes"
+    assert report["kernels"]["prefill"]["gemm attention"] == report["kernels"]["decode"]["gemv attention"] == 2
+    assert report["kernels"]["decode"]["copies of a cache"] == 0
+    # Two layers of keys and values, 3 heads, 64 positions, 64 numbers of 2 bytes; float32 logits and one token.
+    assert report["step_bytes"]["cache"] == 4 * 3 * 64 * 64 * 2
+    assert report["step_bytes"]["outputs"] == 4 * 259 + 8
+    assert report["profiles"]["decode"]["past_key_values.1.value"] == [[1, 3, 64, 64]] * 3
+    assert report["source"]["metadata"]["rankbook.max_context"] == "64"
+    assert Path(report["source"]["path"]) == out / engine.GRAPH / "model.onnx"
+    names = {item.name for item in out.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    commands = (out / engine.COMMANDS).read_text()
+    assert all(command in commands for command in report["commands"].values())
+    assert str(out / engine.GRAPH / "model.onnx") in report["commands"]["trtexec"]
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_a_cache_that_grows_is_joined_in_every_step(checkpoint, built, tmp_path):
+    export(checkpoint, tmp_path / "onnx", ExportOptions(dtype="fp16"))
+    growing = engine.build(tmp_path / "onnx", tmp_path / "growing", BuildOptions(**LIMITS))
+    fixed = json.loads((built / "engine.json").read_text())
+    assert growing.passed
+    assert growing.kernels["decode"][step.COPIES] >= 4
+    assert fixed["kernels"]["decode"]["all"] - 2 < growing.kernels["decode"]["all"], "two kernels choose the token"
+    assert growing.step_bytes["cache"] == fixed["step_bytes"]["cache"] // 64 * 63
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.slow
+def test_attention_that_is_spelled_out_is_said(tmp_path):
+    """Gemma 2 caps its scores, for which TensorRT has no kernel: the cache is turned in each step."""
+    checkpoint = make_checkpoint(tmp_path, "gemma2", bits=4)
+    report = engine.build(checkpoint, tmp_path / "engine", BuildOptions(**LIMITS))
+    assert report.passed, report.checks
+    assert next(item for item in report.checks if item.name == "fused attention").detail.endswith("README.md")
+    assert report.kernels["decode"][step.COPIES] > 0
+
+
+def test_what_does_not_fit_together_is_refused(checkpoint, tmp_path, capsys):
+    export(checkpoint, tmp_path / "int8", ExportOptions(graph="static", kv="int8", max_context=64))
+    refusals = (
+        ((tmp_path / "int8",), "floating-point numbers in place"),
+        ((tmp_path / "int8", "--dtype", "fp16"), "--dtype say how a checkpoint is exported"),
+        ((checkpoint, "--max-context", 16, "--max-sequence", 32), "raise --max-context"),
+        ((checkpoint, "--max-context", 999), "right up to 128 positions"),
+    )
+    for flags, message in refusals:
+        assert run_cli("build", *flags, "-o", tmp_path / "engine", "--quiet") == errors.USAGE
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "engine").exists()
+    options = BuildOptions(max_context=32)
+    with pytest.raises(errors.UsageError, match=r"--max-context is 32.*holds 64 positions"):
+        options.limits(64)
+
+
+def test_kernels_are_counted_by_profile(tmp_path):
+    """The number of the builder's graph says which lines belong together; only some of them name the profile."""
+    tensor = "{{ Name: {}, Dimensions: [{}], Strides: [1], Datatype: Half, Format: (Linear) }}"
+
+    def line(name: str, kind: str, reads: str, writes: str, shape: str) -> str:
+        given, made = tensor.format(reads, "1,2,8,4"), tensor.format(writes, shape)
+        return f"Name: {name}, LayerType: {kind}, Inputs: [ {given}], Constants: [], Outputs: [ {made}], TacticName: x"
+
+    lines = [
+        "VERBOSE KVCACHE_UPDATE present.0.key.TensorScatter.0",
+        line("__myl_Scat_myl1_0", "kgen", "present.0.key", "present.0.key", "1,2,8,4"),
+        line("__myl_ReplTran_myl1_1", "kgen", "present.0.key", "x", "-1,4,8"),
+        line("__mye1_myl1_2", "wait", "a", "b", "1"),
+        line("_gemm_mha_v2_myl1_3", "kgen", "x", "y", "4,-1,4"),
+        line("proj_myl3_0", "custom_layer", "y", "z", "1,8"),
+        line("_gemv_mha_v1_myl3_1", "kgen", "present.0.key [profile 1]", "w", "4,1,99"),
+    ]
+    (tmp_path / "build.log").write_text("\n".join(lines))
+    log = engine_log.read(tmp_path / "build.log")
+    shapes = {"past_key_values.0.key": ([1, 2, 8, 4],) * 3}
+    assert log.updates == {"present.0.key.TensorScatter.0"}
+    assert step.kernels(log, {"prefill": shapes, "decode": shapes}, slots=8) == {
+        "prefill": {"all": 3, "gemm attention": 1, "copies of a cache": 1},
+        "decode": {"all": 2, "gemv attention": 1, "copies of a cache": 0},
+    }

@@ -1,0 +1,109 @@
+"""What is verified about an engine: names, shapes, packed weights, plugin layers, and the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rankbook.tools.deploy import engine_log, step
+from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.deploy.profiles import Shapes
+from rankbook.tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from rankbook.exporter.file import ExportedModel, Node
+
+WEIGHTS_SLACK = 1.05
+"""Engine weights may exceed the file's stored tensors by this factor (alignment), ..."""
+WEIGHTS_SLACK_BYTES = 1 << 20
+"""... and by this (lookup tables of the bodies, shape constants)."""
+
+_LOG_TYPES = {"int8": "Int8", "int4": "Int4"}
+"""Element types of codes in the builder's log by their names."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about the engine and whether it holds."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    model: ExportedModel, profiles: dict[str, Shapes], result: dict[str, Any], log: engine_log.EngineLog
+) -> tuple[Check, ...]:
+    """Compare the engine with the file: names, profiles, and that packed weights stayed packed."""
+    names = [item["name"] for item in result["inputs"]], [item["name"] for item in result["outputs"]]
+    codes, held = model.code_bytes, log.constant_bytes()
+    packed = all(held.get(_LOG_TYPES.get(dtype, dtype), 0) >= size for dtype, size in codes.items())
+    bound = int(model.stored_bytes * WEIGHTS_SLACK) + WEIGHTS_SLACK_BYTES
+    return (
+        Check("inputs", sorted(names[0]) == sorted(model.inputs), f"{len(names[0])} of {len(model.inputs)}"),
+        Check("outputs", sorted(names[1]) == sorted(model.outputs), f"{len(names[1])} of {len(model.outputs)}"),
+        Check(
+            "engine inputs",
+            set(log.inputs) <= set(model.inputs) and bool(log.inputs),
+            f"{len(log.inputs)} named in the log",
+        ),
+        Check("engine outputs", sorted(log.outputs) == sorted(model.outputs), f"{len(log.outputs)} named in the log"),
+        Check("profiles", result["profiles"] == len(profiles), f"{result['profiles']} of {len(profiles)}"),
+        Check("codes stayed packed", packed and bool(codes), f"bytes of constants {held}; of the file's codes {codes}"),
+        Check("weights", 0 < log.weights_bytes <= bound, f"{log.weights_bytes} bytes, at most {bound} allowed"),
+        Check("engine layers", sum(log.layers.values()) > 0, f"{sum(log.layers.values())} layers"),
+    )
+
+
+def has_plugin(node: Node) -> bool:
+    """Say whether the plugin library knows the operator of a node; of others the parser takes the body."""
+    return node.operator is not None and node.operator.has_plugin
+
+
+def verify_plugins(model: ExportedModel, options: BuildOptions, result: dict[str, Any]) -> Check:
+    """Compare the plugin layers with the nodes that there are plugins for; none where the bodies are built."""
+    wanted = sum(has_plugin(node) for node in model.packed) if options.plugin_library() else 0
+    if options.aot:
+        from rankbook.plugins import aot
+
+        wanted = sum(node.op_type in aot.names() for node in model.packed)
+    return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
+
+
+def check_cache(model: ExportedModel) -> None:
+    """Refuse a cache that TensorRT cannot write in place.
+
+    Raises:
+        UsageError: It is of a fixed length and holds codes.
+    """
+    if model.metadata.max_context and model.metadata.kv != "float":
+        raise UsageError(
+            f"TensorRT writes caches of floating-point numbers in place, and that of {model.path} is"
+            f" {model.metadata.kv}; export with --kv float, or with --graph standard"
+        )
+
+
+def verify_cache(
+    model: ExportedModel, kernels: Mapping[str, Mapping[str, int]], log: engine_log.EngineLog
+) -> tuple[Check, ...]:
+    """Check what must hold for a cache of a fixed length; nothing where it grows, and is joined in every step.
+
+    Args:
+        model: The file.
+        kernels: Of a call by profile, see `rankbook.tools.deploy.step.kernels`.
+        log: The builder's log.
+    """
+    if not model.metadata.max_context:
+        return ()
+    caches = sum(name.startswith(step.PAST) for name in model.inputs)
+    layers = sum(node.op_type == "Attention" and not node.domain for node in model.proto.graph.node)
+    fused = {name: sum(kinds.get(kind, 0) for kind in step.ATTENTION) for name, kinds in kernels.items()}
+    copies, spelled_out = kernels["decode"][step.COPIES], 2 * layers < caches
+    shown = ", ".join(f"{count} in {name}" for name, count in fused.items())
+    why = "; attention is spelled out, see exporter/README.md" if spelled_out else ""
+    return (
+        Check("cache updates in place", len(log.updates) == caches, f"{len(log.updates)} of {caches}"),
+        Check("fused attention", set(fused.values()) == {layers}, f"{shown}, of {layers} nodes{why}"),
+        Check("no copy of a cache in a step", spelled_out or not copies, f"{copies} kernels copy one{why}"),
+    )
