@@ -223,6 +223,7 @@ def document(rows: Mapping[str, Row]) -> str:
     """Return docs/families.md."""
     found = [rows[family] for family in FAMILIES if family in rows]
     served, wrong = (sum(getattr(row, name) for row in found) for name in ("served", "wrong"))
+    missing = [f"`{family}`" for family in FAMILIES if family not in rows]
     said = sum(bool(row.cannot_export or "quantize" in row.reasons) for row in found)
     lines = [
         "# Model families",
@@ -235,6 +236,7 @@ def document(rows: Mapping[str, Row]) -> str:
         " fp16`. `-` was not reached.",
         f"Of {len(found)} families {served} pass quantize, reload, export and parity on both graphs; {said} are refused"
         f" by `quantize`, or said by it not to be exportable, before it begins; {wrong} give wrong numbers.",
+        *([f"Not run: {', '.join(missing)}."] if missing else []),
         Table("", ("family", "packed", "reload", *SERVED, "why not"), [_cells(row) for row in found]).markdown(),
     ]
     return "\n\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ import torch
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import experts
-from rankbook.calibration.model.plain import make_plain, restore
+from rankbook.calibration.model.plain import is_product, make_plain, restore
 from rankbook.tools.dev.family_models import random_model, tiny
 from tests.calibration.runs import options
 
@@ -43,6 +43,26 @@ def test_conv1d_becomes_a_linear_layer_and_is_put_back() -> None:
     restore(model, found, ["transformer.h.0.attn.c_attn"])
     assert type(model.transformer.h[0].attn.c_attn) is torch.nn.Linear
     assert type(model.transformer.h[1].attn.c_attn).__name__ == "Conv1D"
+
+
+class Renamed(torch.nn.Linear):
+    """A subclass that computes what its parent does, as FalconLinear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Doubled(torch.nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_subclasses_are_linear_layers_if_they_compute_what_one_does() -> None:
+    assert is_product(Renamed(16, 8))
+    assert not is_product(Doubled(16, 8))
+    assert not is_product(torch.nn.Embedding(16, 8))
 
 
 def test_names_tell_the_matrix_and_the_expert() -> None:

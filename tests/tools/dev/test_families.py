@@ -27,6 +27,7 @@ def test_the_document_counts_what_is_served_refused_and_wrong() -> None:
     assert "Of 3 families 1 pass" in text
     assert "1 are refused" in text
     assert "1 give wrong numbers" in text
+    assert "Not run: `qwen2`, `qwen3`," in text
     assert "| `mamba` | 90% | same | not exported | not exported | not exported | layers keep a state |" in text
 
 
@@ -39,7 +40,7 @@ def test_a_family_that_takes_too_long_is_ended_and_noted(tmp_path: Path, monkeyp
     assert asdict(families._read(tmp_path / "llama" / "row.json"))["reasons"] == {"run": "ended after 0.2 s"}
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "deepseek_v3", "gpt2"])
 def test_families_that_are_used_most_pass(family: str, tmp_path: Path) -> None:
     row = families.sweep(family, tmp_path, exports=("standard",))
     assert family in FAMILIES
