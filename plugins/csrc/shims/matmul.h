@@ -1,6 +1,7 @@
 #pragma once
 
 // A layer as the CUDA kernels take it, for both of their shims.
+// What read_layer has checked fits the structures: sizes below 2^31, planes and columns within the kernels' limits.
 
 #include "kernels/cuda/params.h"
 #include "shims/view.h"
@@ -9,9 +10,11 @@ namespace rankbook {
 
 static_assert(contract::kCudaPlanes == cuda::kMaxPlanes && contract::kPanel == cuda::kPanel && contract::kBlock == cuda::kBlock);
 
+// Of parameters and factors: 8 bits mean codes, whose scales and steps are fp32.
 inline cuda::DataType float_of(int bits) { return bits == 16 ? cuda::DataType::kFloat16 : cuda::DataType::kFloat32; }
 
 // Sizes and forms, without pointers.
+// Made once, when a node or an engine is set up; a call adds pointers, x, y and the number of tokens.
 inline cuda::Matmul matmul_of(const Layer& layer, bool int8_activations) {
   cuda::Matmul out;
   cuda::PackedWeight& w = out.weight;
@@ -36,6 +39,7 @@ inline cuda::Matmul matmul_of(const Layer& layer, bool int8_activations) {
 }
 
 // `at` gives the address of a constant by its position among the inputs.
+// Placeholders are bound like everything else: the kernels read the one element where a form says so.
 template <class Address>
 void set_constants(const Layer& layer, Address&& at, cuda::Matmul* m) {
   cuda::PackedWeight& w = m->weight;

@@ -12,6 +12,7 @@
 namespace rankbook {
 
 struct Shape {
+  // TensorRT's own limit; ONNX Runtime has none, and no activation has more axes.
   static constexpr size_t kMostAxes = 8;
 
   size_t axes = 0;
@@ -24,15 +25,18 @@ struct Shape {
   }
 
   bool operator==(const Shape& other) const { return axes == other.axes && at == other.at; }
+  // False as well where there are more axes than `at` has room for, so that whoever asks may use them.
   bool has(size_t least) const { return axes >= least && axes <= kMostAxes; }
   int64_t& last() { return at[axes - 1]; }
   int64_t last() const { return at[axes - 1]; }
+  // The number of tokens is the count of all axes but the last.
   int64_t count(size_t first_axes) const {
     int64_t out = 1;
     for (size_t i = 0; i < first_axes; ++i) out *= at[i];
     return out;
   }
   int64_t count() const { return count(axes); }
+  // As Python writes a tuple, because the sentences stand beside those of numpy and onnx.
   std::string text() const {
     if (axes > kMostAxes) return "of " + std::to_string(axes) + " axes";
     std::string out = "(";

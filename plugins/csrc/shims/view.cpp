@@ -1,3 +1,10 @@
+// Reads a packed layer from the types and shapes of its constants, and says in a sentence what does not fit: the same
+// for ONNX Runtime on CPU and GPU and for TensorRT. What is allowed is the table that contract.h holds, generated from
+// plugins/forms.py: parts (params, bias, factors), each in one of a few forms, a form a list of constants whose sizes
+// are numbers or letters.
+//
+// A layer is legal where every part has a form and all letters agree. Elements are looked at by check_elements, where
+// they are at hand.
 #include "shims/view.h"
 
 #include <cmath>
@@ -15,8 +22,10 @@ using contract::Stored;
 
 using contract::kLargestSize;
 
+// An array by letter and not a map: this runs for every context of an engine, and for every node.
 using Sizes = std::array<int64_t, std::size(contract::kLetters)>;  // by letter; 0 for those not met yet
 
+// With the numbers that are known and letters for the others: "(3, G, 2, 32)" tells what the file may still choose.
 std::string spell(const Stored& stored, const Sizes& sizes) {
   std::string out = "(";
   for (int i = 0; i < stored.axes; ++i) {
@@ -28,11 +37,14 @@ std::string spell(const Stored& stored, const Sizes& sizes) {
 }
 
 // Whether a constant has this shape; adds the letters met to `sizes`.
+// Letters are bound by the first constant that has them: the groups of params are those of step, and a later constant
+// that differs is the one that is named.
 bool match_shape(const Stored& stored, const Shape& shape, Sizes* sizes) {
   if (shape.axes != static_cast<size_t>(stored.axes)) return false;
   for (int i = 0; i < stored.axes; ++i) {
     const int64_t have = shape.at[static_cast<size_t>(i)];
     if (have < 1 || have > kLargestSize) return false;
+    // Negative sizes are letters.
     int64_t want = stored.sizes[i];
     if (want < 0) {
       int64_t& known = (*sizes)[static_cast<size_t>(-want)];
@@ -45,6 +57,8 @@ bool match_shape(const Stored& stored, const Shape& shape, Sizes* sizes) {
 }
 
 // How many constants of a form fit, one after another.
+// The length of the fitting beginning, not only yes or no: the form that fits furthest is the one that a sentence
+// compares with.
 int match(const Form& form, const Constant* constants, Sizes* sizes) {
   int fitting = 0;
   while (fitting < form.count) {
@@ -57,6 +71,7 @@ int match(const Form& form, const Constant* constants, Sizes* sizes) {
 }
 
 // The first constant that no form explains, what it is and what it could be beside those before it.
+// A shape that fits a form of another type is told by its type, because the shape is then the smaller hint.
 std::string mismatch(const Part& part, const Constant* constants, const Sizes& before, int fitting, const std::string& suffix) {
   std::string shapes, types, beside;
   bool shape_fits = false;
@@ -64,6 +79,7 @@ std::string mismatch(const Part& part, const Constant* constants, const Sizes& b
     Sizes sizes = before;
     if (match(part.forms[i], constants, &sizes) != fitting) continue;
     const Stored& stored = part.forms[i].constants[fitting];
+    // Each alternative once: forms often differ in another constant than the one that is told about.
     const auto add = [](std::string* to, const std::string& text) {
       if (to->find(text) == std::string::npos) *to += (to->empty() ? "" : " or ") + text;
     };
@@ -81,11 +97,14 @@ std::string mismatch(const Part& part, const Constant* constants, const Sizes& b
     beside = std::string(" beside ") + Port::kInputs[other] + suffix + " of shape " + constants[other].shape.text();
   }
   const std::string name = std::string("input ") + Port::kInputs[input] + suffix;
+  // Both sentences end alike, with what stands beside the constant: forms are told apart by the one before it.
   if (shape_fits) return name + " is " + contract::kTypes[static_cast<int>(given.type)] + "; it must be " + types + beside;
   return name + " has shape " + given.shape.text() + "; it must be " + shapes + beside;
 }
 
+// Last, when all letters are known: what every constant agrees on may still be more than a runtime takes.
 std::string check_sizes(const Layer& layer, const Limits& limits) {
+  // More planes than levels would be no approximation any more.
   const int64_t width = int64_t{1} << layer.bits;
   const int64_t most = limits.planes < width ? limits.planes : width;
   if (layer.columns > limits.columns) {
@@ -95,6 +114,7 @@ std::string check_sizes(const Layer& layer, const Limits& limits) {
     return "levels has " + std::to_string(layer.param_planes) + " rows and offset is " + std::to_string(layer.has_offset ? 1 : 0) +
            ": there are " + std::to_string(layer.planes()) + " planes of levels; this runtime takes 1 to " + std::to_string(most);
   }
+  // Multiples of 16 up to 256, or the whole row: the limits of all kernels together, on CPU and GPU.
   const int64_t group = layer.columns / layer.groups;
   const bool whole = layer.groups == 1;
   const bool fits = group % contract::kGroupMultiple == 0 && group <= contract::kLargestGroup;
@@ -108,6 +128,7 @@ std::string check_sizes(const Layer& layer, const Limits& limits) {
 
 }  // namespace
 
+// Before any shape: a wrong in_features would make every constant look wrong.
 std::string check_attributes(const LayerAttributes& given, const std::string& suffix) {
   struct Range {
     const char* name;
@@ -126,6 +147,7 @@ std::string check_attributes(const LayerAttributes& given, const std::string& su
 std::string read_layer(const LayerAttributes& attributes, const Constant* constants, size_t inputs, const Limits& limits,
                        const std::string& suffix, Layer* out) {
   if (std::string problem = check_attributes(attributes, suffix); !problem.empty()) return problem;
+  // The sizes that attributes give bind their letters first: N, K, and what follows from them.
   *out = Layer{};
   out->bits = attributes.bits;
   out->rows = attributes.out_features;
@@ -140,6 +162,7 @@ std::string read_layer(const LayerAttributes& attributes, const Constant* consta
   size_of(contract::kLetterKB) = (out->columns + contract::kBlock - 1) / contract::kBlock;
   size_of(contract::kLetterBits) = out->bits;
   size_of(contract::kLetterL) = int64_t{1} << out->bits;
+  // Parts stand alone: their forms are tried one after the other, and letters go on from part to part.
   for (int part = 0; part < contract::kPartCount; ++part) {
     if (!out->has_part(part)) continue;
     const Part& allowed = contract::kParts[part];
@@ -157,12 +180,14 @@ std::string read_layer(const LayerAttributes& attributes, const Constant* consta
     }
     if (best >= 0) return mismatch(allowed, constants, sizes, best, suffix);
   }
+  // What the constants alone decide.
   out->groups = size_of(contract::kLetterG);
   out->param_planes = size_of(contract::kLetterQ);
   out->rank = size_of(contract::kLetterR);
   return check_sizes(*out, limits);
 }
 
+// Once a session, over all constants. A NaN in a step would otherwise come out as NaN tokens, far from its cause.
 std::string check_elements(const Stored& stored, contract::Type type, const void* elements, int64_t count,
                            const std::string& suffix) {
   const auto each = [&](auto&& is_wrong) {
@@ -171,6 +196,7 @@ std::string check_elements(const Stored& stored, contract::Type type, const void
     }
     return false;
   };
+  // Elements are looked at in their stored types; no copy is made.
   const auto value_of = [&](int64_t i) {
     switch (type) {
       case contract::Type::kFloat32:
@@ -182,6 +208,8 @@ std::string check_elements(const Stored& stored, contract::Type type, const void
     }
   };
   const std::string name = std::string("input ") + Port::kInputs[stored.input] + suffix;
+  // A placeholder with another value is a file that somebody has edited, or a newer form that this library does not
+  // know.
   if (stored.value != contract::kData) {
     if (!each([&](int64_t i) { return value_of(i) != static_cast<float>(stored.value); })) return "";
     return name + " is a placeholder and must hold " + std::to_string(stored.value) + "; it holds " + std::to_string(value_of(0));

@@ -7,6 +7,9 @@
 #endif
 
 namespace rankbook {
+// What the processor can do is asked once, when the library is registered. Sets are listed from the least to the best,
+// and each overrides those parts of the ones before that it has: AVX-512 without VNNI takes its bytes from AVX-VNNI or
+// AVX2.
 namespace {
 
 #if defined(RANKBOOK_X86)
@@ -14,10 +17,13 @@ namespace {
 // The builtins ask the operating system too: a processor with AVX-512 whose kernel does not save it counts as without.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
+// F, BW and VL alone: every processor with AVX-512 since Skylake has them.
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
+// VBMI is for vpermb, the byte look-up; Ice Lake and Zen 4 brought both, Cascade Lake has VNNI without it and takes the
+// AVX2 form.
 bool has_avx512_vnni() {
   return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 }
@@ -67,6 +73,7 @@ const Candidate kCandidates[] = {
 
 }  // namespace
 
+// The portable set has every part, so that no pointer is null at the end.
 KernelSet select_kernels(Isa limit) {
   KernelSet best = kPortableSet;
   for (const Candidate& candidate : kCandidates) {

@@ -1,3 +1,11 @@
+// Reads the constants of a node for ONNX Runtime: tensors among its inputs, or, in a node of several products, parts of
+// one int8 input and attributes. Everything is checked when the node is created; a call only binds addresses.
+//
+// Constants come in the forms of plugins/forms.py. What is small is copied (levels, steps, bases, bias, scales); codes
+// and parameters stay where ONNX Runtime has them, in the mapped file most of the time, until Product::copy brings them
+// to huge pages.
+//
+// Called by ops.cpp, and by cuda_ops.cpp for the layer's sizes and the places of its constants.
 #include "shims/ort/constants.h"
 
 #include <algorithm>
@@ -12,11 +20,14 @@
 namespace rankbook::ort {
 namespace {
 
+// Inputs of a merged node are x and one int8 tensor that holds the large parts of all its products; the small ones are
+// attributes. With an initializer for every constant SmolLM2-135M took 3 MB more.
 constexpr size_t kMergedData = 1;  // input of a merged node
 
 using Names = contract::CodebookMatMul;  // every kind has its attributes
 using Numbers = std::vector<int64_t>;
 
+// Types that no constant may have are one: the sentence names what is allowed.
 contract::Type type_of(ONNXTensorElementDataType type) {
   switch (type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
@@ -36,6 +47,7 @@ contract::Type type_of(ONNXTensorElementDataType type) {
   }
 }
 
+// Sizes have been looked at by lies_within before.
 int64_t elements(const Numbers& shape) {
   int64_t count = 1;
   for (const int64_t size : shape) count *= size;
@@ -49,6 +61,7 @@ std::string describe(const Numbers& numbers) {
 }
 
 // Whether a part, its first byte and then its sizes, lies within so many bytes.
+// Division and not multiplication: sizes from a file may overflow a product.
 bool lies_within(const Numbers& place, int64_t bytes) {
   if (place.size() < 2 || place[0] < 0) return false;
   int64_t left = bytes - place[0];
@@ -65,6 +78,7 @@ HugeCopy copy_of(const Ort::ConstValue& value, size_t element_size) {
 
 }  // namespace
 
+// Into fixed memory: GetShape() would allocate for every input of every call.
 Shape shape_of(const Ort::TensorTypeAndShapeInfo& info) {
   Shape out;
   out.axes = info.GetDimensionsCount();
@@ -72,6 +86,7 @@ Shape shape_of(const Ort::TensorTypeAndShapeInfo& info) {
   return out;
 }
 
+// Sentences begin with the operator and the node's name, which Netron shows as well.
 Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product,
                      const Ort::KernelContext* context)
     : info_(info),
@@ -91,8 +106,10 @@ bool Constants::are_cast(const OrtKernelInfo* info) {
   return constant == 0 && type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
+// INVALID_ARGUMENT, which ONNX Runtime hands to Python as an exception of its own kind.
 void Constants::fail(const std::string& sentence) const { throw Ort::Exception(node_ + ": " + sentence, ORT_INVALID_ARGUMENT); }
 
+// ONNX Runtime reports a missing attribute without the node; hence the catch.
 int64_t Constants::integer(const char* name) const {
   const std::string full = name + suffix_;
   try {
@@ -102,6 +119,7 @@ int64_t Constants::integer(const char* name) const {
   }
 }
 
+// For attributes of attention, whose upper ends are the sizes of tensors.
 int64_t Constants::attribute(const char* name, int64_t low) const {
   const int64_t value = integer(name);
   if (value < low || value > contract::kLargestSize) {
@@ -110,6 +128,7 @@ int64_t Constants::attribute(const char* name, int64_t low) const {
   return value;
 }
 
+// Negated, so that NaN is refused as well.
 float Constants::float_attribute(const char* name) const {
   float value = 0.0F;
   try {
@@ -135,6 +154,8 @@ void Constants::expect_inputs(size_t count) const {
   }
 }
 
+// From types and shapes to a layer: view.cpp decides, for all runtimes alike; here only ONNX Runtime's own habit is
+// undone.
 Layer Constants::layer(int bits, size_t inputs, const Limits& limits) const {
   const LayerAttributes attributes{bits, integer(Names::kOutFeatures), integer(Names::kInFeatures), integer(Names::kOffset)};
   Constant constants[Port::kInputCount];
@@ -148,6 +169,8 @@ Layer Constants::layer(int bits, size_t inputs, const Limits& limits) const {
   return out;
 }
 
+// On a GPU only attributes are in this memory; initializers are already on the device, where a look at them would cost
+// a copy.
 void Constants::check_elements(const Layer& layer, bool on_gpu) const {
   layer.each([&](const contract::Stored& stored) {
     const auto input = static_cast<size_t>(stored.input);
@@ -161,6 +184,7 @@ void Constants::check_elements(const Layer& layer, bool on_gpu) const {
   });
 }
 
+// Parts of a merged node are made into tensors once and kept, as several readers ask for them.
 Ort::ConstValue Constants::tensor(size_t input) const {
   if (suffix_.empty()) return this->input(input, name(input));
   auto found = held_.find(input);
@@ -168,6 +192,8 @@ Ort::ConstValue Constants::tensor(size_t input) const {
   return found->second.GetConst();
 }
 
+// Constants must be known when the node is created, since tables are made of them; an input that another node computes
+// has no value yet. Where ONNX Runtime casts them they are read in the first call.
 Ort::ConstValue Constants::input(size_t position, const std::string& name) const {
   if (context_ != nullptr) return context_->GetInput(position);
   int constant = 0;
@@ -178,23 +204,27 @@ Ort::ConstValue Constants::input(size_t position, const std::string& name) const
   return value;
 }
 
+// After the copies to huge pages: the file's pages would otherwise count for the process until memory runs short.
 void Constants::drop_data() const {
   if (suffix_.empty()) return;
   const Ort::ConstValue data = input(kMergedData, "data");
   drop_mapped(data.GetTensorRawData(), data.GetTensorTypeAndShapeInfo().GetElementCount());
 }
 
+// By contract.kMergedParts, the list of what lies in the shared tensor.
 bool Constants::is_attribute(size_t input) const {
   const auto is = [&](const char* part) { return std::strcmp(part, names_[input]) == 0; };
   return !suffix_.empty() && std::none_of(std::begin(contract::kMergedParts), std::end(contract::kMergedParts), is);
 }
 
+// An offset and not an address: the input's memory may be another one in every call.
 Place Constants::place(size_t input) const {
   if (suffix_.empty()) return {input, 0};
   return {kMergedData, static_cast<size_t>(info_.GetAttributes<int64_t>(name(input).c_str()).at(0))};
 }
 
 // A constant of a merged node: a tensor among the attributes, or a part of the input that holds all.
+// A tensor over memory that is not its own: the input lives as long as the session, and nothing is copied.
 Ort::Value Constants::part(size_t input) const {
   const std::string full = name(input);
   Numbers place;
@@ -217,11 +247,13 @@ Ort::Value Constants::part(size_t input) const {
                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
 }
 
+// What view.cpp wants to know of a constant; its elements are looked at later.
 Constant Constants::constant(size_t input) const {
   const Ort::ConstValue value = tensor(input);
   return {type_of(value.GetTensorTypeAndShapeInfo().GetElementType()), shape_of(value)};
 }
 
+// fp16 constants are widened once, when the node is created, and not in every call.
 std::vector<float> Constants::floats(size_t input) const {
   const Ort::ConstValue value = tensor(input);
   const auto info = value.GetTensorTypeAndShapeInfo();
@@ -236,9 +268,12 @@ std::vector<float> Constants::floats(size_t input) const {
   return out;
 }
 
+// Small constants are copied and owned; codes and parameters, nearly all of the bytes, stay where they are or go to
+// huge pages.
 WeightStore::WeightStore(const Constants& constants, const Layer& layer)
     : params_input_(layer.param_bits() == 8 ? Port::kParams : Port::kStep) {
   constants.check_elements(layer, false);
+  // Everything that does not depend on the call.
   weight_.bits = layer.bits;
   weight_.has_offset = layer.has_offset;
   weight_.out_features = layer.rows;
@@ -247,6 +282,7 @@ WeightStore::WeightStore(const Constants& constants, const Layer& layer)
   weight_.planes = static_cast<int>(layer.planes());
   levels_ = constants.floats(Port::kLevels);
   const int64_t width = int64_t{1} << layer.bits;
+  // The kernels add the offset without a look-up, so its row must be what they take it for.
   for (int64_t code = 0; layer.has_offset && code < width; ++code) {
     if (levels_[static_cast<size_t>(weight_.planes * width + code)] != 1.0F) {
       constants.fail("attribute offset is 1, but the last row of levels is not all ones");
@@ -267,10 +303,12 @@ WeightStore::WeightStore(const Constants& constants, const Layer& layer)
   const Ort::ConstValue values = constants.tensor(params_input_);
   const auto* bytes = static_cast<const uint8_t*>(values.GetTensorRawData());
   const size_t size = values.GetTensorTypeAndShapeInfo().GetElementCount() * static_cast<size_t>(layer.param_bits() / 8);
+  // fp16 or fp32 parameters of a merged node are an attribute, which nobody maps: kept here.
   held_params_.assign(bytes, bytes + size);
 }
 
 // 8-bit codes have 256 levels, too many for registers; where they lie on a line (affine formats), code and slope suffice.
+// Fused as the kernels compute it, so that a line is taken only where it gives every level exactly.
 void WeightStore::fit_lines() {
   if (weight_.bits != 8) return;
   std::vector<float> slopes;
@@ -285,14 +323,17 @@ void WeightStore::fit_lines() {
   slopes_ = std::move(slopes);
 }
 
+// Swapped with an empty vector, since clear() keeps the memory.
 void WeightStore::copy_params(const Constants& constants) {
   const size_t size = weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4;
   params_ = copy_of(constants.tensor(params_input_), size);
   if (params_.data() != nullptr) std::vector<uint8_t>().swap(held_params_);
 }
 
+// Last of all copies of a node: codes are nearly all of the bytes, and lie in the order in which panels are read.
 void WeightStore::copy_codes(const Constants& constants) { codes_ = copy_of(constants.tensor(Port::kCodes), 1); }
 
+// Per call, because ONNX Runtime may give the inputs of a call another address; copies win over both.
 CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   CodebookWeight weight = weight_;
   const void* codes = codes_.data();
@@ -307,11 +348,13 @@ CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {
   return weight;
 }
 
+// Codes are copied, because both modes rearrange them, and the file's pages are given back at once.
 Factors::Factors(const Constants& constants, const Layer& layer) {
   const auto load = [&](size_t input, int64_t count) {
     Factor factor;
     if (layer.factor_bits() != 8) {
       factor.values = constants.floats(input + 1);
+      // Values that are no codes have no scale; ones keep `middle` the same for both.
       factor.scales.assign(static_cast<size_t>(layer.rank), 1.0F);
       return factor;
     }
@@ -325,6 +368,7 @@ Factors::Factors(const Constants& constants, const Layer& layer) {
   up = load(Port::kUp, layer.rows * layer.rank);
 }
 
+// Panels of 32 outputs, the order of the weight itself: the same loops multiply both.
 BranchStore::BranchStore(const Factors& factors, const Layer& layer)
     : rank_(layer.rank), middle_(static_cast<size_t>(layer.rank)) {
   down_ = {to_panels(factors.down.codes, rank_, layer.columns), to_panels(factors.down.values, rank_, layer.columns)};

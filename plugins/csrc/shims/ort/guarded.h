@@ -12,6 +12,7 @@ OrtStatusPtr guarded(Work&& work) noexcept {
   try {
     work();
     return nullptr;
+  // Its code (INVALID_ARGUMENT) is kept; everything else is a runtime exception, std::bad_alloc for one.
   } catch (const Ort::Exception& error) {
     return Ort::Status(error).release();
   } catch (const std::exception& error) {

@@ -1,3 +1,8 @@
+// Copies of constants on pages of 2 MB, and the way back for the pages of the file that they were copied from. Linux
+// only; elsewhere every copy is empty, and the loops read the file's own pages.
+//
+// Chunks of 64 MB are shared by all nodes of all sessions, a copy holds its chunk. Called by Product::copy, in the
+// order in which a token reads.
 #include "shims/ort/huge_pages.h"
 
 #include <atomic>
@@ -19,15 +24,19 @@ namespace rankbook::ort {
 
 namespace {
 
+// Why copy at all: a token reads every weight once, and with pages of 4 KB the processor walks its page tables once for
+// every 4 KB read, which costs a third of the bandwidth.
 constexpr size_t kHuge = size_t{1} << 21;
 constexpr size_t kChunk = size_t{64} << 20;  // layers share chunks: small ones would waste most of a page, chunks their ends
 constexpr size_t kPiece = size_t{4} << 20;   // copied at a time, so that little is held twice meanwhile
 constexpr size_t kLine = 64;
 
+// For rankbook_native_info() alone.
 std::atomic<int64_t> held{0};
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
+// With [never] the copies would cost memory and bring nothing.
 bool system_has_huge_pages() {
   static const bool has = [] {
     std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
@@ -39,6 +48,8 @@ bool system_has_huge_pages() {
 
 // Whether the system can read all these pages again: they are a file's, and nobody has written to them. What it says about
 // a page is in proc_pid_pagemap(5).
+// Without that check MADV_DONTNEED would turn pages that ONNX Runtime has written, e.g. constants that it has cast,
+// into zeros.
 bool lie_in_file(uintptr_t first, uintptr_t last, uintptr_t page) {
   constexpr uint64_t kPresent = uint64_t{1} << 63, kSwapped = uint64_t{1} << 62, kFile = uint64_t{1} << 61;
   std::vector<uint64_t> pages((last - first) / page);
@@ -60,6 +71,8 @@ bool lie_in_file(uintptr_t first, uintptr_t last, uintptr_t page) {
 
 class HugeChunk {
  public:
+  // One huge page more than asked for, because mmap aligns to 4 KB. MADV_HUGEPAGE is advice: where no huge page is
+  // free, small ones come, and the loops are slower, not wrong.
   explicit HugeChunk(size_t size) : size_(round_up(size, kHuge)) {
     void* mapped = mmap(nullptr, size_ + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) return;
@@ -73,6 +86,7 @@ class HugeChunk {
   HugeChunk(const HugeChunk&) = delete;
   HugeChunk& operator=(const HugeChunk&) = delete;
 
+  // A bump of a pointer: copies live about as long as their session, all together.
   void* take(size_t bytes) {
     const size_t wanted = round_up(bytes, kLine);
     if (mapped_ == nullptr || used_ + wanted > size_) return nullptr;
@@ -83,6 +97,7 @@ class HugeChunk {
   }
 
   // Gives the whole pages of what was taken back to the system; their place is not used again.
+  // A session that ends while others live leaves holes; they cost addresses, not memory.
   static void drop(void* taken, size_t bytes) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t first = round_up(reinterpret_cast<uintptr_t>(taken), page);
@@ -98,6 +113,7 @@ class HugeChunk {
   uint8_t* begin_ = nullptr;
 };
 
+// Whole pages around the bytes, neighbours included: they are read again from the file if somebody needs them.
 void drop_mapped(const void* data, size_t bytes) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = reinterpret_cast<uintptr_t>(data) / page * page;
@@ -106,7 +122,9 @@ void drop_mapped(const void* data, size_t bytes) {
   if (bytes != 0 && lie_in_file(first, last, page)) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
+// An empty copy, and the caller reads where the constant is: where there are no huge pages, or no memory.
 HugeCopy HugeCopy::of(const void* data, size_t bytes) {
+  // Sessions may be created side by side; only the bump of the pointer is locked, the copying is not.
   static std::mutex mutex;
   static std::weak_ptr<HugeChunk> current;
   HugeCopy copy;
@@ -126,6 +144,7 @@ HugeCopy HugeCopy::of(const void* data, size_t bytes) {
   if (to == nullptr) return {};
   // A chunk lives as long as one of its copies; the pages of each end with it.
   copy.chunk_ = std::shared_ptr<HugeChunk>(chunk.get(), [chunk, to, bytes](HugeChunk*) { HugeChunk::drop(to, bytes); });
+  // Piece by piece, each given back at once: peak memory is that of one copy and 4 MB.
   for (size_t at = 0; at < bytes; at += kPiece) {
     const auto* from = static_cast<const uint8_t*>(data) + at;
     const size_t size = bytes - at < kPiece ? bytes - at : kPiece;

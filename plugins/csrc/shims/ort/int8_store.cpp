@@ -1,3 +1,8 @@
+// What the int8 mode makes of a layer when its node is created: tables of whole-numbered levels, steps and bases with
+// the units of these levels, the error branch as an 8-bit weight.
+//
+// Layouts are those of kernels/cpu/int8/int8.h. The definition, to the last bit, is plugins/int8.py; called by
+// product.cpp.
 #include "shims/ort/int8_store.h"
 
 #include <cstring>
@@ -7,14 +12,18 @@
 namespace rankbook::ort {
 namespace {
 
+// What an exact plane has for step and base.
 const float kOne = 1.0F;
 const float kZero = 0.0F;
 
 // int8 (rows, columns) as 8-bit codes (panels, blocks, 8, 32, 4); an int8 is the carrier of its code.
+// The first factor becomes a packed weight of 8 bits whose codes are its elements: the loops for 8 bits serve it, with
+// nothing to look up (`straight`).
 std::vector<uint8_t> to_words(const std::vector<int8_t>& from, int64_t rows, int64_t columns) {
   const int64_t blocks = ceil_div(columns, kBlock);
   std::vector<uint8_t> out(static_cast<size_t>(ceil_div(rows, kPanel) * blocks * kBlock * kPanel));
   for (int64_t row = 0; row < rows; ++row) {
+    // (panels, blocks, 8 words of four inputs, 32 rows, 4): the 8-bit form of plugins/layout.py.
     uint8_t* to = out.data() + row / kPanel * blocks * kBlock * kPanel + row % kPanel * 4;
     for (int64_t k = 0; k < columns; ++k) to[k / 4 * kWordBytes + k % 4] = static_cast<uint8_t>(from[static_cast<size_t>(row * columns + k)]);
   }
@@ -22,6 +31,7 @@ std::vector<uint8_t> to_words(const std::vector<int8_t>& from, int64_t rows, int
 }
 
 // Ones are the same for every branch: few arrays serve all of them, and stay in the cache.
+// 8 KB a layer of 4,096 inputs and groups of 64 would otherwise be read beside the factors.
 std::shared_ptr<const std::vector<float>> shared_ones(size_t count) {
   static std::mutex mutex;
   static std::shared_ptr<const std::vector<float>> held;
@@ -30,11 +40,13 @@ std::shared_ptr<const std::vector<float>> shared_ones(size_t count) {
   return held;
 }
 
+// Code c stands for c - 128, the carrier of the format.
 void straight_levels(int32_t* levels) {
   for (int code = 0; code < 256; ++code) levels[code] = code - 128;
 }
 
 // All factors have this table.
+// 256 bytes twice, for the lifetime of the library.
 const PlaneTable* straight_table(bool is_signed) {
   const auto make = [](bool with_sign) {
     int32_t levels[256];
@@ -57,8 +69,10 @@ const T* data_of(const HugeCopy& copy, const std::vector<T>& original) {
 
 }  // namespace
 
+// All planes are signed if one has to be: the loops choose by layer.
 Int8WeightStore::Int8WeightStore(const Constants& constants, const WeightStore& store, const Int8Kernels& kernels) {
   const CodebookWeight& weight = store.sizes();
+  // 255 * 127 * 65536 is the last sum that 32 bits hold.
   const int64_t group = weight.in_features / weight.groups;
   if (group > kLargestGroup) {
     constants.fail("groups of " + std::to_string(group) + " inputs are too long for int8 activations; the longest is " +
@@ -69,13 +83,16 @@ Int8WeightStore::Int8WeightStore(const Constants& constants, const WeightStore& 
   std::vector<float> units;
   for (int plane = 0; plane < weight.planes; ++plane) {
     int32_t* row = levels.data() + plane * width;
+    // 1 where levels are whole already: their products are exact.
     units.push_back(whole_levels(store.levels().data() + plane * width, width, row));
     is_signed_ = is_signed_ || needs_signed(row, width, kernels);
   }
   for (int plane = 0; plane < weight.planes; ++plane) {
     tables_.push_back(prepare_table(levels.data() + plane * width, weight.bits, is_signed_));
   }
+  // The offset's level is one, by definition.
   if (weight.has_offset) units.push_back(1.0F);
+  // Step and base take the unit of the whole-numbered levels here, once, instead of a multiplication for each group.
   per_panel_ = weight.form == ParamForm::kInt8;
   step_ = per_panel_ ? store.step() : std::vector<float>(units.size(), 1.0F);
   base_ = per_panel_ ? store.base() : std::vector<float>(units.size(), 0.0F);
@@ -85,6 +102,7 @@ Int8WeightStore::Int8WeightStore(const Constants& constants, const WeightStore& 
   }
 }
 
+// Small things too: what is read for every panel should not be walked to through 4 KB pages.
 void Int8WeightStore::copy() {
   tables_copy_ = copy_of(tables_);
   step_copy_ = copy_of(step_);
@@ -95,6 +113,8 @@ Int8Weight Int8WeightStore::bind(const CodebookWeight& weight) const {
   return {weight, data_of(tables_copy_, tables_), is_signed_, data_of(step_copy_, step_), data_of(base_copy_, base_), per_panel_};
 }
 
+// Groups are those of the weight, so that the activations that were rounded for it serve the branch as well; the
+// parameters are ones, shared by all layers.
 Int8BranchStore::Int8BranchStore(const Factors& factors, const Layer& layer, const Int8Kernels& kernels)
     : middle_(static_cast<size_t>(layer.rank)) {
   const int64_t rank = layer.rank;
@@ -107,6 +127,7 @@ Int8BranchStore::Int8BranchStore(const Factors& factors, const Layer& layer, con
   down_.form = ParamForm::kFloat32;
   std::vector<int8_t> codes = factors.down.codes;
   std::vector<float> scales = factors.down.scales;
+  // Factors stored as floats are rounded to int8 a rank at a time, as plugins/int8.py defines.
   if (codes.empty()) {
     codes.resize(factors.down.values.size());
     for (int64_t row = 0; row < rank; ++row) {
@@ -120,9 +141,11 @@ Int8BranchStore::Int8BranchStore(const Factors& factors, const Layer& layer, con
   is_signed_ = needs_signed(levels, 256, kernels);
   table_ = straight_table(is_signed_);
   up_ = {to_panels(factors.up.codes, layer.rows, rank), to_panels(factors.up.values, layer.rows, rank)};
+  // Both scales in one number a rank, applied between the halves of the branch.
   for (size_t i = 0; i < middle_.size(); ++i) middle_[i] = scales[i] * factors.up.scales[i];
 }
 
+// The order of copies is decided in Product::copy.
 void Int8BranchStore::copy_down() {
   down_copy_ = copy_of(codes_);
   if (down_copy_.data() != nullptr) std::vector<uint8_t>().swap(codes_);  // `= {}` would keep the memory
@@ -135,6 +158,7 @@ void Int8BranchStore::copy_up() {
 
 void Int8BranchStore::copy_middle() { middle_copy_ = copy_of(middle_); }
 
+// Independent of the call: all that it points to is owned here.
 Int8Branch Int8BranchStore::bind() const {
   Int8Branch branch;
   branch.rank = static_cast<int64_t>(middle_.size());

@@ -15,6 +15,7 @@ namespace {
 
 using rankbook::Isa;
 
+// Entries of a session's configuration and no global state: two sessions of one process may differ.
 constexpr const char* kActivations = "rankbook.activations";
 constexpr const char* kMemory = "rankbook.memory";
 
@@ -24,6 +25,7 @@ bool read_limit(Isa& limit) {
   limit = Isa::kBest;
   if (wanted == nullptr) return true;
   for (size_t i = 0; i < std::size(rankbook::kIsaNames); ++i) {
+    // Names are in the order of the enumeration.
     limit = static_cast<Isa>(i);
     if (std::strcmp(wanted, rankbook::kIsaNames[i]) == 0) return true;
   }
@@ -31,6 +33,8 @@ bool read_limit(Isa& limit) {
 }
 
 // Which of two values a configuration entry of the session has; the first one where it has none.
+// 16 characters are enough for every allowed value; a longer one does not fit, which is an error with the same
+// sentence.
 OrtStatus* read_entry(const OrtSessionOptions* options, const OrtApi& api, const char* key, const char* first,
                       const char* second, bool& is_second) {
   int present = 0;
@@ -47,6 +51,8 @@ OrtStatus* read_entry(const OrtSessionOptions* options, const OrtApi& api, const
   return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
 }
 
+// A status and never an exception: the caller is C. Domains are made once for all sessions, one for each of the four
+// settings.
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   Isa limit = Isa::kPortable;
   if (!read_limit(limit)) {
@@ -83,6 +89,7 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
 
 extern "C" {
 
+// ONNX Runtime looks for this name. GetApi answers null where it is older than the headers that this was built against.
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (api == nullptr) {
@@ -97,6 +104,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
 // Which kernels this processor gets, the ONNX Runtime API version asked for, the bytes that sessions hold as copies at the
 // moment, and what CUDA says, as JSON; valid until the same thread asks again.
 __attribute__((visibility("default"))) const char* rankbook_native_info() {
+  // Its own for each thread, so that a pointer stays valid while others ask.
   thread_local std::string text;
   Isa limit = Isa::kPortable;
   read_limit(limit);

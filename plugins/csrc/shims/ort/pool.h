@@ -7,6 +7,7 @@
 
 namespace rankbook::ort {
 
+// ParallelFor without batches (0): ONNX Runtime shares the tasks out to whichever thread is free.
 inline void run_tasks(void* pool, int64_t count, void (*task)(void*, int64_t), void* argument) {
   struct Tasks {
     void (*task)(void*, int64_t);

@@ -1,7 +1,10 @@
+// One product of a node, from its constants to the kernels' structures, for either mode of the session. Called by
+// ops.cpp.
 #include "shims/ort/product.h"
 
 namespace rankbook::ort {
 
+// Either mode keeps its own form of the branch; the weight's codes serve both.
 Product::Product(const Constants& constants, const Layer& layer, const Kernels& kernels) : weight_(constants, layer) {
   if (layer.has_bias()) bias_ = constants.floats(Port::kBias);
   if (kernels.rounds) int8_weight_.emplace(constants, weight_, kernels.int8);
@@ -29,6 +32,7 @@ void Product::copy(std::vector<Product>& products, const std::vector<Constants>&
   if (products[0].weight_.copied()) constants[0].drop_data();
 }
 
+// Structures of pointers, bound to the inputs of this call; nothing is copied.
 LinearArgs Product::floats(const Ort::KernelContext& context) const {
   LinearArgs args;
   args.weight = weight_.bind(context);

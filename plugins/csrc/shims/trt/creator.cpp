@@ -11,6 +11,7 @@
 
 namespace rankbook::trt {
 
+// TensorRT may set it from another thread than builds an engine.
 static std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 
 namespace {
@@ -22,13 +23,16 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 // Integers arrive as int32 from the parser and from engines; other front ends may give int64.
+
 bool read_integer(const PluginField& field, std::int32_t* out) {
+  // A list of one is what the parser makes of an integer attribute.
   if (field.data == nullptr || field.length != 1) return false;
   if (field.type == PluginFieldType::kINT32) {
     std::memcpy(out, field.data, sizeof *out);
     return true;
   }
   if (field.type != PluginFieldType::kINT64) return false;
+  // Copied, as nothing says that the field is aligned.
   std::int64_t wide = 0;
   std::memcpy(&wide, field.data, sizeof wide);
   *out = static_cast<std::int32_t>(wide);
@@ -36,6 +40,7 @@ bool read_integer(const PluginField& field, std::int32_t* out) {
 }
 
 // Fills the operator's attributes and the name of the layer. Returns what is wrong, or nothing.
+// Unknown fields are passed over: the parser adds some of its own.
 std::string read_fields(const nvinfer1::PluginFieldCollection& fields, Operator* op, std::string* layer) {
   op->offset = -1;  // required: a forgotten offset must not pass for "no offset"
   for (std::int32_t i = 0; i < fields.nbFields; ++i) {
@@ -55,12 +60,14 @@ std::string read_fields(const nvinfer1::PluginFieldCollection& fields, Operator*
 
 }  // namespace
 
+// Without a logger the message is lost; the call fails all the same.
 void report(ILogger::Severity severity, const std::string& layer, const std::string& message) noexcept {
   nvinfer1::ILoggerFinder* finder = logger_finder.load();
   ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
   if (logger != nullptr) logger->log(severity, ("rankbook: " + layer + ": " + message).c_str());
 }
 
+// The list of fields is what the parser asks the node for.
 Creator::Creator(Kind kind, bool int8, std::int32_t bits) {
   op_.kind = kind;
   op_.int8 = int8;
@@ -85,6 +92,7 @@ nvinfer1::IPluginV3* Creator::createPlugin(const char* layer, const nvinfer1::Pl
         fields == nullptr ? "it was given no attributes" : read_fields(*fields, &op, &layer_name);
     if (problem.empty()) return new Plugin(op, layer_name);
     report(ILogger::Severity::kERROR, name_ + " " + layer_name, problem);
+  // Nothing may be thrown into TensorRT.
   } catch (const std::exception& error) {
     report(ILogger::Severity::kERROR, name_, error.what());
   }
@@ -95,9 +103,11 @@ nvinfer1::IPluginV3* Creator::createPlugin(const char* layer, const nvinfer1::Pl
 
 #define RB_EXPORT extern "C" __attribute__((visibility("default")))
 
+// load_library of the plugin registry looks for this symbol and registers what it returns.
 RB_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
   using rankbook::trt::Creator;
   using rankbook::trt::Kind;
+  // Made once and never destroyed before the library is unloaded: TensorRT keeps the pointers.
   static std::vector<Creator> creators = [] {
     std::vector<Creator> made;
     made.reserve(5 * std::size(rankbook::contract::kBits));  // creators hold pointers into themselves: never moved
@@ -109,6 +119,7 @@ RB_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& co
     }
     return made;
   }();
+  // Pointers to them in the form that TensorRT asks for, valid as long as the library is loaded.
   static std::vector<nvinfer1::IPluginCreatorInterface*> list = [] {
     std::vector<nvinfer1::IPluginCreatorInterface*> pointers;
     for (Creator& creator : creators) pointers.push_back(&creator);

@@ -10,6 +10,7 @@
 
 namespace rankbook::trt {
 
+// One class for all operators, as with Plugin.
 class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
   Creator(Kind kind, bool int8, std::int32_t bits);

@@ -7,6 +7,7 @@ namespace {
 using nvinfer1::DataType;
 using nvinfer1::Dims;
 
+// TensorRT's types in the words of contract.h; what is not there no constant may have.
 contract::Type type_of(DataType type) {
   switch (type) {
     case DataType::kFLOAT: return contract::Type::kFloat32;
@@ -20,6 +21,7 @@ contract::Type type_of(DataType type) {
 
 }  // namespace
 
+// The op_type in ONNX, so that the parser finds the plugin for a node by its name.
 std::string Operator::name() const {
   const char* name = kind == Kind::kMatmul   ? contract::CodebookMatMul::kName
                      : kind == Kind::kGather ? contract::CodebookGather::kName
@@ -28,6 +30,7 @@ std::string Operator::name() const {
 }
 
 std::int32_t Operator::inputs() const {
+  // With x or the indices, which are input 0.
   switch (kind) {
     case Kind::kMatmul: return contract::CodebookMatMul::kInputCount;
     case Kind::kMatmulLowRank: return contract::CodebookMatMulLowRank::kInputCount;
@@ -35,6 +38,7 @@ std::int32_t Operator::inputs() const {
   }
 }
 
+// x is checked here, its last size -1 where it is dynamic; the constants by view.cpp, as for ONNX Runtime.
 std::string Operator::read(const Constant* given, Layer* layer) const {
   const Shape& x = given[Port::kX].shape;
   if (kind != Kind::kGather && (!x.has(1) || (x.last() != in_features && x.last() != -1))) {
@@ -43,6 +47,8 @@ std::string Operator::read(const Constant* given, Layer* layer) const {
   return read_layer({bits, out_features, in_features, offset}, given, static_cast<std::size_t>(inputs()), kCudaLimits, "", layer);
 }
 
+// Asked for one input at a time, with those before it settled: a type is allowed if any form has it there; whether all
+// belong together is for read().
 bool Operator::allows(std::int32_t position, DataType type, DataType x_type) const {
   if (position == inputs()) return type == (kind == Kind::kGather ? DataType::kFLOAT : x_type);
   if (position == Port::kX) {
@@ -59,6 +65,7 @@ bool Operator::allows(std::int32_t position, DataType type, DataType x_type) con
   return false;
 }
 
+// -1 for a dynamic size, which no constant may have: read_layer then names it.
 Constant constant_of(DataType type, const Dims& dims) {
   Constant out;
   out.type = type_of(type);
@@ -67,6 +74,7 @@ Constant constant_of(DataType type, const Dims& dims) {
   return out;
 }
 
+// 64 bits, since a wrong profile may multiply to more than 2^31; the caller refuses that.
 std::int64_t count_items(const Operator& op, const Dims& dims) {
   std::int64_t count = 1;
   for (std::int32_t i = 0; i < dims.nbDims - (op.kind == Kind::kGather ? 0 : 1); ++i) {

@@ -23,12 +23,14 @@ using nvinfer1::TensorFormat;
 // Part of the timing-cache id: raise it when the kernels change so much that old timings mean nothing.
 constexpr int kKernelVersion = 3;
 
+// supportsFormatCombination has let three types through.
 cuda::DataType kernel_type(DataType type) {
   if (type == DataType::kHALF) return cuda::DataType::kFloat16;
   return type == DataType::kBF16 ? cuda::DataType::kBFloat16 : cuda::DataType::kFloat32;
 }
 
 // Types and shapes of all inputs; those of the builder at their largest.
+// A builder knows ranges of shapes: the constants' are fixed, of x the largest is what the workspace must hold.
 struct Given {
   Constant inputs[kMaxInputs];
   Given(const PluginTensorDesc* in, std::int32_t count) {
@@ -41,12 +43,14 @@ struct Given {
 
 }  // namespace
 
+// The timing id names what a measurement depends on beside the shapes.
 Plugin::Plugin(const Operator& op, std::string layer)
     : op_(op), layer_(std::move(layer)), name_(op.name()) {
   timing_id_ = "v" + std::to_string(kKernelVersion) + " in=" + std::to_string(op.in_features) +
                " out=" + std::to_string(op.out_features) + " offset=" + std::to_string(op.offset);
 }
 
+// One object has all three capabilities; TensorRT asks for each by its number.
 nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
   switch (type) {
     case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
@@ -56,9 +60,11 @@ nvinfer1::IPluginCapability* Plugin::getCapabilityInterface(nvinfer1::PluginCapa
   }
 }
 
+// TensorRT clones for the builder's attempts and for every execution context, whose shapes are then its own.
 nvinfer1::IPluginV3* Plugin::clone() noexcept {
   try {
     auto* copy = new Plugin(op_, layer_);
+    // A context may run before its shapes change for the first time.
     copy->stored_ = stored_;
     return copy;
   } catch (const std::exception& error) {
@@ -67,6 +73,7 @@ nvinfer1::IPluginV3* Plugin::clone() noexcept {
   }
 }
 
+// Everything about the constants is checked at build time, so that an engine does not fail on its first call.
 std::int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int32_t inputs,
                                      const DynamicPluginTensorDesc*, std::int32_t) noexcept {
   if (inputs != op_.inputs()) {
@@ -76,6 +83,7 @@ std::int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int
   return problem.empty() ? 0 : refuse(problem);
 }
 
+// Called before configurePlugin, possibly with types that are refused later.
 std::int32_t Plugin::getOutputDataTypes(DataType* output_types, std::int32_t outputs, const DataType* input_types,
                                         std::int32_t inputs) const noexcept {
   if (outputs != 1 || inputs != op_.inputs()) {
@@ -85,9 +93,11 @@ std::int32_t Plugin::getOutputDataTypes(DataType* output_types, std::int32_t out
   return 0;
 }
 
+// Symbolic: leading sizes stay what they are, only the last one is known.
 std::int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* in, std::int32_t inputs, const nvinfer1::DimsExprs*,
                                      std::int32_t, nvinfer1::DimsExprs* out, std::int32_t outputs,
                                      nvinfer1::IExprBuilder& builder) noexcept {
+  // A look-up has one axis more than its indices, a product as many as x.
   const bool gather = op_.kind == Kind::kGather;
   if (outputs != 1 || inputs != op_.inputs() || in[Port::kX].nbDims < (gather ? 0 : 1) ||
       in[Port::kX].nbDims + (gather ? 1 : 0) > Dims::MAX_DIMS) {
@@ -99,6 +109,7 @@ std::int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* in, std::int32_t
   return 0;
 }
 
+// Linear formats alone: codes are packed bytes, which a vectorized format would take apart.
 bool Plugin::supportsFormatCombination(std::int32_t position, const DynamicPluginTensorDesc* tensors,
                                        std::int32_t inputs, std::int32_t outputs) noexcept {
   if (inputs != op_.inputs() || outputs != 1 || position < 0 || position > inputs) return false;
@@ -106,9 +117,12 @@ bool Plugin::supportsFormatCombination(std::int32_t position, const DynamicPlugi
   return tensor.format == TensorFormat::kLINEAR && op_.allows(position, tensor.type, tensors[Port::kX].desc.type);
 }
 
+// For the largest shapes of the profile; matmul_workspace covers fewer tokens as well.
 std::size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, std::int32_t inputs,
                                      const DynamicPluginTensorDesc*, std::int32_t) const noexcept {
+  // Look-ups need no scratch.
   if (op_.kind == Kind::kGather || inputs != op_.inputs()) return 0;
+  // Not stored_: the builder asks for shapes of several profiles.
   Layer layer;
   const std::int64_t tokens = count_items(op_, in[Port::kX].max);
   // What is wrong with the shapes is reported by configurePlugin and onShapeChange.
@@ -119,6 +133,7 @@ std::size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, std::int
   return cuda::matmul_workspace(m);
 }
 
+// At run time, for the shapes of the next calls; forms and sizes of the constants are kept for enqueue.
 std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inputs, const PluginTensorDesc*,
                                    std::int32_t) noexcept {
   if (inputs != op_.inputs()) {
@@ -133,8 +148,10 @@ std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inpu
   return 0;
 }
 
+// Only launches: no allocation and no wait, as a captured stream demands.
 std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
                              void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
+  // Half a hundred assignments a call, which is less than one launch.
   cuda::Matmul m = matmul_of(stored_, op_.int8);
   set_constants(stored_, [&](int input) { return inputs[input]; }, &m);
   const std::int64_t items = count_items(op_, in[Port::kX].dims);
@@ -153,8 +170,11 @@ std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*
   return status.ok() ? 0 : refuse(status.message);
 }
 
+// No resource is shared between contexts.
 nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
 
+// What an engine stores of a layer: its attributes and its name; codes and parameters are inputs, which TensorRT
+// stores.
 const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
   fields_ = {
       {contract::CodebookMatMul::kInFeatures, &op_.in_features, PluginFieldType::kINT32, 1},
@@ -166,6 +186,7 @@ const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
   return &serialized_;
 }
 
+// TensorRT takes a number; the sentence goes to its log.
 std::int32_t Plugin::refuse(const std::string& message) const noexcept {
   report(nvinfer1::ILogger::Severity::kERROR, name_ + " " + layer_, message);
   return -1;

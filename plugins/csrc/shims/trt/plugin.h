@@ -62,7 +62,9 @@ class Plugin final : public nvinfer1::IPluginV3,
   Operator op_;
   std::string layer_;
   std::string name_;
+  // The timing cache may reuse a measurement where this text and the shapes are equal.
   std::string timing_id_;
+  // TensorRT calls onShapeChange before the first enqueue and after every change.
   Layer stored_;  // sizes and forms of the constants, set by onShapeChange
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection serialized_{};

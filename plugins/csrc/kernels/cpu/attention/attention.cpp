@@ -10,6 +10,8 @@
 namespace rankbook {
 namespace {
 
+// Transposing reads and writes the keys of a head once more: worth it when the tiles of that head read them four times
+// or more often, 48 rows in tiles of up to 12.
 constexpr int64_t kPanelRows = 48;          // rows of queries of a head from which transposing its keys pays
 constexpr int64_t kSerialWork = 1 << 18;    // multiply-adds below which waking threads costs more than it gains
 constexpr int64_t kSerialFew = 1 << 15;     // the same where few rows wait for keys and values from memory
@@ -25,6 +27,7 @@ struct Job {
   int64_t tiles;   // of rows of queries, of one head
 };
 
+// A head of the cache is contiguous, (positions, size): what one task reads is one stream.
 struct Head {
   int64_t row;     // of the batch
   int64_t head;    // of keys and values
@@ -53,12 +56,16 @@ void run(const Parallel& parallel, int64_t count, bool worth, void (*task)(void*
   for (int64_t index = 0; index < count; ++index) task(&job, index);
 }
 
+// By position_ids and not by counting: ONNX Runtime's node counts on from the first of them in a prompt, a difference
+// that the README names.
 const float* angles(const AttentionArgs& args, const float* table, int64_t row, int64_t token) {
   if (args.positions == 0) return nullptr;
   return table + args.position_ids[row * args.tokens + token] * (args.size / 2);
 }
 
 // Brings positions [from, to) of one head's buffer up to date: the past, what is new, and nothing behind it.
+// Where the past's buffer is the present's nothing is copied, and a step costs one position; else the whole cache once,
+// as ONNX Runtime's node does.
 void append_part(const Job& job, const Head& at, int64_t from, int64_t to, const float* past, const float* fresh, bool embedded,
                  float* present) {
   const AttentionArgs& args = job.args;
@@ -95,6 +102,8 @@ void append(const Job& job, const Head& at, int64_t from, int64_t to) {
 }
 
 // Writes the result of one tile: rows [first, first + rows) of a head, token by token.
+// Rows of a tile are tokens and, within a token, the query heads that share the keys: neighbours see nearly the same
+// keys.
 void attend_tile(const Job& job, const Head& at, int64_t first, int64_t rows, const float* panels) {
   const AttentionArgs& args = job.args;
   const int64_t stride = ceil_div(args.size, kVector) * kVector;
@@ -124,6 +133,7 @@ void attend_tile(const Job& job, const Head& at, int64_t first, int64_t rows, co
 }
 
 // Everything of one head of keys and values.
+// A decode step: a head is one task, as its keys should come from memory once.
 void head_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const Head at = head_of(job.args, index);
@@ -135,6 +145,7 @@ void head_task(void* argument, int64_t index) {
 }
 
 // One block of positions of one head: the cache, and the keys transposed into panels.
+// A prompt, first half: with panels transposed by all threads, before any tile reads them.
 void block_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const AttentionArgs& args = job.args;
@@ -158,6 +169,7 @@ void block_task(void* argument, int64_t index) {
 }
 
 // One tile of rows of one head; the last ones, which see most keys, come first.
+// The longest tasks first leave short ones to fill the end, when threads run out of work.
 void tile_task(void* argument, int64_t index) {
   const Job& job = *static_cast<const Job*>(argument);
   const AttentionArgs& args = job.args;
@@ -169,6 +181,7 @@ void tile_task(void* argument, int64_t index) {
   attend_tile(job, at, first, all - first < job.kernels.rows ? all - first : job.kernels.rows, panels);
 }
 
+// Every length is checked against the buffers before anything is written, since `last` is data and not a shape.
 Status check(const AttentionArgs& args) {
   if (args.batch < 0 || args.tokens < 0 || args.heads <= 0 || args.kv_heads <= 0 || args.heads % args.kv_heads != 0) {
     return refusal::kLengths;

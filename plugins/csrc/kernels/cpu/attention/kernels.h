@@ -18,6 +18,8 @@ namespace rankbook {
 namespace {
 namespace attention_loops {
 
+// Four keys a step, since four queries times four keys of sums fill half of the registers; the other half are loads on
+// their way.
 inline constexpr int kKeys = 4;                // keys whose products with a few queries stay in registers
 inline constexpr int64_t kAhead = 2048;        // elements between the keys in use and those on their way from memory
 inline constexpr float kHidden = -3.0e38F;     // a score that no finite one is below; with others its weight is 0
@@ -26,6 +28,8 @@ inline constexpr float kHidden = -3.0e38F;     // a score that no finite one is 
 
 // out (kRows, kVectors) = x (kRows, depth) @ w (depth, kVectors), plus out * factors if there are any. kHalf: only the lower
 // 8 lanes of w are there.
+// Used for weights times values, and for queries times panels of keys. `factors` are what the running softmax scales
+// earlier sums by: multiplied here, where the sums are loaded anyway.
 template <int kRows, int kVectors, bool kHalf = false>
 inline void product(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, const float* factors,
                     float* out, int64_t out_stride) {
@@ -60,6 +64,8 @@ inline void product(const float* x, int64_t x_stride, const float* w, int64_t w_
 }
 
 // The same for any number of columns that is a multiple of 8.
+// Few rows take four vectors of columns at a time, since their sums would else be too few to hide the latency of a
+// multiply-add.
 template <int kRows>
 void multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, const float* factors,
               float* out, int64_t out_stride, int64_t columns) {
@@ -93,6 +99,7 @@ Multiply pick_multiply(int64_t rows, std::integer_sequence<int, kIndex...>) {
 // Few rows: keys are not transposed, which would read and write them once more. A lane holds part of a sum along the head,
 // and the sums of a vector of keys are added up together at the end (Lanes::totals).
 // scores (kRows, count; kKeyBlock apart) = q @ keys^T, keys (count, size) as they lie in the cache. Whole vectors are written.
+// Values of the same positions are prefetched while keys are read: both streams then arrive together.
 template <int kRows>
 void score_rows(const float* q, int64_t stride, const float* keys, const float* values, int64_t size, int64_t count,
                 float* scores) {
@@ -150,6 +157,7 @@ Score pick_score(int64_t rows, std::integer_sequence<int, kIndex...>) {
   return kTiles[rows - 1];
 }
 
+// Rows in passes of kQueries: nine query heads on three of keys are one pass of three.
 void score(const AttentionTile& tile, const float* keys, const float* values, int64_t count, float* scores) {
   for (int64_t row = 0; row < tile.rows; row += Lanes::kQueries) {
     const int64_t rows = tile.rows - row < Lanes::kQueries ? tile.rows - row : Lanes::kQueries;
@@ -159,6 +167,8 @@ void score(const AttentionTile& tile, const float* keys, const float* values, in
 }
 
 // The same with keys in panels (kKeyPanel side by side, size).
+// A panel is 32 keys side by side: a query's element is broadcast, and sums are vertical, as in the products of
+// packed/kernels.h.
 void score_panels(const AttentionTile& tile, const float* panels, int64_t count, float* scores) {
   const Multiply work = pick_multiply(tile.rows, std::make_integer_sequence<int, Simd::kTokens>{});
   for (int64_t key = 0; key < count; key += kKeyPanel) {
@@ -170,6 +180,7 @@ void score_panels(const AttentionTile& tile, const float* panels, int64_t count,
 // ---------------------------------------------------------------------------------------------- weights
 
 // tanh(x), within 3e-7 of it relatively: a series where 1 - 2^-x would cancel.
+// For models with a softcap, e.g. Gemma 2.
 inline F tanh_of(F x) {
   constexpr float kTwice = -2.88539008F;  // -2 / ln 2
   const F size = Lanes::size_of(x);
@@ -185,6 +196,7 @@ inline F tanh_of(F x) {
 }
 
 // What is known of one row's softmax.
+// `highest` begins at the most negative finite number: minus infinity would give NaN in the first subtraction.
 struct Softmax {
   float highest = kHidden;
   float total = 0.0F;
@@ -220,6 +232,8 @@ float weigh(float* scores, int64_t begin, int64_t end, int64_t count, float cap,
 
 // ---------------------------------------------------------------------------------------------- a tile
 
+// Blocks of 128 keys: 512 bytes of scores a row, and one look at the maximum for each, so that the exponential's factor
+// is a small part. Blocks outside of all windows are not visited.
 void attend(const AttentionTile& tile) {
   Softmax softmax[kTileRows];
   alignas(64) float factors[kTileRows];
@@ -246,6 +260,7 @@ void attend(const AttentionTile& tile) {
     add(scores, kKeyBlock, values, tile.size, count, factors, tile.out, tile.stride, tile.size);
   }
   for (int64_t row = 0; row < tile.rows; ++row) {
+    // Divided once at the end, an element of the head each, instead of a weight each.
     const F share = Simd::set(1.0F / softmax[row].total);
     float* out = tile.out + row * tile.stride;
     for (int64_t d = 0; d < tile.size; d += kLanes) Simd::store(out + d, Lanes::multiply(Simd::load(out + d), share));
@@ -255,6 +270,8 @@ void attend(const AttentionTile& tile) {
 // ---------------------------------------------------------------------------------------------- preparation
 
 // out = factor * x, turned by the angles of its position if there are any.
+// The halves of a head are turned against each other (the convention of Llama); cos and sin are those of one half. With
+// the scale of the softmax in `factor` the scores need no multiplication.
 void embed(const float* x, const float* cos, const float* sin, int64_t size, float factor, float* out) {
   const F scale = Simd::set(factor);
   if (cos == nullptr) {

@@ -21,6 +21,7 @@ using I = Bytes::I;
 inline constexpr int kLanes = Simd::kLanes;
 inline constexpr int kPanelVectors = static_cast<int>(kPanel) / kLanes;
 
+// Four activations that lie side by side meet four codes of each row: one broadcast of a dword serves all rows.
 inline I broadcast(const int8_t* four) {
   int32_t bits;
   std::memcpy(&bits, four, sizeof bits);
@@ -30,6 +31,8 @@ inline I broadcast(const int8_t* four) {
 // ---------------------------------------------------------------------------------------------- activations
 
 // Input of a block whose activation is byte `at` of the staged block.
+// Activations are permuted, once a token, instead of codes, once a weight. The order is what one shift brings out of a
+// word: with 4 bits the low nibbles of its bytes are the even inputs of eight, the high ones the odd ones.
 constexpr int staged_input(int bits, int at) {
   const int lane = at / 4;
   const int byte = at % 4;
@@ -47,6 +50,8 @@ constexpr int staged_input(int bits, int at) {
 
 // How half a block is shuffled: 2 and 4 bits stay within 16 bytes; 3 bits bring the two bytes of a lane together, which
 // are then interleaved with those of the other half.
+// A shuffle of 16 bytes stays within its half of a register on every instruction set, and so does this order but for 3
+// bits.
 template <int kBits>
 struct HalfOrder {
   alignas(16) uint8_t from[16] = {};
@@ -76,6 +81,8 @@ void stage(int bits, const int8_t* natural, int64_t blocks, int8_t* out) {
 }
 
 // Rounds one group of activations, count a multiple of 16; returns the scale.
+// The largest magnitude by integer maxima of the bits without their sign: fp32 numbers that are not negative are
+// ordered as their bits are. Below 2^-100 the inverse would overflow, and the definition says zeros.
 float quantize_group(const float* x, int64_t count, int8_t* out, int32_t& sum) {
   I bits = Bytes::set(0);
   for (int64_t k = 0; k < count; k += kLanes) bits = Bytes::max(bits, Bytes::bits_of(Simd::load(x + k)));
@@ -100,6 +107,8 @@ float quantize_group(const float* x, int64_t count, int8_t* out, int32_t& sum) {
 }
 
 // Rounds one group into whole blocks in the natural order, zeros around it.
+// Groups of an odd multiple of 16 begin inside a block of codes: the activations before and behind them are zeros, so
+// that the codes of the neighbouring group, which share the block, count for nothing.
 void quantize_blocks(const float* x, int64_t group, int64_t lead, int64_t bytes, int8_t* out, int32_t& sum, float& scale) {
   if (bytes != group) std::memset(out, 0, static_cast<size_t>(bytes));
   if (group % kHalfBlock == 0) {
@@ -112,6 +121,8 @@ void quantize_blocks(const float* x, int64_t group, int64_t lead, int64_t bytes,
   for (int64_t k = 0; k < group; ++k) sum += out[k];
 }
 
+// Two copies where a branch needs the natural order beside that of the width. float(sum) * scale is kept as well: each
+// offset of each row is multiplied by it.
 void quantize(const Int8Weight& weight, const float* x, int64_t token, const StagedRows& natural, const StagedRows& staged) {
   const int64_t group = weight.weight.in_features / weight.weight.groups;
   const int64_t bytes = weight.group_blocks() * kBlock;
@@ -133,6 +144,8 @@ template <int kBits>
 inline constexpr int kWords = kBits;  // words of a block for one row
 
 // The words of one block for one vector of rows, and which bits of them, with which table, are lane kIndex of x.
+// No mask anywhere: a byte table looks at the low four bits of an index alone (on AVX2 after an `and`, in lookup), and
+// tables are repeated where a code has fewer.
 template <int kBits>
 struct Block {
   I words[kWords<kBits>];
@@ -163,6 +176,8 @@ template <int kBits>
 inline constexpr int kTables = kBits == 4 ? 2 : 3;
 
 // The levels of one plane in registers.
+// Two or three registers of 16 entries a plane, where one would do but for the flipped top bit of each stored byte: the
+// entries of the table for the upper code are in the order that the flip asks for.
 template <int kBits>
 struct PlaneLevels {
   I entries[kTables<kBits>];
@@ -176,6 +191,8 @@ struct PlaneLevels {
   }
 };
 
+// 256 entries fit no register. Affine formats need none (`straight`); others are looked up byte by byte, through
+// memory, and are for embeddings rather than for products.
 template <>
 struct PlaneLevels<8> {
   const PlaneTable* table;
@@ -192,6 +209,8 @@ struct PlaneLevels<8> {
   }
 };
 
+// Levels are the unsigned operand of vpdpbusd, activations the signed one, which is why a table holds levels less their
+// lowest.
 template <bool kSigned, class B = Bytes>
 inline I dot(I sum, I entries, I x) {
   if constexpr (kSigned) {
@@ -210,6 +229,8 @@ inline int64_t first_block(const Int8Weight& weight, int64_t group) { return gro
 // ---------------------------------------------------------------------------------------------- scaling
 
 // Parameters of rows [row, row + lanes) of a panel for one group and plane.
+// As `param` of packed/kernels.h, with the unit of whole-numbered levels already in step and base, so that the plane
+// costs one rounding as in the definition.
 inline F value_of(const Int8Weight& weight, int64_t panel, int64_t group, int64_t plane, int row) {
   const CodebookWeight& w = weight.weight;
   const int64_t planes = w.param_planes();

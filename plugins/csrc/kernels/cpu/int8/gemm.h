@@ -15,12 +15,15 @@ namespace rankbook {
 namespace {
 namespace int8_loops {
 
+// 16 blocks of 8 lanes times 128 bytes: half of a 32 KB first-level cache, the other half is for the activations of a
+// tile.
 inline constexpr int kSliceBlocks = 16;    // of one plane each: 16 KB of entries
 inline constexpr int64_t kAhead = 8192;    // bytes of codes to prefetch ahead: a third faster than none
 
 // ---------------------------------------------------------------------------------------------- decoding
 
 // Neighbouring blocks of one plane of one group.
+// Entries lie as the dot products take them: (blocks, 8 lanes of four inputs, 32 rows, 4), a load a vector of rows.
 struct Part {
   const uint8_t* entries;  // (blocks, 8, 32, 4)
   const int8_t* x;         // staged activations of token 0
@@ -36,6 +39,7 @@ struct Part {
 };
 
 // As many parts as fit, of one or several groups: with small groups a slice per group would start each tile too often.
+// With groups of 64 a part has two blocks; eight of them share the loads and stores of a tile's totals.
 struct Slice {
   Part parts[kSliceBlocks];
   int count = 0;
@@ -43,6 +47,7 @@ struct Slice {
   alignas(64) uint8_t entries[kSliceBlocks * 8 * kWordBytes];
 };
 
+// Codes are prefetched here as in the loop for few tokens: with a small chunk of tokens a panel still waits for memory.
 template <int kBits, int... kIndex>
 void decode_blocks(const uint8_t* from, const PlaneLevels<kBits>& levels, int64_t blocks, uint8_t* out,
                    std::integer_sequence<int, kIndex...>) {
@@ -77,6 +82,7 @@ void decode(const Int8Weight& weight, int64_t panel, int plane, int64_t block, i
 }
 
 // Appends blocks [block, block + blocks) of a group and plane, which fit.
+// Parameters are converted when the last part of a group is appended, once for all tokens of the chunk.
 void append(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t group, int plane, int64_t block,
             int64_t blocks, Slice& slice) {
   const CodebookWeight& w = weight.weight;
@@ -101,6 +107,8 @@ void append(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_
 
 // ---------------------------------------------------------------------------------------------- products
 
+// Six tokens times two vectors are 12 integer sums and 12 totals of the 32 registers of AVX-512, four times two of each
+// all 16 of AVX2 but for what the compiler keeps in memory; one or two tokens leave room for chains.
 template <int kTokens>
 struct TileSums {
   static constexpr int kVectors = 2;
@@ -139,6 +147,8 @@ inline void dot_part(int64_t blocks, const int8_t* x, int64_t stride, const uint
 }
 
 // Where the sums of a part begin: at the share of the centre, or where the part before left them.
+// Levels are stored less a centre; what that takes from every weight is the centre times the sum of the activations, an
+// integer, with which the sum begins.
 template <int kTokens>
 inline void begin_part(const Part& part, int64_t token, const int32_t* partial, TileSums<kTokens>& sums) {
   const int32_t* inputs = part.sums + token;
@@ -163,6 +173,8 @@ inline void begin_part(const Part& part, int64_t token, const int32_t* partial, 
 }
 
 // Adds what a group and plane gives, the offset too with the last plane.
+// Order and roundings are those of the definition: (sum * scale), rounded, times value plus total, rounded once. A tile
+// may therefore be cut anywhere but inside a group.
 template <int kTokens, class Totals>
 inline void end_group(const Part& part, int64_t token, int row, const TileSums<kTokens>& sums, Totals& total) {
   constexpr int kVectors = TileSums<kTokens>::kVectors;
@@ -190,6 +202,7 @@ inline void end_group(const Part& part, int64_t token, int row, const TileSums<k
   }
 }
 
+// A group longer than a slice leaves its integer sums in `partial`: exact, so that the cut does not show in the result.
 template <int kTokens, bool kSigned>
 void gemm_tile(const Slice& slice, int64_t stride, int64_t token, int row, int32_t* partial, float* out) {
   constexpr int kVectors = TileSums<kTokens>::kVectors;
@@ -233,6 +246,7 @@ Tile pick_tile(int64_t tokens, std::integer_sequence<int, kIndex...>) {
 
 // total (tokens, 32) += slice @ x, in tiles of nearly the same number of tokens: a tile of one loads as many
 // entries as a tile of six.
+// Thirteen tokens go as 4, 4 and 5 rather than 6, 6 and 1.
 void multiply_slice(const Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial,
                     float* total) {
   constexpr auto kAll = std::make_integer_sequence<int, Bytes::kTokens>{};
@@ -251,6 +265,7 @@ void multiply_slice(const Slice& slice, bool is_signed, int64_t stride, int64_t 
   }
 }
 
+// Groups are the outer loop and planes the inner one, so that fp32 additions happen in the order of the definition.
 void gemm(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens, int32_t* partial,
           float* total) {
   const int64_t all = weight.group_blocks();

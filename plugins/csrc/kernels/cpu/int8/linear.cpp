@@ -28,6 +28,7 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The first halves of the error branch of a single token, taken and finished by whichever thread comes by: threads need not
 // meet between them and the products, which would cost as much as the smaller ones.
+// One fetch_add a half; nobody locks, and a thread that finds none left goes on with its panels.
 struct Halves {
   std::atomic<int64_t> taken{0}, finished{0};
   int64_t count = 0;
@@ -51,6 +52,8 @@ int64_t panels_of(const Int8Product& product) { return product.weight.weight.pan
 int64_t rank_panels_of(const Int8Product& product) { return ceil_div(product.branch.rank, kPanel); }
 
 // The panels of all products in one row.
+// Query, key and value are one list of panels: a step of a small model has 30 layers of 18 and 6 panels, and threads
+// would wait at the end of each.
 int64_t total(const Int8Args& args, int64_t (*panels)(const Int8Product&)) {
   int64_t out = 0;
   for (int i = 0; i < args.count; ++i) out += panels(args.products[i]);
@@ -133,6 +136,7 @@ void finish_panel(const Job& job, const Place& at, int64_t first, int64_t tokens
 }
 
 // Computes halves that nobody has taken.
+// Release and acquire on `finished` order the ranks that were written before it; `taken` orders nothing.
 void help(Job& job) {
   Halves& halves = *job.halves;
   while (halves.taken.load(std::memory_order_relaxed) < halves.count) {
@@ -152,6 +156,8 @@ void wait(const Halves& halves) {
   }
 }
 
+// Panels are multiplied without waiting; up to kHeld of them are kept until the halves are there, so that in most calls
+// nobody spins.
 void token_task(void* argument, int64_t index) {
   Job& job = *static_cast<Job*>(argument);
   const int64_t end = least((index + 1) * job.panels, total(job.args, panels_of));
@@ -191,6 +197,7 @@ void prefetch_start(const CodebookWeight& weight) {
 }
 
 // Where everything lies in the workspace; returns its size. Without a workspace, the size alone.
+// With 8 bits the natural order is the staged one, and one copy serves both.
 int64_t lay_out(const Int8Args& args, uint8_t* at, Job* job) {
   const Int8Weight& weight = args.products[0].weight;
   const int64_t codes = aligned(args.tokens * weight.staged_bytes());

@@ -8,6 +8,7 @@
 namespace rankbook {
 namespace {
 
+// The bounds of the definition, plugins/int8.py: below 2^-100 a group counts as zeros, 127 is the largest code.
 constexpr float kSmallest = 0x1p-100F;
 constexpr float kTop = 127.0F;
 constexpr int kLargestLevel = 255;
@@ -22,6 +23,8 @@ void range_of(const int32_t* levels, int count, int32_t& low, int32_t& high) {
 
 }  // namespace
 
+// Plain code for what happens when a layer is loaded, and for groups whose length is no multiple of 16. nearbyint
+// rounds ties to even, as the vector conversions do.
 float round_row(const float* values, int64_t count, int8_t* out) {
   float largest = 0.0F;
   bool finite = true;
@@ -35,6 +38,8 @@ float round_row(const float* values, int64_t count, int8_t* out) {
   return usable ? largest / kTop : finite ? 0.0F : NAN;
 }
 
+// Affine formats have whole levels, and so have many learned codebooks: then the product of codes and activations is
+// exact. Others are rounded to int8 with one unit a plane, 1/254 of the largest at most.
 float whole_levels(const float* levels, int count, int32_t* out) {
   bool whole = true;
   for (int i = 0; i < count; ++i) whole = whole && levels[i] == std::nearbyint(levels[i]) && std::fabs(levels[i]) <= kLargestLevel;
@@ -51,6 +56,8 @@ float whole_levels(const float* levels, int count, int32_t* out) {
   return unit;
 }
 
+// The unsigned range is 255 with VNNI, which adds four products in 32 bits, and 129 on AVX2, whose pairs saturate at 16
+// bits.
 bool needs_signed(const int32_t* levels, int count, const Int8Kernels& kernels) {
   int32_t low;
   int32_t high;
@@ -58,6 +65,8 @@ bool needs_signed(const int32_t* levels, int count, const Int8Kernels& kernels) 
   return high - low > kernels.unsigned_range;
 }
 
+// Several tables of the same levels in other orders: the stored bytes have their top bit flipped, and undoing that once
+// per level here is free, once per weight in the loop is not.
 PlaneTable prepare_table(const int32_t* levels, int bits, bool is_signed) {
   const int count = 1 << bits;
   PlaneTable table;

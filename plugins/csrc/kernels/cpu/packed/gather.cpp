@@ -9,6 +9,8 @@
 namespace rankbook {
 namespace {
 
+// The bit order of plugins/layout.py for one code. With 3 bits, word A holds codes 0, 1 and half of 6, B codes 2, 3 and
+// half of 7, C codes 4, 5 and the third bits of both.
 uint32_t code_at(const CodebookWeight& weight, const uint8_t* row, int64_t k) {
   const uint8_t* block = row + k / kBlock * weight.bits * kWordBytes;
   const int64_t input = k % kBlock;
@@ -24,6 +26,8 @@ uint32_t code_at(const CodebookWeight& weight, const uint8_t* row, int64_t k) {
 }
 
 // In the order of operations of the reference, params * step + base, so that rows equal it but for the sum over planes.
+// Not fused: params * step + base with two roundings is what numpy computes, and this file is compiled without
+// contraction.
 float param_at(const CodebookWeight& weight, int64_t panel, int64_t group, int64_t plane, int64_t lane) {
   const int64_t planes = weight.param_planes();
   const int64_t at = ((panel * weight.groups + group) * planes + plane) * kPanel + lane;
@@ -39,6 +43,8 @@ float param_at(const CodebookWeight& weight, int64_t panel, int64_t group, int64
   }
 }
 
+// The finished codebook of one row and group, as on a GPU: with 2 to 4 bits 4 to 16 entries serve a group of 64 inputs.
+// With 8 bits a group is smaller than its table, which is why embeddings of 8 bits are better stored with long groups.
 void gather_row(const CodebookWeight& weight, int64_t index, float* y) {
   const int64_t panel = index / kPanel;
   const int64_t lane = index % kPanel;
@@ -64,6 +70,8 @@ void gather_task(void* argument, int64_t index) {
 
 }  // namespace
 
+// Indices are checked before any row is written: a negative index that counts from the end is ONNX's habit in Gather,
+// not this operator's. A decode step looks up one row; threads are worth their waking from a prompt of nine tokens on.
 Status codebook_gather(const GatherArgs& args, const Parallel& parallel) {
   const Status status = check_weight(args.weight);
   if (!status.ok()) return status;

@@ -22,6 +22,8 @@ namespace packed_loops {
 using F = Simd::F;
 using I = Simd::I;
 
+// Two vectors of rows share every broadcast of an input, which costs a load; with four, two planes of sums with their
+// chains no longer fit 16 registers of AVX2.
 inline constexpr int kVectors = 2;                          // vectors of rows that a loop carries at a time
 inline constexpr int kTile = kVectors * Simd::kLanes;       // rows of them: 32, 16 or 8 of the panel
 inline constexpr int kMaxPlanes = Simd::kPlanes;            // planes per pass; more take further passes over the codes
@@ -31,6 +33,8 @@ inline constexpr int64_t kPrefetchBytes = 8192;             // without it a thir
 
 // The words of one half block (16 inputs) for one vector of rows; see plugins/layout.py for the bit order. Half a block,
 // because groups are multiples of 16: whole blocks would need a second path for those that end in the middle of one.
+// Words are read where the file has them and never repacked: the top bit of each byte is flipped on the way into the
+// register (load_words), an exclusive or for 4 to 16 codes a lane.
 template <int kBits, int kHalf>
 struct HalfBlock {
   static constexpr int kWords = kBits == 3 ? 3 : kBits / 2;
@@ -42,6 +46,8 @@ struct HalfBlock {
   }
 
   // Lanes whose low bits are the code of input kHalf * 16 + kIndex.
+  // Bits above the code stay: lookup() ignores them, which saves a mask per code. With 3 bits the codes are laid out so
+  // that six of eight need one shift, and the other two a shift each of two words and a merge.
   template <int kIndex>
   I code() const {
     if constexpr (kBits != 3) {
@@ -63,6 +69,8 @@ struct HalfBlock {
 // ---------------------------------------------------------------------------------------------- row of levels
 
 // What turns codes into levels. A table of up to 16 levels is one or two registers and one permutation.
+// vpermps looks 8 levels up in a clock with AVX2, 16 with AVX-512; the 16 levels of 4 bits are two permutations and a
+// blend on AVX2, which is the third instruction that rank 2 pays for.
 template <int kBits>
 struct Levels {
   static constexpr int kCodeBits = kBits;
@@ -82,6 +90,8 @@ struct Levels<kBits8Linear> {
 };
 
 // Rows of levels [begin, begin + kPlanes), kept in registers over the loop.
+// More planes than kMaxPlanes take another pass over the codes: registers would spill in every step of the loop,
+// another pass costs the codes once more.
 template <int kBits, int kPlanes, int... kIndex>
 struct LevelRows {
   Levels<kBits> row[kPlanes];
@@ -99,6 +109,8 @@ LevelRows<kBits, kPlanes, kIndex...> level_rows(const CodebookWeight& weight, in
 // ---------------------------------------------------------------------------------------------- parameters
 
 // Parameters of rows [row, row + lanes) of a panel for one group and plane.
+// The layout (NP, G, Q, 32) puts the 32 rows of one plane and group beside each other: a vector of parameters is one
+// load, and with int8 a cache line holds two planes.
 inline F param(const CodebookWeight& weight, int64_t panel, int64_t group, int64_t plane, int row) {
   const int64_t planes = weight.param_planes();
   const int64_t at = ((panel * weight.groups + group) * planes + plane) * kPanel + row;
@@ -115,6 +127,7 @@ inline const uint8_t* panel_codes(const CodebookWeight& weight, int64_t panel) {
   return weight.codes + panel * weight.blocks() * weight.bits * kWordBytes;
 }
 
+// Rounded up, because one group per row may have any number of inputs; all others are multiples of a half block.
 inline int64_t half_blocks_per_group(const CodebookWeight& weight) {
   return ceil_div(weight.in_features / weight.groups, kHalfBlock);
 }
@@ -122,6 +135,8 @@ inline int64_t half_blocks_per_group(const CodebookWeight& weight) {
 // ---------------------------------------------------------------------------------------------- one token
 
 // Sums over the inputs of a group, one per plane, vector and chain. Several chains hide the latency of the addition.
+// An FMA has a latency of four clocks and two of them start in each: eight independent sums keep both units busy, which
+// are 2 vectors times 4 chains at one plane, times 2 planes times 2 chains at two.
 template <int kPlanes>
 struct GroupSums {
   static constexpr int kChains = kPlanes == 1 ? 4 : kPlanes == 2 ? 2 : 1;
@@ -147,6 +162,8 @@ struct GroupSums {
 
 // 16 inputs of each row of the tile. Inputs are the outer loop, so that a code is extracted once for all planes; the chain
 // of a sum changes with the input, because a multiply-add waits four cycles for the one before it.
+// The index is a template parameter, not a loop variable: the shift is then an immediate, and the chain a register
+// name.
 template <int kBits, int kHalf, int kPlanes, class Rows, int... kIndex>
 inline void dot_half_block(const uint8_t* block, const float* x, const Rows& rows, GroupSums<kPlanes>& sums,
                            std::integer_sequence<int, kIndex...>) {
@@ -169,6 +186,8 @@ inline void dot_half_block(const uint8_t* block, const float* x, const Rows& row
 }
 
 // y (tile) += the planes [begin, begin + kPlanes) of the panel's rows [row, row + kTile), and the offset if asked.
+// One call is a tile of one panel over all inputs, so that the rows of levels are loaded once. The prefetch reaches
+// beyond the panel: the next one follows in memory, and after the last one the next product (Product::copy).
 template <int kBits, int kPlanes>
 void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, bool offset, const float* x,
                const float* group_sums, float* y) {
@@ -232,6 +251,8 @@ inline void decode_half_block(const uint8_t* block, const Rows& rows, const F (*
 }
 
 // out (k1 - k0, 32): the planes [begin, begin + kPlanes) of rows [row, row + kTile), added to out unless `first`.
+// Here a weight is put together, since many tokens will use it: P multiply-adds once for a slice that 192 tokens read
+// from the L1 cache. The parameters of a group stay in registers until the group changes.
 template <int kBits, int kPlanes>
 void decode_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, bool first, int64_t k0, int64_t k1,
                  float* out) {
@@ -268,6 +289,9 @@ void decode_tile(const CodebookWeight& weight, int64_t panel, int row, int begin
 // ---------------------------------------------------------------------------------------------- many tokens
 
 // acc (kTokens, tile) += x (kTokens, depth) @ w (depth, tile), accumulators in registers.
+// Registers: 12 tokens times 2 vectors of 32 with AVX-512, 6 times 2 of 16 with AVX2, which leaves two for the weights
+// and one for the input. A row of decoded weights is loaded once for all tokens of the tile; inputs are broadcast from
+// memory, for which x needs no packing.
 template <int kTokens>
 void gemm_tile(const float* x, int64_t stride, const float* w, int64_t depth, float* acc) {
   F sum[kTokens][kVectors];
@@ -294,6 +318,8 @@ void gemm_tile(const float* x, int64_t stride, const float* w, int64_t depth, fl
   }
 }
 
+// A function for each number of tokens: the last tile of a chunk is seldom full, and a loop over a variable number
+// would keep sums in memory.
 using GemmTile = void (*)(const float*, int64_t, const float*, int64_t, float*);
 
 template <int... kIndex>
@@ -310,6 +336,8 @@ void gemm(const float* x, int64_t stride, int64_t tokens, const float* w, int64_
   }
 }
 
+// For factors of the error branch, which are int8 in panel order: their scales are in `middle`, so that this is a plain
+// conversion.
 void expand(const int8_t* codes, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += Simd::kLanes) Simd::store(out + i, Simd::from_int8(codes + i));
 }
@@ -335,6 +363,7 @@ const Tiles& pick_planes(int planes) {
   return pick_planes<kBits>(planes, std::make_integer_sequence<int, kMaxPlanes>{});
 }
 
+// Looked up once for a panel, not once for a group: an indirect call a panel is nothing beside 32 rows of codes.
 const Tiles& pick_tiles(const CodebookWeight& weight, int planes) {
   switch (weight.bits) {
     case 2:

@@ -12,10 +12,14 @@ namespace rankbook {
 namespace {
 namespace row_loops {
 
+// Why they exist: ONNX Runtime's nodes for them take several times their arithmetic where a row is
+// a few hundred elements.
 inline constexpr float kLog2E = 1.44269504F;
 inline constexpr int kChains = 4;  // sums side by side, which hide the latency of an addition
 
 // Up to a vector of elements, and zeros.
+// Rows of 576 are whole vectors on every instruction set; others end in a part, copied so that nothing behind the row
+// is read.
 struct Part {
   alignas(64) float at[kLanes] = {};
   Part(const float* from, int64_t count) { std::memcpy(at, from, static_cast<size_t>(count) * sizeof *at); }
@@ -50,6 +54,7 @@ void add_norm(const float* a, const float* b, const float* scale, int64_t size, 
     squares[1] = Simd::fma(both, both, squares[1]);
   }
   const F all = Simd::add(Simd::add(squares[0], squares[1]), Simd::add(squares[2], squares[3]));
+  // One exact square root and division a row: an estimate would save nothing beside two passes over the row.
   const F factor = Simd::set(1.0F / std::sqrt(Lanes::total(all) / static_cast<float>(size) + epsilon));
   for (i = 0; i + kLanes <= size; i += kLanes) {
     Simd::store(y + i, Lanes::multiply(Lanes::multiply(Simd::load(sum + i), factor), Simd::load(scale + i)));
@@ -67,6 +72,7 @@ inline F gated(F gate, F up) {
   return Lanes::multiply(Lanes::multiply(gate, Lanes::divide(top, Simd::add(one, small))), up);
 }
 
+// Elements are independent: any cut into tasks gives the same result, to the last bit.
 void swiglu(const float* gate, const float* up, int64_t count, float* y) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) Simd::store(y + i, gated(Simd::load(gate + i), Simd::load(up + i)));

@@ -15,6 +15,7 @@ namespace {
 
 struct Lanes {
   using F = Simd::F;
+  // Four queries times four keys are 16 sums of 32 registers; the loads of queries and keys are shared among them.
   static constexpr int kQueries = 4;  // rows of queries whose products with four keys stay in registers
   static constexpr int kWide = 4;     // vectors of a result that few rows carry
 
@@ -32,6 +33,8 @@ struct Lanes {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), bit));
   }
   // value * 2^n, n in the low bits of `bits`
+  // An integer addition to the exponent field. `bits` comes from adding 1.5 * 2^23, which leaves the whole number in
+  // the low mantissa.
   static F scale(F value, F bits) {
     const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(bits), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), power));
@@ -39,6 +42,8 @@ struct Lanes {
   static float largest(F value) { return _mm512_reduce_max_ps(value); }
   static float total(F value) { return _mm512_reduce_add_ps(value); }
   // Lane i of the result is the sum of row i.
+  // A tree over the whole matrix of 16 x 16: 15 additions and their shuffles instead of 16 reductions of 4 steps each,
+  // which is why score_rows takes a vector of keys at a time.
   static F totals(const F* rows) {
     F quads[4];
     RANKBOOK_UNROLL
@@ -51,6 +56,7 @@ struct Lanes {
     return blocks(blocks(quads[0], quads[1]), blocks(quads[2], quads[3]));
   }
   // The 8 elements behind the last whole vector of a head, and zeros.
+  // Heads are multiples of 8 elements: a head of 72 or 80 ends inside a vector of 16.
   static F load_half(const float* from) { return _mm512_maskz_loadu_ps(0xFF, from); }
 
  private:
@@ -62,6 +68,7 @@ struct Lanes {
 
 struct Lanes {
   using F = Simd::F;
+  // Three queries times four keys are 12 sums, which leaves four of the 16 registers for a key and the queries.
   static constexpr int kQueries = 3;
   static constexpr int kWide = 2;
 
@@ -94,6 +101,7 @@ struct Lanes {
   static F load_half(const float* from) { return Simd::load(from); }  // heads are whole vectors
 
  private:
+  // hadd is three instructions inside, but needs no other register than its inputs.
   static F quad(const F* rows) { return _mm256_hadd_ps(_mm256_hadd_ps(rows[0], rows[1]), _mm256_hadd_ps(rows[2], rows[3])); }
 };
 

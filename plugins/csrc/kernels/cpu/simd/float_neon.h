@@ -23,7 +23,9 @@ struct Lanes {
   }
   static float largest(F value) { return vmaxvq_f32(value); }
   static float total(F value) { return vaddvq_f32(value); }
+  // Pairwise additions are an instruction of their own here, so that no shuffles are needed.
   static F totals(const F* rows) { return vpaddq_f32(vpaddq_f32(rows[0], rows[1]), vpaddq_f32(rows[2], rows[3])); }
+  // Vectors of four: every head is whole ones.
   static F load_half(const float* from) { return Simd::load(from); }
 };
 

@@ -10,10 +10,13 @@ inline __attribute__((always_inline)) float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
   const uint32_t exponent = (half >> 10) & 31U;
   const uint32_t mantissa = half & 1023U;
+  // Subnormal fp16 numbers are normal fp32 ones: a product with 2^-24 is exact, where shifting the mantissa would take
+  // a loop.
   if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
     const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8F;
     return sign != 0 ? -value : value;
   }
+  // 112 is 127 - 15, the difference of the exponents' biases; 31 marks infinity and NaN and stays the largest exponent.
   const uint32_t bits = sign | (exponent == 31 ? 255U << 23 : (exponent + 112U) << 23) | mantissa << 13;
   float value;
   std::memcpy(&value, &bits, sizeof value);

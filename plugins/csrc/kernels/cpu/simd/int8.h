@@ -16,6 +16,7 @@ namespace {
 
 #if defined(__AVX2__)
 // What both widths do with 16 bytes at a time.
+// Once a token and block, so that a pair of 128-bit shuffles is enough for both widths of vectors.
 struct Halves {
   // One block of 32 bytes: each half by `from`, then, if asked, 16 bits of the one and of the other in turn.
   template <bool kInterleave>
@@ -36,8 +37,12 @@ struct Bytes : Halves {
   static constexpr const char* kName = "avx512-vnni";
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
+  // A tile has 12 integer sums and 12 totals of the 32 registers; a pass of gemv holds sums only, so that eight tokens
+  // fit.
   static constexpr int kTokens = 6;     // of a tile of gemm
   static constexpr int kFewTokens = 8;  // of one pass of gemv
+  // vpdpbusd takes 4 to 5 clocks and may start twice in each: eight sums side by side, 2 vectors times 4
+  // chains.
   static constexpr int chains(int planes) { return planes == 1 ? 4 : 2; }
   static constexpr int vectors(int) { return 2; }
   using I = __m512i;
@@ -50,6 +55,8 @@ struct Bytes : Halves {
   static I table(const uint8_t* entries) {  // repeated four times: vpermb reads six bits of the index
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
   }
+  // vpermb and not vpshufb: it ignores the upper bits of an index, where vpshufb gives zero for a set top bit and would
+  // need a mask.
   static I lookup(I entries, I index) { return _mm512_permutexvar_epi8(index, entries); }
   template <int kShift>
   static I shift(I words) {
@@ -76,6 +83,7 @@ struct Bytes : Halves {
 
 struct Bytes : Halves {
 #if defined(__AVXVNNI__)
+  // AVX-VNNI brings the dot product of AVX-512 to 256-bit registers, without its byte permutation.
   static constexpr const char* kName = "avx-vnni";
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
@@ -88,6 +96,8 @@ struct Bytes : Halves {
 #endif
   static constexpr int kTokens = 4;
   static constexpr int kFewTokens = 4;
+  // Vectors of rows side by side hide the latency where there are no chains: the three instructions of AVX2 without
+  // VNNI are a chain of adds only at their end.
   static constexpr int vectors(int planes) { return planes == 1 && chains(1) == 1 ? 4 : 2; }
   using I = __m256i;
 
@@ -100,6 +110,8 @@ struct Bytes : Halves {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
   }
   static I lookup(I entries, I index) {
+    // The mask keeps the top bit of the index clear, for which vpshufb would give zero; it is the third instruction of
+    // a look-up here.
     return _mm256_shuffle_epi8(entries, _mm256_and_si256(index, _mm256_set1_epi8(15)));
   }
   template <int kShift>
@@ -115,6 +127,7 @@ struct Bytes : Halves {
   static I dot(I sum, I entries, I x) { return _mm256_dpbusd_avx_epi32(sum, entries, x); }
 #else
   // Three instructions where AVX-VNNI has one: pairs in 16 bits, which saturate, then pairs of those.
+  // Exact while 2 * 127 * entry stays within 16 bits, which is what kUnsignedRange says.
   static I dot(I sum, I entries, I x) {
     return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(entries, x), _mm256_set1_epi16(1)));
   }
@@ -137,6 +150,7 @@ struct Bytes : Halves {
   }
   static I round(Simd::F value) { return _mm256_cvtps_epi32(value); }
   static void narrow(int8_t* to, I value) {
+    // Packing saturates, which rounded values never need: they are at most 127.
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
   }
@@ -149,6 +163,7 @@ struct Bytes {
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
   static constexpr int kTokens = 4;
+  // The definition in plain loops. One token a pass: without registers for tables a second one costs a whole one.
   static constexpr int kFewTokens = 1;
   static constexpr int chains(int) { return 1; }
   static constexpr int vectors(int) { return 2; }
@@ -253,6 +268,7 @@ namespace rankbook {
 namespace {
 
 // a * b + c rounded once, and a * b rounded: the fp32 part of the int8 mode is defined to the last bit.
+// Not left to the compiler: with contraction on, it would fuse some products and not others, per instruction set.
 inline Simd::F fused(Simd::F a, Simd::F b, Simd::F c) {
 #if defined(__AVX2__) || defined(RANKBOOK_NEON)
   return Simd::fma(a, b, c);

@@ -15,6 +15,7 @@ struct Bytes {
 #endif
   static constexpr int kUnsignedRange = -1;     // no levels are that few: every layer gets signed tables
   static constexpr bool kSignedTables = false;  // and dot() takes them
+  // 12 sums and 12 totals of the 32 registers, as with AVX-512, of four lanes each.
   static constexpr int kTokens = 6;
   static constexpr int kFewTokens = 4;
   static constexpr int chains(int) { return 1; }
@@ -30,6 +31,7 @@ struct Bytes {
   static I add(I a, I b) { return from_lanes(vaddq_s32(lanes(a), lanes(b))); }
   static I flip(I value) { return veorq_u8(value, vdupq_n_u8(0x80)); }
   static I table(const uint8_t* entries) { return vld1q_u8(entries); }
+  // tbl gives zero for an index beyond its 16 bytes, so the upper bits of the index are cleared first.
   static I lookup(I entries, I index) { return vqtbl1q_u8(entries, vandq_u8(index, vdupq_n_u8(15))); }
   template <int kShift>
   static I shift(I words) {
@@ -39,6 +41,8 @@ struct Bytes {
   static I merge(I low, I high) {
     return vbslq_u8(vdupq_n_u8(kMask), low, high);
   }
+  // sdot, from Armv8.2 on, is four products a lane in one instruction; before it widening products and two pairwise
+  // additions do the same in four.
   static I dot(I sum, I entries, I x) {
     const int8x16_t a = vreinterpretq_s8_u8(entries);
     const int8x16_t b = vreinterpretq_s8_u8(x);
@@ -55,12 +59,14 @@ struct Bytes {
   static I max(I a, I b) { return from_lanes(vmaxq_s32(lanes(a), lanes(b))); }
   static int32_t largest(I value) { return vmaxvq_s32(lanes(value)); }
   static int32_t total(I value) { return vaddvq_s32(lanes(value)); }
+  // vcvtn rounds ties to even, as the definition asks; vcvt would cut off.
   static I round(Simd::F value) { return from_lanes(vcvtnq_s32_f32(value)); }
   static void narrow(int8_t* to, I value) {
     const int16x4_t words = vmovn_s32(lanes(value));
     const int32_t four = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(words, words))), 0);
     std::memcpy(to, &four, sizeof four);
   }
+  // One tbl a half; zip interleaves 16 bits of the two as the x86 forms do.
   template <bool kInterleave>
   static void reorder(const int8_t* block, const uint8_t* from, int8_t* out) {
     const uint8x16_t order = vld1q_u8(from);

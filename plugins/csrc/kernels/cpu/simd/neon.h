@@ -7,6 +7,7 @@
 namespace rankbook {
 namespace {
 
+// Every aarch64 processor has NEON; only emulated ones have run this, so its speed is unknown.
 struct Simd {
   static constexpr const char* kName = "neon";
   static constexpr int kLanes = 4;
@@ -21,6 +22,7 @@ struct Simd {
   static void store(float* to, F value) { vst1q_f32(to, value); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  // Four bytes go through a general register: a vector load would read eight, past the end of the last parameters.
   static F from_int8(const int8_t* from) {
     int32_t four;
     std::memcpy(&four, from, sizeof four);
@@ -47,6 +49,8 @@ struct Simd {
   }
 
   // Levels as bytes: level c begins at byte 4 c of one, two or four registers.
+  // NEON permutes bytes, not floats: a code c becomes the byte numbers 4 c to 4 c + 3, by one multiply-add, and tbl
+  // looks up in one, two or four registers at once.
   template <int kBits>
   struct Table {
     uint8x16_t bytes[4];
@@ -61,6 +65,7 @@ struct Simd {
     F lookup(I codes) const {
       codes = vandq_u32(codes, vdupq_n_u32(kLevels<kBits> - 1));
       if constexpr (kBits == 8) {
+        // There is no gather; four loads do what one instruction does on x86.
         const float out[4] = {memory[vgetq_lane_u32(codes, 0)], memory[vgetq_lane_u32(codes, 1)],
                               memory[vgetq_lane_u32(codes, 2)], memory[vgetq_lane_u32(codes, 3)]};
         return vld1q_f32(out);

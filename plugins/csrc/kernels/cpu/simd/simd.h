@@ -31,6 +31,7 @@ namespace rankbook {
 namespace {
 
 inline constexpr uint32_t kCarrierFlip = 0x80808080U;  // INT8 carrier (byte - 128) to byte
+// A width of its own, so that the choice between look-up and line is a template and not a branch in the loop.
 inline constexpr int kBits8Linear = 88;                // 8-bit codes whose levels are a straight line
 
 template <int kBits>
@@ -52,6 +53,7 @@ struct Simd {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
   static constexpr int kPlanes = RANKBOOK_PLANES;
+  // The other registers: two of weights, one of an input, and what the compiler needs.
   static constexpr int kTokens = 12;  // rows of x per GEMM tile: 24 accumulators of 32 registers
   using F = __m512;
   using I = __m512i;
@@ -78,6 +80,7 @@ struct Simd {
     return _mm512_srli_epi32(words, kShift);
   }
   // (low & kMask) | (high & ~kMask), one instruction of three inputs
+  // 0xCA is the truth table of "first ? second : third".
   template <int kMask>
   static I merge(I low, I high) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(kMask), low, high, 0xCA);
@@ -88,12 +91,14 @@ struct Simd {
     F levels;
     const float* memory;
     explicit Table(const float* row) : memory(row) {
+      // One register whatever the width: the price of vpermps does not depend on how many entries are used.
       alignas(64) float wide[16];  // repeated where there are fewer than 16, so that higher bits do not matter
       for (int i = 0; i < 16; ++i) wide[i] = row[i % kLevels<kBits>];
       levels = _mm512_load_ps(wide);
     }
     F lookup(I codes) const {
       if constexpr (kBits == 8) {
+        // 16 loads from the first-level cache in one instruction; only learned 8-bit codebooks come here.
         return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255)), memory, 4);
       }
       return _mm512_permutexvar_ps(codes, levels);
@@ -110,6 +115,7 @@ struct Simd {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr int kPlanes = RANKBOOK_PLANES;
+  // Rows of x per GEMM tile; the other four registers are two of weights, an input and a spare.
   static constexpr int kTokens = 6;  // 12 accumulators of 16 registers
   using F = __m256;
   using I = __m256i;
@@ -144,6 +150,7 @@ struct Simd {
 
   template <int kBits>
   struct Table {
+    // 8 lanes hold 8 levels: up to 3 bits one permutation is enough, and `high` is never loaded.
     F low, high;
     const float* memory;
     explicit Table(const float* row) : memory(row) {
@@ -170,6 +177,8 @@ struct Simd {
 #else
 
 // Plain loops over four lanes, which any compiler turns into whatever vectors the target has.
+// For processors without hand-written kernels, and what every other set is tested against. Four lanes, because every
+// target with vectors has at least 128 bits.
 struct Simd {
   static constexpr const char* kName = "portable";
   static constexpr int kLanes = 4;
