@@ -104,6 +104,8 @@ test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
 GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py
 GPU_CASES := tests/ops/test_every_runner.py -k 'cuda'
+# Every kernel under the sanitizers: prefill and tiled products with many tokens, look-ups, and the dense form.
+SANITIZED := tests/ops/test_every_runner.py tests/plugins/test_cuda_emulated.py -k 'cuda'
 test-gpu: $(VENV)/.dev native-cuda  ## Kernels and engines on this machine's GPU (none of it has run on one yet)
 	@nvidia-smi -L || { echo "no NVIDIA GPU with a driver is visible here" >&2; exit 3; }
 	RANKBOOK_KERNELS_ON=gpu $(BIN)/python -m pytest $(GPU_CASES) $(PYTEST_ARGS)
@@ -111,7 +113,7 @@ test-gpu: $(VENV)/.dev native-cuda  ## Kernels and engines on this machine's GPU
 	RANKBOOK_EXPECT_CUDA=1 $(BIN)/python -m pytest -m 'gpu or trt' tests $(PYTEST_ARGS)
 	for tool in memcheck racecheck synccheck; do \
 		RANKBOOK_KERNELS_ON=gpu compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(BIN)/python -m pytest -q $(GPU_CASES) || exit 1; done
+			$(BIN)/python -m pytest -q $(SANITIZED) || exit 1; done
 
 check: $(VENV)/.dev  ## Lint, format and type-check
 	$(BIN)/ruff check .

@@ -251,7 +251,7 @@ def _long_rows() -> dict[str, Case]:
         f"{bits} bits, long rows, {tokens} tokens": Case(
             bits=bits, out_features=33, in_features=2560, group=group, rank=2, bias=True, tokens=(tokens,)
         )
-        for bits, (tokens, group) in product(layout.BITS, ((1, 64), (7, 128), (12, 2560)))
+        for bits, (tokens, group) in product(layout.BITS, ((1, 64), (7, 128), (12, 2560), (17, 128)))
     }
 
 

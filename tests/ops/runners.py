@@ -62,7 +62,7 @@ def the_definition(op: Op, want: Array) -> Array:
     return float32_sums(op, want) if not op.contract.int8_activations else np.abs(want - want.astype(DTYPES[op.dtype]))
 
 
-def has_integer_kernel(op: Op) -> bool:
+def has_int8_kernel(op: Op) -> bool:
     """Whether 8-bit activations go to integer tensor cores; elsewhere x is rounded and computed with in its type."""
     record, tokens = op.record, op.x.size // op.x.shape[-1]
     step = 128 if record.bits == 3 else 64
@@ -84,7 +84,7 @@ def cuda_kernels(op: Op, want: Array) -> Array:
     if op.gather:  # decoded in fp32; the order of the sum over planes differs
         return np.full_like(want, 2e-6)
     bound = (weights + branch) * EPSILON["float32"] * (record.in_features + 64) + np.abs(want) * EPSILON[op.dtype]
-    if op.contract.int8_activations and has_integer_kernel(op):
+    if op.contract.int8_activations and has_int8_kernel(op):
         return bound + 1e-7
     bound = bound + weights * EPSILON[op.dtype] * (record.params.shape[2] + 3) + 1e-6
     if op.contract.int8_activations and (record.levels.is_floating_point() or record.low_rank is not None):

@@ -94,24 +94,46 @@ def library() -> c.CDLL:
 
 
 def build_for_gpu(architecture: str = "native") -> Path:
-    """Compile the kernels and a C interface with nvcc.
+    """Link the kernels that `make native-cuda` compiled, the machine code that ships, with a C interface.
+
+    Without them, or where a source is newer, they are compiled here for one architecture, a process for each file: one
+    call of nvcc over all files took a quarter of an hour.
 
     Args:
         architecture: ``native``, the GPU that is here, or e.g. ``sm_80``.
 
     Raises:
-        RuntimeError: The compiler's messages.
+        RuntimeError: nvcc or the C++ compiler is missing, or their messages.
     """
     nvcc = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     if nvcc is None:
         raise RuntimeError("nvcc is not installed; the tests on a GPU need the CUDA toolkit")
-    sources = [*(CSRC / unit for unit in UNITS), CSRC / "emulation" / "gpu_library.cu"]
-    target = ROOT / "build" / "emulation" / f"libgpu-{architecture}-{_digest(*_files(), *sources)}.so"
+    command = [nvcc, f"-ccbin={compiler()}", "-std=c++17", "-O2", "-Xcompiler=-fPIC", f"-arch={architecture}"]
+    command += [f"-I{CSRC}", "--expt-relaxed-constexpr"]
+    interface = CSRC / "emulation" / "gpu_library.cu"
+    objects = compiled_kernels()
+    digest = _digest(*_files(), interface, *objects)
+    target = ROOT / "build" / "emulation" / f"libgpu-{architecture}-{digest}.so"
+    if target.exists():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", f"-arch={architecture}", f"-I{CSRC}"]
-        _compile([nvcc, *flags, "--expt-relaxed-constexpr", "--threads=0", *map(str, sources)], target)
+    if not objects:
+        steps = [
+            ([*command, "-c", str(CSRC / unit)], target.with_name(f"{digest}-{Path(unit).stem}.o")) for unit in UNITS
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda step: _compile(*step), steps))
+        objects = [out for _, out in steps]
+    _compile([*command, "-shared", str(interface), *map(str, objects)], target)
     return target
+
+
+def compiled_kernels(folder: Path = ROOT / "build" / "native") -> list[Path]:
+    """Return the object files of all kernels in a build of CMake's, none if one is missing or older than a source."""
+    found = [folder / f"plugins/csrc/CMakeFiles/rankbook_cuda_kernels.dir/{unit}.o" for unit in UNITS]
+    newest = max(path.stat().st_mtime for path in (CSRC / "kernels").rglob("*") if "cpu" not in path.parts)
+    fresh = all(path.exists() and path.stat().st_mtime >= newest for path in found)
+    return found if fresh else []
 
 
 def _files() -> list[Path]:
@@ -120,8 +142,15 @@ def _files() -> list[Path]:
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler, or None."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    """Return the C++ compiler, or None, for which tests are skipped.
+
+    Raises:
+        RuntimeError: There is none, and the tests were asked to run on a GPU: skipping them would look like success.
+    """
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if found is None and ON_GPU:
+        raise RuntimeError("RANKBOOK_KERNELS_ON=gpu, but there is no C++ compiler for nvcc: set CXX to one")
+    return found
 
 
 def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = ()) -> Path:
@@ -258,35 +287,57 @@ def packed_weight(arena: Memory, tensors: Mapping[str, Array], attributes: Mappi
     )
 
 
+class Product:
+    """A product on x (M, K), float32 or 16-bit floats as uint16 bits, ready to run any number of times.
+
+    Args:
+        tensors: Constants of the operator.
+        attributes: Its attributes.
+        x: Activations.
+        dtype: Their type.
+        int8: Whether x is rounded to 8 bits inside.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, *, int8: bool = False
+    ) -> None:
+        self.arena = arena = Arena()
+        weight = packed_weight(arena, tensors, attributes)
+        rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
+        self._y = arena.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
+        self.arguments = Matmul(
+            weight=weight,
+            bias=arena.add(tensors["bias"]),
+            bias_full=tensors["bias"].size > 1,
+            rank=rank,
+            x=arena.add(x),
+            y=self._y,
+            type=TYPES[dtype],
+            tokens=len(x),
+            int8_activations=int8,
+        )
+        if rank:
+            self.arguments.down = factor(arena, tensors, "down", 1)
+            self.arguments.up = factor(arena, tensors, "up", 0)
+        self.workspace_bytes = library().rb_workspace(c.byref(self.arguments))
+        if self.workspace_bytes:
+            self.arguments.workspace = arena.add(np.full(self.workspace_bytes, 0xFF, np.uint8), writable=True)
+
+    def run(self) -> Array:
+        """Return y (M, N) in the form of x. The workspace is what the last run left there, and NaN before the first.
+
+        Raises:
+            RuntimeError: The sentence of the kernels, or of the emulation.
+        """
+        _call("rb_matmul", self.arena, c.byref(self.arguments))
+        return self.arena.array(self._y).copy()
+
+
 def matmul(
     tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, *, int8: bool = False
 ) -> Array:
-    """Run the product on x (M, K): float32, or 16-bit floats as uint16 bits. Returns y (M, N) in the same form.
-
-    With ``int8``, x is rounded to 8 bits inside.
-    """
-    arena = Arena()
-    weight = packed_weight(arena, tensors, attributes)
-    rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
-    y = arena.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
-    arguments = Matmul(
-        weight=weight,
-        bias=arena.add(tensors["bias"]),
-        bias_full=tensors["bias"].size > 1,
-        rank=rank,
-        x=arena.add(x),
-        y=y,
-        type=TYPES[dtype],
-        tokens=len(x),
-        int8_activations=int8,
-    )
-    if bytes_needed := library().rb_workspace(c.byref(arguments)):
-        arguments.workspace = arena.add(np.full(bytes_needed, 0xFF, np.uint8), writable=True)
-    if rank:
-        arguments.down = factor(arena, tensors, "down", 1)
-        arguments.up = factor(arena, tensors, "up", 0)
-    _call("rb_matmul", arena, c.byref(arguments))
-    return arena.array(y).copy()
+    """Run a product once; see `Product`."""
+    return Product(tensors, attributes, x, dtype, int8=int8).run()
 
 
 def gather(tensors: Mapping[str, Array], attributes: Mapping[str, Any], indices: Array) -> Array:

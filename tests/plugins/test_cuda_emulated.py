@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
+import os
+import re
+import shutil
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rankbook.plugins import layout
 from tests.calibration.records import random_record
-from tests.ops.cases import DTYPES, EPSILON, FORMS, Op, random_x
+from tests.ops.cases import DTYPES, EPSILON, FORMS, Case, Op, random_x
 from tests.ops.runners import RUNNERS, check, run_kernels
 from tests.plugins import emulated
 
@@ -91,3 +97,104 @@ def test_arguments_that_make_no_sense_are_refused(changes, message):
     arena.register()
     assert emulated.library().rb_dense(ctypes.byref(weight), None, 0) == 1
     assert message in emulated.library().rb_error().decode()
+
+
+LONG: dict[str, Any] = {"bits": 4, "out_features": 33, "in_features": 2560, "group": 64, "rank": 5}
+"""Rows so long that blocks share panels."""
+
+
+def prepared(case: Case) -> emulated.Product:
+    op = case.draw()
+    x = op.x if op.dtype == "float32" else op.x.view(np.uint16)
+    return emulated.Product(op.constants(), op.attributes, x, op.dtype, int8=case.int8_activations)
+
+
+@pytest.mark.parametrize(("dtype", "tokens", "rank", "int8"), [
+    ("float16", 1, 5, False), ("float16", 1, 0, False), ("bfloat16", 12, 5, False), ("float32", 3, 0, False),
+    ("float16", 20, 5, False), ("float16", 1, 5, True), ("float16", 9, 0, True),
+])  # fmt: skip
+def test_sums_of_several_blocks_repeat_bit_for_bit(dtype, tokens, rank, int8):
+    """On a GPU blocks arrive in another order every time, and find the counters as the last run left them."""
+    run = prepared(Case(**LONG | {"rank": rank}, dtype=dtype, tokens=(tokens,), int8_activations=int8)).run
+    first = run()
+    assert np.isfinite(first.view(DTYPES[dtype]).astype(np.float64)).all()
+    for _ in range(500 if emulated.ON_GPU else 2):
+        np.testing.assert_array_equal(run(), first)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_more_tokens_than_fit_a_grid_are_multiplied_in_slices(dtype, int8):
+    """65,472 on a GPU; the emulation takes 128 at once."""
+    tokens = 70_000 if emulated.ON_GPU else 150
+    op = Case(bits=4, out_features=5, in_features=32, group=32, planes=1, rank=2, bias=True, dtype=dtype).draw(
+        tokens=(tokens,), int8_activations=int8
+    )
+    check(RUNNERS["cuda"], op)
+
+
+def test_scratch_for_a_decoded_weight_is_bounded():
+    """Three planes, or fp32, with many tokens: a head would take 1 to 2 GB, and is decoded in parts instead."""
+    for dtype, planes in (("float16", 3), ("float32", 1)):
+        weight = emulated.PackedWeight(
+            params_full=True, base_full=True, rows=128_256, columns=4096, bits=4, groups=64, params_planes=planes
+        )
+        head = emulated.Matmul(weight=weight, type=emulated.TYPES[dtype], tokens=512)
+        assert 0 < emulated.library().rb_workspace(ctypes.byref(head)) <= 128 * 2**20
+    for dtype in DTYPES:
+        check(
+            RUNNERS["cuda"],
+            Case(out_features=150, in_features=64, planes=3, rank=2, bias=True, dtype=dtype).draw(tokens=(20,)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m.down, "codes", m.down.codes + 2), "down must be aligned to 4 bytes"),
+        (lambda m: setattr(m.up.scale, "data", m.up.scale.data + 2), "up must be aligned .* scale to one element"),
+        (lambda m: setattr(m, "workspace", m.workspace + 8), "workspace must be aligned to 16 bytes"),
+        (lambda m: setattr(m, "bias", m.bias + 1), "bias must be aligned to 4 bytes"),
+        (lambda m: setattr(m, "x", m.x + 4), "x and y must be aligned to 16 bytes"),
+        (lambda m: setattr(m, "workspace", None), "needs a workspace"),
+    ],
+)
+def test_misaligned_pointers_are_refused_before_the_launch(change, message):
+    made = prepared(Case(bits=4, in_features=64, group=64, rank=4, bias=True))
+    change(made.arguments)
+    with pytest.raises(RuntimeError, match=message):
+        made.run()
+
+
+def test_sanitizers_see_every_kind_of_kernel():
+    makefile = (Path(emulated.ROOT) / "Makefile").read_text()
+    selected = re.search(r"^SANITIZED := (.*)$", makefile, re.MULTILINE)
+    assert selected
+    assert selected[1] == "tests/ops/test_every_runner.py tests/plugins/test_cuda_emulated.py -k 'cuda'"
+    assert "pytest -q $(SANITIZED)" in makefile
+    cases = RUNNERS["cuda"].cases.values()
+    many = {(c.dtype, c.planes) for c in cases if not c.gather and math.prod(c.tokens) > 16}
+    assert {("float16", 1), ("bfloat16", 2)} <= many  # prefill
+    assert {("float16", 3), ("float32", 1)} <= many  # tiled products of a decoded weight
+    assert any(c.gather for c in cases)
+
+
+def test_kernels_that_ship_are_linked_into_the_library_of_a_gpu(tmp_path, monkeypatch):
+    folder = tmp_path / "plugins/csrc/CMakeFiles/rankbook_cuda_kernels.dir"
+    (folder / "kernels/cuda").mkdir(parents=True)
+    for unit in emulated.UNITS:
+        (folder / f"{unit}.o").write_bytes(unit.encode())
+    assert len(emulated.compiled_kernels(tmp_path)) == len(emulated.UNITS)
+    stale = folder / f"{emulated.UNITS[0]}.o"
+    os.utime(stale, (0, 0))
+    assert emulated.compiled_kernels(tmp_path) == []
+    stale.unlink()
+    assert emulated.compiled_kernels(tmp_path) == []
+
+
+def test_no_compiler_on_a_gpu_is_an_error_and_not_a_skip(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(emulated, "ON_GPU", True)
+    with pytest.raises(RuntimeError, match=r"RANKBOOK_KERNELS_ON=gpu, but .* set CXX"):
+        emulated.compiler()

@@ -89,3 +89,9 @@ def test_activations_that_are_no_numbers_and_zeros(tokens):
     assert np.isnan(want[0]).all()
     if tokens > 1:
         np.testing.assert_allclose(got[1:], want[1:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(1024, 1), (2080, 3), (1040, 17)])
+def test_a_block_rounds_a_group_that_is_a_long_row(columns, tokens):
+    """1040 columns: the last piece is not full; 17 tokens: rounded in place."""
+    compare(random_record(bits=4, in_features=columns, group=columns, rank=3, out_features=40), "float16", tokens)

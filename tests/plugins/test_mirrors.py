@@ -11,7 +11,13 @@ from tests.plugins.ptx import launches, launches_int8
 
 MIRRORS: tuple[type[c.Structure], ...] = (
     *(emulated.Floats, emulated.PackedWeight, emulated.Factor, emulated.Matmul, emulated.Gather),
-    *(launches.MatmulKernel, launches.DenseKernel, launches_int8.IntegerPlan, launches_int8.IntegerKernel),
+    *(
+        launches.MatmulKernel,
+        launches.DenseKernel,
+        launches.ShareKernel,
+        launches_int8.Int8Plan,
+        launches_int8.Int8Kernel,
+    ),
 )
 
 

@@ -50,7 +50,7 @@ def driver() -> Path:
     shims = ["shims/ort_cuda/cuda_ops.cpp", "shims/ort/constants.cpp", "shims/ort/huge_pages.cpp"]
     sources = [*emulated.SOURCES, *shims, "shims/view.cpp"]
     sources.append(str(Path(__file__).with_name("ort_cuda_driver.cpp")))
-    return emulated.build("rankbook_ort_cuda_emulated", sources, [headers])
+    return emulated.build("rankbook_ort_cuda_emulated", sources, [headers, emulated.CSRC / "emulation" / "include"])
 
 
 def run(path: Path, model: Any, x: Any, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:

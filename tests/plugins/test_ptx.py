@@ -16,7 +16,7 @@ import pytest
 from rankbook.plugins import library
 from tests.calibration.records import random_record
 from tests.ops.cases import Op, random_x
-from tests.ops.runners import Runner, check, cuda_kernels, has_integer_kernel
+from tests.ops.runners import Runner, check, cuda_kernels, has_int8_kernel
 from tests.plugins.ptx import launches, launches_int8, machine, modules, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
 from tests.plugins.toolchain import EXPECTED
@@ -104,6 +104,7 @@ ROUNDED: dict[str, tuple[dict[str, Any], str, int, int]] = {
     "4 bits, half steps": ({"bits": 4, "planes": 1, "in_features": 160, "group": 32, "rank": 2}, "bfloat16", 1, 1),
     "4 bits, folded planes": ({"bits": 4, "planes": 2, "in_features": 136, "group": 136}, "float16", 1, 1),
     "4 bits, table": ({"bits": 4, "planes": 2, "in_features": 128, "group": 64, "float_levels": True}, "float16", 8, 1),
+    "4 bits, a block rounds": ({"bits": 4, "planes": 1, "in_features": 1040, "group": 1040}, "float16", 1, 2),
     "rounded in place": ({"bits": 4, "planes": 1, "in_features": 144, "group": 48}, "float16", 2, 1),
 }  # fmt: skip
 
@@ -112,22 +113,28 @@ ROUNDED: dict[str, tuple[dict[str, Any], str, int, int]] = {
 def test_products_of_rounded_activations(module: launches.Module, case: str) -> None:
     changes, dtype, tokens, blocks = ROUNDED[case]
     op = product_of(changes, dtype, tokens, int8_activations=True)
-    assert has_integer_kernel(op) == (case != "rounded in place")
+    assert has_int8_kernel(op) == (case != "rounded in place")
     interpret(op, launches_int8.matmul, module, blocks=blocks)
 
 
 # The product for many tokens: more tokens than one block takes, stages that are used again, warps without a panel,
 # inputs and rows that end inside a tile.
-MANY_TOKENS: dict[str, tuple[dict[str, Any], str, int]] = {
-    "2 bits": ({"bits": 2, "planes": 2, "in_features": 136, "group": 136, "bias": True}, "float16", 17),
-    "3 bits": ({"bits": 3, "planes": 1, "in_features": 384, "group": 64}, "bfloat16", 66),
-    "4 bits": ({"bits": 4, "planes": 2, "in_features": 256, "group": 64, "rank": 2, "out_features": 64}, "float16", 64),
-}
+MANY_TOKENS: dict[str, tuple[dict[str, Any], str, int, int]] = {
+    "2 bits": ({"bits": 2, "planes": 2, "in_features": 136, "group": 136, "bias": True}, "float16", 17, 1),
+    "3 bits": ({"bits": 3, "planes": 1, "in_features": 384, "group": 64}, "bfloat16", 66, 1),
+    "4 bits": (
+        {"bits": 4, "planes": 2, "in_features": 256, "group": 64, "rank": 20, "out_features": 64}, "float16", 64, 1
+    ),
+    "4 bits, shared": (
+        {"bits": 4, "planes": 2, "in_features": 320, "group": 64, "rank": 4, "bias": True}, "float16", 20, 2
+    ),
+}  # fmt: skip
 
 
-@some(MANY_TOKENS, ["4 bits"])
+@some(MANY_TOKENS, ["4 bits, shared"])
 def test_products_of_many_tokens(module: launches.Module, case: str) -> None:
-    interpret(product_of(*MANY_TOKENS[case]), launches.matmul, module)
+    changes, dtype, tokens, blocks = MANY_TOKENS[case]
+    interpret(product_of(changes, dtype, tokens), launches.matmul, module, blocks=blocks)
 
 
 def test_look_ups(module: launches.Module) -> None:

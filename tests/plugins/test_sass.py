@@ -141,11 +141,15 @@ def test_many_tokens_are_bound_by_tensor_cores_on_paper():
         assert item.fraction >= 0.7, (item.gpu, item.bits, item.planes, item.group, item.limiter)
 
 
+MORE_BANDWIDTH = {"GH200-96GB": 0.75, "H200-SXM": 0.6}
+"""Least share of the bandwidth; H100 as in the test."""
+
+
 def test_decoding_is_bound_by_memory_on_paper():
     """Up to 8 tokens, one and two planes, in at least one form. A prediction that no GPU has confirmed.
 
     The memory of an H100 is fast for its number of multiprocessors: with groups of 64 and more than one token, two
-    planes of 2 or 3 bits keep it waiting a little.
+    planes of 2 or 3 bits keep it waiting a little. GH200 and H200 have more bandwidth for the same multiprocessors.
     """
     decodes, _ = roofline.predict(library.library("trt"))
     assert {item.activations for item in decodes} == {"fp16", "int8"}
@@ -155,4 +159,5 @@ def test_decoding_is_bound_by_memory_on_paper():
         best[key] = max(best.get(key, 0.0), item.bandwidth_fraction)
     for (gpu, bits, planes, group, tokens), fraction in best.items():
         tight = gpu == "H100-SXM" and bits < 4 and planes == 2 and group == 64 and tokens > 1
-        assert fraction >= (0.85 if tight else 1.0), (gpu, bits, planes, group, tokens)
+        least = MORE_BANDWIDTH.get(gpu, 0.85 if tight else 1.0)
+        assert fraction >= least, (gpu, bits, planes, group, tokens)

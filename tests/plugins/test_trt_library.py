@@ -39,7 +39,8 @@ needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt
 MOST_REGISTERS = {
     "decode_mma": 128,
     "gemm_mma": 128,
-    "branch_down": 96,
+    "branch_down": 128,
+    "add_shares": 128,
     **{f"decode_int8ILi{bits}ELi{planes}ELi1ELi1E": 80 for bits in (2, 3, 4) for planes in (1, 2)},
 }
 """Two blocks of 256 threads per multiprocessor need at most 128 registers a thread (of 65536), three at most 80."""
@@ -104,6 +105,14 @@ def test_a_self_contained_engine_holds_the_library(tmp_path):
     stored = (tmp_path / "engine" / ENGINE_NAME).read_bytes()
     assert library.library("trt").read_bytes()[:4096] in stored
     assert report.engine_bytes > library.library("trt").stat().st_size
+
+
+def test_gpus_that_no_code_of_the_library_serves_are_refused(tmp_path):
+    """An engine with plugins would build, and fail in its first launch."""
+    options = BuildOptions(compute_capability=("SM75", "SM86"), max_batch=1, max_sequence=8, max_context=16)
+    with pytest.raises(UsageError, match=r"--compute-capability SM75: librankbook_trt\.so holds .*--no-plugins"):
+        engine.build(chain_model(tmp_path / "onnx", nodes=1), tmp_path / "engine", options, lambda *_: None)
+    assert not (tmp_path / "engine").exists()
 
 
 def test_self_contained_without_plugins_is_refused(tmp_path):

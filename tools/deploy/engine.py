@@ -16,7 +16,7 @@ from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, is_checkpoint
 from rankbook.plugins import library
 from rankbook.tools.child import run_module
-from rankbook.tools.deploy import engine_commands, engine_log, step
+from rankbook.tools.deploy import engine_commands, engine_log, gpu_code, step
 from rankbook.tools.deploy.checks import Check, check_cache, has_plugin, verify, verify_cache, verify_plugins
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes, make_profiles
@@ -127,6 +127,8 @@ def build(
         model.require_packed()
         model.require_standard()
         check_cache(model)
+        if (plugins := options.plugin_library()) and any(map(has_plugin, model.packed)):
+            gpu_code.check(plugins, options.capabilities)
         profiles = make_profiles(model.inputs, options.limits(int(model.metadata.max_context or 0)))
         request = _request(model.path, folder, work, options)
         request |= {

@@ -57,6 +57,8 @@ class Gpu:
 GPUS = (
     Gpu("A100-80GB", 80, 2039, 108, 1.41, 2.0, 2.0, 128),
     Gpu("H100-SXM", 90, 3352, 132, 1.755, 1.6, 1.6, 128),
+    Gpu("GH200-96GB", 90, 4000, 132, 1.755, 1.6, 1.6, 128),
+    Gpu("H200-SXM", 90, 4800, 132, 1.755, 1.6, 1.6, 128),
     Gpu("L4", 80, 300, 58, 2.04, 4.0, 4.0, 64),
     Gpu("RTX 4090", 80, 1008, 128, 2.52, 8.0, 4.0, 64),
     Gpu("RTX 5090", 120, 1792, 170, 2.41, 8.0, 4.0, 64),
@@ -181,20 +183,37 @@ def _copies(instructions: tuple[sass.Instruction, ...]) -> int:
     return sum(i.opcode.startswith("LDGSTS") for i in instructions)
 
 
-def _costs(code: dict[str, list[sass.Instruction]]) -> dict[tuple[str, int, int, int, int], sass.LoopCost]:
-    """Cost of every decode kernel by activations, bits, planes, tokens and groups per step."""
-    costs: dict[tuple[str, int, int, int, int], sass.LoopCost] = {}
+Key = tuple[str, int, int, int, int]
+"""A kernel: ``fp16``, ``int8`` or ``prefill``, bits, planes, tokens, groups per step."""
+
+
+def key_of(name: str) -> Key | None:
+    """Return which kernel of fp16 or int8 activations a mangled name means, or None."""
+    if match := _DECODE.search(name):
+        bits, planes, tiles = map(int, match.groups())
+        return "fp16", bits, planes, 8 * tiles, 0
+    if match := _PREFILL.search(name):
+        bits, planes = map(int, match.groups())
+        return "prefill", bits, planes, _PREFILL_TOKENS, 0
+    if match := _DECODE_INT8.search(name):
+        bits, planes, tokens, parts = map(int, match.groups())
+        return "int8", bits, planes, tokens, parts
+    return None
+
+
+def costs_of(code: dict[str, list[sass.Instruction]]) -> dict[Key, sass.LoopCost]:
+    """Return the cost of the loop of every kernel."""
+    costs: dict[Key, sass.LoopCost] = {}
     for name, instructions in code.items():
-        if match := _DECODE.search(name):
-            bits, planes, tiles = map(int, match.groups())
-            costs["fp16", bits, planes, 8 * tiles, 0] = sass.main_loop(instructions, 8 * tiles)
-        elif match := _PREFILL.search(name):
-            bits, planes = map(int, match.groups())
-            costs["prefill", bits, planes, _PREFILL_TOKENS, 0] = sass.main_loop(instructions, _PREFILL_TOKENS)
-        elif match := _DECODE_INT8.search(name):
-            bits, planes, tokens, parts = map(int, match.groups())
-            costs["int8", bits, planes, tokens, parts] = sass.turn_loop(instructions, step_columns(bits))
+        key = key_of(name)
+        if key is not None and key[0] == "int8":
+            costs[key] = sass.turn_loop(instructions, step_columns(key[1]))
+        elif key is not None:
+            costs[key] = sass.main_loop(instructions, key[3])
     return costs
+
+
+KERNELS = r"decode_mma.*4HalfE|decode_int8|prefill_mma.*4HalfE"
 
 
 def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decode], list[Prefill]]:
@@ -205,8 +224,7 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
     """
     decodes, prefills = [], []
     for architecture in sorted({gpu.code for gpu in GPUS}):
-        code = sass.functions(path, architecture, r"decode_mma.*4HalfE|decode_int8|prefill_mma.*4HalfE")
-        costs = _costs(code)
+        costs = costs_of(sass.functions(path, architecture, KERNELS))
         for gpu in (gpu for gpu in GPUS if gpu.code == architecture):
             for bits, planes, group, tokens in product((2, 3, 4), (1, 2), groups, TOKENS):
                 keys = {"fp16": (8 * ((tokens + 7) // 8), 0), "int8": int8_kernel(bits, group, tokens)}
@@ -283,6 +301,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n\n".join(table(decodes, tokens) for tokens in (1, 8, 16)))
     print("\nMany tokens: share of the tensor-core rate while all multiprocessors have blocks, and the busiest pipe.\n")
     print(prefill_table(prefills))
+    from rankbook.tools.dev import layer_time
+
+    print(f"\n{layer_time.tables(path)}")
     return 0
 
 

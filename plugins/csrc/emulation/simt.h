@@ -83,7 +83,7 @@ struct Machine {
   dim3 grid{1};
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
-  int multiprocessors = 4;  // few, so that small layers are shared by blocks at all
+  int resident_blocks = 8;  // few, so that some layers of the tests fill the machine and others are shared by blocks
 
  private:
   struct Copy {
@@ -122,6 +122,10 @@ std::uint16_t float_to_bfloat(float value);
 }  // namespace rankbook::emulation
 
 namespace rankbook::cuda {
+
+// Far below those of a GPU, so that small layers meet the limits at all.
+constexpr int kMostBlocksY = 128;
+constexpr std::size_t kMostDense = 8 * 1024;
 
 template <typename T>
 T load(const T* address) {
@@ -188,7 +192,12 @@ inline unsigned arrive(unsigned* counter) {
   return before;
 }
 inline void see_others() {}
-inline int multiprocessors() { return emulation::Machine::get().multiprocessors; }
+struct Residency {
+  template <typename Kernel>
+  int blocks(Kernel, std::size_t) {
+    return emulation::Machine::get().resident_blocks;
+  }
+};
 inline Status clear(void* address, std::size_t bytes, void*) {
   emulation::Machine::get().check(address, bytes, 4, true);
   std::memset(address, 0, bytes);
@@ -277,6 +286,7 @@ void emulated_mma(const char* place, float (&c)[4], const std::uint32_t (&a)[4],
   }
 }
 
+constexpr bool kHasBFloatMma = true;
 inline void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   emulated_mma("mma f16", c, a, b0, b1, emulation::half_to_float);
 }
@@ -310,6 +320,7 @@ Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, vo
     const Arguments* arguments;
   } call{kernel, &arguments};
   constexpr std::size_t kMost = 64 * 1024;  // what every GPU since Turing has
+  if (grid.x < 1 || grid.y < 1 || grid.y > kMostBlocksY) emulation::fail("a grid that no GPU takes");
   if (shared_bytes > kMost) emulation::fail("a kernel asks for more than 64 KiB of shared memory");
   emulation::Machine::get().run(
       [](const void* data) {

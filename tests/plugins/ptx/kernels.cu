@@ -1,6 +1,6 @@
 // The kernels that test_ptx.py compiles to PTX for the architectures whose PTX the library does not carry.
 #include "kernels/cuda/dispatch.cuh"
-#include "kernels/cuda/integer_launch.cuh"
+#include "kernels/cuda/int8_launch.cuh"
 
 namespace rankbook::cuda {
 
@@ -18,10 +18,11 @@ template __global__ void branch_down<BFloat>(MatmulKernel);
 template __global__ void decode_dense<4, 2, Half>(DenseKernel);
 template __global__ void gemm_mma<Half>(MatmulKernel);
 template __global__ void gather_rows<4, 2>(Gather);
-template __global__ void round_activations<Half>(IntegerKernel);
-template __global__ void branch_down_int8<>(IntegerKernel);
-template __global__ void decode_int8<3, 2, 1, 1>(IntegerKernel);
-template __global__ void decode_int8<4, 1, 8, 2>(IntegerKernel);
+template __global__ void round_activations<Half>(Int8Kernel);
+template __global__ void branch_down_int8<>(Int8Kernel);
+template __global__ void decode_int8<3, 2, 1, 1>(Int8Kernel);
+template __global__ void decode_int8<4, 1, 8, 2>(Int8Kernel);
 template __global__ void prefill_mma<4, 2, Half>(MatmulKernel);
+template __global__ void add_shares<Half>(ShareKernel);
 
 }  // namespace rankbook::cuda

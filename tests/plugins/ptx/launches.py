@@ -24,11 +24,22 @@ class MatmulKernel(c.Structure):
         ("dense", c.c_void_p),
         ("shares", c.c_void_p),
         ("arrivals", c.c_void_p),
+        ("first_row", c.c_int),
+        ("dense_rows", c.c_int),
     ]
 
 
+class ShareKernel(c.Structure):
+    _fields_ = [("k", MatmulKernel), ("shares", c.c_int)]
+
+
 class DenseKernel(c.Structure):
-    _fields_ = [("w", emulated.PackedWeight), ("y", c.c_void_p)]
+    _fields_ = [
+        ("w", emulated.PackedWeight),
+        ("y", c.c_void_p),
+        ("first_panel", c.c_int),
+        ("rows", c.c_int),
+    ]
 
 
 class Module:
@@ -74,18 +85,20 @@ def matmul(
         attributes: Its attributes.
         x: (M, K) float32, or 16-bit floats as uint16 bits.
         dtype: Type of x.
-        blocks: Blocks that share a panel (M up to 16).
+        blocks: Blocks that share a panel, or with more than 16 tokens eight panels.
     """
     device = Device()
     kernel = arguments_of(device, tensors, attributes, x, dtype)
     tokens, rank = kernel.m.tokens, kernel.m.rank
+    if tokens <= 16:
+        share_panels(device, kernel, _tile(dtype, tokens), blocks, cleared=not rank)
     if rank:
-        grid = (ceil_div(rank, WARPS), ceil_div(tokens, 8))
-        module.launch(f"branch_down.*{KINDS[dtype]}E", device, bytes(kernel), grid)
+        grid = (ceil_div(rank, 4), ceil_div(tokens, 8))
+        module.launch(f"branch_down.*{KINDS[dtype]}E", device, bytes(kernel), grid, 4 * 32 * WARPS)
     if tokens <= 16:
         _decode(module, device, kernel, dtype, blocks)
     elif dtype != "float32" and kernel.m.weight.columns % 8 == 0 and stored_planes(kernel.m.weight) <= 2:
-        _prefill(module, device, kernel, dtype)
+        _prefill(module, device, kernel, dtype, blocks)
     else:
         _product(module, device, kernel, dtype, x.dtype)
     return device.array(kernel.m.y)
@@ -108,25 +121,29 @@ def arguments_of(
     return kernel
 
 
-def share_panels(device: Device, kernel: MatmulKernel, tile: int, blocks: int) -> None:
-    """Make room for the sums of blocks that share panels, if there are several."""
+def share_panels(device: Device, kernel: MatmulKernel, tile: int, blocks: int, *, cleared: bool) -> None:
+    """Make room for the sums of blocks that share panels, if there are several.
+
+    Where an earlier kernel clears the counters, they hold something else before.
+    """
     if blocks > 1:
         panels = ceil_div(kernel.m.weight.rows, PANEL)
         kernel.shares = device.add(np.full((blocks, panels, tile, PANEL), np.nan, np.float32), writable=True)
-        kernel.arrivals = device.add(np.zeros(panels, np.uint32), writable=True)
+        kernel.arrivals = device.add(np.full(panels, 0 if cleared else 7, np.uint32), writable=True)
+
+
+def _tile(dtype: str, tokens: int) -> int:
+    return next(t for t in (1, 4, 16) if t >= tokens) if dtype == "float32" else 8 * ceil_div(tokens, 8)
 
 
 def _decode(module: Module, device: Device, kernel: MatmulKernel, dtype: str, blocks: int) -> None:
-    weight, tokens = kernel.m.weight, kernel.m.tokens
+    weight, tile = kernel.m.weight, _tile(dtype, kernel.m.tokens)
     panels, planes = ceil_div(weight.rows, PANEL), stored_planes(weight)
     if dtype == "float32":
-        tile = next(t for t in (1, 4, 16) if t >= tokens)
         pattern, table = rf"decode_floatILi{weight.bits}ELi{planes}ELi{tile}E", _table_bytes(weight)
     else:
-        tile = 8 * ceil_div(tokens, 8)
         pattern = rf"decode_mmaILi{weight.bits}ELi{planes}ELi{tile // 8}E.*{KINDS[dtype]}E"
         table = _pair_table_bytes(weight)
-    share_panels(device, kernel, tile, blocks)
     module.launch(pattern, device, bytes(kernel), (panels, blocks), max(table, 4 * WARPS * tile * PANEL))
 
 
@@ -134,19 +151,26 @@ def _pair_table_bytes(weight: emulated.PackedWeight) -> int:
     return 256 * 128 if weight.bits in (4, 8) else 0
 
 
-def _prefill(module: Module, device: Device, kernel: MatmulKernel, dtype: str) -> None:
-    weight = kernel.m.weight
+def _prefill(module: Module, device: Device, kernel: MatmulKernel, dtype: str, shares: int) -> None:
+    weight, tokens = kernel.m.weight, kernel.m.tokens
     step, stages = (256, 2) if weight.bits == 3 else (128, 3)  # bytes of a token and step
     pitch = step + (32 if weight.bits == 3 else 16)
-    grid = (ceil_div(ceil_div(weight.rows, PANEL), WARPS), ceil_div(kernel.m.tokens, 64))
+    panels = ceil_div(weight.rows, PANEL)
+    if shares > 1:
+        filler = np.full((shares, tokens, panels * PANEL), np.nan, np.float32)
+        kernel.shares = device.add(filler, writable=True)
+    grid = (ceil_div(panels, WARPS), ceil_div(tokens, 64) * shares)
     pattern = rf"prefill_mmaILi{weight.bits}ELi{stored_planes(weight)}E.*{KINDS[dtype]}E"
     module.launch(pattern, device, bytes(kernel), grid, _pair_table_bytes(weight) + stages * 64 * pitch)
+    if shares > 1:
+        grid = (ceil_div(weight.rows, 128), ceil_div(tokens, WARPS))
+        module.launch(f"add_shares.*{KINDS[dtype]}E", device, bytes(ShareKernel(kernel, shares)), grid)
 
 
 def _product(module: Module, device: Device, kernel: MatmulKernel, dtype: str, stored: Any) -> None:
     weight, tokens = kernel.m.weight, kernel.m.tokens
     filler = np.full((weight.rows, weight.columns), -1).astype(stored)
-    kernel.dense = device.add(filler, writable=True)
+    kernel.dense, kernel.dense_rows = device.add(filler, writable=True), weight.rows
     launch_dense(module, device, weight, kernel.dense, dtype)
     if dtype == "float32":
         grid, shared = (ceil_div(weight.rows, 64), ceil_div(tokens, 64)), 2 * 16 * 68 * 4
@@ -160,7 +184,7 @@ def launch_dense(module: Module, device: Device, weight: emulated.PackedWeight, 
     steps = ceil_div(weight.columns, 4 * (32 if weight.bits == 3 else 32 // weight.bits))
     grid = (ceil_div(weight.rows, PANEL), min(64, ceil_div(steps, 4 * WARPS)))
     pattern = rf"decode_denseILi{weight.bits}ELi{stored_planes(weight)}E.*{KINDS[dtype]}E"
-    module.launch(pattern, device, bytes(DenseKernel(weight, y)), grid, _table_bytes(weight))
+    module.launch(pattern, device, bytes(DenseKernel(weight, y, 0, weight.rows)), grid, _table_bytes(weight))
 
 
 def gather(module: Module, tensors: Mapping[str, Array], attributes: Mapping[str, Any], indices: Array) -> Array:

@@ -28,22 +28,23 @@ ZERO_BYTES, LEVEL_BYTES = 32, 4 * 256 + 4 * 4 + 4 * 4
 TABLE_BYTES = 256 * 128
 
 
-class IntegerPlan(c.Structure):
+class Int8Plan(c.Structure):
     _fields_ = [(name, c.c_int) for name in ("step", "parts", "span", "piece", "turns", "padded", "slots")]
 
 
-class IntegerKernel(c.Structure):
+class Int8Kernel(c.Structure):
     _fields_ = [
         ("k", MatmulKernel),
-        ("plan", IntegerPlan),
+        ("plan", Int8Plan),
         ("ordered", c.c_void_p),
         ("natural", c.c_void_p),
         ("rounded", c.c_void_p),
         ("levels", c.c_void_p),
+        ("team", c.c_int),
     ]
 
 
-def plan_of(weight: emulated.PackedWeight, tokens: int) -> IntegerPlan:
+def plan_of(weight: emulated.PackedWeight, tokens: int) -> Int8Plan:
     """Return how the columns are cut; ``parts`` is 0 if groups are neither whole steps nor half ones."""
     size, step = weight.columns // weight.groups, 128 if weight.bits == 3 else 64
     parts = 1 if weight.groups == 1 or size % step == 0 else 2 if size % (step // 2) == 0 else 0
@@ -51,7 +52,7 @@ def plan_of(weight: emulated.PackedWeight, tokens: int) -> IntegerPlan:
     turns = ceil_div(weight.columns, span * step)
     piece = step // 2 if parts == 2 else span * step
     slots = next(n for n in (1, 8, 16) if n >= tokens)
-    return IntegerPlan(step, parts, span, piece, turns, turns * span * step, slots)
+    return Int8Plan(step, parts, span, piece, turns, turns * span * step, slots)
 
 
 def matmul(
@@ -62,12 +63,13 @@ def matmul(
     The other arguments are those of `launches.matmul`. Where groups have no integer kernel, x is rounded in its type.
     """
     device = Device()
-    kernel = IntegerKernel(arguments_of(device, tensors, attributes, x, dtype))
+    kernel = Int8Kernel(arguments_of(device, tensors, attributes, x, dtype))
     m, plan = kernel.k.m, plan_of(kernel.k.m.weight, len(x))
+    kernel.team = WARPS if m.weight.columns // m.weight.groups >= 1024 else 1
+    teams = ceil_div(m.weight.groups * kernel.team, WARPS)
     if plan.parts == 0:
         kernel.ordered = device.add(np.full(x.shape, -1).astype(x.dtype), writable=True)
-        grid = (ceil_div(m.weight.groups, WARPS), m.tokens)
-        module.launch(f"round_in_place.*{KINDS[dtype]}E", device, bytes(kernel), grid)
+        module.launch(f"round_in_place.*{KINDS[dtype]}E", device, bytes(kernel), (teams, m.tokens), 4 * WARPS)
         return launches.matmul(module, tensors, attributes, device.array(kernel.ordered), dtype, blocks)
     kernel.plan = plan
 
@@ -78,16 +80,15 @@ def matmul(
     kernel.ordered = scratch(m.tokens * plan.padded + ZERO_BYTES)
     kernel.natural = scratch(m.tokens * m.weight.columns) if m.rank else 0
     kernel.rounded, kernel.levels = scratch(8 * pieces * plan.slots), scratch(LEVEL_BYTES)
-    grid = (ceil_div(m.weight.groups, WARPS) + 1, m.tokens)
-    module.launch(f"round_activations.*{KINDS[dtype]}E", device, bytes(kernel), grid)
+    share_panels(device, kernel.k, plan.slots, blocks, cleared=False)
+    module.launch(f"round_activations.*{KINDS[dtype]}E", device, bytes(kernel), (teams + 1, m.tokens), 4 * WARPS)
     if m.rank:
-        module.launch("branch_down_int8", device, bytes(kernel), (ceil_div(m.rank, WARPS), m.tokens))
-    share_panels(device, kernel.k, plan.slots, blocks)
+        module.launch("branch_down_int8", device, bytes(kernel), (m.rank, m.tokens), 4 * WARPS)
     _decode(module, device, kernel, blocks)
     return device.array(m.y)
 
 
-def _decode(module: Module, device: Device, kernel: IntegerKernel, blocks: int) -> None:
+def _decode(module: Module, device: Device, kernel: Int8Kernel, blocks: int) -> None:
     weight, slots, parts = kernel.k.m.weight, kernel.plan.slots, kernel.plan.parts
     planes = stored_planes(weight)
     table = TABLE_BYTES if weight.bits == 8 or (weight.bits == 4 and planes > 1) else 0

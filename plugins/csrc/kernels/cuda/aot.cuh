@@ -3,6 +3,9 @@
 //
 // The error branch is multiplied by every block anew, and every eight tokens decode the weight anew: right for any number
 // of tokens, meant for up to eight.
+//
+// Called by TensorRT with the launch that plugins/aot.py computes; the PTX, made for compute capability 8.0, is what
+// test_aot.py interprets. No split of columns over blocks (no workspace), at most 48 KB of shared memory.
 #pragma once
 
 #include "contract.h"
@@ -13,6 +16,7 @@ namespace rankbook::cuda::aot {
 
 using namespace contract::aot;  // kTokens, and which forms the constants have: bits of the argument `forms`
 
+// TensorRT hands integers and pointers over, so that the forms of the constants are bits of one integer.
 RB_DEVICE bool has(int forms, Form form) { return (forms >> form & 1) != 0; }
 RB_DEVICE DataType float_type(int forms, Form half) { return has(forms, half) ? DataType::kFloat16 : DataType::kFloat32; }
 
@@ -39,6 +43,8 @@ struct Branch {
 };
 
 // Block (x: panel, z: eight tokens). Shared memory: what `decode_mma` needs, then u (8, R).
+// u is computed by the whole block before the product, as there is no kernel before this one and no workspace: 8 R K
+// multiply-adds a block, as much as the product itself at a rank of 32.
 template <int kBits, int kPlanes, typename T>
 RB_DEVICE void multiply(const PackedWeight& weight, const void* x, const float* bias, const Branch& branch, int tokens,
                         int forms, void* y) {
@@ -56,9 +62,14 @@ RB_DEVICE void multiply(const PackedWeight& weight, const void* x, const float* 
     m.up = {static_cast<const std::int8_t*>(branch.up), {branch.up_scale, float_type(forms, kUpScaleFp16)},
             has(forms, kUpFull), has(forms, kUpScaleFull)};
     k.u = reinterpret_cast<float*>(shared_memory() + DecodeShared<kBits, kPlanes, T>::bytes(1));
-    for (int rank = thread_index() >> 5; rank < m.rank; rank += kWarps) down_row<T>(m, rank, 0, k.u);
+    for (int rank = (thread_index() >> 5) * kBranchRanks; rank < m.rank; rank += kWarps * kBranchRanks) {
+      const int lane = thread_index() & 31;
+      float sums[32] = {};
+      down_sums<T>(m, rank, 0, 0, 1, sums);
+      store_u(m, rank + lane / kBranchTokens, lane % kBranchTokens, sum_of_lanes<>(sums), k.u);
+    }
   }
-  multiply_panel_mma<kBits, kPlanes, 1, T>(k);  // with barriers between here and where u is read
+  multiply_panel_mma<kBits, kPlanes, 1, T, false>(k);  // with barriers between here and where u is read
 }
 
 }  // namespace rankbook::cuda::aot
@@ -68,6 +79,7 @@ RB_DEVICE void multiply(const PackedWeight& weight, const void* x, const float* 
 #define RB_AOT_WEIGHT_OF(bits) \
   rankbook::cuda::aot::weight_of<bits>(codes, levels, params, step, base, rows, columns, groups, planes, forms)
 
+// extern "C" keeps names readable, since TensorRT looks kernels up by name in the PTX (plugins/aot.py).
 #define RB_AOT_MATMUL(bits, count, T, name)                                                                             \
   extern "C" RB_KERNEL(1) rankbook_matmul##bits##_##count##_##name(const void* x, RB_AOT_WEIGHT, const float* bias,      \
                                                                    int tokens, RB_AOT_SIZES, void* y) {                  \

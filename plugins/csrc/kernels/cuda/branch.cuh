@@ -1,29 +1,50 @@
-// The error branch and the bias: u = x down^T before the product, u up^T + bias at its end.
+// The error branch and the bias, y += (x down^T) up^T + bias: `branch_down` leaves u = x down^T in the workspace before the
+// product, whose kernels add u up^T where they write y.
+//
+// Two launches and not one, because every block of the product needs all of u, and blocks may not wait for each other. The
+// factors are stored as int8 with a scale per rank; both scales are multiplied into u, once per rank and token, so that
+// what is left for the product are plain codes of `up`. u is fp32: rounded to 16 bits it would cost more accuracy than the
+// branch brings back at high ranks.
+//
+// Here is also what the kernels of a product share: their arguments, and how blocks that share a panel add up.
 #pragma once
 
+#include <climits>
 #include <type_traits>
 
 #include "kernels/cuda/codes.cuh"
 
 namespace rankbook::cuda {
 
-constexpr int kBranchTokens = 8;  // tokens that one warp multiplies with one row of `down`
+// A block of `branch_down` takes 4 ranks and 8 tokens: 32 sums, one for each lane at the end. x is then read R / 4 times,
+// from the second-level cache but for the first; with a rank of 32 and one token there are 8 blocks, which read 16 KB each
+// in about the time of one access to memory.
+constexpr int kBranchRanks = 4, kBranchTokens = 8;
 
 // Arguments of every kernel of a product. What they point to lies in the workspace.
 struct MatmulKernel {
   Matmul m;
   float* u = nullptr;             // (M, R)
-  void* dense = nullptr;          // (N, K)
-  float* shares = nullptr;        // (blocks per panel, panels, tokens of a kernel, 32 rows) sums
-  unsigned* arrivals = nullptr;   // (panels), zero at the start
+  void* dense = nullptr;          // (dense_rows, K)
+  float* shares = nullptr;        // sums of blocks that share outputs, see `reduce_and_store` and `store_share`
+  unsigned* arrivals = nullptr;   // (panels) blocks that have left their sums; null where no panel is shared
+  int first_row = 0;              // of the part of the weight that `dense` holds
+  int dense_rows = 0;
 };
+
+// The first kernel of a product sets the counters to zero, where there is one before those that count: a memset would be
+// one more node of the graph. Called by one block.
+RB_DEVICE void clear_arrivals(const MatmulKernel& k) {
+  if (k.arrivals == nullptr) return;
+  for (int i = thread_index(); i < (k.m.weight.rows + kPanel - 1) / kPanel; i += kWarps * 32) store(k.arrivals + i, 0u);
+}
 
 // Four neighbouring elements of row `row` of a factor with `columns` columns, without its scale per rank.
 RB_DEVICE void read_factor(const Factor& factor, int row, int column, int columns, float (&out)[4]) {
   const std::size_t at = static_cast<std::size_t>(row) * columns + column;
   std::uint32_t packed = 0;
   const bool word = factor.codes_full && (columns & 3) == 0;
-  if (word) packed = load(reinterpret_cast<const std::uint32_t*>(factor.codes + at));
+  if (word && column < columns) packed = load(reinterpret_cast<const std::uint32_t*>(factor.codes + at));
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     out[i] = 0.0f;
@@ -34,44 +55,104 @@ RB_DEVICE void read_factor(const Factor& factor, int row, int column, int column
   }
 }
 
-// u[m][r] = sum_k x[m][k] down[r][k], times the scales per rank of both factors, for one rank and the `kBranchTokens` tokens
-// from `first` on. The work of one warp.
+// Eight neighbouring activations from column k on, zero past the end of the row. 16 bytes at a time where rows are made of
+// whole pieces, which is the same for all threads.
 template <typename T>
-RB_DEVICE void down_row(const Matmul& m, int rank, int first, float* u) {
-  const int lane = thread_index() & 31, columns = m.weight.columns;
+RB_DEVICE void read_activations(const typename T::Stored* row, int k, int columns, float (&out)[8]) {
+  if ((columns & 7) != 0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = k + i < columns ? T::decode(load(row + k + i)) : 0.0f;
+  } else if constexpr (sizeof(typename T::Stored) == 4) {
+    const float4 low = load(reinterpret_cast<const float4*>(row + k)), high = load(reinterpret_cast<const float4*>(row + k + 4));
+    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+  } else {
+    const uint4 v = load(reinterpret_cast<const uint4*>(row + k));
+    const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = T::decode(static_cast<std::uint16_t>(words[i / 2] >> (16 * (i % 2))));
+  }
+}
+
+// What one thread adds to x down^T for ranks `rank` .. + 3 and tokens `first` .. + 7, sums[8 rank + token]: the columns of
+// its warp, one of `warps` that share them, eight to a lane.
+template <typename T>
+RB_DEVICE void down_sums(const Matmul& m, int rank, int first, int warp, int warps, float (&sums)[32]) {
+  const int columns = m.weight.columns;
   const auto* x = static_cast<const typename T::Stored*>(m.x);
-  float sums[kBranchTokens] = {};
-  for (int k = 4 * lane; k < columns; k += 4 * 32) {
-    float down[4];
-    read_factor(m.down, rank, k, columns, down);
+  for (int k = 8 * (32 * warp + (thread_index() & 31)); k < columns; k += 8 * 32 * warps) {
+    float down[kBranchRanks][2][4];
+#pragma unroll
+    for (int r = 0; r < kBranchRanks; ++r) {
+      const int row = rank + r < m.rank ? rank + r : m.rank - 1;  // ranks that do not exist repeat the last one
+      read_factor(m.down, row, k, columns, down[r][0]);
+      read_factor(m.down, row, k + 4, columns, down[r][1]);
+    }
 #pragma unroll
     for (int t = 0; t < kBranchTokens; ++t) {
       if (first + t >= m.tokens) continue;
-      const auto* row = x + static_cast<std::size_t>(first + t) * columns;
+      float values[8];
+      read_activations<T>(x + static_cast<std::size_t>(first + t) * columns, k, columns, values);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (k + i < columns) sums[t] += T::decode(load(row + k + i)) * down[i];
+      for (int r = 0; r < kBranchRanks; ++r) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[kBranchTokens * r + t] += values[i] * down[r][i / 4][i % 4];
       }
-    }
-  }
-  const float scale = (m.down.scale_full ? 1.0f : read_float(m.down.scale, rank)) *
-                      (m.up.scale_full ? 1.0f : read_float(m.up.scale, rank));
-#pragma unroll
-  for (int t = 0; t < kBranchTokens; ++t) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1) sums[t] += shuffle_xor(sums[t], mask);
-    if (lane == 0 && first + t < m.tokens) {
-      store(u + static_cast<std::size_t>(first + t) * m.rank + rank, sums[t] * scale);
     }
   }
 }
 
-// A warp per rank and `kBranchTokens`.
+// The sum over the lanes of a warp of 32 values at once: lane i gets that of values[i], in values[0]. Each round halves
+// what a lane holds, so that there are 31 shuffles; one value after the other would take 160, more than the products
+// themselves. A template and not a loop, which the compiler does not unroll when its steps shrink.
+template <int kHalf = 16>
+RB_DEVICE float sum_of_lanes(float (&values)[32]) {
+  const bool upper = (thread_index() & kHalf) != 0;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float give = upper ? values[i] : values[i + kHalf], keep = upper ? values[i + kHalf] : values[i];
+    values[i] = keep + shuffle_xor(give, kHalf);
+  }
+  if constexpr (kHalf > 1) return sum_of_lanes<kHalf / 2>(values);
+  return values[0];
+}
+
+// One element of u, with the scales per rank of both factors.
+RB_DEVICE void store_u(const Matmul& m, int rank, int token, float sum, float* u) {
+  if (rank >= m.rank || token >= m.tokens) return;
+  const float scale = (m.down.scale_full ? 1.0f : read_float(m.down.scale, rank)) *
+                      (m.up.scale_full ? 1.0f : read_float(m.up.scale, rank));
+  store(u + static_cast<std::size_t>(token) * m.rank + rank, sum * scale);
+}
+
+// Blocks (x: 4 ranks, y: 8 tokens); the warps share the columns. Shared memory: the sums of the warps.
 template <typename T>
-RB_KERNEL(1) branch_down(MatmulKernel arguments) {
-  const int rank = block_x() * kWarps + (thread_index() >> 5);
-  if (rank >= arguments.m.rank) return;  // whole warps leave; no barrier follows
-  down_row<T>(arguments.m, rank, block_y() * kBranchTokens, arguments.u);
+RB_KERNEL(2) branch_down(MatmulKernel arguments) {
+  const int lane = thread_index() & 31, warp = thread_index() >> 5;
+  const int rank = block_x() * kBranchRanks, first = block_y() * kBranchTokens;
+  if (block_x() == 0 && block_y() == 0) clear_arrivals(arguments);
+  float sums[32] = {};
+  down_sums<T>(arguments.m, rank, first, warp, kWarps, sums);
+  auto* partial = reinterpret_cast<float*>(shared_memory());
+  partial[32 * warp + lane] = sum_of_lanes<>(sums);
+  barrier();
+  if (warp > 0) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int other = 0; other < kWarps; ++other) sum += partial[32 * other + lane];
+  store_u(arguments.m, rank + lane / kBranchTokens, first + lane % kBranchTokens, sum, arguments.u);
+}
+
+// Four neighbouring elements of u, zero past the last rank.
+RB_DEVICE void read_u(const float* u, int rank, int ranks, float (&out)[4]) {
+  if ((ranks & 3) == 0) {
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (rank < ranks) v = load_fresh(reinterpret_cast<const float4*>(u + rank));
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = rank + i < ranks ? load_fresh(u + rank + i) : 0.0f;
+  }
 }
 
 // Bias and error branch of one output.
@@ -80,17 +161,17 @@ RB_DEVICE float epilogue(const MatmulKernel& arguments, int token, int row) {
   float sum = load(m.bias + (m.bias_full ? row : 0));
   const float* u = arguments.u + static_cast<std::size_t>(token) * m.rank;
   for (int r = 0; r < m.rank; r += 4) {
-    float up[4];
+    float up[4], values[4];
     read_factor(m.up, row, r, m.rank, up);
+    read_u(u, r, m.rank, values);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (r + i < m.rank) sum += load_fresh(u + r + i) * up[i];
-    }
+    for (int i = 0; i < 4; ++i) sum += values[i] * up[i];
   }
   return sum;
 }
 
 // Output type chosen at run time, where the rest of a kernel does not depend on it.
+// The kernels for rounded activations are the same for all types of x; only their last line differs.
 struct AnyType {};
 
 template <typename T>
@@ -105,12 +186,14 @@ RB_DEVICE void store_output(const Matmul& m, std::size_t at, float value) {
 }
 
 // Adds up what the warps of a block left in `partial` (kWarps, tokens, 32 rows) and writes the outputs of one panel. Where
-// several blocks share a panel, each leaves its sums in the workspace and the last one to arrive adds them up, always in
-// the same order.
-template <typename T>
+// several blocks share a panel (y of the grid), each leaves its sums in the workspace, (blocks, panels, tokens, 32 rows),
+// and the last one to arrive adds them up, always in the same order: atomic additions would need no counter, but give
+// another last bit in every run. A tile is at most 2 KB, so that the last block's turn takes less than a launch would.
+// kShared: whether blocks may share a panel at all, in kernels of one launch and no workspace (aot.cuh) they may not.
+template <typename T, bool kShared = true>
 RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, int panel, int tile) {
   const Matmul& m = arguments.m;
-  const int blocks = arguments.shares == nullptr ? 1 : grid_y(), size = tile * kPanel;
+  const int blocks = kShared ? grid_y() : 1, size = tile * kPanel;
   if (blocks > 1) {
     for (int i = thread_index(); i < size; i += kWarps * 32) {
       float sum = 0.0f;
@@ -135,6 +218,31 @@ RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, i
     }
     store_output<T>(m, static_cast<std::size_t>(token) * m.weight.rows + row, sum);
   }
+}
+
+// How many blocks share the work of one, so that waves of `slots` blocks leave few places empty: the least time, counted
+// in steps of a block, of which the beginning of a block (table, first codes) costs `prologue` and adding up `toll`.
+inline int best_shares(int blocks, int steps, int most, int slots, int prologue, int toll) {
+  int best = 1;
+  long least = LONG_MAX;
+  for (int shares = 1; shares <= most; ++shares) {
+    const long waves = ceil_div(blocks * shares, slots);
+    const long cost = waves * (prologue + ceil_div(steps, shares)) + (shares > 1 ? toll : 0);
+    if (cost < least) best = shares, least = cost;
+  }
+  return best;
+}
+
+// The most blocks that share a panel of a product of few tokens; a bound that depends on the layer only, since engines are
+// built, and their workspace is asked for, on other machines than those that run them. 768 blocks are more than fit at once.
+inline int most_shares(int rows) {
+  const int shares = 768 / ceil_div(rows, kPanel);
+  return shares < 1 ? 1 : (shares < 8 ? shares : 8);
+}
+
+// For few tokens: a block's eight warps share its `steps`; table and first codes take as long as about two steps a warp.
+inline int panel_shares(const Matmul& m, int steps, int slots) {
+  return best_shares(ceil_div(m.weight.rows, kPanel), ceil_div(steps, kWarps), most_shares(m.weight.rows), slots, 2, 0);
 }
 
 }  // namespace rankbook::cuda

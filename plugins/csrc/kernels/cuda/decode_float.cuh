@@ -1,4 +1,10 @@
 // Exact decoding in fp32: the parity form of the product (fp32 activations), the dense weight and the look-up of rows.
+//
+// Layout: a lane takes four rows of a unit (codes.cuh), so that four rows share a load of x, and a warp reads whole
+// lines of codes. Levels of all planes are floats in shared memory; coefficients of the group are in registers.
+//
+// Called through Width<>: decode_float for fp32 x with up to 16 tokens, decode_dense before the tiled products,
+// gather_rows for embeddings; the AOT kernels use look_up_rows.
 #pragma once
 
 #include "kernels/cuda/branch.cuh"
@@ -6,6 +12,8 @@
 namespace rankbook::cuda {
 
 // Weights of four rows: a table of levels in shared memory, and the parameters of the lane's group in registers.
+// Levels of all planes of a code lie side by side, so that a weight is P reads of neighbouring words. Nothing is
+// combined ahead: this form is for parity, where the order of operations is that of the reference.
 template <int kBits, int kPlanes>
 struct FloatDecoder {
   static constexpr std::size_t kTableBytes = (std::size_t{1} << kBits) * kPlanes * sizeof(float);
@@ -15,6 +23,7 @@ struct FloatDecoder {
   float offsets[4];
 
   // Fills the table (2^bits, planes), planes that the weight lacks with zeros. The caller sets a barrier after it.
+  // Three planes are served by the kernels for four, padded with zeros: a third form of every kernel would be compile time and library size for a rare case.
   static RB_DEVICE void fill_table(const PackedWeight& w, float* table) {
     for (int i = thread_index(); i < (1 << kBits) * kPlanes; i += kWarps * 32) {
       const int plane = i % kPlanes;
@@ -22,6 +31,7 @@ struct FloatDecoder {
     }
   }
 
+  // Once per group and lane: 4 (P + 1) numbers in registers, read as words of four rows.
   RB_DEVICE void set_group(const PackedWeight& w, int panel, int group, int row) {
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
@@ -43,6 +53,7 @@ struct FloatDecoder {
   }
 
   // Weights of columns 4 j .. 4 j + 3 of a unit.
+  // Four columns at a time, so that activations come as float4 and 16 weights are alive at once, not 64.
   RB_DEVICE void quad(const FourRows<kBits>& rows, int j, float (&out)[4][4]) const {
     constexpr std::uint32_t kMask = (1u << kBits) - 1u;
 #pragma unroll
@@ -58,6 +69,7 @@ struct FloatDecoder {
 };
 
 // Four neighbouring activations from column k on, zero past the end of the row.
+// Rows of a length that is no multiple of four are not aligned to 16 bytes from the second token on.
 RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
   if ((columns & 3) == 0) {
     return k < columns ? load(reinterpret_cast<const float4*>(row + k)) : float4{0.0f, 0.0f, 0.0f, 0.0f};
@@ -71,9 +83,13 @@ RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
 }
 
 // The most tokens for which there are registers.
+// Four rows times 16 tokens are 64 sums of the 255 registers that a thread may have; 3 bits with four planes hold the
+// words of a unit beside 20 parameters and take eight.
 constexpr int most_float_tokens(int bits, int planes) { return bits == 3 && planes > 2 ? 8 : kMaxDecodeTokens; }
 
 // y for up to kTokens tokens and fp32 activations. Blocks as for `decode_mma`.
+// No tensor cores: TF32 keeps 10 bits of mantissa. With four rows a lane, a load of x is used four times. Speed is that
+// of fp32 multiply-adds, about 1 / 15 of the fp16 rate of an H100; fp32 is for checks, not for serving.
 template <int kBits, int kPlanes, int kTokens>
 RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
   using U = Unit<kBits>;
@@ -87,6 +103,7 @@ RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
   decoder.fill_table(w, table);
   barrier();
 
+  // A warp takes neighbouring steps, so that it walks through groups in order and reads the parameters of each once.
   const int warps = grid_y() * kWarps, steps = (units + 3) / 4, share = (steps + warps - 1) / warps;
   const int last = (warp + 1) * share < steps ? (warp + 1) * share : steps;
   GroupCursor cursor;
@@ -119,6 +136,7 @@ RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
   for (int t = 0; t < kTokens; ++t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      // Lanes 4 p to 4 p + 3 hold parts of the same four rows: two shuffles add them up.
       sums[i][t] += shuffle_xor(sums[i][t], 1);
       sums[i][t] += shuffle_xor(sums[i][t], 2);
       if ((lane & 3) == 0) partial[((thread_index() >> 5) * kTokens + t) * kPanel + row + i] = sums[i][t];
@@ -135,15 +153,19 @@ RB_KERNEL(1) decode_float(MatmulKernel arguments) {
 
 struct DenseKernel {
   PackedWeight w;
-  void* y = nullptr;  // (N, K)
+  void* y = nullptr;    // (rows, K)
+  int first_panel = 0;  // of the part of the weight that is decoded
+  int rows = 0;
 };
 
-// The weight in T. Blocks (x: panel, y: share of the columns).
+// The weight, or a part of its rows, in T. Blocks (x: panel, y: share of the columns).
+// Stores are single elements, a row apart from lane to lane, which wastes most of each
+// transaction: the product of many tokens that follows takes several times as long.
 template <int kBits, int kPlanes, typename T>
 RB_KERNEL(1) decode_dense(DenseKernel arguments) {
   using U = Unit<kBits>;
   const PackedWeight& w = arguments.w;
-  const int lane = thread_index() & 31, panel = block_x(), row = 4 * (lane >> 2);
+  const int lane = thread_index() & 31, panel = arguments.first_panel + block_x(), row = 4 * (lane >> 2);
   const int units = U::count(w.columns), size = w.columns / w.groups;
   auto* y = static_cast<typename T::Stored*>(arguments.y);
   auto* table = reinterpret_cast<float*>(shared_memory());
@@ -167,8 +189,8 @@ RB_KERNEL(1) decode_dense(DenseKernel arguments) {
       decoder.quad(rows, j, weights);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int n = panel * kPanel + row + i;
-        if (n >= w.rows) continue;
+        const int n = static_cast<int>(block_x()) * kPanel + row + i;
+        if (n >= arguments.rows) continue;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           if (k + c < w.columns) {
@@ -182,6 +204,8 @@ RB_KERNEL(1) decode_dense(DenseKernel arguments) {
 
 // Rows of W by index; a block per index. Threads take one unit each and, like `decode_dense`, four rows of it: the
 // other three are free, since their words share the 16 bytes.
+// An embedding of a prompt of 512 tokens is 512 blocks; a decode step is one block, bound by the latency of a table and
+// a read.
 template <int kBits, int kPlanes>
 RB_DEVICE void look_up_rows(const Gather& arguments) {
   using U = Unit<kBits>;
@@ -193,11 +217,13 @@ RB_DEVICE void look_up_rows(const Gather& arguments) {
   barrier();
 
   for (std::int64_t i = block_x(); i < arguments.count; i += grid_x()) {
+    // NaN and not a clamped row: a wrong token number should be seen in the output.
     const std::int64_t index = load(arguments.indices + i);
     float* y = arguments.y + i * w.columns;
     const bool valid = index >= 0 && index < w.rows;
     const int panel = valid ? static_cast<int>(index / kPanel) : 0, row = valid ? static_cast<int>(index % kPanel) : 0;
     for (int unit = thread_index(); unit < units; unit += kWarps * 32) {
+      // A row is 4 of every 128 bytes of its panel: 16 bytes are read where 4 are wanted, of sectors of 32.
       const FourRows<kBits> rows = load_four_rows<kBits>(w, panel, unit, units, row & ~3);
       GroupCursor cursor;
 #pragma unroll

@@ -13,16 +13,23 @@
 // of B take the activations of one half each. With 4 bits and two planes, half of the columns multiply by the first plane
 // and half by the second (*folded*): entries of the table go into the product as they are, two codes of both planes to a
 // word, and columns have zeros where the other plane stands.
+//
+// Called through Int8Entry for up to 16 tokens whose groups are whole or half steps of 64 columns (128 with 3 bits). It
+// computes what plugins/int8.py defines but for the order in which groups are added.
 #pragma once
 
 #include "kernels/cuda/lookup_bytes.cuh"
 
 namespace rankbook::cuda {
 
+// A float of this exponent has the value of its mantissa: adding integers to the bits, and one subtraction in the end,
+// replace a conversion (I2F runs at a quarter of the rate, on the pipe with 16 lanes).
 constexpr int kMagic = 0x4b400000;          // 1.5 * 2^23
 constexpr float kMagicFloat = 12582912.0f;
 
 // Coefficients (a slot per plane) and offset (the last slot) of one row or two neighbours.
+// With several tokens a lane prepares one row of the 32 for all lanes of the warp; with one token those that it
+// finishes itself.
 template <int kPlanes, int kRows>
 struct RowParams {
   static constexpr int kSlots = kPlanes + 1;
@@ -42,6 +49,7 @@ struct RowParams {
   }
 
   // kPlanes planes from plane `skip` on; the offset belongs to those who skip none.
+  // 32-bit offsets, which int8_plan admits weights for: 64-bit addition is two instructions on a GPU.
   RB_DEVICE RowParams(const PackedWeight& w, const LevelBytes* levels, int panel, int row, int skip) {
     first = kept((static_cast<unsigned>(panel) * w.groups * w.params_planes + skip) * kPanel + row);
     last = w.has_offset && skip == 0 ? kPanel * (w.params_planes - 1) : 0;
@@ -82,6 +90,8 @@ struct RowParams {
 };
 
 // Who finishes what.
+// A product gives each lane 2 rows times 2 tokens of each fragment row. With one token seven of eight columns repeat
+// the first, so that the lanes of a row have the same sums and divide what follows among them.
 template <int kBits, int kPlanes, int kTokens, int kParts>
 struct Shape {
   static constexpr bool kOne = kTokens == 1;
@@ -111,6 +121,7 @@ struct Shape {
 };
 
 // Shared memory: the table, over it at the end the sums of the warps; behind it, what lanes of a warp tell each other.
+// The exchange is double-buffered (2 kValues): lanes may still read a turn's values when the next are written.
 template <int kBits, int kPlanes, int kTokens, int kParts>
 struct Int8Shared {
   static constexpr std::size_t kTable = ByteLookupOf<kBits, kPlanes>::Type::kBytes;
@@ -121,6 +132,7 @@ struct Int8Shared {
 };
 
 // Blocks of a multiprocessor that have room for their registers.
+// By what nvcc needs without spilling: 80 registers let three blocks in, 128 two.
 constexpr int int8_blocks(int bits, int planes, int tokens, int parts) {
   const bool wide = bits == 3 || bits == 8;  // they need more
   if (tokens > 8 || planes > 2 || (wide && planes == 2 && tokens > 1 && parts > 1)) return 1;
@@ -129,7 +141,7 @@ constexpr int int8_blocks(int bits, int planes, int tokens, int parts) {
 
 // y for up to kTokens (1, 8 or 16) tokens. Blocks as for `decode_mma`.
 template <int kBits, int kPlanes, int kTokens, int kParts>
-RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(IntegerKernel arguments) {
+RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(Int8Kernel arguments) {
   using C = Chunk<kBits>;
   using Shape = cuda::Shape<kBits, kPlanes, kTokens, kParts>;
   using Params = RowParams<Shape::kSums, Shape::kOwnRows>;
@@ -137,7 +149,7 @@ RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(IntegerKerne
   constexpr int kTiles = Shape::kTiles, kSets = Shape::kSets, kWords = C::kColumns / 4, kSlots = Params::kSlots;
   const Matmul& m = arguments.k.m;
   const PackedWeight& w = m.weight;
-  const IntegerPlan& plan = arguments.plan;
+  const Int8Plan& plan = arguments.plan;
   const int lane = thread_index() & 31, warp = block_y() * kWarps + (thread_index() >> 5), panel = block_x();
   const int p = lane >> 2, q = lane & 3;
   const int units = Unit<kBits>::count(w.columns), chunks = units / Unit<kBits>::kChunk;
@@ -320,6 +332,8 @@ RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(IntegerKerne
   };
   for (int turn = first; turn < last; ++turn) {
     multiply(std::true_type{});
+    // A turn of groups of 128 and more is two steps: half as many conversions a weight, and sums of 128 products still
+    // fit 22 bits.
     if (span == 2) multiply(std::false_type{});
     finish();
     if (turn + 1 < last) fetch();

@@ -15,6 +15,8 @@
 namespace rankbook::cuda {
 
 // 2 kPairs neighbouring activations from `from` on, two per word; zero from the input `left` on.
+// x is read from global memory, not staged: the warps of a block work on different columns, so nothing would be shared,
+// and neighbouring blocks find the lines in the second-level cache.
 template <int kPairs>
 RB_DEVICE void load_activations(const uint4* from, int left, bool whole, std::uint32_t (&out)[kPairs]) {
   uint4 v[kPairs / 4];
@@ -36,6 +38,8 @@ RB_DEVICE void load_activations(const uint4* from, int left, bool whole, std::ui
 
 // What turns stored parameters into coefficients (one slot per plane) and offset (the last slot), for one panel. Absent
 // slots read another plane and multiply it by zero.
+// Stored as (N/32, G, Q, 32): a lane's four rows of one plane are one word, and a warp reads 32 bytes a plane and
+// group.
 template <int kPlanes>
 struct PanelParams {
   static constexpr int kSlots = kPlanes + 1;
@@ -56,6 +60,7 @@ struct PanelParams {
   }
 
   // Coefficients are multiplied by what levels are divided by.
+  // `step` and `base` are per panel and plane: read once, they turn a parameter into its value by one multiply-add.
   RB_DEVICE void prepare(const PackedWeight& w, int panel, const float (&scales)[kPlanes]) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -83,6 +88,8 @@ struct PanelParams {
   }
 
   // The common form: a byte per parameter, a step per plane. It alone is fetched ahead.
+  // Fetching ahead hides the latency of a group's parameters behind the products of the group before it; the other
+  // forms, fp16 and fp32 parameters, are read when they are needed.
   static RB_DEVICE bool common(const PackedWeight& w) { return w.params_full && !w.step_full; }
 
   RB_DEVICE void fetch(const PackedWeight& w, int group, Words& words) const {
@@ -129,6 +136,8 @@ struct PanelParams {
 
 // How a row of groups falls into the steps of a warp. A step that several groups share costs parameters anew in every
 // step.
+// A step is 64 columns (128 with 3 bits). Groups of 64 and 128 cost their parameters once; groups of 32 leave each pair
+// of lanes with a group of its own, which costs no more instructions.
 template <int kBits>
 struct Steps {
   static constexpr int kColumns = 4 * Chunk<kBits>::kColumns;  // of a step: four lanes take a chunk each
@@ -146,6 +155,7 @@ struct Steps {
 
   // Group of the lane's columns; columns past the end belong to the last group. The product is exact below 2^20 columns
   // and groups of up to 2^12; a single group is more, and the last.
+  // A division by multiplication: 32-bit integer division is some twenty instructions on a GPU.
   RB_DEVICE int group(int step, int q) const {
     const unsigned column = static_cast<unsigned>((4 * step + q) * Chunk<kBits>::kColumns);
     const int found = static_cast<int>(multiply_high(column, per_column));
@@ -153,6 +163,7 @@ struct Steps {
   }
 };
 
+// Table and sums share their memory: the table is not needed once the products are done.
 template <int kBits, int kPlanes, typename T>
 struct DecodeShared {
   using Lookup = typename LookupOf<T, kBits, kPlanes>::Type;
@@ -164,7 +175,9 @@ struct DecodeShared {
 };
 
 // y for up to 8 kTiles tokens. Blocks (x: panel, y: share of the columns); the warps of a block share its columns.
-template <int kBits, int kPlanes, int kTiles, typename T>
+// No split of rows within a block: eight warps on one panel keep the sums of a block small (1 KB a token and warp tile)
+// and the table shared, and a layer of 4,096 rows still has 128 blocks.
+template <int kBits, int kPlanes, int kTiles, typename T, bool kShared = true>
 RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
   using U = Unit<kBits>;
   using C = Chunk<kBits>;
@@ -258,10 +271,12 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
     }
   }
   barrier();
-  reduce_and_store<T>(arguments, reinterpret_cast<float*>(shared_memory()), panel, 8 * kTiles);
+  reduce_and_store<T, kShared>(arguments, reinterpret_cast<float*>(shared_memory()), panel, 8 * kTiles);
 }
 
 // Four planes and sixteen tokens need more registers than two blocks a multiprocessor leave; so do 3 bits with two planes.
+// The bound is the second argument of __launch_bounds__: 2 blocks of 256 threads allow 128 registers a thread. Where
+// nvcc needs fewer a third block fits, which `Residency` finds out.
 template <int kBits, int kPlanes, int kTiles, typename T>
 RB_KERNEL((kTiles < 2 || (kBits != 3 && kPlanes < 3)) ? 2 : 1) decode_mma(MatmulKernel arguments) {
   multiply_panel_mma<kBits, kPlanes, kTiles, T>(arguments);

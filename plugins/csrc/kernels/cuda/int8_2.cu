@@ -1,5 +1,5 @@
 // Kernels for rounded activations and codes of 2 bits.
-#include "kernels/cuda/integer_launch.cuh"
+#include "kernels/cuda/int8_launch.cuh"
 
 namespace rankbook::cuda {
 RB_DEFINE_INT8(2)

@@ -11,9 +11,13 @@
 
 namespace rankbook::cuda {
 
+// One copy of an entry costs 1 to 2 KB and 3.5 to 6.6 passes a look-up by random codes, eight copies still 2.9 to 4.0
+// (simulated); 32 copies, one per bank, cost 32 KB and one pass. There is nothing between that is worth having.
 constexpr int kEntryBytes = 128;
 
 // Two weights from their levels: in fp16, a plane at a time, for bfloat16 activations rounded to that type at the end.
+// bfloat16 has 8 bits of mantissa: combined in it, three planes would lose what the planes add. fp16 products of levels
+// and coefficients have 11.
 template <typename T>
 struct Combine;
 
@@ -31,6 +35,8 @@ struct Combine<BFloat> {
 };
 
 // Coefficients (a slot per plane) and offset (the last slot) of four rows in one group, two rows to a word.
+// Two rows to a word: HFMA2 takes either half of a register for both of its lanes for free (spread_half), so that no
+// word holds a number twice.
 template <int kPlanes>
 struct GroupNumbers {
   std::uint32_t pairs[2][kPlanes + 1];
@@ -48,6 +54,7 @@ struct GroupNumbers {
 
 // The power of two at or below the largest level of a plane. Levels are used divided by it and coefficients multiplied:
 // exact, and it keeps both well inside the range of fp16 whatever units a method chose.
+// Every warp computes it for itself, by five shuffles: cheaper than a barrier.
 template <int kBits>
 RB_DEVICE float plane_scale(const PackedWeight& w, int plane) {
   float largest = 0.0f;
@@ -68,7 +75,20 @@ RB_DEVICE float scaled_level(const PackedWeight& w, int plane, int code, float s
   return plane < w.planes() ? half_to_float(load(w.levels + (plane << kBits) + code)) / scale : 0.0f;
 }
 
+// Fills an entry of a table with copies of its words, 16 bytes at a time: 8 stores a thread instead of 32. Neighbouring
+// threads start at different pieces, so that the eight threads of a pass write to different banks; word by word, entries
+// of two words met two by two, of four words four by four.
+template <int kWords>
+RB_DEVICE void fill_entry(unsigned char* table, int entry, const std::uint32_t (&words)[kWords]) {
+  auto* line = reinterpret_cast<uint4*>(table + entry * kEntryBytes);
+  const uint4 piece = {words[0], words[1 % kWords], words[2 % kWords], words[3 % kWords]};
+#pragma unroll
+  for (int i = 0; i < kEntryBytes / 16; ++i) line[(i + entry) % (kEntryBytes / 16)] = piece;
+}
+
 // 4 and 8 bits. With 8 bits there are too many pairs: entries are single codes, two planes to a word.
+// The address of an entry is PRMT, which brings the byte of a pair of codes to the bottom, and IMAD: two instructions
+// on two pipes, where shift, mask and add are three on one.
 template <typename T, int kBits, int kPlanes>
 struct PairTable {
   static constexpr bool kSingle = kBits == 8;
@@ -96,13 +116,7 @@ struct PairTable {
                                scaled_level<kBits>(w, i, entry >> kBits, scales[i]));
         }
       }
-      // Bytes are looked up as they are stored, minus 128.
-      auto* line = reinterpret_cast<std::uint32_t*>(table + (entry ^ 0x80) * kEntryBytes);
-      for (int copy = 0; copy < kCopies; ++copy) {
-        const int at = (copy + entry) % kCopies;  // neighbouring threads start in different banks
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) line[at * kWords + i] = words[i];
-      }
+      fill_entry(table, entry ^ 0x80, words);  // bytes are looked up as they are stored, minus 128
     }
   }
 
@@ -120,6 +134,8 @@ struct PairTable {
   }
 
   // Weights of inputs 2 pair and 2 pair + 1 of a chunk.
+  // A look-up brings the levels of two neighbouring codes in all planes: 4 bytes a plane, one LDS of 32, 64 or 128
+  // bits.
   RB_DEVICE std::uint32_t pair(const Chunk<kBits>& chunk, int row, int pair) const {
     std::uint32_t levels[kPlanes];
     constexpr int kOfUnit = Unit<kBits>::kPairs;
@@ -150,6 +166,8 @@ struct PairTable {
 };
 
 // 2 and 3 bits.
+// A table in shared memory would need 92 to 157 % of its bandwidth at full memory speed for these widths on A100 and
+// H100 (`roofline`); four rows of 4 or 8 finished weights are 8 or 16 registers.
 template <typename T, int kBits, int kPlanes>
 struct RegisterTable {
   static constexpr int kPairs = 1 << (kBits - 1);  // registers that a row's weights take
@@ -194,6 +212,8 @@ struct RegisterTable {
 
   // Product j multiplies, of a 2-bit unit, inputs (j, j + 4) and (j + 8, j + 12); of a 3-bit unit the pair j / 2 of
   // bytes 2 (j % 2) and 2 (j % 2) + 1.
+  // PRMT picks bytes, so a weight of two bytes takes two selectors a code (2 bits) or two permutations for four codes,
+  // low bytes and high bytes apart, and two that join them (3 bits).
   RB_DEVICE void fragment(const Chunk<kBits>& chunk, int i, int j, std::uint32_t (&a)[4]) const {
     const FourRows<kBits>& rows = chunk.units[0];
 #pragma unroll
@@ -217,6 +237,8 @@ struct RegisterTable {
   }
 
   // Activations in the order of the products.
+  // Once a step and token instead of once a weight; with 3 bits no move is needed, because the order is a matter of
+  // which register a product takes.
   static RB_DEVICE void arrange(std::uint32_t (&x)[Chunk<kBits>::kColumns / 2]) {
     if constexpr (kBits == 2) {
       std::uint32_t sorted[8];

@@ -70,7 +70,7 @@ struct Matmul {
   DataType type = DataType::kFloat32;
   int tokens = 0;
   bool int8_activations = false;  // x rounded per token and group, as plugins/int8.py defines
-  void* workspace = nullptr;  // matmul_workspace() bytes, aligned to 256
+  void* workspace = nullptr;  // matmul_workspace() bytes, aligned to 16; every runtime gives 256
 };
 
 // y[i] = W[indices[i]], float32; a row outside [0, N) comes out as NaN

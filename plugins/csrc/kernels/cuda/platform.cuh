@@ -14,10 +14,18 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
+// Everything is inlined into its kernel: a call would put arrays of registers into memory.
 #define RB_DEVICE __device__ __forceinline__
 #define RB_KERNEL(...) __global__ void __launch_bounds__(rankbook::cuda::kWarps * 32, __VA_ARGS__)
 
 namespace rankbook::cuda {
+
+constexpr int kMostBlocksY = 65535;  // of a grid; in x there may be 2^31 - 1
+// Bytes of a dense weight in scratch: one that needs more (1 GB in fp16 for a head of 128,256 x 4,096) is decoded and
+// multiplied in parts. A part this large still has 4,096 rows of 16,384 inputs, enough blocks for any GPU.
+constexpr std::size_t kMostDense = std::size_t{128} << 20;
 
 template <typename T>
 RB_DEVICE T load(const T* address) {
@@ -44,6 +52,7 @@ RB_DEVICE void store(T* address, T value) {
   *address = value;
 }
 
+// Blocks are eight warps in x throughout, so that a warp's number is a shift.
 RB_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 RB_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 RB_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
@@ -56,6 +65,7 @@ RB_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Dynamic only: one size per kernel, known to the launch, and 128-byte alignment for entries of tables.
 RB_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];
   return bytes;
@@ -69,6 +79,8 @@ RB_DEVICE std::uint32_t permute(std::uint32_t a, std::uint32_t b, std::uint32_t 
 }
 
 // Results of other blocks: written with `publish`, counted with `arrive`, and read with `load_other` by the last one.
+// Both sides go past the first-level cache (.cg), which is not coherent between multiprocessors. The fence before the
+// counter orders a block's sums before its arrival, the one in see_others what is read after it.
 RB_DEVICE void publish(float* address, float value) { __stcg(address, value); }
 RB_DEVICE float load_other(const float* address) { return __ldcg(address); }
 RB_DEVICE unsigned arrive(unsigned* counter) {
@@ -79,6 +91,8 @@ RB_DEVICE void see_others() { __threadfence(); }
 
 // Shared memory by its own 32-bit addresses: through pointers, newer architectures add its base to every access. Volatile,
 // so that no read moves before the barrier behind the writes.
+// A 64-bit pointer costs two registers, and on sm_90 an addition of the window's base at every access: 3.05 against
+// 2.70 instructions a weight in a prototype.
 RB_DEVICE unsigned shared_address(const void* pointer) { return static_cast<unsigned>(__cvta_generic_to_shared(pointer)); }
 RB_DEVICE void read_shared(unsigned at, std::uint32_t& a) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(a) : "r"(at));
@@ -95,6 +109,7 @@ RB_DEVICE unsigned kept(unsigned value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+// Rounding is part of the definition of int8 activations: fused where it says so, never by the compiler's choice alone.
 RB_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 RB_DEVICE int round_to_int(float value) { return __float2int_rn(value); }  // ties to even
 // Starts a copy of 16 bytes (zeros unless `inside`) to a shared address; groups of copies arrive in the order in which they
@@ -128,6 +143,7 @@ RB_DEVICE std::uint16_t float_to_half(float value) { return __half_as_ushort(__f
 RB_DEVICE float bfloat_to_float(std::uint16_t bits) { return __uint_as_float(static_cast<std::uint32_t>(bits) << 16); }
 RB_DEVICE std::uint16_t float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
+// Bits and not __half2 are what kernels hold: the emulation knows no half type.
 RB_DEVICE std::uint32_t as_bits(__half2 v) { return *reinterpret_cast<std::uint32_t*>(&v); }
 RB_DEVICE __half2 as_half2(std::uint32_t v) { return *reinterpret_cast<__half2*>(&v); }
 RB_DEVICE std::uint32_t pack_half(float low, float high) { return as_bits(__floats2half2_rn(low, high)); }
@@ -173,6 +189,11 @@ RB_DEVICE void mma_half(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_
       : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kHasBFloatMma = true;
+#else
+constexpr bool kHasBFloatMma = false;
+#endif
 RB_DEVICE void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -184,6 +205,7 @@ RB_DEVICE void mma_bfloat(float (&c)[4], const std::uint32_t (&a)[4], std::uint3
 }
 
 // The same for whole numbers: d (16 x 8, int32) = a (16 x 32, int8) b (32 x 8, int8) + c, "mma.m16n8k32". d may be c.
+// Twice the multiply-adds of an fp16 product in the same number of registers.
 RB_DEVICE void mma_int8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, const int (&c)[4]) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -201,29 +223,65 @@ RB_DEVICE void mma_int8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t 
 #endif
 }
 
-// Multiprocessors of the current device, or a guess where there is none (the launch will say so).
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 1;
+// More than 48 KB of shared memory a kernel gets only when asked for.
+template <typename Arguments>
+cudaError_t allow_shared(void (*kernel)(Arguments), std::size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+// How many blocks of one kernel the current device runs at once. Registers decide: the launch bounds promise two blocks a
+// multiprocessor, and with a form whose loop needs fewer there are three. Asked once per kernel and device, because the
+// question takes the driver about as long as a launch.
+class Residency {
+ public:
+  template <typename Arguments>
+  int blocks(void (*kernel)(Arguments), std::size_t shared_bytes) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kDevices) return count(kernel, shared_bytes, device);
+    int known = blocks_[device].load(std::memory_order_relaxed);
+    if (known == 0) blocks_[device].store(known = count(kernel, shared_bytes, device), std::memory_order_relaxed);
+    return known;
+  }
+
+ private:
+  static constexpr int kDevices = 16;
+
+  // 1 where there is no device: the launch will say so.
+  template <typename Arguments>
+  static int count(void (*kernel)(Arguments), std::size_t shared_bytes, int device) {
+    int each = 0, multiprocessors = 0;
+    const bool known =
+        allow_shared(kernel, shared_bytes) == cudaSuccess &&
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kWarps * 32, shared_bytes) == cudaSuccess &&
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+    return known && each > 0 ? each * multiprocessors : 1;
+  }
+
+  std::atomic<int> blocks_[kDevices] = {};
+};
+
+// A sentence for an error of the runtime. A kernel is loaded when it is first launched, which a stream that is being
+// captured does not allow: whoever captures has to run every shape once before.
+inline Status status_of(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  if (error == cudaErrorStreamCaptureUnsupported || error == cudaErrorStreamCaptureInvalidated) {
+    return {"the stream is being captured and a kernel was not loaded yet: run every shape once before the capture"};
+  }
+  return {cudaGetErrorString(error)};
+}
+
+// A memset is a node of a CUDA graph like a kernel; it is used only where no kernel runs before the one that counts.
 inline Status clear(void* address, std::size_t bytes, void* stream) {
-  const cudaError_t error = cudaMemsetAsync(address, 0, bytes, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
+  return status_of(cudaMemsetAsync(address, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
+// Arguments are one structure by value, some 300 bytes of the 4 KB that a launch may carry.
 template <typename Arguments>
 Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void* stream, const Arguments& arguments) {
-  if (shared_bytes > 48 * 1024) {  // more than a kernel gets unasked
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  }
+  if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return status_of(error);
   kernel<<<grid, kWarps * 32, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
+  return status_of(cudaGetLastError());
 }
 
 }  // namespace rankbook::cuda

@@ -5,12 +5,22 @@
 // memory by asynchronous copies, some steps ahead. A lane reads its chunk of a token 16 bytes at a time; rows are padded
 // (and, with 3 bits, pieces swapped) so that the reads of a quarter of a warp meet different banks. The decoded weight never
 // touches memory.
+//
+// Who calls it: Width<>::prefill_16 for more than 16 tokens of fp16 or bf16 with one or two planes, rounded activations
+// among them once they are floats again. Tiles of 256 rows and 64 tokens; a block's eight warps decode eight panels
+// side by side and share x.
+//
+// Where few tiles leave multiprocessors idle, blocks share the columns of a tile and `add_shares` adds up. By
+// arithmetic a layer of 4,096 x 4,096 at 17 tokens takes 30 us on an H100 with 16 blocks and 6 with 128 of them
+// (tools/dev/layer_time.py).
 #pragma once
 
 #include "kernels/cuda/decode_mma.cuh"
 
 namespace rankbook::cuda {
 
+// Three stages of 64 tokens times 64 columns (9 KB each with padding), two of 128 columns with 3 bits, beside a table
+// of 32 KB: at most 60 KB, which every GPU since Turing grants when asked.
 template <typename T, int kBits, int kPlanes>
 struct PrefillTile {
   using Lookup = typename LookupOf<T, kBits, kPlanes>::Type;
@@ -22,11 +32,15 @@ struct PrefillTile {
   static constexpr std::size_t kBytes = Lookup::kBytes + static_cast<std::size_t>(kStages) * kStageBytes;
 
   // Byte offset of 16-byte piece i of chunk q in the row of a token.
+  // With 3 bits a chunk is 64 bytes, so that lanes q and q + 2 of a token would read the same banks: their pieces are
+  // swapped.
   static RB_DEVICE unsigned piece(int q, int i) {
     return static_cast<unsigned>(kChunkBytes * q + 16 * (kBits == 3 ? i ^ (q >> 1) : i));
   }
 
   // Starts the copies of one step; zeros stand for what lies outside of x.
+  // 256 threads copy 16 bytes each, two to four times a step. cp.async bypasses registers and, with .cg, the
+  // first-level cache, which these bytes would only pass through.
   static RB_DEVICE void copy(const Matmul& m, int first_token, int step, unsigned stage) {
     constexpr int kPieces = kStepBytes / 16, kOfChunk = kChunkBytes / 16;
 #pragma unroll
@@ -41,9 +55,9 @@ struct PrefillTile {
   }
 };
 
-// Adds bias and error branch to the sums of a warp: rows `row` .. `row` + 3, tokens `token` + 8 tile, and the next ones.
+// Adds u up^T to the sums of a warp in plain fp32: R x 64 multiply-adds a lane, at R = 128 as much work as the product.
 template <int kTiles>
-RB_DEVICE void add_epilogue(const MatmulKernel& arguments, int row, int token, float (&sums)[2][kTiles][4]) {
+RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, int row, int token, float (&sums)[2][kTiles][4]) {
   const Matmul& m = arguments.m;
   for (int r = 0; r < m.rank; r += 4) {
     float up[4][4];
@@ -54,16 +68,56 @@ RB_DEVICE void add_epilogue(const MatmulKernel& arguments, int row, int token, f
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const int at = token + 8 * tile + column;
-        const float* u = arguments.u + static_cast<std::size_t>(at < m.tokens ? at : m.tokens - 1) * m.rank + r;
+        float u[4];
+        read_u(arguments.u + static_cast<std::size_t>(at < m.tokens ? at : m.tokens - 1) * m.rank, r, m.rank, u);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          const float value = r + k < m.rank ? load_fresh(u + k) : 0.0f;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[i / 2][tile][2 * (i % 2) + column] += value * up[i][k];
+          for (int i = 0; i < 4; ++i) sums[i / 2][tile][2 * (i % 2) + column] += u[k] * up[i][k];
         }
       }
     }
   }
+}
+
+// The same on tensor cores where `up` is stored as int8, whose codes are exact in bfloat16. u goes in three terms of 8 bits
+// of mantissa each, which together are the fp32 number: 3 R / 16 products a tile where the main loop has K / 16, 2 % at a
+// rank of 32 and 4,096 inputs. Fragments as in the main loop: lane q holds ranks 4 q .. 4 q + 3 of sixteen.
+template <int kTiles>
+RB_DEVICE void add_branch(const MatmulKernel& arguments, int row, int first_token, float (&sums)[2][kTiles][4]) {
+  const Matmul& m = arguments.m;
+  const int p = (thread_index() & 31) >> 2, q = thread_index() & 3;
+  if (!kHasBFloatMma || !m.up.codes_full) return add_branch_plain(arguments, row, first_token + 2 * q, sums);
+#pragma unroll 1
+  for (int first = 0; first < m.rank; first += 16) {
+    const int rank = first + 4 * q;
+    std::uint32_t a[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float up[4];
+      read_factor(m.up, row + i < m.weight.rows ? row + i : m.weight.rows - 1, rank, m.rank, up);
+      a[i / 2][i % 2] = pack_bfloat(up[0], up[1]);
+      a[i / 2][2 + i % 2] = pack_bfloat(up[2], up[3]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int token = first_token + 8 * tile + p;
+      float u[4];
+      read_u(arguments.u + static_cast<std::size_t>(token < m.tokens ? token : m.tokens - 1) * m.rank, rank, m.rank, u);
+#pragma unroll
+      for (int term = 0; term < 3; ++term) {
+        const std::uint32_t b0 = pack_bfloat(u[0], u[1]), b1 = pack_bfloat(u[2], u[3]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma_bfloat(sums[i][tile], a[i], b0, b1);
+        u[0] -= float_of(b0 << 16), u[1] -= float_of(b0 & 0xffff0000u);
+        u[2] -= float_of(b1 << 16), u[3] -= float_of(b1 & 0xffff0000u);
+      }
+    }
+  }
+}
+
+template <int kTiles>
+RB_DEVICE void add_bias(const Matmul& m, int row, float (&sums)[2][kTiles][4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float bias = load(m.bias + (m.bias_full ? (row + i < m.weight.rows ? row + i : 0) : 0));
@@ -75,6 +129,12 @@ RB_DEVICE void add_epilogue(const MatmulKernel& arguments, int row, int token, f
   }
 }
 
+// A product whose columns blocks have shared.
+struct ShareKernel {
+  MatmulKernel k;
+  int shares = 0;
+};
+
 template <typename T, int kTiles>
 RB_DEVICE void store_tiles(const Matmul& m, int row, int token, const float (&sums)[2][kTiles][4]) {
   const int rows = m.weight.rows;
@@ -85,6 +145,7 @@ RB_DEVICE void store_tiles(const Matmul& m, int row, int token, const float (&su
       const int at = token + 8 * tile + column;
       if (at >= m.tokens || row >= rows) continue;
       auto* y = static_cast<std::uint16_t*>(m.y) + static_cast<std::size_t>(at) * rows + row;
+      // Four rows of a token are 8 bytes of y; rows that are no multiple of four are not aligned to them.
       if ((rows & 3) == 0) {
         uint2 packed;
         packed.x = T::pack(sums[0][tile][column], sums[0][tile][2 + column]);
@@ -100,7 +161,59 @@ RB_DEVICE void store_tiles(const Matmul& m, int row, int token, const float (&su
   }
 }
 
-// Blocks (x: eight panels, y: 64 tokens).
+// Blocks that share the columns of a tile leave their sums here, (shares, M, rows of all panels): four rows of a token are
+// 16 bytes of a lane, and eight lanes fill a cache line.
+template <int kTiles>
+RB_DEVICE void store_share(const MatmulKernel& arguments, int share, int row, int token, const float (&sums)[2][kTiles][4]) {
+  const Matmul& m = arguments.m;
+  const std::size_t rows = static_cast<std::size_t>((m.weight.rows + kPanel - 1) / kPanel) * kPanel;
+  float* to = arguments.shares + static_cast<std::size_t>(share) * m.tokens * rows + row;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      const int at = token + 8 * tile + column;
+      if (at >= m.tokens) continue;
+      store(reinterpret_cast<float4*>(to + static_cast<std::size_t>(at) * rows),
+            float4{sums[0][tile][column], sums[0][tile][2 + column], sums[1][tile][column], sums[1][tile][2 + column]});
+    }
+  }
+}
+
+// Adds up what `prefill_mma` left in `shares`, with bias and branch. A kernel of its own, over all multiprocessors: the last
+// block of a tile to arrive would read 64 KB for each share alone, for longer than the product took. Blocks (x: 128 rows,
+// y: 8 tokens); a lane takes four rows of a token.
+template <typename T>
+RB_KERNEL(2) add_shares(ShareKernel arguments) {
+  const Matmul& m = arguments.k.m;
+  const int row = 4 * (32 * block_x() + (thread_index() & 31)), token = block_y() * kWarps + (thread_index() >> 5);
+  if (row >= m.weight.rows || token >= m.tokens) return;  // no barrier follows
+  const std::size_t rows = static_cast<std::size_t>((m.weight.rows + kPanel - 1) / kPanel) * kPanel;
+  float sums[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[i] = row + i < m.weight.rows ? epilogue(arguments.k, token, row + i) : 0.0f;
+  // In the order of the shares, whoever wrote them first: results repeat bit for bit.
+  for (int share = 0; share < arguments.shares; ++share) {
+    const std::size_t at = (static_cast<std::size_t>(share) * m.tokens + token) * rows + row;
+    const float4 v = load_fresh(reinterpret_cast<const float4*>(arguments.k.shares + at));
+    sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
+  }
+  auto* y = static_cast<std::uint16_t*>(m.y) + static_cast<std::size_t>(token) * m.weight.rows + row;
+  if ((m.weight.rows & 3) == 0) {
+    uint2 packed;
+    packed.x = T::pack(sums[0], sums[1]), packed.y = T::pack(sums[2], sums[3]);
+    store(reinterpret_cast<uint2*>(y), packed);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (row + i < m.weight.rows) store(y + i, T::encode(sums[i]));
+    }
+  }
+}
+
+// Blocks (x: eight panels, y: 64 tokens, and behind all of them those of the next share of the columns).
+// Rows come first in the grid: blocks that run at the same time share a tile of tokens, which all but the first find in
+// the second-level cache, while each reads codes of its own.
 template <int kBits, int kPlanes, typename T>
 RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   using U = Unit<kBits>;
@@ -112,24 +225,30 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   const int lane = thread_index() & 31, p = lane >> 2, q = lane & 3;
   const int panels = (w.rows + kPanel - 1) / kPanel, wanted = block_x() * kWarps + (thread_index() >> 5);
   const int panel = wanted < panels ? wanted : panels - 1;  // a warp without a panel repeats the last one, and copies
-  const int first_token = block_y() * Tile::kTokens, units = U::count(w.columns), chunks = units / U::kChunk;
+  const int units = U::count(w.columns), chunks = units / U::kChunk;
+  const int token_tiles = (m.tokens + Tile::kTokens - 1) / Tile::kTokens, first_token = block_y() % token_tiles * Tile::kTokens;
+  const int share = block_y() / token_tiles, shares = grid_y() / token_tiles, live = m.tokens - first_token;
   const unsigned stages = shared_address(shared_memory()) + static_cast<unsigned>(Tile::Lookup::kBytes);
 
   const Steps<kBits> steps(w);
+  const int own = (steps.count + shares - 1) / shares;  // steps of a share; the last ones may have fewer, or none
+  int step = share * own;
+  const int last = step + own < steps.count ? step + own : steps.count;
 #pragma unroll
-  for (int step = 0; step < Tile::kStages - 1; ++step) {
-    if (step < steps.count) Tile::copy(m, first_token, step, stages + step * Tile::kStageBytes);
+  for (int i = 0; i < Tile::kStages - 1; ++i) {
+    if (step + i < last) Tile::copy(m, first_token, step + i, stages + i * Tile::kStageBytes);
     commit_copies();
   }
-  int chunk = q;
+  int chunk = 4 * step + q;
   const auto* codes = reinterpret_cast<const uint4*>(
-      w.codes + (static_cast<std::size_t>(panel) * units + chunk * U::kChunk) * U::kWords * kPanel + 4 * p);
+      w.codes + (static_cast<std::size_t>(panel) * units + static_cast<std::size_t>(chunk) * U::kChunk) * U::kWords * kPanel +
+      4 * p);
   C ahead = {};
-  if (chunk < chunks) ahead.load_from(codes);
+  if (step < last && chunk < chunks) ahead.load_from(codes);
   PanelParams<kPlanes> params(w, panel, 4 * p);
   typename PanelParams<kPlanes>::Words words = {};
   const bool common = params.common(w);
-  int group = steps.group(0, q);
+  int group = steps.group(step, q);
   if (common) params.fetch(w, group, words);
   float scales[kPlanes];
 #pragma unroll
@@ -139,29 +258,35 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   lookup.prepare(w, scales, shared_memory());
 
   float sums[2][kTiles][4] = {};
-  int step = 0, stage = 0, end = 0;
-  while (step < steps.count) {
+  // A share may begin inside a group: `end` is then that of the group it is in.
+  int stage = 0, end = step / steps.span * steps.span;
+  while (step < last) {
     lookup.set_group(common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p));
-    end = end + steps.span < steps.count ? end + steps.span : steps.count;
+    end = end + steps.span < last ? end + steps.span : last;
     group = steps.group(end, q);
     if (common) params.fetch(w, group, words);
     for (; step < end; ++step) {
       const C now = ahead;
       codes += 4 * C::kPitch;
       chunk += 4;
-      if (chunk < chunks) ahead.load_from(codes);
+      if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
       // The step is here for every warp, and no warp reads the one before it any more: its place takes a later one.
+      // One barrier a step: it stands before the copies that overwrite the stage read last.
       wait_copies<Tile::kStages - 2>();
       barrier();
+      // The stage that was read last.
       const int free = stage == 0 ? Tile::kStages - 1 : stage - 1;
-      if (step + Tile::kStages - 1 < steps.count) {
+      if (step + Tile::kStages - 1 < last) {
         Tile::copy(m, first_token, step + Tile::kStages - 1, stages + free * Tile::kStageBytes);
       }
       commit_copies();
       const unsigned at = stages + static_cast<unsigned>(stage * Tile::kStageBytes + p * Tile::kPitch);
       stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+// A round decodes a quarter of what a lane holds of a step, for fragments of one round to fit registers.
 #pragma unroll
       for (int round = 0; round < kRounds; ++round) {
+        // Weights of 16 columns of a chunk are decoded once and meet eight tiles of tokens: 32 registers of operands
+        // beside 64 of sums.
         std::uint32_t a[4][2][4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -170,6 +295,10 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
         }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
+          // Products of tokens that do not exist are left out, sixteen tokens at a time: 17 tokens cost half of 64.
+          // The branch is the same for all warps of a block, so that it costs nothing but itself; rounding to sixteen
+          // keeps 16 products between two branches.
+          if (tile % 2 == 0 && tile > 0 && 8 * tile >= live) break;
           std::uint32_t x[8];
           const unsigned line = at + static_cast<unsigned>(8 * tile * Tile::kPitch);
           read_shared(line + Tile::piece(q, 2 * round), x[0], x[1], x[2], x[3]);
@@ -189,7 +318,9 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   }
   if (wanted >= panels) return;  // whole warps leave; no barrier follows
   const int row = panel * kPanel + 4 * p, token = first_token + 2 * q;
-  add_epilogue(arguments, row, token, sums);
+  if (shares > 1) return store_share(arguments, share, row, token, sums);
+  add_branch(arguments, row, first_token, sums);
+  add_bias(m, row, sums);
   store_tiles<T>(m, row, token, sums);
 }
 

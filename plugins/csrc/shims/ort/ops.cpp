@@ -1,3 +1,8 @@
+// The operators for packed layers on the CPU provider: what a node makes of its constants when it is created, and a
+// call from ONNX Runtime's tensors to the kernels' arguments. x and y are (..., K) and (..., N) in fp32, fp16 or bf16.
+//
+// Two modes (rankbook.activations): exact fp32, kernels/cpu/packed; and activations rounded to 8 bits,
+// kernels/cpu/int8, which takes all products of a node at once. cuda_ops.cpp is the same for a GPU.
 #include "shims/ort/ops.h"
 
 #include <list>
@@ -7,6 +12,7 @@
 #include "kernels/cpu/simd/half.h"
 #include "shims/ort/guarded.h"
 #include "shims/ort/pool.h"
+#include "shims/ort/signature.h"
 
 namespace rankbook::ort {
 namespace {
@@ -25,100 +31,74 @@ using RoundedLowRank = contract::CodebookMatMulLowRankA8;
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : held_(bytes > kFew ? new uint8_t[static_cast<size_t>(bytes) + kLine] : nullptr) {}
+  // Cache lines, because a vector that crosses one costs two loads.
   uint8_t* get() {
     uint8_t* const from = held_ ? held_.get() : few_;
     return from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine) % kLine;
   }
 
  private:
+  // Enough for a token of 4,096 inputs with its sums and scales.
   static constexpr int64_t kFew = 16384;
   static constexpr size_t kLine = 64;
   std::unique_ptr<uint8_t[]> held_;
   uint8_t few_[static_cast<size_t>(kFew) + kLine];
 };
 
-// One operator at one width and one type of activations.
-struct Op : Ort::CustomOpBase<Op, MatMulKernel, true> {
-  enum class Kind { kMatMul, kLowRank, kGather };
-
-  Kind kind;
-  int bits;
-  int merged;  // products of a merged operator; 0 in others, which have one
-  ONNXTensorElementDataType type;
-  std::string name;
+// A product or a look-up on the CPU. ONNX Runtime's template makes the two callbacks for one kind of kernel; for
+// look-ups they are replaced.
+struct Op : SignedOp<Op, MatMulKernel> {
   const Kernels kernels;
 
-  Op(Kind kind_, int bits_, const char* suffix, int merged_, ONNXTensorElementDataType type_, const Kernels& kernels_)
-      : kind(kind_), bits(bits_), merged(merged_), type(type_), kernels(kernels_) {
-    name = (kind == Kind::kGather ? Gather::kName : kind == Kind::kLowRank ? LowRank::kName : MatMul::kName);
-    name += std::to_string(bits) + suffix;
-    if (merged > 0) name += contract::kMerged + std::to_string(merged);
-    if (kind != Kind::kGather) return;
+  Op(const Signature& of, const Kernels& kernels_) : SignedOp(of), kernels(kernels_) {
+    if (signature.kind != Kind::kGather) return;
     KernelDestroy = [](void* kernel) { delete static_cast<GatherKernel*>(kernel); };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       return static_cast<GatherKernel*>(kernel)->ComputeV2(context);
     };
   }
 
+  // Called when a session is made: everything that can be refused is refused here, with the node's name, before any
+  // token.
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     return guarded([&] {
-      if (kind == Kind::kGather) {
-        const Constants constants(info, Gather::kInputs, name);
-        constants.expect_inputs(inputs_alone());
-        *kernel = new GatherKernel(constants, bits);
+      const Constants constants(info, signature.input_names(), name);
+      if (signature.kind == Kind::kGather) {
+        constants.expect_inputs(signature.inputs_alone());
+        *kernel = new GatherKernel(constants, signature.bits);
       } else {
-        std::string node = Constants(info, LowRank::kInputs, name).node();
-        if (merged == 0 && Constants::are_cast(info)) {
+        if (signature.merged == 0 && Constants::are_cast(info)) {
           auto held = std::make_shared<Ort::KernelInfo>(Ort::ConstKernelInfo(info).Copy());
           auto read = [this, held](const Ort::KernelContext& context) { return read_products(*held, &context); };
-          *kernel = new MatMulKernel({}, std::move(read), std::move(node), kernels);
+          *kernel = new MatMulKernel({}, std::move(read), constants.node(), kernels);
         } else {
-          *kernel = new MatMulKernel(read_products(info, nullptr), nullptr, std::move(node), kernels);
+          *kernel = new MatMulKernel(read_products(info, nullptr), nullptr, constants.node(), kernels);
         }
       }
     });
   }
 
-  // From the initializers of a node, or from the inputs of a call.
+  // From the initializers of a node, or from the inputs of a call. A merged node has products 0, 1, 2 whose constants are
+  // named with a suffix; others have one without.
   std::vector<Product> read_products(const OrtKernelInfo* info, const Ort::KernelContext* context) const {
     std::vector<Product> out;
     std::vector<Constants> constants;
-    for (int i = 0; i < products(); ++i) {
-      constants.emplace_back(info, LowRank::kInputs, name, merged > 0 ? i : Constants::kAlone, context);
-      constants[i].expect_inputs(merged > 0 ? 2 : inputs_alone());
-      out.emplace_back(constants[i], constants[i].layer(bits, inputs_alone(), kCpuLimits), kernels);
+    const size_t inputs = signature.inputs_alone();
+    for (int i = 0; i < signature.products(); ++i) {
+      constants.emplace_back(info, signature.input_names(), name, signature.merged > 0 ? i : Constants::kAlone, context);
+      constants[i].expect_inputs(signature.merged > 0 ? 2 : inputs);
+      out.emplace_back(constants[i], constants[i].layer(signature.bits, inputs, kCpuLimits), kernels);
       if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
         constants[i].fail("all products must have the same in_features and, where activations are rounded, the same groups");
       }
     }
+    // After all constants were read: copying gives pages of the file back.
     if (kernels.copy && context == nullptr) Product::copy(out, constants);
     return out;
   }
-
-  int products() const { return merged > 0 ? merged : 1; }
-
-  size_t inputs_alone() const {
-    return kind == Kind::kGather    ? size_t{Gather::kInputCount}
-           : kind == Kind::kLowRank ? size_t{LowRank::kInputCount}
-                                    : size_t{MatMul::kInputCount};
-  }
-
-  const char* GetName() const { return name.c_str(); }
-  // The constants are one input of any number and types, checked when a node is created: ONNX Runtime keeps the names of
-  // all types for every input that is declared, 6 MB for these operators.
-  size_t GetInputTypeCount() const { return 2; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t input) const {
-    return input == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_VARIADIC;
-  }
-  bool GetVariadicInputHomogeneity() const { return false; }
-  ONNXTensorElementDataType GetInputType(size_t input) const {
-    if (input > 0) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
-  }
-  size_t GetOutputTypeCount() const { return static_cast<size_t>(products()); }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
 };
 
+// One reader serves all kinds because their constants stand at the same positions.
 static_assert(MatMul::kCodes == static_cast<int>(Gather::kCodes) && MatMul::kBase == static_cast<int>(Gather::kBase));
 static_assert(MatMul::kInputCount == static_cast<int>(RoundedMatMul::kInputCount));
 static_assert(LowRank::kInputCount == static_cast<int>(RoundedLowRank::kInputCount));
@@ -129,10 +109,12 @@ static_assert(contract::kMostMerged <= kMostProducts);
 MatMulKernel::MatMulKernel(std::vector<Product> products, Read read, std::string node, const Kernels& kernels)
     : products_(std::move(products)), read_(std::move(read)), node_(std::move(node)), kernels_(kernels) {}
 
+// An exception would end the process in ONNX Runtime's C code.
 OrtStatusPtr MatMulKernel::ComputeV2(OrtKernelContext* context) noexcept {
   return guarded([&] { compute(Ort::KernelContext(context)); });
 }
 
+// x and every y in fp32, whatever their types outside.
 struct MatMulKernel::Call {
   const Ort::KernelContext& context;
   const std::vector<Product>& products;
@@ -141,6 +123,7 @@ struct MatMulKernel::Call {
   float* y[kMostProducts] = {};
 };
 
+// Nothing is allocated for fp32: shapes are in fixed arrays, outputs are ONNX Runtime's.
 void MatMulKernel::compute(const Ort::KernelContext& context) const {
   const std::vector<Product> read = read_ ? read_(context) : std::vector<Product>();
   const std::vector<Product>& products = read_ ? read : products_;
@@ -161,12 +144,14 @@ void MatMulKernel::compute(const Ort::KernelContext& context) const {
   if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
     return compute_half(call, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, x.GetTensorRawData(), results);
   }
+  // fp32 goes straight through, without a copy.
   call.x = x.GetTensorData<float>();
   for (size_t i = 0; i < products.size(); ++i) call.y[i] = static_cast<float*>(results[i]);
   multiply(call);
 }
 
 // The same for fp16 or bf16, by way of fp32.
+// The loops know fp32 alone. For one token the conversion is K + N elements beside N K weights.
 void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* const* results) const {
   const std::vector<Product>& products = call.products;
   const auto inputs = static_cast<size_t>(call.tokens * products[0].in_features());
@@ -182,6 +167,7 @@ void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* cons
     next += call.tokens * products[i].out_features();
   }
   multiply(call);
+    // Ort's own conversions round to nearest, ties to even.
   for (size_t i = 0; i < products.size(); ++i) {
     auto* to = static_cast<uint16_t*>(results[i]);
     const int64_t count = call.tokens * products[i].out_features();
@@ -189,21 +175,26 @@ void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* cons
   }
 }
 
+// The kernels return a sentence, which gets the node's name here.
 void MatMulKernel::multiply(const Call& call) const {
+  // The session's own threads, so that --threads and other nodes' threads are the same ones.
   const std::vector<Product>& made = call.products;
   const Parallel pool = pool_of(call.context);
   Status status;
+  // All products at once: x is rounded once, and threads go through the panels of all of them.
   if (kernels_.rounds) {
     Int8Product products[kMostProducts];
     for (size_t i = 0; i < made.size(); ++i) {
       products[i] = made[i].int8(call.context);
       products[i].y = call.y[i];
     }
+    // Arrays on the stack: up to three products, no allocation for a token.
     Int8Args args{products, static_cast<int>(made.size()), call.x, call.tokens};
     Workspace workspace(int8_workspace(args));
     args.workspace = workspace.get();
     status = int8_linear(args, kernels_.int8, pool);
   } else {
+    // Exact products share nothing but x, so that they run one after another.
     for (size_t i = 0; i < made.size() && status.ok(); ++i) {
       LinearArgs args = made[i].floats(call.context);
       const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(args.weight, args.branch, call.tokens))]);
@@ -217,6 +208,8 @@ void MatMulKernel::multiply(const Call& call) const {
   if (!status.ok()) fail(node_, status.message);
 }
 
+// Embeddings are read where the file has them: a token touches a row of some hundred bytes, for which a copy would not
+// pay.
 GatherKernel::GatherKernel(const Constants& constants, int bits)
     : node_(constants.node()), weight_(constants, constants.layer(bits, Gather::kInputCount, kCpuLimits)) {}
 
@@ -232,30 +225,25 @@ void GatherKernel::compute(const Ort::KernelContext& context) const {
   args.indices = indices.GetTensorData<int64_t>();
   args.count = static_cast<int64_t>(indices.GetTensorTypeAndShapeInfo().GetElementCount());
   shape.push_back(args.weight.in_features);
+  // Indices come as int64 only; their shape is that of y but for the last axis.
   args.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
   const Status status = codebook_gather(args, pool_of(context));
+  // Which index it was, nobody says: the kernel stops at the first, and the range tells enough.
   if (status == refusal::kIndex) {
     fail(node_, "an index lies outside [0, " + std::to_string(args.weight.out_features) + ")");
   }
   if (!status.ok()) fail(node_, status.message);
 }
 
+// Names that end in A8 round x whatever the session says; the others do as `kernels` says.
 void add_operators(Ort::CustomOpDomain& domain, const Kernels& kernels) {
+  // A list, whose elements never move: ONNX Runtime keeps their addresses. Never destroyed, as sessions may outlive
+  // static objects.
   auto& operators = *new std::list<Op>;
-  const auto add = [&](const auto&... arguments) { domain.Add(&operators.emplace_back(arguments...)); };
   const Kernels rounding{kernels.floats, kernels.int8, true, kernels.copy};
-  for (const int bits : contract::kBits) {
-    for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                            ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
-      for (int merged = 0; merged <= contract::kMostMerged; ++merged) {
-        add(Op::Kind::kMatMul, bits, MatMul::kSuffix, merged, type, kernels);
-        add(Op::Kind::kLowRank, bits, LowRank::kSuffix, merged, type, kernels);
-        add(Op::Kind::kMatMul, bits, RoundedMatMul::kSuffix, merged, type, rounding);
-        add(Op::Kind::kLowRank, bits, RoundedLowRank::kSuffix, merged, type, rounding);
-      }
-    }
-    add(Op::Kind::kGather, bits, Gather::kSuffix, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kernels);
-  }
+  each_signature([&](const Signature& each) {
+    domain.Add(&operators.emplace_back(each, each.int8_activations ? rounding : kernels));
+  });
 }
 
 }  // namespace rankbook::ort

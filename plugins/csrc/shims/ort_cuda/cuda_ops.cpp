@@ -1,10 +1,12 @@
+// The operators for packed layers on the CUDA provider: constants on the device, scratch from the provider's arena,
+// work on its stream. The device code is kernels/cuda, the same that TensorRT's plugins call; never run on a GPU.
+//
+// Built with RANKBOOK_EMULATION the same file runs in a session of the CPU over emulated kernels
+// (tests/plugins/test_ort_cuda.py).
 #include "shims/ort_cuda/cuda_ops.h"
 
-#ifndef RANKBOOK_EMULATION
 #include <cuda_runtime_api.h>
-#endif
 
-#include <cstring>
 #include <limits>
 #include <list>
 #include <memory>
@@ -15,30 +17,32 @@
 #include "shims/matmul.h"
 #include "shims/ort/constants.h"
 #include "shims/ort/guarded.h"
+#include "shims/ort/signature.h"
 
 namespace rankbook::ort {
 namespace {
-
-
-enum class Kind { kMatMul, kLowRank, kGather };
 
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 constexpr auto kBFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
 
 // The tests run these operators over emulated kernels, in a session of the CPU.
+// There is no CUDA provider where there is no GPU, and an operator for the CPU's is otherwise the same.
 #ifdef RANKBOOK_EMULATION
 constexpr const char* kProvider = nullptr;
 #else
 constexpr const char* kProvider = "CUDAExecutionProvider";
 #endif
 
+// Only the three types that a signature has can come here.
 cuda::DataType kernel_type(ONNXTensorElementDataType type) {
   if (type == kHalf) return cuda::DataType::kFloat16;
   return type == kBFloat ? cuda::DataType::kBFloat16 : cuda::DataType::kFloat32;
 }
 
 // Memory of the provider for one call. ONNX Runtime keeps it from other streams until the work of this one is done.
+// A buffer of the arena, reused by the next node: growing it inside a capture of the stream would fail, so that every
+// shape must have run once before.
 class Scratch {
  public:
   Scratch(const Ort::KernelContext& context, const Ort::ConstMemoryInfo& where, void* stream, size_t bytes) {
@@ -52,6 +56,8 @@ class Scratch {
     release();
     Ort::ThrowOnError(status);
   }
+  // Freed when the call returns, while the kernels may still run: the arena gives it to later work of the same stream
+  // only.
   ~Scratch() { release(); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -70,25 +76,27 @@ class Scratch {
 };
 
 // A tensor among the attributes of a node, in the memory of the provider.
+// Attributes are host memory for every provider, inputs are not.
 class DeviceCopy {
  public:
   DeviceCopy(const OrtKernelInfo* info, const Ort::ConstValue& value) {
     const auto about = value.GetTensorTypeAndShapeInfo();
     const size_t size = about.GetElementType() == kFloat ? 4 : about.GetElementType() == kHalf ? 2 : 1;
     const size_t bytes = about.GetElementCount() * size;
+    // The provider's allocator: memory of the device that it was made for.
     Ort::ThrowOnError(api_.KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
     if (OrtStatus* const status = api_.AllocatorAlloc(allocator_, bytes, &data_)) {
       api_.ReleaseAllocator(allocator_);
       Ort::ThrowOnError(status);
     }
-#ifdef RANKBOOK_EMULATION
-    std::memcpy(data_, value.GetTensorRawData(), bytes);
-#else
-    const cudaError_t error = cudaMemcpy(data_, value.GetTensorRawData(), bytes, cudaMemcpyHostToDevice);
+    // A copy from memory that is not pinned may return before its bytes have arrived, and the streams of ONNX Runtime do
+    // not wait for the default stream, on which it runs: without the second call a first step could read what was there
+    // before.
+    cudaError_t error = cudaMemcpy(data_, value.GetTensorRawData(), bytes, cudaMemcpyHostToDevice);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(nullptr);
     if (error == cudaSuccess) return;
     release();
     throw Ort::Exception(cudaGetErrorString(error), ORT_FAIL);
-#endif
   }
   ~DeviceCopy() { release(); }
   DeviceCopy(const DeviceCopy&) = delete;
@@ -108,6 +116,8 @@ class DeviceCopy {
 };
 
 // Where the constant of one input is.
+// Large constants are inputs, which ONNX Runtime has brought to the GPU; small ones of merged nodes are attributes,
+// copied here.
 struct Source {
   Place place;
   std::shared_ptr<const DeviceCopy> copy;  // instead of a place
@@ -116,17 +126,20 @@ struct Source {
 };
 
 // One product of a node: what it is, and its constants by input.
+// `sizes` is computed once; a call copies it and adds pointers.
 struct Product {
   Layer layer;
   cuda::Matmul sizes;  // without pointers
   std::vector<Source> sources;
 };
 
+// The products of a node, one after the other in ONNX Runtime's stream; nothing waits for the GPU here.
 class CudaKernel {
  public:
   CudaKernel(std::vector<Product> products, std::string node, Kind kind)
       : products_(std::move(products)), node_(std::move(node)), kind_(kind) {}
 
+  // Returns when everything is enqueued; ONNX Runtime waits for the stream where it copies results.
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
     return guarded([&] { compute(Ort::KernelContext(context)); });
   }
@@ -142,21 +155,27 @@ class CudaKernel {
       fail("x has shape " + shape.text() + "; its last size must be in_features = " + std::to_string(columns));
     }
     const size_t tokens = info.GetElementCount() / static_cast<size_t>(columns);
+    // The kernels count tokens in int; slices of 65,472 are theirs.
     if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) fail("x has more than 2^31 - 1 rows");
     for (size_t i = 0; i < products_.size(); ++i) {
       cuda::Matmul m = bound(context, i);
+      // Leading axes are x's.
       shape.last() = m.weight.rows;
       m.x = x.GetTensorRawData();
       m.y = context.GetOutput(i, shape.at.data(), shape.axes).GetTensorMutableRawData();
       m.type = kernel_type(info.GetElementType());
       m.tokens = static_cast<int>(tokens);
+      // An empty batch has outputs of no elements and needs no kernel.
       if (tokens == 0) continue;
+      // A product's own: scratch of one could be another's while both run, were the stream not in order.
       const Scratch scratch(context, x.GetTensorMemoryInfo(), context.GetGPUComputeStream(), cuda::matmul_workspace(m));
       m.workspace = scratch.get();
       report(cuda::launch_matmul(m, context.GetGPUComputeStream()));
     }
   }
 
+  // An index outside of the rows gives NaN: a kernel cannot raise an error, and reading indices back would stop the
+  // stream.
   void gather(const Ort::KernelContext& context, const Ort::ConstValue& indices, Shape shape) const {
     const cuda::Matmul m = bound(context, 0);
     const auto count = static_cast<int64_t>(indices.GetTensorTypeAndShapeInfo().GetElementCount());
@@ -187,44 +206,36 @@ class CudaKernel {
   Kind kind_;
 };
 
-// One operator at one width and one type of activations.
-struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
-  Kind kind;
-  int bits;
-  ONNXTensorElementDataType type;
-  bool rounds;  // x to 8 bits
-  int merged;   // products of a merged operator; 0 in others, which have one
-  std::string name;
-
-  CudaOp(Kind kind_, int bits_, ONNXTensorElementDataType type_, bool rounds_, int merged_)
-      : kind(kind_), bits(bits_), type(type_), rounds(rounds_), merged(merged_) {
-    name = kind == Kind::kGather    ? contract::CodebookGather::kName
-           : kind == Kind::kLowRank ? Port::kName
-                                    : contract::CodebookMatMul::kName;
-    name += std::to_string(bits) + (rounds ? contract::CodebookMatMulA8::kSuffix : "");
-    if (merged > 0) name += contract::kMerged + std::to_string(merged);
-  }
+// Registered beside the CPU's operator of the same name; ONNX Runtime takes the one of the provider that it gives the
+// node to.
+struct CudaOp : SignedOp<CudaOp, CudaKernel> {
+  using SignedOp::SignedOp;
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return guarded([&] { *kernel = new CudaKernel(read_products(info), Constants(info, names(), name).node(), kind); });
+    return guarded([&] {
+      // The node's name alone; products have suffixes of their own.
+      const std::string node = Constants(info, signature.input_names(), name).node();
+      *kernel = new CudaKernel(read_products(info), node, signature.kind);
+    });
   }
 
   std::vector<Product> read_products(const OrtKernelInfo* info) const {
     std::vector<Product> out;
-    for (int i = 0; i < products(); ++i) {
-      const Constants constants(info, names(), name, merged > 0 ? i : Constants::kAlone);
-      constants.expect_inputs(merged > 0 ? 2 : inputs_alone());
-      const Layer layer = constants.layer(bits, inputs_alone(), kCudaLimits);
+    const size_t inputs = signature.inputs_alone();
+    for (int i = 0; i < signature.products(); ++i) {
+      const Constants constants(info, signature.input_names(), name, signature.merged > 0 ? i : Constants::kAlone);
+      constants.expect_inputs(signature.merged > 0 ? 2 : inputs);
+      const Layer layer = constants.layer(signature.bits, inputs, kCudaLimits);
       constants.check_elements(layer, true);
-      out.push_back({layer, matmul_of(layer, rounds), read_sources(info, constants)});
+      out.push_back({layer, matmul_of(layer, signature.int8_activations), read_sources(info, constants, inputs)});
       if (layer.columns != out[0].layer.columns) constants.fail("all products must have the same in_features");
     }
     return out;
   }
 
-  std::vector<Source> read_sources(const OrtKernelInfo* info, const Constants& constants) const {
-    std::vector<Source> out(inputs_alone());
-    for (size_t input = 1; input < out.size(); ++input) {
+  static std::vector<Source> read_sources(const OrtKernelInfo* info, const Constants& constants, size_t inputs) {
+    std::vector<Source> out(inputs);
+    for (size_t input = 1; input < inputs; ++input) {
       const Ort::ConstValue value = constants.tensor(input);
       if (constants.is_attribute(input)) {
         out[input].copy = std::make_shared<const DeviceCopy>(info, value);
@@ -235,54 +246,17 @@ struct CudaOp : Ort::CustomOpBase<CudaOp, CudaKernel, true> {
     return out;
   }
 
-  int products() const { return merged > 0 ? merged : 1; }
-
-  size_t inputs_alone() const {
-    return kind == Kind::kGather    ? size_t{contract::CodebookGather::kInputCount}
-           : kind == Kind::kLowRank ? size_t{Port::kInputCount}
-                                    : size_t{contract::CodebookMatMul::kInputCount};
-  }
-
-  const char* const* names() const { return kind == Kind::kGather ? contract::CodebookGather::kInputs : Port::kInputs; }
-
-  const char* GetName() const { return name.c_str(); }
   const char* GetExecutionProviderType() const { return kProvider; }
-  // The constants are one input of any number and types, checked when a node is created: ONNX Runtime keeps the names of
-  // all types for every input that is declared, 6 MB for these operators.
-  size_t GetInputTypeCount() const { return 2; }
-  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t input) const {
-    return input == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_VARIADIC;
-  }
-  bool GetVariadicInputHomogeneity() const { return false; }
-  ONNXTensorElementDataType GetInputType(size_t input) const {
-    if (input > 0) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    return kind == Kind::kGather ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
-  }
-  size_t GetOutputTypeCount() const { return static_cast<size_t>(products()); }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return type; }
 };
 
 }  // namespace
 
 void add_cuda_operators(Ort::CustomOpDomain& domain) {
   auto& operators = *new std::list<CudaOp>;
-  const auto add = [&](Kind kind, int bits, ONNXTensorElementDataType type, bool rounds, int merged) {
-    operators.emplace_back(kind, bits, type, rounds, merged);
-    domain.Add(&operators.back());
-  };
-  for (const int bits : contract::kBits) {
-    for (const auto type : {kFloat, kHalf, kBFloat}) {
-      for (int merged = 0; merged <= contract::kMostMerged; ++merged) {
-        for (const bool rounds : {false, true}) {
-          add(Kind::kMatMul, bits, type, rounds, merged);
-          add(Kind::kLowRank, bits, type, rounds, merged);
-        }
-      }
-    }
-    add(Kind::kGather, bits, kFloat, false, 0);
-  }
+  each_signature([&](const Signature& each) { domain.Add(&operators.emplace_back(each)); });
 }
 
+// cudaGetDeviceCount answers with an error, and nothing worse, where there is no driver.
 std::string cuda_state() {
 #ifdef RANKBOOK_EMULATION
   return "emulated";
