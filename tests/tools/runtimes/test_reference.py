@@ -16,6 +16,7 @@ from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
 
+GRAPHS = ("standard", "ort", "static")
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
 # Sums in float32 (the standard graph) and float64 (the operators of this project) against torch; 2e-7 is typical.
 FP32 = 2e-6
@@ -25,11 +26,11 @@ HALF = {"fp16": 1e-2, "bf16": 1e-1}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the ``checkpoint`` of a tiny Llama, its embeddings packed too, and both graphs."""
+    """A folder with the ``checkpoint`` of a tiny Llama, its embeddings packed too, and every graph."""
     folder = tmp_path_factory.mktemp("reference")
     how = {"bits": 3, "error_branch": "lqer", "error_rank": 2, "quantize_embeddings": 8}
     checkpoint = make_checkpoint(folder, "llama", model={"head_dim": 16}, **how)
-    for graph in ("standard", "ort"):
+    for graph in GRAPHS:
         export(checkpoint, folder / graph, ExportOptions(graph=graph, logits="all"))
     return folder
 
@@ -44,8 +45,8 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-@pytest.mark.parametrize("graph", ["standard", "ort"])
-def test_both_graphs_give_the_logits_of_torch(graph: str, work: Path, want: np.ndarray) -> None:
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_every_graph_gives_the_logits_of_torch(graph: str, work: Path, want: np.ndarray) -> None:
     model = open_model(work / graph, "reference")
     assert error(model.logits(TOKENS), want) < FP32
     steps = [model.start(TOKENS[:1, :6]), *(model.step(int(token)) for token in TOKENS[0, 6:])]
