@@ -31,7 +31,7 @@ import pytest
 from rankbook.calibration.source import ENGINE_MANIFEST
 from rankbook.tools.deploy import engine as deploy
 from rankbook.tools.deploy.options import BuildOptions
-from rankbook.tools.runtimes import ort, trt, trt_memory
+from rankbook.tools.runtimes import ort, trt_memory
 from rankbook.tools.runtimes.trt_memory import DeviceMemory, Region
 from tests.tools.files import pretend
 
@@ -492,25 +492,15 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt_rtx", memory:
     module.__spec__ = ModuleSpec(name, None)
     module.__dict__["__version__"] = VERSIONS[name]
     state = State(module, memory or HostMemory())
-    names = (
-        ILogger,
-        IStreamReaderV2,
-        ICudaEngine,
-        IExecutionContext,
-        IRuntimeConfig,
-        TensorIOMode,
-        SeekPosition,
-        DataType,
-    )
-    classes: list[type] = [*names]
-    classes += [CudaGraphStrategy, IRuntimeCache] if name == "tensorrt_rtx" else []
+    classes: list[type] = [ILogger, IStreamReaderV2, ICudaEngine, IExecutionContext]
+    classes += [TensorIOMode, SeekPosition, DataType]
+    classes += [CudaGraphStrategy, IRuntimeConfig, IRuntimeCache] if name == "tensorrt_rtx" else []
     registry = type("IPluginRegistry", (IPluginRegistry,), {"_library": state})
     module.__dict__.update({item.__name__: item for item in classes})
     module.__dict__["Runtime"] = type("Runtime", (Runtime,), {"_library": state})
     module.__dict__["get_plugin_registry"] = registry
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(trt_memory, "memory", lambda: state.memory)
-    monkeypatch.setattr(trt, "_find_rtx_again", lambda: None)
     pretend(monkeypatch, RUNTIMES[name])
     return state
 

@@ -15,19 +15,20 @@ from rankbook.tools.runtimes import LanguageModel, Setting
 
 _ENGINE = "export it with --dtype fp16 --graph static{} and build that"
 _FILE = "export it with --dtype fp16{}"
+_DENSE = "rankbook exports quantized layers only, so it has no such file"
 CONTENDERS: Mapping[str, str] = {
     "TensorRT, rankbook operators": "rankbook build CHECKPOINT",
     "TensorRT, INT4 DequantizeLinear": _ENGINE.format(" --dialect qdq"),
-    "TensorRT, fp16": _ENGINE.format(" --dialect dense"),
+    "TensorRT, fp16": _DENSE,
     "ONNX Runtime CUDA, rankbook operators": _FILE.format(""),
     "ONNX Runtime CUDA, MatMulNBits": _FILE.format(" --dialect ort"),
-    "ONNX Runtime CUDA, fp16": _FILE.format(" --dialect dense"),
+    "ONNX Runtime CUDA, fp16": _DENSE,
     "PyTorch": "give the model itself as another MODEL",
 }
 """What a whole comparison has, and how a missing one is made from a checkpoint."""
 _WARM = 2
 """Turns of a model at each size that do not count: one that finds out whether it can, and that of `interleave`."""
-_DIALECTS = {"rankbook": "rankbook operators", "dense": "fp16"}
+_DIALECTS = {"rankbook": "rankbook operators"}
 
 
 @dataclass(frozen=True)

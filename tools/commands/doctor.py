@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rankbook.calibration.versions import installed
+from rankbook.plugins import library
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.report import Table
 from rankbook.tools.runtimes import runtimes, trt
@@ -23,7 +24,7 @@ class Finding:
 
     Attributes:
         name: What was looked for.
-        kind: ``package``, ``runtime``, ``device``, ``header`` or ``tool``.
+        kind: ``package``, ``runtime``, ``library``, ``device``, ``header`` or ``tool``.
         found: Whether it was found.
         detail: Version or place; where missing, how to get it.
         enables: What it is for.
@@ -51,13 +52,20 @@ _PACKAGES = (
     ("datasets", "--calib with a data set of the Hugging Face hub", False),
     ("scipy", "quantize --target-bits", False),
     ("matplotlib", "the picture of bench", False),
+    ("pynvml", "clocks and power of the GPU in bench --device cuda", False),
 )
-_DISTRIBUTIONS = {"yaml": "PyYAML"}
+_DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py"}
+_LIBRARIES = {
+    "ort": "--kernels native and native-int8 of generate, eval, parity and bench",
+    "ort-cuda": "--kernels native-cuda of generate, eval, parity and bench",
+    "trt": "engines with this project's kernels: build, and generate, eval, parity, bench of them",
+}
+"""What the native libraries are for."""
 
 
 def run(_: Common) -> Outcome:
     """Look around; the verdict is no only if something that rankbook cannot work without is missing."""
-    findings = [*_packages(), *_runtimes(), *_devices(), *_native()]
+    findings = [*_packages(), *_runtimes(), *_libraries(), *_devices(), *_native()]
     missing = [finding.name for finding in findings if finding.needed and not finding.found]
     rows = [(item.name, item.kind, "yes" if item.found else "no", item.detail, item.enables) for item in findings]
     system = f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"
@@ -85,10 +93,29 @@ def _runtimes() -> list[Finding]:
     ]
 
 
+def _libraries() -> list[Finding]:
+    return [
+        Finding(
+            name, "library", not (reason := library.unavailable(name)), reason or str(library.library(name)), enables
+        )
+        for name, enables in _LIBRARIES.items()
+    ]
+
+
 def _devices() -> list[Finding]:
     gpu = trt.has_gpu()
     detail = _gpu_names() if gpu else "no NVIDIA driver answers; everything but running engines works without one"
-    return [Finding("NVIDIA GPU", "device", gpu, detail, "running engines, build --target trt")]
+    memory = trt.gpu_unavailable()
+    return [
+        Finding("NVIDIA GPU", "device", gpu, detail, "build --target trt; generate, eval, parity, bench of engines"),
+        Finding(
+            "GPU memory of PyTorch",
+            "device",
+            memory is None,
+            memory or f"the driver serves CUDA {trt.driver_version()}",
+            "generate, eval, parity, bench of engines: their tensors lie there",
+        ),
+    ]
 
 
 def _gpu_names() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
@@ -96,8 +95,8 @@ def _driver() -> Any:
 def rtx_environment(folder: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for a process that builds TensorRT-RTX engines.
 
-    Adding a plugin layer makes the library open ``libtensorrt_rtx.so``, while the wheel ships only ``.so.1``; without
-    the link made here the process would abort. The loader reads the variable at start, so this is for child processes.
+    For a plugin layer the ONNX parser opens ``libtensorrt_rtx.so``, while the wheel ships only ``.so.1``; without the
+    link made here the process would abort. The loader reads the variable at start, so this is for child processes.
 
     Args:
         folder: Where the link is made.
@@ -113,27 +112,6 @@ def rtx_environment(folder: Path, base: Mapping[str, str] | None = None) -> dict
         paths = [str(folder), str(library.parent), environment.get("LD_LIBRARY_PATH", "")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
     return environment
-
-
-@functools.cache
-def _find_rtx_again() -> None:
-    """Load TensorRT-RTX from a folder in which it also has the name by which it opens itself for plugin layers.
-
-    The library looks beside the path that it was loaded from (its RPATH is ``$ORIGIN``); the folder stays until the
-    process ends.
-    """
-    import atexit
-    import ctypes
-    import tempfile
-
-    library = _rtx_library()
-    if library is None:
-        return
-    folder = tempfile.TemporaryDirectory(prefix="rankbook-libraries-")
-    atexit.register(folder.cleanup)
-    for name in (library.name, "libtensorrt_rtx.so"):
-        (Path(folder.name) / name).symlink_to(library)
-    ctypes.CDLL(str(Path(folder.name) / library.name))
 
 
 def _rtx_library() -> Path | None:
@@ -152,8 +130,6 @@ def _open(runtime: str, module: str) -> Callable[[Source, Setting], LanguageMode
         from rankbook.tools.runtimes.trt_model import EngineModel
 
         del setting  # an engine's capacity is that of its profiles
-        if module == "tensorrt_rtx":
-            _find_rtx_again()
         return EngineModel(Path(source.location), importlib.import_module(module), trt_memory.memory(), runtime)
 
     return open_engine

@@ -11,6 +11,10 @@ def test_everything_has_a_purpose(capsys):
     findings = {item["name"]: item for item in stdout_json(capsys)["findings"]}
     assert findings["torch"]["found"]
     assert {"onnxruntime", "tensorrt-rtx", "tensorrt", "NVIDIA GPU", "TensorRT headers", "nvcc"} <= set(findings)
+    for verb in ("generate", "eval", "parity", "bench"):  # what running an engine lacks is said of each of them
+        for name in ("tensorrt-rtx, engines", "tensorrt", "GPU memory of PyTorch", "trt"):
+            assert verb in findings[name]["enables"]
+    assert findings["pynvml"]["detail"].startswith("pip install nvidia-ml-py") or findings["pynvml"]["found"]
     assert all(item["enables"] and item["detail"] for item in findings.values())
 
 
