@@ -261,6 +261,7 @@ class ICudaEngine:
             if node.op_type == "TensorScatter" and node.output[0] in self._outputs and node.input[0] in self._inputs
         }
         self._state = runtime._library
+        self._aliases = {} if self._state.copies else self._aliases
 
     @property
     def num_io_tensors(self) -> int:
@@ -455,6 +456,7 @@ class State:
         memory: The device.
         folders: Engine folders that exist.
         roots: Folders below which further ones may lie.
+        copies: The library writes no output into the memory of an input.
         data: Where the weights lie that engines really hold, if not in the file that they were built from.
         refusal: The library refuses every engine with this message.
         broken: There is no runtime, with this message.
@@ -469,6 +471,7 @@ class State:
     memory: HostMemory
     folders: list[Path] = field(default_factory=list)
     roots: list[Path] = field(default_factory=list)
+    copies: bool = False
     data: Path | None = None
     refusal: str = ""
     broken: str = ""

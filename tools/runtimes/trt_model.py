@@ -30,7 +30,8 @@ _COMPILED = (1, 64)
 class EngineModel(LanguageModel):
     """An engine of `rankbook build`, with caches of a fixed length that are written in place or with growing ones.
 
-    A growing cache is read from one piece of memory and written, longer, to another; the two change places.
+    A cache that the library does not write in place is read from one piece of memory and written to another; the two
+    change places.
 
     Attributes:
         manifest: What the engine folder says about itself.
@@ -64,6 +65,8 @@ class EngineModel(LanguageModel):
         }
         aliased = self.engine.aliased
         self._swapped = {output: past for past, output in self._caches.items() if output not in aliased}
+        bounds = self.engine.profiles[0]
+        self._growing = {name for name in self._caches if bounds[name][0][2] != bounds[name][1][2]}
         self.engine.reserve(Plan(self._largest, self._swapped))
         self._host: dict[str, Array] = {}
         self._turned, self._steps = False, 0
@@ -233,9 +236,9 @@ class EngineModel(LanguageModel):
         values |= {"write_indices": lengths, "lengths": count}
         given = [name for name in self.engine.inputs if name not in self._caches]
         shapes = {name: values[name].shape for name in given}
-        for name, output in self._caches.items():
+        for name in self._caches:
             _, heads, held, *size = self.engine.profiles[0][name][1]
-            shapes[name] = (len(rows), heads, mask.shape[1] if output in self._swapped else held, *size)
+            shapes[name] = (len(rows), heads, mask.shape[1] if name in self._growing else held, *size)
         self.engine.prepare(self.engine.choose(shapes), shapes, self._places())
         uploads = {name: self._staged(name, values[name]) for name in given}
         self._lengths, self._mask = lengths + count, grown
@@ -278,7 +281,7 @@ class EngineModel(LanguageModel):
         return self._host["logits"][:size].view(kind).reshape(shape)
 
     def _places(self) -> dict[str, Any]:
-        """The memory of growing caches: every other call reads where an output was written."""
+        """The memory of caches that change places: every other call reads where an output was written."""
         if not self._turned:
             return {}
         region = self.engine.region
@@ -288,16 +291,16 @@ class EngineModel(LanguageModel):
 
     def _longest(self, bounds: Bounds) -> int:
         """Positions that a profile holds."""
-        if "attention_mask" in bounds and self._swapped:
+        if "attention_mask" in bounds and self._growing:
             return bounds["attention_mask"][1][1]
         return min((bounds[name][1][2] for name in self._caches), default=bounds["input_ids"][1][1])
 
     def _largest(self, bounds: Bounds) -> Shapes:
         """Shapes that fit each other: behind the longest past of growing caches the longest prompt has no room."""
         shapes = {name: high for name, (_, high) in bounds.items()}
-        if self._swapped:
+        if self._growing:
             tokens, total = shapes["input_ids"][1], self._longest(bounds)
-            for name in self._swapped.values():
+            for name in self._growing:
                 batch, heads, _, *size = shapes[name]
                 shapes[name] = (batch, heads, total - tokens, *size)
         return shapes

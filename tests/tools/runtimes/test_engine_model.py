@@ -128,6 +128,18 @@ def test_caches_of_a_fixed_length_stay_where_they_are(work, tmp_path, state):
     assert set(sizes.values()) == {4 * 3 * 2 * CONTEXT * 12 * 4}
 
 
+def test_a_cache_of_a_fixed_length_that_the_library_copies(work, tmp_path, rtx):
+    """It needs two buffers, and computes the same."""
+    folder = build(rtx, work / FILE, tmp_path / "engine")
+    found = []
+    for copies in (False, True):
+        rtx.copies = copies
+        model = opened(folder)
+        assert bool(model.engine.aliased) != copies
+        found.append([model.start(np.arange(19)[None]), *(model.step(token) for token in range(4))])
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_decoding_is_one_cuda_graph(work, tmp_path, state):
     """TensorRT-RTX is told to record them; for TensorRT the second step is recorded and every later one replayed."""
     model = opened(build(state, work / FILE, tmp_path / "engine"))
