@@ -43,6 +43,7 @@ bool match_shape(const Stored& stored, const Shape& shape, Sizes* sizes) {
   if (shape.axes != static_cast<size_t>(stored.axes)) return false;
   for (int i = 0; i < stored.axes; ++i) {
     const int64_t have = shape.at[static_cast<size_t>(i)];
+    // The kernels count in 32 bits.
     if (have < 1 || have > kLargestSize) return false;
     // Negative sizes are letters.
     int64_t want = stored.sizes[i];
@@ -85,6 +86,7 @@ std::string mismatch(const Part& part, const Constant* constants, const Sizes& b
     };
     Sizes tried = sizes;
     if (match_shape(stored, constants[stored.input].shape, &tried)) {
+      // Then the type is what is wrong.
       shape_fits = true;
       add(&types, contract::kTypes[static_cast<int>(stored.type)]);
     }
@@ -107,6 +109,7 @@ std::string check_sizes(const Layer& layer, const Limits& limits) {
   // More planes than levels would be no approximation any more.
   const int64_t width = int64_t{1} << layer.bits;
   const int64_t most = limits.planes < width ? limits.planes : width;
+  // Sizes of attributes that no constant shows: a runtime's own limits.
   if (layer.columns > limits.columns) {
     return "in_features is " + std::to_string(layer.columns) + "; this runtime takes up to " + std::to_string(limits.columns);
   }
@@ -158,12 +161,14 @@ std::string read_layer(const LayerAttributes& attributes, const Constant* consta
   const auto size_of = [&](contract::Letter letter) -> int64_t& { return sizes[static_cast<size_t>(-letter)]; };
   size_of(contract::kLetterN) = out->rows;
   size_of(contract::kLetterK) = out->columns;
+  // Rows and inputs that fill a panel or a block up are in the file, with any codes.
   size_of(contract::kLetterNP) = (out->rows + contract::kPanel - 1) / contract::kPanel;
   size_of(contract::kLetterKB) = (out->columns + contract::kBlock - 1) / contract::kBlock;
   size_of(contract::kLetterBits) = out->bits;
   size_of(contract::kLetterL) = int64_t{1} << out->bits;
   // Parts stand alone: their forms are tried one after the other, and letters go on from part to part.
   for (int part = 0; part < contract::kPartCount; ++part) {
+    // Operators without a branch lack the factors, look-ups the bias as well.
     if (!out->has_part(part)) continue;
     const Part& allowed = contract::kParts[part];
     int best = 0;
@@ -172,6 +177,7 @@ std::string read_layer(const LayerAttributes& attributes, const Constant* consta
       const int fitting = match(allowed.forms[form], constants, &found);
       if (fitting == allowed.forms[form].count) {
         out->forms[static_cast<size_t>(part)] = form;
+        // Later parts must agree with the letters of this one.
         sizes = found;
         best = -1;
         break;

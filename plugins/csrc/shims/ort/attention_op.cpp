@@ -51,6 +51,7 @@ AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKerne
   node_ = constants.node();
   fixed_.heads = constants.attribute(Attention::kNumHeads, 1);
   fixed_.kv_heads = constants.attribute(Attention::kKvNumHeads, 1);
+  // -1 is all keys.
   fixed_.window = constants.attribute(Attention::kLocalWindowSize, -1);
   fixed_.scale = constants.float_attribute(Attention::kScale);
   // 0 for none: a cap of 0 would hide every score.
@@ -84,6 +85,7 @@ void AttentionKernel::read_tables(const Constants& constants) {
     fail("input cos has shape " + cos.shape.text() + "; it must be rows of half a head, whose size is a multiple of " +
          std::to_string(Attention::kRotaryStep) + " with do_rotary = 1");
   }
+  // One index of a position serves both.
   if (!(sin.shape == cos.shape)) fail("input sin has shape " + sin.shape.text() + "; it must be that of cos, " + cos.shape.text());
   if (cos.type != contract::Type::kFloat32 || sin.type != contract::Type::kFloat32) fail("inputs cos and sin must be float32");
   // The width of the tables gives the size of a head before any call, which the calls are then held to.
@@ -107,6 +109,7 @@ Ort::ConstValue AttentionKernel::input(const Ort::KernelContext& context, size_t
 // follow.
 void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionArgs& args) const {
   const Ort::ConstValue query = context.GetInput(Attention::kQuery);
+  // (batch, tokens, heads times size).
   const Shape shape = shape_of(query);
   // Without tables the size of a head is only known to be a multiple of 8.
   const int64_t width = args.heads * (args.positions > 0 ? args.size : kHeadStep);

@@ -188,6 +188,7 @@ void Constants::check_elements(const Layer& layer, bool on_gpu) const {
 Ort::ConstValue Constants::tensor(size_t input) const {
   if (suffix_.empty()) return this->input(input, name(input));
   auto found = held_.find(input);
+  // A map and not an array: most constants are asked for once.
   if (found == held_.end()) found = held_.emplace(input, part(input)).first;
   return found->second.GetConst();
 }
@@ -213,6 +214,7 @@ void Constants::drop_data() const {
 
 // By contract.kMergedParts, the list of what lies in the shared tensor.
 bool Constants::is_attribute(size_t input) const {
+  // Names without the suffix of the product.
   const auto is = [&](const char* part) { return std::strcmp(part, names_[input]) == 0; };
   return !suffix_.empty() && std::none_of(std::begin(contract::kMergedParts), std::end(contract::kMergedParts), is);
 }
@@ -236,11 +238,13 @@ Ort::Value Constants::part(size_t input) const {
   }
   const Ort::ConstValue data = this->input(kMergedData, "data");
   const auto info = data.GetTensorTypeAndShapeInfo();
+  // Every part in it is int8: codes are bytes less 128, parameters and factors are int8 already.
   if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) fail("input data is not int8");
   const auto held = static_cast<int64_t>(info.GetElementCount());
   if (!lies_within(place, held)) {
     fail("attribute " + full + " is " + describe(place) + ", which input data of " + std::to_string(held) + " bytes does not hold");
   }
+  // The rest of an attribute are the sizes of the part; view.cpp checks them as it does those of a tensor.
   const Numbers sizes(place.begin() + 1, place.end());
   auto* const at = static_cast<uint8_t*>(const_cast<void*>(data.GetTensorRawData())) + place[0];
   return Ort::Value::CreateTensor(data.GetTensorMemoryInfo(), at, static_cast<size_t>(elements(sizes)), sizes.data(), sizes.size(),
@@ -261,6 +265,7 @@ std::vector<float> Constants::floats(size_t input) const {
   const void* data = value.GetTensorRawData();
   std::vector<float> out(count);
   if (info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    // A copy even of fp32: the file's page may go.
     std::copy_n(static_cast<const float*>(data), count, out.begin());
   } else {
     for (size_t i = 0; i < count; ++i) out[i] = half_to_float(static_cast<const uint16_t*>(data)[i]);
@@ -288,10 +293,12 @@ WeightStore::WeightStore(const Constants& constants, const Layer& layer)
       constants.fail("attribute offset is 1, but the last row of levels is not all ones");
     }
   }
+  // A step and a base for each panel and plane; other forms hold the values themselves.
   if (layer.param_bits() == 8) {
     step_ = constants.floats(Port::kStep);
     base_ = constants.floats(Port::kBase);
   } else {
+    // fp16 parameters are widened in registers, where they are used.
     weight_.form = layer.param_bits() == 16 ? ParamForm::kFloat16 : ParamForm::kFloat32;
   }
   fit_lines();
@@ -310,6 +317,7 @@ WeightStore::WeightStore(const Constants& constants, const Layer& layer)
 // 8-bit codes have 256 levels, too many for registers; where they lie on a line (affine formats), code and slope suffice.
 // Fused as the kernels compute it, so that a line is taken only where it gives every level exactly.
 void WeightStore::fit_lines() {
+  // Up to 4 bits all levels of a plane are in registers anyway.
   if (weight_.bits != 8) return;
   std::vector<float> slopes;
   for (int plane = 0; plane < weight_.planes; ++plane) {

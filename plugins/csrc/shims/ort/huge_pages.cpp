@@ -52,7 +52,9 @@ bool system_has_huge_pages() {
 // into zeros.
 bool lie_in_file(uintptr_t first, uintptr_t last, uintptr_t page) {
   constexpr uint64_t kPresent = uint64_t{1} << 63, kSwapped = uint64_t{1} << 62, kFile = uint64_t{1} << 61;
+  // 8 bytes for each page of 4 KB: 8 KB for a piece of 4 MB.
   std::vector<uint64_t> pages((last - first) / page);
+  // Readable by the process itself; without the right to see physical addresses the flags are there all the same.
   const int map = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (map < 0) return false;
   const size_t wanted = pages.size() * sizeof(uint64_t);
@@ -89,6 +91,7 @@ class HugeChunk {
   // A bump of a pointer: copies live about as long as their session, all together.
   void* take(size_t bytes) {
     const size_t wanted = round_up(bytes, kLine);
+    // The next chunk begins; what is left of this one stays unused, and no memory is behind it.
     if (mapped_ == nullptr || used_ + wanted > size_) return nullptr;
     void* taken = begin_ + used_;
     used_ += wanted;

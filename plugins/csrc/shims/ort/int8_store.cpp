@@ -33,6 +33,7 @@ std::vector<uint8_t> to_words(const std::vector<int8_t>& from, int64_t rows, int
 // Ones are the same for every branch: few arrays serve all of them, and stay in the cache.
 // 8 KB a layer of 4,096 inputs and groups of 64 would otherwise be read beside the factors.
 std::shared_ptr<const std::vector<float>> shared_ones(size_t count) {
+  // Sessions are created side by side.
   static std::mutex mutex;
   static std::shared_ptr<const std::vector<float>> held;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -88,6 +89,7 @@ Int8WeightStore::Int8WeightStore(const Constants& constants, const WeightStore& 
     is_signed_ = is_signed_ || needs_signed(row, width, kernels);
   }
   for (int plane = 0; plane < weight.planes; ++plane) {
+    // After all planes were looked at, for is_signed_ is one for the layer.
     tables_.push_back(prepare_table(levels.data() + plane * width, weight.bits, is_signed_));
   }
   // The offset's level is one, by definition.
@@ -124,6 +126,7 @@ Int8BranchStore::Int8BranchStore(const Factors& factors, const Layer& layer, con
   down_.in_features = k;
   down_.groups = layer.groups;
   down_.planes = 1;
+  // Ones in fp32, which the loops read without a conversion.
   down_.form = ParamForm::kFloat32;
   std::vector<int8_t> codes = factors.down.codes;
   std::vector<float> scales = factors.down.scales;

@@ -63,6 +63,7 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   const rankbook::KernelSet kernels = rankbook::select_kernels(limit);
   bool rounds = false;
   bool mapped = false;
+  // The first value of each is the default.
   if (OrtStatus* status = read_entry(options, api, kActivations, "fp32", "int8", rounds)) return status;
   if (OrtStatus* status = read_entry(options, api, kMemory, "huge", "mapped", mapped)) return status;
   try {
@@ -93,6 +94,7 @@ extern "C" {
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (api == nullptr) {
+    // Through the oldest API that there is, which every version answers.
     static const std::string message = "rankbook's library needs ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +
                                        " or newer; this is " + base->GetVersionString();
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());

@@ -30,6 +30,7 @@ using RoundedLowRank = contract::CodebookMatMulLowRankA8;
 // Memory on a cache line: on the stack where it is little, as for a single token, since malloc costs more there than rounding.
 class Workspace {
  public:
+  // Not cleared: the kernels write what they read.
   explicit Workspace(int64_t bytes) : held_(bytes > kFew ? new uint8_t[static_cast<size_t>(bytes) + kLine] : nullptr) {}
   // Cache lines, because a vector that crosses one costs two loads.
   uint8_t* get() {
@@ -125,6 +126,7 @@ struct MatMulKernel::Call {
 
 // Nothing is allocated for fp32: shapes are in fixed arrays, outputs are ONNX Runtime's.
 void MatMulKernel::compute(const Ort::KernelContext& context) const {
+  // Nothing is read anew where constants were initializers.
   const std::vector<Product> read = read_ ? read_(context) : std::vector<Product>();
   const std::vector<Product>& products = read_ ? read : products_;
   const Ort::ConstValue x = context.GetInput(MatMul::kX);

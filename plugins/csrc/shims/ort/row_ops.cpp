@@ -31,6 +31,7 @@ void in_pieces(const Ort::KernelContext& context, int64_t count, int64_t step, W
   // Rounded up to whole rows, which a norm cannot share out.
   const int64_t piece = ceil_div(kTaskElements, step) * step;
   if (count <= piece) return work(0, count);
+  // On the stack of the caller, which waits until the last piece is done.
   struct Job {
     Work& work;
     int64_t count, piece;
@@ -78,6 +79,7 @@ class NormKernel {
     // No broadcasting: a and b are the same hidden states at two places of a block.
     const Shape other = shape_of(b);
     if (!(sizes == other) || !sizes.has(1) || sizes.last() != size_) {
+      // Shapes of a call are checked in the call, as graphs have symbolic ones.
       throw Ort::Exception(node_ + ": a has shape " + sizes.text() + " and b " + other.text() + "; both must be (..., " +
                                std::to_string(size_) + ")",
                            ORT_INVALID_ARGUMENT);
@@ -108,6 +110,7 @@ class GateKernel {
   GateKernel(const OrtKernelInfo* info, const RowKernels& kernels)
       : kernels_(kernels) {
     const Constants constants(info, Gate::kInputs, Gate::kName);
+    // No attributes: the gate's function is in the name.
     constants.expect_inputs(Gate::kInputCount);
     node_ = constants.node();
   }
@@ -122,6 +125,7 @@ class GateKernel {
     const Ort::ConstValue up = context.GetInput(Gate::kUp);
     const Shape sizes = shape_of(gate);
     const Shape other = shape_of(up);
+    // A scalar is a row of one element.
     if (!(sizes == other) || !sizes.has(0)) {
       throw Ort::Exception(node_ + ": gate has shape " + sizes.text() + " and up " + other.text() + "; they must be the same",
                            ORT_INVALID_ARGUMENT);

@@ -49,6 +49,8 @@ class Scratch {
     if (bytes == 0) return;
     OrtKernelContext* const raw = context.GetOrtKernelContext();
     Ort::ThrowOnError(api_.KernelContext_GetAllocator(raw, where, &allocator_));
+    // A scratch buffer belongs to the stream of the node; where there are no streams (the emulation) the plain
+    // allocator serves.
     OrtStatus* const status = stream == nullptr  // a provider without streams
                                   ? api_.AllocatorAlloc(allocator_, bytes, &data_)
                                   : api_.KernelContext_GetScratchBuffer(raw, where, bytes, &data_);
@@ -81,10 +83,12 @@ class DeviceCopy {
  public:
   DeviceCopy(const OrtKernelInfo* info, const Ort::ConstValue& value) {
     const auto about = value.GetTensorTypeAndShapeInfo();
+    // The types that constants may have: fp32, fp16, int8.
     const size_t size = about.GetElementType() == kFloat ? 4 : about.GetElementType() == kHalf ? 2 : 1;
     const size_t bytes = about.GetElementCount() * size;
     // The provider's allocator: memory of the device that it was made for.
     Ort::ThrowOnError(api_.KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
+    // The destructor of a half-made object does not run: what was taken is given back here.
     if (OrtStatus* const status = api_.AllocatorAlloc(allocator_, bytes, &data_)) {
       api_.ReleaseAllocator(allocator_);
       Ort::ThrowOnError(status);
@@ -170,6 +174,7 @@ class CudaKernel {
       // A product's own: scratch of one could be another's while both run, were the stream not in order.
       const Scratch scratch(context, x.GetTensorMemoryInfo(), context.GetGPUComputeStream(), cuda::matmul_workspace(m));
       m.workspace = scratch.get();
+      // A sentence of the kernels gets the node's name.
       report(cuda::launch_matmul(m, context.GetGPUComputeStream()));
     }
   }
@@ -177,6 +182,7 @@ class CudaKernel {
   // An index outside of the rows gives NaN: a kernel cannot raise an error, and reading indices back would stop the
   // stream.
   void gather(const Ort::KernelContext& context, const Ort::ConstValue& indices, Shape shape) const {
+    // A look-up is a node of one weight; of the structure only that is used.
     const cuda::Matmul m = bound(context, 0);
     const auto count = static_cast<int64_t>(indices.GetTensorTypeAndShapeInfo().GetElementCount());
     if (!shape.has(0) || shape.axes == Shape::kMostAxes) fail("indices have shape " + shape.text() + "; that is too many axes");
@@ -219,6 +225,7 @@ struct CudaOp : SignedOp<CudaOp, CudaKernel> {
     });
   }
 
+  // Checked as on the CPU, with the limits of the CUDA kernels.
   std::vector<Product> read_products(const OrtKernelInfo* info) const {
     std::vector<Product> out;
     const size_t inputs = signature.inputs_alone();

@@ -74,6 +74,7 @@ Creator::Creator(Kind kind, bool int8, std::int32_t bits) {
   op_.bits = bits;
   name_ = op_.name();
   for (const char* field : {Names::kInFeatures, Names::kOutFeatures, Names::kOffset}) {
+    // Types as the parser is to convert the node's attributes.
     fields_.emplace_back(field, nullptr, PluginFieldType::kINT32, 1);
   }
   // The parser looks for these two on the node. kLayerField is no attribute: only engines hold it.
@@ -112,6 +113,7 @@ RB_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& co
     std::vector<Creator> made;
     made.reserve(5 * std::size(rankbook::contract::kBits));  // creators hold pointers into themselves: never moved
     for (const int bits : rankbook::contract::kBits) {
+      // A8 exists for products alone.
       for (const Kind kind : {Kind::kMatmul, Kind::kMatmulLowRank}) {
         for (const bool int8 : {false, true}) made.emplace_back(kind, int8, bits);
       }

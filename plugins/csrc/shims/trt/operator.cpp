@@ -50,6 +50,7 @@ std::string Operator::read(const Constant* given, Layer* layer) const {
 // Asked for one input at a time, with those before it settled: a type is allowed if any form has it there; whether all
 // belong together is for read().
 bool Operator::allows(std::int32_t position, DataType type, DataType x_type) const {
+  // Position inputs() is the output.
   if (position == inputs()) return type == (kind == Kind::kGather ? DataType::kFLOAT : x_type);
   if (position == Port::kX) {
     const bool is_float = type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;

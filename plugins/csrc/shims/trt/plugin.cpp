@@ -103,6 +103,7 @@ std::int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* in, std::int32_t
       in[Port::kX].nbDims + (gather ? 1 : 0) > Dims::MAX_DIMS) {
     return refuse("the number of inputs or the number of dimensions of the first one is wrong");
   }
+  // The leading axes stay expressions of the builder.
   out[0] = in[Port::kX];
   if (gather) ++out[0].nbDims;
   out[0].d[out[0].nbDims - 1] = builder.constant(op_.output_features());
@@ -157,6 +158,7 @@ std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*
   const std::int64_t items = count_items(op_, in[Port::kX].dims);
   cuda::Status status;
   if (op_.kind == Kind::kGather) {
+    // An index outside of the rows gives NaN, as on every GPU runtime.
     status = cuda::launch_gather(
         {m.weight, static_cast<const std::int64_t*>(inputs[Port::kX]), static_cast<float*>(outputs[0]), items}, stream);
   } else {
@@ -176,6 +178,7 @@ nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext*) 
 // What an engine stores of a layer: its attributes and its name; codes and parameters are inputs, which TensorRT
 // stores.
 const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
+  // Pointers into this object, which lives longer than TensorRT's use of them.
   fields_ = {
       {contract::CodebookMatMul::kInFeatures, &op_.in_features, PluginFieldType::kINT32, 1},
       {contract::CodebookMatMul::kOutFeatures, &op_.out_features, PluginFieldType::kINT32, 1},
