@@ -17,6 +17,7 @@ from rankbook.calibration.model.adapter import adapter_of
 from rankbook.exporter import refusal, static
 from rankbook.exporter.functions import OPSET
 from rankbook.exporter.options import INPUTS, ExportOptions
+from rankbook.exporter.repeat import Plan, UnlikeError
 from rankbook.exporter.skeleton import Skeleton
 
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
@@ -129,11 +130,23 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
         )
     fixed = options.graph == "static"
     past = _past(skeleton, max_context(skeleton, options) if fixed else _PAST)
-    example = _static(skeleton, options) if fixed else _growing(skeleton, options)
-    layers = len(past)
+    if (plan := Plan.of(skeleton)) is not None:
+        with contextlib.suppress(UnlikeError, refusal.NotExportableError):
+            with plan.shortened(skeleton.model):
+                model = _traced(skeleton, options, past[: plan.traced])
+            plan.complete(model, skeleton)
+            return model
+    return _traced(skeleton, options, past)
+
+
+def _traced(skeleton: Skeleton, options: ExportOptions, past: Past) -> ir.Model:
+    """Return the graph of the blocks that the model has."""
+    config, layers = skeleton.model.config, len(past)
+    example = _static(skeleton, options) if options.graph == "static" else _growing(skeleton, options)
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
     if options.inputs == "embeds":
-        tokens = torch.zeros(_BATCH, _SEQUENCE, adapter.hidden_size, dtype=skeleton.dtype)
+        width = adapter_of(skeleton.model).hidden_size
+        tokens = torch.zeros(_BATCH, _SEQUENCE, width, dtype=skeleton.dtype)
     best = ["next_token"] if options.sample == "greedy" else []
     with _quiet(), torch.no_grad():
         try:
