@@ -262,7 +262,7 @@ class _Copier:
         found = dict(node.attributes)
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in found.values()):
             raise UnlikeError(f"{node.name} holds a graph")
-        if node.domain == TRACE_DOMAIN:
+        if node.domain == TRACE_DOMAIN and LAYER in found:
             found[LAYER] = ir.AttrString(LAYER, self._renamed(found[LAYER].as_string(), old, new))
         return found
 

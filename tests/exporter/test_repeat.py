@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers.models.llama import modeling_llama
 
@@ -12,6 +13,8 @@ from rankbook.calibration.model.loading import load_model
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.repeat import Plan
+from rankbook.tools.runtimes.ort import OrtModel
+from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import make_checkpoint
 from tests.exporter.compare import worst_error
 
@@ -49,6 +52,16 @@ def test_copies_compute_what_the_model_does(
     assert check_model(tmp_path / "out") == []
     assert sum(count for name, count in report.nodes.items() if name.startswith("Codebook")) == report.layers
     assert worst_error(tmp_path / "out", load_model(checkpoint)[0], logits="all") < TOLERANCE
+
+
+def test_copies_write_caches_of_a_fixed_length(tmp_path: Path, completed: list[int]) -> None:
+    checkpoint = make_checkpoint(tmp_path, "llama", model={"num_hidden_layers": 4, "head_dim": 16}, bits=4)
+    export(checkpoint, tmp_path / "out", ExportOptions(logits="all", graph="static", max_context=16))
+    assert completed == [3]
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 12))
+    file, want = OrtModel(tmp_path / "out"), TorchModel(checkpoint).logits(tokens)[0]
+    steps = [file.start(tokens[:, :10]), *(file.step(int(token)) for token in tokens[0, 10:])]
+    assert np.abs(np.stack(steps) - want[9:]).max() < TOLERANCE * np.abs(want).max()
 
 
 def test_blocks_that_compute_by_their_number_are_all_traced(
