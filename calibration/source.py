@@ -107,10 +107,6 @@ def _file(path: Path, kinds: Collection[Kind]) -> Source:
     raise ValueError(f"{path} is a file, but not of a kind that can be used; give {_allowed(kinds)}")
 
 
-def _engine(folder: Path) -> str | None:
-    return ENGINE_NAME if (folder / ENGINE_MANIFEST).is_file() else None
-
-
 def is_checkpoint(folder: str | Path) -> bool:
     """Return whether a folder is a checkpoint of this project: by its manifest, or by config.json and weights.
 
@@ -127,23 +123,11 @@ def is_checkpoint(folder: str | Path) -> bool:
     return method == "rankbook" and any(folder.glob("*.safetensors"))
 
 
-def _checkpoint(folder: Path) -> str | None:
-    return "" if is_checkpoint(folder) else None
-
-
 def _onnx(folder: Path) -> str | None:
     """The graph of an exported folder, or the only one; not one of several beside a model's own weights."""
     if (folder / ONNX_NAME).is_file():
         return ONNX_NAME
     return _only(folder, "*.onnx") if not any(folder.glob("*.safetensors")) else None
-
-
-def _model(folder: Path) -> str | None:
-    return "" if (folder / "config.json").is_file() else None
-
-
-def _gguf(folder: Path) -> str | None:
-    return _only(folder, "*.gguf")
 
 
 def _only(folder: Path, pattern: str) -> str | None:
@@ -154,12 +138,13 @@ def _only(folder: Path, pattern: str) -> str | None:
 
 
 _LOOKS: dict[Kind, Callable[[Path], str | None]] = {
-    Kind.ENGINE: _engine,
-    Kind.CHECKPOINT: _checkpoint,
+    Kind.ENGINE: lambda folder: ENGINE_NAME if (folder / ENGINE_MANIFEST).is_file() else None,
+    Kind.CHECKPOINT: lambda folder: "" if is_checkpoint(folder) else None,
     Kind.ONNX: _onnx,
-    Kind.MODEL: _model,
-    Kind.GGUF: _gguf,
+    Kind.MODEL: lambda folder: "" if (folder / "config.json").is_file() else None,
+    Kind.GGUF: lambda folder: _only(folder, "*.gguf"),
 }
+"""What finds each kind in a folder: the name of its file, empty for a model of several, None where it is not there."""
 
 
 def _may_be_id(name: str) -> bool:
