@@ -80,6 +80,12 @@ def test_engines_and_files_in_one_table(exported, engine, tmp_path, capsys, monk
     assert (tmp_path / "out" / "bench.png").stat().st_size > 1000
 
 
+def test_engines_are_measured_on_a_gpu_alone(engine, capsys):
+    """The clock of one thread does not count waiting for it."""
+    assert run_cli("bench", engine, "--threads", 1, "--quiet") == errors.USAGE
+    assert "give --device cuda" in capsys.readouterr().err
+
+
 def test_texts_of_a_file_side_by_side(exported):
     """Each gets the logits that it gets alone; other lengths are refused."""
     model = open_model(exported, "bodies")

@@ -51,11 +51,7 @@ class ModelSubject:
             UsageError: Nothing lies at the path.
         """
         found = cls.parse(text, AUTO)
-        try:
-            kind = identify(found.path).kind
-        except ValueError:  # said where it is opened
-            kind = Kind.ONNX
-        return found if found.runtime != AUTO or kind is not Kind.ONNX else cls(found.path, "native-cuda")
+        return found if found.runtime != AUTO or found.kind is not Kind.ONNX else cls(found.path, "native-cuda")
 
     @classmethod
     def parse_peer(cls, text: str) -> ModelSubject:
@@ -71,6 +67,19 @@ class ModelSubject:
         if not Path(path).exists():
             raise UsageError(f"--peers {text}: {path} does not exist; give {peers()[name].opens}")
         return cls(Path(path), name)
+
+    @property
+    def kind(self) -> Kind:
+        """What it is; what is nothing that is known counts as an exported file, and is refused where it is opened."""
+        try:
+            return identify(self.path).kind
+        except ValueError:
+            return Kind.ONNX
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether it is an engine folder."""
+        return self.kind is Kind.ENGINE
 
     @property
     def is_peer(self) -> bool:

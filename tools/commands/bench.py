@@ -207,6 +207,8 @@ def _models(options: Bench) -> tuple[Table, list[ModelResult]]:
     kernels = _kernels(options)
     _check_peers(options, kernels)
     subjects = [ModelSubject.parse(text, kernels) for text in options.models]
+    if engines := [str(subject.path) for subject in subjects if subject.is_engine]:
+        raise UsageError(f"{' and '.join(engines)}: engines are measured on a GPU; give --device cuda")
     subjects += [ModelSubject.parse_peer(text) for text in options.peers]
     race = ModelRace(tuple(dict.fromkeys(subjects)), options)
     with Console(quiet=options.quiet).progress("models") as progress:

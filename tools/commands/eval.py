@@ -18,7 +18,7 @@ class Eval(EvalOptions, KernelOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
-        "Hugging Face model, GGUF, checkpoint, exported folder or .onnx (exported with --logits all)",
+        "Hugging Face model, GGUF, checkpoint; exported folder, .onnx or engine folder (exported with --logits all)",
         metavar="MODEL_OR_FILE",
     )
     text: str = required(".txt, .jsonl, .json or a datasets name to evaluate on", metavar="FILE")

@@ -25,7 +25,9 @@ _WHY = {
 class Generate(GenerateOptions, KernelOptions, Common):
     """Options of the verb."""
 
-    model: str = argument("checkpoint, Hugging Face model, GGUF, exported folder or .onnx", metavar="MODEL")
+    model: str = argument(
+        "checkpoint, Hugging Face model, GGUF, exported folder, .onnx or engine folder", metavar="MODEL"
+    )
     prompt: str | None = option(
         None, "prompt; read from stdin when not given", metavar="TEXT", flags=("-p", "--prompt")
     )
@@ -58,7 +60,7 @@ def run(options: Generate) -> Outcome:
 
 COMMAND = Command(
     name="generate",
-    summary="stream text from a checkpoint, a Hugging Face model or an exported file",
+    summary="stream text from a checkpoint, a Hugging Face model, an exported file or an engine",
     example="rankbook generate onnx --prompt 'The capital of France is' --max-new-tokens 40",
     options=Generate,
     run=run,
