@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.exporter import refusal, static
+from rankbook.exporter import attention, refusal, static
 from rankbook.exporter.functions import OPSET
 from rankbook.exporter.options import INPUTS, ExportOptions
 from rankbook.exporter.repeat import Plan, UnlikeError
@@ -118,7 +118,8 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
     """Return the graph of a skeleton; its large weights are still missing.
 
     Raises:
-        ValueError: Embedded tokens are asked of a model that gives images positions of their own.
+        ValueError: Embedded tokens are asked of a model that gives images positions of their own, or a cache of a fixed
+            length of one whose attention is its own code.
         NotExportableError: torch cannot trace the model; the message says where.
     """
     config, adapter = skeleton.model.config, adapter_of(skeleton.model)
@@ -129,6 +130,11 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
             "positions of images have three parts in this model, and one in the file; export with --inputs ids"
         )
     fixed = options.graph == "static"
+    if fixed and config._attn_implementation == attention.ADDITIVE:
+        raise ValueError(
+            f"a model of type {config.model_type!r} computes attention in code of its own, which may take the end of"
+            " the cache for the end of the text; export with --graph standard"
+        )
     past = _past(skeleton, max_context(skeleton, options) if fixed else _PAST)
     if (plan := Plan.of(skeleton)) is not None:
         with contextlib.suppress(UnlikeError, refusal.NotExportableError):
