@@ -9,8 +9,12 @@ LEAST = 80
 """Lines from which on a module is asked for its tests."""
 PIPELINE, ENGINE, BENCH = "tools/test_pipeline.py", "tools/deploy/test_engine.py", "tools/test_bench.py"
 ELSEWHERE = {
-    **dict.fromkeys(("parity", "quantize"), PIPELINE),
-    **dict.fromkeys(("engine_commands", "engine_log", "options", "rtx_worker", "trt"), ENGINE),
+    **dict.fromkeys(("parity", "parity_tables", "quantize"), PIPELINE),
+    **dict.fromkeys(("checks", "engine_commands", "engine_log", "manifest", "options", "rtx_worker", "trt"), ENGINE),
+    **dict.fromkeys(
+        ("trt_engine", "trt_load", "trt_memory", "trt_model", "step"), "tools/runtimes/test_engine_model.py"
+    ),
+    **dict.fromkeys(("device_bench", "device_report", "gpu"), "tools/test_bench_engines.py"),
     **dict.fromkeys(("bench", "layer_bench", "layers", "model_bench"), BENCH),
     **dict.fromkeys(("genai", "llamacpp"), "tools/test_bench_peers.py"),
     **dict.fromkeys(("ort", "ort_steps", "torch", "exported"), "tools/runtimes/test_registry.py"),
