@@ -61,7 +61,7 @@ class Plan:
             seen.setdefault(kind, []).append(index)
         count = len(blocks.modules)
         # The fewest with two of every kind that comes later.
-        traced = max([0, *((found[1] if len(found) > 2 else found[-1]) + 1 for found in seen.values())])
+        traced = max([1, *((found[1] if len(found) > 2 else found[-1]) + 1 for found in seen.values())])
         if traced >= count:
             return None
         kinds = {index: found for found in seen.values() for index in found}
