@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from rankbook.calibration.device import DeviceError
+
 OK = 0
 CHECK_FAILED = 1
 USAGE = 2
@@ -41,6 +43,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; earlier outputs are as they were", INTERRUPTED
+    if isinstance(error, DeviceError):
+        return str(error), MISSING
     if isinstance(error, ImportError):
         return _missing(error), MISSING
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -50,6 +54,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"{error.filename} does not exist; check the path", USAGE
     if isinstance(error, (ValueError, OSError)):
         return _first_lines(str(error)) or type(error).__name__, USAGE
+    if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, which is not imported for a message
+        return (
+            f"the device is out of memory ({_first_lines(str(error), 200)}); give --device cpu or a smaller batch",
+            MISSING,
+        )
     if isinstance(error, MemoryError):
         return "out of memory; use fewer calibration sequences or a shorter context", CHECK_FAILED
     return f"{type(error).__name__}: {_first_lines(str(error))}; run again with --debug for the traceback", CHECK_FAILED

@@ -282,7 +282,7 @@ class Histogram:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts = torch.nn.functional.pad(merged, (quarter, quarter))
             self.bound *= 2
-        self.counts += torch.histc(values, _BINS, -self.bound, self.bound).double()
+        self.counts += torch.histc(values, _BINS, -self.bound, self.bound).double().cpu()
 
     def range(self, how: str, *, symmetric: bool) -> StaticRange:
         """Return the step that the rule ``how`` chooses."""

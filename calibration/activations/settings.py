@@ -21,9 +21,12 @@ from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.patterns import matches
+from rankbook.calibration.model.placement import CPU, batch_size, within_range
 
 
-def chosen_settings(model: Any, tokens: Tensor, layers: Iterable[str], options: Any) -> dict[str, Any]:
+def chosen_settings(
+    model: Any, tokens: Tensor, layers: Iterable[str], options: Any, device: torch.device = CPU
+) -> dict[str, Any]:
     """Return the entries that `QuantizeOptions` ask for; static ranges are calibrated.
 
     Args:
@@ -31,6 +34,7 @@ def chosen_settings(model: Any, tokens: Tensor, layers: Iterable[str], options: 
         tokens: Calibration tokens (sequences, length).
         layers: Names of the layers whose inputs are quantized.
         options: See `rankbook.calibration.driver.options.QuantizeOptions`.
+        device: Where its blocks run, one at a time.
 
     Raises:
         ValueError: A layer saw no input.
@@ -41,8 +45,8 @@ def chosen_settings(model: Any, tokens: Tensor, layers: Iterable[str], options: 
     if activations.is_static(kind):
 
         def run() -> None:
-            with capture.within_range(model):
-                for batch in torch.split(tokens, capture.batch_size(tokens)):
+            with within_range(model, device), capture.each_placed(adapter_of(model).blocks(), device):
+                for batch in torch.split(tokens, batch_size(tokens)):
                     model(input_ids=batch, use_cache=False, logits_to_keep=1)
 
         found = activations.calibrate(run, model, used, kind, options.activation_range)

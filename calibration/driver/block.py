@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.activations.settings import in_block
+from rankbook.calibration.device import moved
 from rankbook.calibration.driver import scaling
 from rankbook.calibration.driver.allocation import Choice
 from rankbook.calibration.driver.options import QuantizeOptions
@@ -23,6 +26,7 @@ from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.experts import matrix_of, share_statistics
 from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.calibration.model.placement import Placement, Stream
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 
@@ -42,14 +46,14 @@ class Streams:
     """
 
     calls: Sequence[capture.BlockCall]
-    inputs: capture.Stream
-    targets: capture.Stream | None
+    inputs: Stream
+    targets: Stream | None
     end: int
 
     @classmethod
     def none(cls) -> Streams:
         """Return those of a run that needs no inputs."""
-        return cls((), capture.Stream(torch.empty(0)), None, 0)
+        return cls((), Stream(torch.empty(0)), None, 0)
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class BlockSolver:
         options: What to do.
         dtype: Of the model: norms are stored in it.
         reporter: Told of every layer.
+        placement: Where it is computed.
         choices: Bits and ranks of layers where a budget chose them; elsewhere the options hold.
     """
 
     options: QuantizeOptions
     dtype: torch.dtype
     reporter: Reporter
+    placement: Placement
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
     def trains(self) -> bool:
@@ -97,26 +103,23 @@ class BlockSolver:
         0.01394 (two seeds) with passes in float32, 0.01407 and 0.01377 in bfloat16, in half their CPU time.
         """
         compute = getattr(self.options.method_config(), "compute", "float32") if self.trains() else "float32"
-        return arithmetic(compute_dtype(compute))
+        return arithmetic(compute_dtype(compute, self.placement.device), self.placement.device)
 
     def solve(self, site: Site, streams: Streams) -> BlockResult:
         """Return the records of one block in float32."""
-        block, prefix = site.block, site.prefix
+        block, prefix, device = site.block, site.prefix, self.placement.device
         method, options = METHODS[self.options.method], self.options
         statistics, few_tokens = share_statistics(self._statistics(site, streams))
-        scaled = self._scale_inputs(
-            block, lambda: streams.calls[site.index](block, streams.inputs.values[:1].float()), statistics
-        )
+
+        def first_output() -> Tensor:
+            return streams.calls[site.index](block, streams.inputs.values[:1].to(device, torch.float32))
+
+        scaled = self._scale_inputs(block, first_output, statistics)
         problems = {name: _problem(block, name, statistics[name]) for name in site.layers}
         share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + site.index)
-            records: dict[str, QuantizedLinear] = {}
-            for position, (name, problem) in enumerate(problems.items()):
-                self.reporter.tell(f"quantizing {prefix}{name}", site.index, share * position / len(problems))
-                full = f"{prefix}{name}"
-                chosen = self.choices[full].applied(options) if full in self.choices else options
-                records[name] = solve_layer(replace(problem, name=full), chosen)
+            records = self._closed_forms(site, problems, share)
             if method.refine is not None and streams.targets is not None and problems:
                 progress = _refine_progress(self.reporter, site.index)
                 seed = options.seed + site.index
@@ -133,24 +136,49 @@ class BlockSolver:
             [f"{prefix}{name}" for name in few_tokens],
         )
 
+    def _closed_forms(
+        self, site: Site, problems: Mapping[str, LayerProblem], share: float
+    ) -> dict[str, QuantizedLinear]:
+        """Solve every layer; on several devices as many at once, each by itself, so that the result is the same."""
+        free: SimpleQueue[torch.device] = SimpleQueue()
+        for device in self.placement.devices:
+            free.put(device)
+
+        def solve(position: int, name: str, problem: LayerProblem) -> QuantizedLinear:
+            full, device = f"{site.prefix}{name}", free.get()
+            self.reporter.tell(f"quantizing {full}", site.index, share * position / len(problems))
+            chosen = self.choices[full].applied(self.options) if full in self.choices else self.options
+            try:
+                return moved(solve_layer(moved(replace(problem, name=full), device), chosen), self.placement.device)
+            finally:
+                free.put(device)
+
+        places, names, given = range(len(problems)), list(problems), list(problems.values())
+        if len(self.placement.devices) == 1:
+            return dict(zip(names, map(solve, places, names, given), strict=True))
+        with ThreadPoolExecutor(len(self.placement.devices)) as pool:
+            return dict(zip(names, pool.map(solve, places, names, given), strict=True))
+
     def rounded_inputs(self, site: Site, streams: Streams) -> AbstractContextManager[None]:
         """Quantize what enters a block's layers, in training and in the stream that follows it."""
         if streams.targets is None:  # nothing is trained
             return nullcontext()
 
         def run() -> None:
-            for batch in torch.split(streams.inputs.values, capture.batch_size(streams.inputs.values)):
-                streams.calls[site.index](site.block, batch.float())
+            for batch in streams.inputs.batches():
+                streams.calls[site.index](site.block, batch)
 
         return in_block(site.block, site.prefix, site.layers, run, self.options)
 
     def _statistics(self, site: Site, streams: Streams) -> Mapping[str, LayerStatistics]:
         """Return what enters each layer."""
+        device = self.placement.device
         if self.options.weighs_inputs():
+            call, values = streams.calls[site.index], streams.inputs.values
             with self.arithmetic():
-                return capture.collect(site.block, streams.calls[site.index], streams.inputs.values, site.layers)
+                return capture.collect(site.block, call, values, site.layers, device)
         widths: dict[str, Any] = {name: site.block.get_submodule(name).in_features for name in site.layers}
-        return {name: LayerStatistics.unseen(width) for name, width in widths.items()}
+        return {name: LayerStatistics.unseen(width, device) for name, width in widths.items()}
 
     def _scale_inputs(
         self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]

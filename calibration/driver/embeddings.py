@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.device import moved
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.fitting.grids import Grid, round_nearest, round_with_feedback
 from rankbook.calibration.fitting.problem import LayerProblem
@@ -25,6 +26,7 @@ from rankbook.calibration.model.packed_modules import (
     replace_module,
 )
 from rankbook.calibration.model.patterns import matches
+from rankbook.calibration.model.placement import CPU
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
 from rankbook.plugins import layout
 from rankbook.plugins.layer_spec import LayerSpec
@@ -117,10 +119,11 @@ def quantize_rows(
     method, group = METHODS[options.method], options.group(weight.shape[1])
     if options.group_size == "auto":  # not the preference of another format
         group = QuantizeOptions(method="rtn").group(weight.shape[1])
-    statistics = LayerStatistics.empty(weight.shape[1]) if inputs is None else inputs
+    device = options.placement().device
+    statistics = LayerStatistics.empty(weight.shape[1], device) if inputs is None else moved(inputs, device)
 
     def problem(rows: Tensor) -> LayerProblem:
-        return LayerProblem(name, rows.detach().float(), None, statistics)
+        return LayerProblem(name, rows.detach().to(device, torch.float32), None, statistics)
 
     pieces = torch.split(weight, _ROWS_AT_ONCE)
     if bits == _FITTED_BITS and method.rows is not None:
@@ -135,13 +138,13 @@ def quantize_rows(
         parts = [round_with_feedback(problem(rows), Grid(bits, group), "gptq") for rows in pieces]
     else:
         parts = [round_nearest(problem(rows), Grid(bits, group), "rtn") for rows in pieces]
-    return _stack(parts, None if bias is None else bias.detach().float())
+    return _stack([moved(part, CPU) for part in parts], None if bias is None else bias.detach().float())
 
 
 def _of_both(inputs: LayerStatistics) -> LayerStatistics:
     """Return statistics for a weight of embedding and output layer: all inputs count, and these as much again."""
     mean = inputs.gram.diagonal().mean()
-    return replace(inputs, gram=inputs.gram + mean * torch.eye(len(inputs.gram)))
+    return replace(inputs, gram=inputs.gram + mean * torch.eye(len(inputs.gram), device=inputs.gram.device))
 
 
 def _stack(parts: list[QuantizedLinear], bias: Tensor | None) -> QuantizedLinear:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.device import DeviceOptions
 from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, near, option
 from rankbook.calibration.settings import (
     ACTIVATION_FORMATS,
@@ -25,6 +26,7 @@ from rankbook.plugins.widths import BITS
 
 if TYPE_CHECKING:
     from rankbook.calibration.methods import Method
+    from rankbook.calibration.model.placement import Placement
 
 AUTO_GROUP = 64
 """Group size that ``auto`` prefers: the side data of one group cost about 0.4 bits per weight with two planes."""
@@ -49,7 +51,7 @@ def group_size(text: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class QuantizeOptions(Seeded):
+class QuantizeOptions(Seeded, DeviceOptions):
     """Options of a run. ``None`` means the method's own default; `method_config` hands them to the method.
 
     Raises:
@@ -117,6 +119,19 @@ class QuantizeOptions(Seeded):
     branch_passes: int = option(
         1, "rounds of quantizing around the branch and refitting it", metavar="N", least=1, group=EFFORT
     )
+    device_memory: float | None = option(
+        None,
+        "memory of the device for activations, the rest wait on the host; half of what is free if not given",
+        metavar="GB",
+        least=0,
+        group=ADVANCED,
+    )
+    devices: str | None = option(
+        None,
+        "indexes of devices that solve the layers of a block side by side, e.g. 0,1; the first one also trains",
+        metavar="N,N",
+        group=ADVANCED,
+    )
     scale_strength: float = option(
         0.5, "smoothquant's alpha: share of the range that moves into the weights, 0 to 1", metavar="A", group=ADVANCED
     )
@@ -165,6 +180,7 @@ class QuantizeOptions(Seeded):
             raise ValueError(f"scale_strength is {self.scale_strength}; give a number from 0 to 1")
         if isinstance(self.group_size, str):
             choose("group_size", self.group_size, ("auto", "channel"))
+        self.device_indexes()
         fields = self._config_fields()
         for name in ("weight_format", "clip_search"):
             if getattr(self, name) is not None and renamed(name) not in fields:
@@ -217,6 +233,38 @@ class QuantizeOptions(Seeded):
         # The nearest in ratio, the smaller of two as near: accuracy and side data both go with the logarithm.
         return min(allowed_groups(in_features), key=lambda size: (abs(math.log(size / prefer)), size))
 
+    def device_indexes(self) -> tuple[int, ...]:
+        """Return the numbers of ``devices``, none where it is not given.
+
+        Raises:
+            ValueError: They are no list of numbers, or ``device`` names one by its index as well.
+        """
+        if self.devices is None:
+            return ()
+        parts = self.devices.split(",")
+        if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+            raise ValueError(f"devices {self.devices!r} is not a list of different indexes; give one such as 0,1")
+        if ":" in self.device:
+            raise ValueError(
+                f"device {self.device} and devices {self.devices} both name indexes; leave one of them out"
+            )
+        return tuple(map(int, parts))
+
+    def placement(self) -> Placement:
+        """Return the devices that the options name.
+
+        Raises:
+            ValueError: There is no such kind of device.
+            DeviceError: A device is not there.
+        """
+        from rankbook.calibration.model.placement import Placement
+
+        return Placement.of(self.device, self.device_indexes(), self.device_memory)
+
+    def shaping(self) -> dict[str, Any]:
+        """Return the options without those that say where it is computed: what shapes the result."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _PLACES}
+
     def driver_branch(self) -> str:
         """Return the kind of error branch that the driver adds; ``none`` where the method has an option for it."""
         if self.error_branch is None or "error_branch" in self._config_fields():
@@ -261,6 +309,8 @@ def _methods() -> Mapping[str, Method]:
     return METHODS
 
 
+_PLACES = ("device", "device_memory", "devices")
+"""Options that say where a run computes; devices differ in the order of sums, and in no more."""
 _FIELD = {"weight_format": "format", "branch_passes": "passes"}
 """Options whose name differs from the field of the methods' configs."""
 

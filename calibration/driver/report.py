@@ -108,6 +108,7 @@ class QuantizeReport:
         seconds: Wall time of this run (of the last part, after a resume).
         resumed_at: Blocks that an earlier, interrupted run had finished.
         peak_rss_bytes: Peak resident memory of the process.
+        devices: Where it was computed.
     """
 
     output_dir: Path
@@ -121,6 +122,7 @@ class QuantizeReport:
     seconds: float
     resumed_at: int
     peak_rss_bytes: int
+    devices: tuple[str, ...] = ("cpu",)
 
     @property
     def bits_per_weight(self) -> float:

@@ -40,9 +40,10 @@ from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.loading import load_model, model_hash, resolve, source_folder
 from rankbook.calibration.model.packed_modules import packed_modules, replace_module
+from rankbook.calibration.model.placement import Placement, Stream, in_float32, within_range
 from rankbook.calibration.model.plain import make_plain, restore
 from rankbook.calibration.notes import note
-from rankbook.calibration.record.finite import is_finite
+from rankbook.calibration.record.finite import check_parameters
 from rankbook.calibration.source import Kind
 from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
@@ -70,7 +71,8 @@ def quantize_model(
     Memory: the weights once (memory-mapped, in their own dtype), one block in float32, and two streams of calibration
     activations (sequences, length, hidden) in the model's dtype: the original model's, which gives the targets, and the
     quantized prefix's, which gives the inputs and statistics. Methods without a training stage need only the second.
-    Where activations leave the range of fp16, the streams become float32.
+    Where activations leave the range of fp16, the streams become float32. The weights stay where they are; the block
+    and, while they fit, the streams are on ``options.device``.
 
     Args:
         source: Hugging Face folder or id, folder with one GGUF, or .gguf file.
@@ -84,14 +86,16 @@ def quantize_model(
     Raises:
         ValueError: Options that do not fit the model, weights with NaN, empty calibration text, a state to resume that
             belongs to other options.
+        DeviceError: The device is not there, or its memory does not suffice.
         FileExistsError: ``output_dir`` holds something else, or another run writes there.
         OSError: Writing failed; an earlier result is untouched.
     """
     start = time.monotonic()
     with locked(Path(output_dir)) as output:
         check_replaceable(output, MANIFEST)
+        placement = options.placement()
         model, tokenizer = _load_original(source)
-        run = _Run.prepare(model, options, progress)
+        run = _Run.prepare(model, options, placement, progress)
         if begin is not None:
             begin(model.config, run.plan())
         digest = model_hash(source)
@@ -101,7 +105,7 @@ def quantize_model(
         resumed = state.finished()
         run.blocks_in_order(data.tokens, state)
         run.reporter.tell("activations", len(run.blocks.modules) - 1, 1.0)
-        acting = chosen_settings(model, data.tokens, run.layers, options)
+        acting = chosen_settings(model, data.tokens, run.layers, options, placement.device)
         report = run.report(output, data, resumed, start)
         found = resolve(source)
         known = {"hub_id": found.location} if found.kind is Kind.HUB else {}
@@ -120,7 +124,7 @@ def plan(source: str | Path, options: QuantizeOptions) -> tuple[Any, Plan]:
         ValueError: Options that do not fit the model.
     """
     model, _ = _load_original(source)
-    return model.config, _Run.prepare(model, options, None).plan()
+    return model.config, _Run.prepare(model, options, Placement(), None).plan()
 
 
 @dataclass
@@ -132,6 +136,7 @@ class _Run:
     blocks: Blocks
     embeddings: Embeddings
     selection: Selection
+    placement: Placement
     reporter: Reporter
     layers: dict[str, LayerReport] = field(default_factory=dict)
     embedding_layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -144,7 +149,9 @@ class _Run:
         return self.adapter.model
 
     @classmethod
-    def prepare(cls, model: Any, options: QuantizeOptions, progress: Callable[[Progress], None] | None) -> _Run:
+    def prepare(
+        cls, model: Any, options: QuantizeOptions, placement: Placement, progress: Callable[[Progress], None] | None
+    ) -> _Run:
         """Find what is to be done and check that it can be."""
         adapter = adapter_of(model)
         blocks, found = adapter.blocks(), adapter.embeddings()
@@ -155,7 +162,7 @@ class _Run:
         forms = make_plain(model)
         chosen = select(model, blocks, options)
         restore(model, forms, chosen.names(blocks))
-        return cls(adapter, options, blocks, found, chosen, Reporter(len(blocks.modules), progress))
+        return cls(adapter, options, blocks, found, chosen, placement, Reporter(len(blocks.modules), progress))
 
     def plan(self) -> Plan:
         """Say what will be done."""
@@ -170,24 +177,28 @@ class _Run:
         """Quantize the embeddings and every block, or take finished blocks from ``state``."""
         finished = state.finished()
         choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
-        solver = BlockSolver(self.options, self.model.dtype, self.reporter, choices)
-        streaming = self.options.weighs_inputs()
+        solver = BlockSolver(self.options, self.model.dtype, self.reporter, self.placement, choices)
+        streaming, device = self.options.weighs_inputs(), self.placement.device
         if streaming:
             self.reporter.tell("first inputs", -1)
-        calls = capture.record_calls(self.model, self.blocks, tokens) if streaming else []
-        targets = self._first_inputs(tokens) if solver.trains() else None  # before the embedding may change
+        calls = capture.record_calls(self.model, self.blocks, tokens, device) if streaming else []
+        shared = self.placement.shared(2 if solver.trains() else 1)
+        # Before the embedding may change.
+        targets = self._first_inputs(tokens, shared) if solver.trains() else None
         last = self._last_inputs(tokens, solver)
         packed = embeddings.quantize_embedding(self.adapter, self.embeddings, self.options, last)
         streams = Streams.none()
         if streaming:
             same = None if packed else targets
-            inputs = self._first_inputs(tokens) if same is None else capture.Stream(same.values.clone())
+            inputs = self._first_inputs(tokens, shared) if same is None else same.copied()
             # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
             streams = Streams(calls, inputs, targets, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
         for index, (block, layers) in enumerate(zip(self.blocks.modules, self.selection.layers, strict=True)):
             site = Site(index, f"{self.blocks.name}.{index}.", block, layers)
-            self._block(site, streams, solver, state, solve=index >= finished)
+            held = [stream.values for stream in (streams.inputs, streams.targets) if stream is not None]
+            with self.placement.enough_memory(site.prefix[:-1], block, held):
+                self._block(site, streams, solver, state, solve=index >= finished)
         packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
         self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
 
@@ -196,12 +207,12 @@ class _Run:
         if self.options.target_bits is None:
             return {}
         self.reporter.tell("spending the budget", -1)
-        with capture.within_range(self.model):
+        with within_range(self.model):
             return allocate(self.model, self.selection.names(self.blocks), tokens, self.options)
 
-    def _first_inputs(self, tokens: Tensor) -> capture.Stream:
+    def _first_inputs(self, tokens: Tensor, placement: Placement) -> Stream:
         dtype = next(self.blocks.modules[0].parameters()).dtype
-        return capture.first_inputs(self.model, self.blocks, tokens, dtype)
+        return capture.first_inputs(self.model, self.blocks, tokens, dtype, placement)
 
     def _last_inputs(self, tokens: Tensor, solver: BlockSolver) -> LayerStatistics | None:
         """Return the statistics of what enters the output layer of the original model, where it can use them."""
@@ -210,14 +221,14 @@ class _Run:
         self.reporter.tell("inputs of the output layer", -1)
         some = tokens[: max(1, _HEAD_TOKENS // tokens.shape[1])]
         with solver.arithmetic():
-            return capture.entering(self.model, self.blocks, self.embeddings.head[1], some)
+            return capture.entering(self.model, self.blocks, self.embeddings.head[1], some, self.placement.device)
 
     def _block(self, site: Site, streams: Streams, solver: BlockSolver, state: PartialState, *, solve: bool) -> None:
         """Quantize one block, or replay it, and move both streams past it."""
-        _check_finite(site.block, site.prefix)
-        what = f"block {site.prefix[:-1]}"
+        check_parameters(site.block, site.prefix)
+        what, device = f"block {site.prefix[:-1]}", self.placement.device
         self.reporter.tell("solving" if solve else "replaying", site.index)
-        with capture.in_float32(site.block):
+        with in_float32(site.block, device):
             if streams.targets is not None and site.index < streams.end:
                 with solver.arithmetic():
                     call = streams.calls[site.index]
@@ -229,14 +240,17 @@ class _Run:
                 module.compute_dtype = self.model.dtype
                 replace_module(self.model, name, module)
             for name, tensor in result.tensors.items():
-                self.model.get_parameter(name).data = tensor.float()
+                self.model.get_parameter(name).data = tensor.to(device, torch.float32)
             if site.index + 1 < streams.end:
-                for module in result.layers.values():
-                    module.materialize()
+                for name, module in result.layers.items():
+                    twin = module.on(device)
+                    twin.materialize()
+                    replace_module(self.model, name, twin)
                 with solver.rounded_inputs(site, streams), solver.arithmetic():
                     capture.advance(site.block, streams.calls[site.index], streams.inputs, what)
-                for module in result.layers.values():
+                for name, module in result.layers.items():  # the file's own tensors, on the host
                     module.dematerialize()
+                    replace_module(self.model, name, module)
         self.scaled += result.scaled
         self.few_tokens += result.few_tokens
         for name, module in result.layers.items():
@@ -268,6 +282,7 @@ class _Run:
             seconds=time.monotonic() - start,
             resumed_at=resumed,
             peak_rss_bytes=peak_rss_bytes(),
+            devices=tuple(map(str, self.placement.devices)),
         )
         if report.unknown:
             note(report.unknown)
@@ -286,18 +301,10 @@ class _Run:
         return {"name": name, "weights": weight.numel(), "stored_bits": bits, "bits_per_weight": bits / weight.numel()}
 
 
-def _check_finite(module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
-    for name, parameter in module.named_parameters(recurse=recurse):
-        if not is_finite(parameter):
-            raise ValueError(
-                f"{prefix}{name} holds NaN or infinity; the model is damaged: download or convert it again"
-            )
-
-
 def _check_finite_outside(model: nn.Module, blocks: Blocks) -> None:
     for name, module in model.named_modules():
         if not name.startswith(f"{blocks.name}."):
-            _check_finite(module, f"{name}." if name else "", recurse=False)
+            check_parameters(module, f"{name}." if name else "", recurse=False)
 
 
 def _load_original(source: str | Path) -> tuple[Any, Any]:
@@ -310,7 +317,7 @@ def _load_original(source: str | Path) -> tuple[Any, Any]:
 def _fingerprint(options: QuantizeOptions, digest: str) -> dict[str, Any]:
     """Return everything that shapes the result; a run is resumed only with the same."""
     text = _text_hash(options)
-    return {"options": asdict(options), "model": digest, "calibration": text, "versions": versions()}
+    return {"options": options.shaping(), "model": digest, "calibration": text, "versions": versions()}
 
 
 def _text_hash(options: QuantizeOptions) -> str:
@@ -332,7 +339,7 @@ def _calibration(state: PartialState, run: _Run, tokenizer: Any) -> CalibrationD
     most = adapter_of(model).longest_text() or options.calib_length
     if (length := min(options.calib_length, most)) < options.calib_length:
         note(f"the model's context is {most} tokens: calibration windows have as many, not {options.calib_length}")
-    with capture.within_range(model):
+    with within_range(model):
         data = calibration_batches(
             tokenizer,
             options.calib,
@@ -362,6 +369,7 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
             "resumed_at": report.resumed_at,
             "peak_rss_bytes": report.peak_rss_bytes,
             "threads": torch.get_num_threads(),
+            "devices": list(report.devices),
         },
     }
 

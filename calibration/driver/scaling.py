@@ -196,7 +196,7 @@ def _hides(block: nn.Module, run: Callable[[], Tensor], carrier: Carrier) -> boo
     """Try a carrier with random scales: the output must stay what it was."""
     wanted = run()
     width = _weight(block, carrier.layers[0]).shape[1]
-    scale = torch.rand(width, generator=torch.Generator().manual_seed(0)) + 0.5
+    scale = torch.rand(width, generator=torch.Generator().manual_seed(0)).to(wanted.device) + 0.5
     with _restored(block, [carrier.name, *carrier.layers]):
         fold(block, carrier, scale, torch.float32)
         change = (run() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)

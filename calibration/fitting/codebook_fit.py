@@ -103,7 +103,7 @@ def solve_levels(moments: Moments, books: Codebooks) -> Tensor:
     # Pull towards the old level instead of zero, so that a level nobody uses stays where it was.
     mean = system.diagonal(dim1=1, dim2=2).mean() * _RIDGE + torch.finfo(torch.float32).tiny
     right = right + mean * books.levels.T.double()
-    solution: Tensor = torch.linalg.solve(system + mean * torch.eye(size).double(), right)
+    solution: Tensor = torch.linalg.solve(system + mean * torch.eye(size, device=system.device).double(), right)
     return solution.T.float().contiguous()
 
 
@@ -123,7 +123,8 @@ def clipped_grid(grouped: Tensor, energy: Tensor, count: int) -> Codebooks:
             best = tuple(torch.where(better, a, b) for a, b in zip(new, best, strict=True))  # type: ignore[assignment]
     if best is None:
         raise ValueError("no shrink factors to choose from")
-    return Codebooks(torch.arange(count, dtype=torch.float32)[None], best[1][None], best[2])
+    levels = torch.arange(count, dtype=torch.float32, device=grouped.device)
+    return Codebooks(levels[None], best[1][None], best[2])
 
 
 def _grid_error(grouped: Tensor, energy: Tensor, step: Tensor, first: Tensor, count: int) -> Tensor:
@@ -173,7 +174,8 @@ def grow_levels(moments: Moments, codebooks: Tensor, levels: Tensor, rank: int) 
     _, vectors = torch.linalg.eigh((rest.T @ rest).double())
     extra = vectors.flip(1).T[: rank - len(levels)].float()
     # Candidates outside the span of the present basis come first; complete them if the residual has too few directions.
-    return torch.cat([levels, _orthonormal(torch.cat([basis, extra, torch.eye(free.shape[1])]))[len(basis) :]])[:rank]
+    every = torch.eye(free.shape[1], device=free.device)
+    return torch.cat([levels, _orthonormal(torch.cat([basis, extra, every]))[len(basis) :]])[:rank]
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
     """Return the diagonal of M (K,) for the kinds other than ``qera``, normalized as LQER's code does it."""
     statistics = problem.statistics
     if kind == "lqer" or statistics.tokens == 0:
-        return torch.ones(problem.weight.shape[1])
+        return torch.ones(problem.weight.shape[1], device=problem.weight.device)
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
     floored = magnitude.float().clamp_min(1e-4)
     return floored / (floored.min() * floored.max()).sqrt()
@@ -108,9 +108,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     rows, columns = matrix.shape
     if min(rows, columns) > _EXACT_SIZE and rank + _OVERSAMPLE < min(rows, columns) // 4:
-        left, values, right = torch.svd_lowrank(matrix, rank + _OVERSAMPLE, niter=_POWER_ITERATIONS)
+        basis = _leading(matrix, rank + _OVERSAMPLE)
+        left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         half = values[:rank].sqrt()
-        return left[:, :rank] * half, (right[:, :rank] * half).T.contiguous()
+        return (basis @ left[:, :rank]) * half, half[:, None] * right[:rank]
     if rank > min(rows, columns) // 2:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         half = values[:rank].sqrt()
@@ -125,6 +126,19 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left * half, right / half[:, None]
 
 
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """Return orthonormal columns (N, count) that nearly span the leading left singular vectors of a matrix (N, K).
+
+    Subspace iteration from random directions (Halko et al. 2011, algorithm 4.4), the same ones on every device and in
+    every call.
+    """
+    probe = torch.randn(matrix.shape[1], count, generator=torch.Generator().manual_seed(0)).to(matrix)
+    basis: Tensor = torch.linalg.qr(matrix @ probe)[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    return basis
+
+
 def _store(error: Tensor, up: Tensor, down: Tensor, gram: Tensor, bits: int) -> LowRank:
     """Store ``down`` first, solve ``up`` again for what was stored, then store ``up``."""
     stored_down = Factor.quantize(down, bits, 0)
@@ -133,5 +147,5 @@ def _store(error: Tensor, up: Tensor, down: Tensor, gram: Tensor, bits: int) -> 
         weighted = gram @ dense.T  # (K, R)
         system = dense @ weighted
         ridge = 1e-6 * system.diagonal().mean() + torch.finfo(torch.float32).tiny
-        up = torch.linalg.solve(system + ridge * torch.eye(len(system)), (error @ weighted).T).T
+        up = torch.linalg.solve(system + ridge * torch.eye(len(system), device=system.device), (error @ weighted).T).T
     return LowRank.joined(stored_down, Factor.quantize(up.contiguous(), bits, 1))

@@ -40,7 +40,7 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     gram = problem.statistics.gram.float()
     mean = gram.diagonal().mean()
     if problem.statistics.tokens == 0 or float(mean) <= 0:
-        return torch.eye(problem.weight.shape[1])
+        return torch.eye(problem.weight.shape[1], device=gram.device)
     return damped_gram(gram / mean, damping)
 
 
@@ -63,7 +63,8 @@ def plan(gram: Tensor, damping: float = _DAMPING, *, by_energy: bool = True) -> 
     Raises:
         ValueError: The matrix holds NaN or infinity.
     """
-    order = gram.diagonal().argsort(descending=True) if by_energy else torch.arange(len(gram))
+    energy = gram.diagonal()
+    order = energy.argsort(descending=True) if by_energy else torch.arange(len(gram), device=gram.device)
     return Plan(order, inverse_factor(gram, order, damping))
 
 
@@ -112,7 +113,7 @@ def _assign_block(
     work: Tensor, ranks: Tensor, codebooks: Tensor, bounds: Tensor, factor: Tensor, group_of: list[int], columns: range
 ) -> Tensor:
     """Round the columns of one block in turn, each error spread over the rest of the block; return the errors."""
-    errors = torch.empty(len(columns), work.shape[1])
+    errors = work.new_empty(len(columns), work.shape[1])
     for place, column in enumerate(columns):
         index = group_of[column]
         value = work[column]

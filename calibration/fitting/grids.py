@@ -102,7 +102,8 @@ def fit(problem: LayerProblem, grid: Grid) -> tuple[Tensor, Tensor, GroupParams]
     grouped = grouped_weight(problem, grid.group_size)
     energy = input_energy(problem, grid.group_size) if grid.clip_search else None
     make = {"affine": _affine, "symmetric": _symmetric, "nf4": _nf4, "mxint": _mxint}[grid.format]
-    return grouped, *make(grouped, energy, grid)
+    levels, params = make(grouped, energy, grid)
+    return grouped, levels.to(grouped.device), params
 
 
 def codebooks_of(levels: Tensor, params: GroupParams) -> Tensor:
@@ -177,7 +178,7 @@ def _symmetric(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tens
 def _nf4(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tensor, GroupParams]:
     """NF4 levels times the largest magnitude (QLoRA, Dettmers et al. 2023)."""
     levels = nf4_levels(LEVEL_DTYPES[grid.level_dtype])
-    codebook = levels.float()[0] / float(levels.float().max())
+    codebook = (levels.float()[0] / float(levels.float().max())).to(grouped.device)
     peak = grouped.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
 
     def error(scale: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ def _mxint(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tensor, 
     """
     mantissa = grid.bits - 1
     peak = grouped.abs().amax(1)
-    smallest = peak[peak > 0].min() if bool((peak > 0).any()) else torch.ones(())
+    smallest = peak[peak > 0].min() if bool((peak > 0).any()) else peak.new_ones(())
     peak = torch.where(peak > 0, peak, smallest)
     exponent = peak.log2().ceil().clamp_(-126, 127) - mantissa
     top = (1 << mantissa) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.fitting.statistics import LayerStatistics
@@ -49,7 +50,7 @@ class BlockProblem:
     Attributes:
         block: The block in float32 with its original weights; must be left as it was found.
         layers: The problems of its linear layers by name (`nn.Module.get_submodule` names within the block).
-        inputs: Outputs of the quantized prefix, (sequences, length, hidden).
+        inputs: Outputs of the quantized prefix, (sequences, length, hidden), on the block's device or the CPU.
         targets: Outputs of the original block on the original stream, the same shape.
         forward: ``forward(block, x)`` with x (batch, length, hidden) returns the block's output, gradients included.
         seed: For batch order; the same seed gives the same result.
@@ -63,3 +64,14 @@ class BlockProblem:
     forward: Callable[[nn.Module, Tensor], Tensor]
     seed: int = 0
     progress: Callable[[float], None] = lambda _: None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block and its layers are."""
+        return next(iter(self.layers.values())).weight.device
+
+    def sequences(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of some sequences (batch,), float32 on the block's device."""
+        found = (values[index.to(values.device)] for values in (self.inputs, self.targets))
+        given, wanted = (values.to(self.device, torch.float32) for values in found)
+        return given, wanted

@@ -27,15 +27,16 @@ class LayerStatistics:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, in_features: int) -> LayerStatistics:
-        """Return statistics of no tokens for K = ``in_features``."""
-        zeros = torch.zeros(in_features)
-        return cls(torch.zeros(in_features, in_features), zeros.clone(), zeros.clone(), zeros.clone())
+    def empty(cls, in_features: int, device: torch.device | None = None) -> LayerStatistics:
+        """Return statistics of no tokens for K = ``in_features``, on the CPU unless a device is given."""
+        zeros = torch.zeros(in_features, device=device)
+        gram = torch.zeros(in_features, in_features, device=device)
+        return cls(gram, zeros.clone(), zeros.clone(), zeros.clone())
 
     @classmethod
-    def unseen(cls, in_features: int) -> LayerStatistics:
+    def unseen(cls, in_features: int, device: torch.device | None = None) -> LayerStatistics:
         """Return `empty` statistics that take no memory and cannot be updated."""
-        zero = torch.zeros(())
+        zero = torch.zeros((), device=device)
         row = zero.expand(in_features)
         return cls(zero.expand(in_features, in_features), row, row, row)
 

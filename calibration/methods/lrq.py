@@ -113,7 +113,7 @@ def quantize(problem: LayerProblem, config: LrqConfig) -> QuantizedLinear:
     if not (config.compat and config.clip_search):
         return grids.round_nearest(problem, config.grid(), method)
     grouped = grids.grouped_weight(problem, config.group_size)
-    levels = affine_levels(config.bits)
+    levels = affine_levels(config.bits).to(grouped.device)
     scale, zero = _released_search(grouped, config.bits)
     params = grids.affine_params(scale, -zero - float(levels[0, 0]), config.param_bits)
     return grids.assemble(

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model.adapter import Blocks, ModelAdapter, adapter_of
 from rankbook.calibration.model.packed_modules import PackedModule
-
-TOKENS_PER_BATCH = 4096
-"""Tokens that run through a block at once: bounds the working set, large enough for full speed on a CPU."""
+from rankbook.calibration.model.placement import CPU, Placement, Stream, batch_size, batches, in_float32, placed
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,16 @@ class BlockCall:
         output = block(**{self.keyword: x}, **kwargs) if self.keyword else block(x, *args, **kwargs)
         return first(output)
 
+    def on(self, move: Callable[[Tensor], Tensor]) -> BlockCall:
+        """Return the call with every tensor moved."""
+        args, kwargs = (_map(lambda _, value: move(value), held, ()) for held in (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
-def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor) -> list[BlockCall]:
+
+def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor, device: torch.device = CPU) -> list[BlockCall]:
     """Record how the model calls each of its blocks, for windows as long as tokens (sequences, length).
+
+    The blocks will compute on the device; tensors that several of them are given are there once.
 
     Raises:
         ValueError: The calls depend on the tokens, so that blocks cannot run apart from the model.
@@ -63,56 +67,29 @@ def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor) -> list[Block
     two = torch.cat([one.flip(1), one])
     with outside_in_float32(model, blocks):
         single, pair = _run_stubbed(model, blocks, one), _run_stubbed(model, blocks, two)
-    return [_merge(a, b, f"{blocks.name}.{i}", hidden) for i, (a, b) in enumerate(zip(single[0], pair[0], strict=True))]
+    pairs = zip(single[0], pair[0], strict=True)
+    calls = [_merge(a, b, f"{blocks.name}.{i}", hidden) for i, (a, b) in enumerate(pairs)]
+    there: dict[int, Tensor] = {}
+    return [call.on(lambda tensor: there.setdefault(id(tensor), tensor.to(device))) for call in calls]
 
 
-@dataclass
-class Stream:
-    """What flows from block to block.
-
-    Attributes:
-        values: (sequences, length, hidden) in the model's dtype, in float32 once a value is beyond that dtype's range.
-    """
-
-    values: Tensor
-
-    def write(self, begin: int, batch: Tensor, what: str) -> None:
-        """Put a batch of new values, float32, in the place of those from sequence ``begin`` on.
-
-        Raises:
-            ValueError: They are not finite.
-        """
-        peak = float(batch.abs().max())
-        if not math.isfinite(peak):
-            raise ValueError(
-                f"{what} computes NaN or infinity in float32: the weights are damaged or were converted wrongly;"
-                " download or convert the model again"
-            )
-        if peak > torch.finfo(self.values.dtype).max:
-            self.values = self.values.float()
-        self.values[begin : begin + len(batch)].copy_(batch)
-
-
-def first_inputs(model: nn.Module, blocks: Blocks, tokens: Tensor, dtype: torch.dtype) -> Stream:
-    """Return what enters the first block, in ``dtype`` if it holds that.
+def first_inputs(
+    model: nn.Module, blocks: Blocks, tokens: Tensor, dtype: torch.dtype, placement: Placement | None = None
+) -> Stream:
+    """Return what enters the first block, in ``dtype`` if it holds that, on the CPU without a placement.
 
     Raises:
         ValueError: It is not finite.
     """
-    stream, begin = Stream(torch.empty(0, dtype=dtype)), 0
+    stream, begin = Stream(torch.empty(0, dtype=dtype), placement or Placement()), 0
     with outside_in_float32(model, blocks):
         for tokens_of_batch in torch.split(tokens, batch_size(tokens)):
             batch = _run_stubbed(model, blocks, tokens_of_batch, stop_early=True)[1]
             if begin == 0:
-                stream.values = torch.empty(*tokens.shape, batch.shape[-1], dtype=dtype)
+                stream.values = stream.placement.empty((*tokens.shape, batch.shape[-1]), dtype)
             stream.write(begin, batch, "what stands before the blocks")
             begin += len(batch)
     return stream
-
-
-def batch_size(stream: Tensor) -> int:
-    """Return how many sequences of stream (sequences, length, ...) run at once."""
-    return max(1, TOKENS_PER_BATCH // stream.shape[1])
 
 
 @torch.no_grad()
@@ -122,13 +99,16 @@ def advance(block: nn.Module, call: BlockCall, stream: Stream, name: str = "the 
     Raises:
         ValueError: The output is not finite; the message names the block ``name``.
     """
-    size = batch_size(stream.values)
-    for begin in range(0, len(stream.values), size):
-        stream.write(begin, call(block, stream.values[begin : begin + size].float()), name)
+    begin = 0
+    for batch in stream.batches():
+        stream.write(begin, call(block, batch), name)
+        begin += len(batch)
 
 
 @torch.no_grad()
-def entering(model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor) -> LayerStatistics:
+def entering(
+    model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor, device: torch.device = CPU
+) -> LayerStatistics:
     """Return the statistics of what enters a linear module that the model calls once, behind its blocks.
 
     Args:
@@ -136,14 +116,19 @@ def entering(model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor
         blocks: Its blocks.
         module: The linear module, outside of them.
         tokens: (sequences, length).
+        device: Where each block computes, and the statistics are.
     """
-    found = LayerStatistics.empty(module.in_features)  # type: ignore[arg-type]
+    found = LayerStatistics.empty(module.in_features, device)  # type: ignore[arg-type]
 
     def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.update(args[0])
+        found.update(args[0].to(device))
         raise _StopForwardError
 
-    with outside_in_float32(model, blocks), _each_in_float32(blocks), module.register_forward_pre_hook(note):
+    with (
+        outside_in_float32(model, blocks),
+        each_placed(blocks, device, torch.float32),
+        module.register_forward_pre_hook(note),
+    ):
         for batch in torch.split(tokens, batch_size(tokens)):
             with contextlib.suppress(_StopForwardError):
                 model(input_ids=batch, use_cache=False)
@@ -151,8 +136,10 @@ def entering(model: nn.Module, blocks: Blocks, module: nn.Module, tokens: Tensor
 
 
 @torch.no_grad()
-def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[str]) -> dict[str, LayerStatistics]:
-    """Return the statistics of the inputs of the named layers while the stream runs through the block.
+def collect(
+    block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[str], device: torch.device = CPU
+) -> dict[str, LayerStatistics]:
+    """Return the statistics of the inputs of the named layers while the stream runs through the block on its device.
 
     Layers that are given the same tensor (q, k and v; gate and up) share one statistics object.
     """
@@ -163,7 +150,7 @@ def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[
 
     def of(name: str) -> LayerStatistics:
         if name not in statistics:  # made when needed: those of a wide layer are large, and many layers share
-            statistics[name] = LayerStatistics.empty(int(modules[name].weight.shape[1]))
+            statistics[name] = LayerStatistics.empty(int(modules[name].weight.shape[1]), device)
         return statistics[name]
 
     def observe(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,18 +167,10 @@ def collect(block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_pre_hook(functools.partial(observe, name), with_kwargs=True))
-        for batch in torch.split(stream, batch_size(stream)):
-            call(block, batch.float())
+        for batch in batches(stream, device):
+            call(block, batch)
             seen.clear()
     return {name: of(owners.get(name, name)) for name in modules}
-
-
-def within_range(model: Any) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which a whole model runs whose activations may leave the range of fp16.
-
-    Matrix products take bf16 there, sums with what they give are in float32; other models run as they are.
-    """
-    return torch.autocast("cpu", torch.bfloat16) if model.dtype == torch.float16 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -214,36 +193,22 @@ def outside_in_float32(model: nn.Module, blocks: Blocks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_float32(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
-    """Bring the floating tensors of a module to float32 and back afterwards; packed layers are data and stay."""
-    before: list[tuple[Tensor, torch.dtype]] = []
-    modules = [m for m in (module.modules() if recurse else [module]) if not isinstance(m, PackedModule)]
-    for tensor in [t for m in modules for t in (*m.parameters(False), *m.buffers(False))]:
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            before.append((tensor, tensor.dtype))
-            tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, dtype in before:
-            tensor.data = tensor.data.to(dtype)
-
-
-@contextlib.contextmanager
-def _each_in_float32(blocks: Blocks) -> Iterator[None]:
-    """Bring every block to float32 while it computes."""
+def each_placed(blocks: Blocks, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Let every block compute on a device, in ``dtype`` or in its own; it is there only meanwhile."""
     with contextlib.ExitStack() as hooks:
         for block in blocks.modules:
-            widened = hooks.enter_context(contextlib.ExitStack())
+            there = hooks.enter_context(contextlib.ExitStack())
 
-            def widen(module: nn.Module, _args: Any, widened: contextlib.ExitStack = widened) -> None:
-                widened.enter_context(in_float32(module))
+            def enter(module: nn.Module, args: Any, kwargs: Any, there: contextlib.ExitStack = there) -> Any:
+                there.enter_context(placed(module, device, dtype))
+                return _map(lambda _, value: value.to(device), (args, kwargs), ())
 
-            def narrow(_module: nn.Module, _args: Any, _output: Any, widened: contextlib.ExitStack = widened) -> None:
-                widened.close()
+            def leave(_module: nn.Module, _args: Any, output: Any, there: contextlib.ExitStack = there) -> Any:
+                there.close()
+                return _map(lambda _, value: value.cpu(), output, ())
 
-            hooks.enter_context(block.register_forward_pre_hook(widen))
-            hooks.enter_context(block.register_forward_hook(narrow))
+            hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(leave))
         yield
 
 

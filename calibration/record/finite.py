@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHUNK = 1 << 22
 
@@ -16,3 +16,16 @@ def is_finite(values: Tensor) -> bool:
         return all(is_finite(part.float()) for part in torch.split(values.reshape(-1), _CHUNK))
     low, high = torch.aminmax(values.detach())  # NaN passes through
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def check_parameters(module: nn.Module, prefix: str, *, recurse: bool = True) -> None:
+    """Check that the parameters of a module, called by their names behind ``prefix``, hold finite numbers.
+
+    Raises:
+        ValueError: One does not.
+    """
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if not is_finite(parameter):
+            raise ValueError(
+                f"{prefix}{name} holds NaN or infinity; the model is damaged: download or convert it again"
+            )

@@ -156,7 +156,8 @@ class GroupParams:
 
 
 def _unpack_rows(packed: Tensor, spec: LayerSpec) -> Tensor:
-    return torch.from_numpy(layout.unpack_rows(packed.cpu().numpy(), spec.out_features))
+    rows = torch.from_numpy(layout.unpack_rows(packed.cpu().numpy(), spec.out_features))
+    return rows.to(packed.device)
 
 
 def panel_range(values: Tensor) -> tuple[Tensor, Tensor]:

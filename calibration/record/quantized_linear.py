@@ -253,7 +253,7 @@ class QuantizedLinear:
         return self.spec().bits_per_weight()
 
     def pack(self) -> dict[str, Tensor]:
-        """Return the packed tensors of `LayerSpec.tensors`, which checkpoints and torch modules hold."""
+        """Return the packed tensors of `LayerSpec.tensors`, which checkpoints and torch modules hold, on the CPU."""
         held = {
             "codes": torch.from_numpy(layout.pack_codes(self.codes.cpu().numpy(), self.bits)),
             "levels": self.levels,
@@ -267,14 +267,14 @@ class QuantizedLinear:
         for name, part in self.spec().tensors().items():
             if part.value is not None:
                 held[name] = torch.full(part.shape, part.value, dtype=getattr(torch, part.dtype))
-        return {name: tensor.contiguous() for name, tensor in held.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in held.items()}
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], spec: LayerSpec) -> QuantizedLinear:
         """Undo `pack`.
 
         Args:
-            tensors: The packed tensors, as `LayerSpec.check` accepts them.
+            tensors: The packed tensors, as `LayerSpec.check` accepts them, on any device; the record is there too.
             spec: Their description.
 
         Raises:
@@ -286,7 +286,7 @@ class QuantizedLinear:
         if spec.branch_rank:
             low_rank = LowRank(*(Factor.unpack(name, tensors, spec.factors) for name in ("down", "up")))
         return cls(
-            codes=torch.from_numpy(codes),
+            codes=torch.from_numpy(codes).to(tensors["codes"].device),
             bits=spec.bits,
             levels=tensors["levels"],
             params=GroupParams.unpack(tensors, spec),

@@ -56,6 +56,9 @@ class TrainingOptions(Options):
         return TrainConfig(self.training_steps(), self.batch, self.compute)
 
 
+_CPU = torch.device("cpu")
+
+
 class TrainableLayer(Protocol):
     """A quantized layer that can be moved by the gradient of its decoded weight."""
 
@@ -159,15 +162,17 @@ def train_block(
     return TrainResult(best, before, best_loss)
 
 
-def compute_dtype(compute: str) -> torch.dtype:
-    """Resolve one of `COMPUTE`.
+def compute_dtype(compute: str, device: torch.device = _CPU) -> torch.dtype:
+    """Resolve one of `COMPUTE` on a device.
 
     Raises:
         ValueError: Unknown name.
     """
     if compute not in COMPUTE:
         raise ValueError(f"compute {compute!r} is unknown; choose one of {', '.join(COMPUTE)}")
-    native = bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == _CPU:
+        native = bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if compute == "bfloat16" or (compute == "auto" and native) else torch.float32
 
 
@@ -219,9 +224,9 @@ def _judge_batches(count: int, config: TrainConfig) -> Sequence[Tensor]:
     return torch.split(chosen, max(1, config.batch))
 
 
-def arithmetic(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return a context in which matrix products on the CPU are computed in ``dtype`` (see `compute_dtype`)."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+def arithmetic(dtype: torch.dtype, device: torch.device = _CPU) -> AbstractContextManager[object]:
+    """Return a context in which matrix products on a device are computed in ``dtype`` (see `compute_dtype`)."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 @contextmanager
@@ -241,11 +246,12 @@ def swapped_weights(block: nn.Module, weights: Mapping[str, nn.Parameter]) -> It
 def _gradients(
     problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, config: TrainConfig
 ) -> dict[str, Tensor]:
-    dtype = compute_dtype(config.compute)
+    dtype = compute_dtype(config.compute, problem.device)
     weights = {name: nn.Parameter(layer.weight().to(dtype)) for name, layer in layers.items()}
-    with swapped_weights(problem.block, weights), torch.enable_grad(), arithmetic(dtype):
-        output = problem.forward(problem.block, problem.inputs[batch].float())
-        loss = _ERRORS[config.loss](output, problem.targets[batch].float()).mean()
+    inputs, targets = problem.sequences(batch)
+    with swapped_weights(problem.block, weights), torch.enable_grad(), arithmetic(dtype, problem.device):
+        output = problem.forward(problem.block, inputs)
+        loss = _ERRORS[config.loss](output, targets).mean()
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(weight) if grad is None else grad
@@ -257,12 +263,12 @@ def _gradients(
 def _loss(
     problem: BlockProblem, records: Mapping[str, QuantizedLinear], batches: Sequence[Tensor], config: TrainConfig
 ) -> float:
-    dtype = compute_dtype(config.compute)
+    dtype = compute_dtype(config.compute, problem.device)
     decoded = {name: record.weight(with_low_rank=True).to(dtype) for name, record in records.items()}
     weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in decoded.items()}
     total = 0.0
-    with swapped_weights(problem.block, weights), arithmetic(dtype):
+    with swapped_weights(problem.block, weights), arithmetic(dtype, problem.device):
         for batch in batches:
-            output = problem.forward(problem.block, problem.inputs[batch].float())
-            total += float(_ERRORS[config.loss](output, problem.targets[batch].float()).sum())
+            inputs, targets = problem.sequences(batch)
+            total += float(_ERRORS[config.loss](problem.forward(problem.block, inputs), targets).sum())
     return total / max(1, sum(len(batch) for batch in batches) * problem.inputs.shape[1])

@@ -59,8 +59,9 @@ class ScaledRounding:
         self._branch = None if record.low_rank is None else record.low_rank.dense()
         rows, columns = weight.shape
         self._delta = torch.zeros_like(self._scale)
-        self._row = torch.zeros(rows)
-        self._matrices = _start_matrices(rows, columns, divisors, seed)
+        self._row = weight.new_zeros(rows, dtype=torch.float32)
+        start = _start_matrices(rows, columns, divisors, seed)
+        self._matrices = {name: matrix.to(weight.device) for name, matrix in start.items()}
         steered = [self._row, *self._matrices.values()]
         self._optimizer = torch.optim.Adam(
             [

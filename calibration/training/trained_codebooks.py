@@ -65,7 +65,7 @@ def decode(grouped: Tensor, codebooks: Tensor, gradient: str) -> Tensor:
         start = fixed.gather(1, lower)
         phi = (grouped - start) / (fixed.gather(1, lower + 1) - start).clamp_min(_TINY)
     between = (1 - phi) * ordered.gather(1, lower) + phi * ordered.gather(1, lower + 1)
-    return hit + torch.where(inside, between.detach() - between, torch.zeros(()))
+    return hit + torch.where(inside, between.detach() - between, between.new_zeros(()))
 
 
 class ClippedCodebooks:

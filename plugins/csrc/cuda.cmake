@@ -59,7 +59,7 @@ install(FILES $<TARGET_OBJECTS:rankbook_aot> DESTINATION rankbook/plugins/lib CO
 # ------------------------------------------------------------------------------------------------ ONNX Runtime
 # A second file, for it holds machine code for every GPU and is ten times as large.
 if(RANKBOOK_ORT_INCLUDE)
-  rankbook_add_ort_library(rankbook_ort_cuda shims/ort_cuda/cuda_ops.cpp)
+  rankbook_add_ort_library(rankbook_ort_cuda shims/ort_cuda/cuda_ops.cpp shims/c/kernels.cpp)
   target_link_libraries(rankbook_ort_cuda PRIVATE rankbook_cuda_kernels)
   target_include_directories(rankbook_ort_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
   set_target_properties(rankbook_ort_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)

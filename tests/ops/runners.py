@@ -5,12 +5,14 @@ A runner says why it cannot run here, which cases it takes, and how far from the
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 
 from rankbook.plugins import library
-from tests.ops.cases import DTYPES, EPSILON, Array, Case, Op, expand
+from tests.ops.cases import DTYPES, EPSILON, FORMS, LOOK_UPS, Array, Case, Op, expand
 from tests.plugins import emulated
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +186,37 @@ def run_torch(op: Op) -> Array:
     return CodebookLinear.from_record(op.record)(torch.from_numpy(op.x)).numpy()
 
 
+@contextlib.contextmanager
+def emulated_operators() -> Iterator[None]:
+    """Let the operators of PyTorch compute on the CPU, over the emulated kernels."""
+    from rankbook.calibration.model import packed_ops
+
+    packed_ops.OTHERS["cpu"] = emulated.Kernels()
+    try:
+        yield
+    finally:
+        del packed_ops.OTHERS["cpu"]
+
+
+def run_operators(op: Op) -> Array:
+    """Run the CUDA kernels as operators of PyTorch: on the GPU, or over the emulation."""
+    import torch
+
+    from rankbook.calibration.model import packed_ops
+
+    spec = op.record.spec()
+    device = torch.device("cuda" if emulated.ON_GPU else "cpu")
+    tensors = {name: tensor.to(device) for name, tensor in op.record.pack().items()}
+    with contextlib.nullcontext() if emulated.ON_GPU else emulated_operators():
+        constants = packed_ops.constants(spec, tensors)
+        if op.gather:
+            return packed_ops.rows(torch.from_numpy(op.x).to(device), constants, spec).cpu().numpy()
+        bits = op.x.view(np.uint16) if op.dtype == "bfloat16" else op.x
+        x = torch.from_numpy(bits).view(getattr(torch, op.dtype)).to(device)
+        y = packed_ops.product(x, constants, spec, int8_activations=op.contract.int8_activations).cpu()
+    return (y.view(torch.uint16) if op.dtype == "bfloat16" else y).numpy().view(op.x.dtype)
+
+
 built = pytest.mark.skipif(library.unavailable("ort") is not None, reason=str(library.unavailable("ort")))
 """For tests of the native library."""
 
@@ -196,6 +229,15 @@ def _compiles() -> str | None:
     return None if emulated.compiler() else "no C++ compiler to build the emulated kernels"
 
 
+def _forms() -> dict[str, Case]:
+    """Every stored form with every type of x; the kernels behind are those of ``cuda``, which takes all cases."""
+    types = dict(zip(FORMS, itertools.cycle(DTYPES), strict=False))
+    exact = {f"{name}, {types[name]}": replace(case, dtype=types[name]) for name, case in FORMS.items()}
+    rounded = {f"{name}, int8": replace(case, int8_activations=True) for name, case in exact.items()}
+    rows = {f"{name}, rows": case for name, case in LOOK_UPS.items() if name in FORMS}
+    return exact | rounded | rows
+
+
 RUNNERS: dict[str, Runner] = {
     runner.name: runner
     for runner in (
@@ -203,6 +245,7 @@ RUNNERS: dict[str, Runner] = {
         Runner("bodies", lambda: None, run_bodies, half_inside, expand(("float32", "float16"))),
         Runner("native", _installed("ort"), run_native, the_definition, expand(tuple(DTYPES))),
         Runner("cuda", _compiles, run_kernels, cuda_kernels, expand(tuple(DTYPES))),
+        Runner("operators", _compiles, run_operators, cuda_kernels, _forms()),
     )
 }
 """Every runner by name."""

@@ -19,9 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock
 
+from rankbook.plugins import cuda_abi
+from rankbook.plugins.cuda_abi import TYPES as TYPES
+from rankbook.plugins.cuda_abi import Factor as Factor
+from rankbook.plugins.cuda_abi import Floats as Floats
+from rankbook.plugins.cuda_abi import Gather as Gather
+from rankbook.plugins.cuda_abi import Matmul as Matmul
+from rankbook.plugins.cuda_abi import PackedWeight as PackedWeight
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "plugins" / "csrc"
-TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 WIDTHS = (f"kernels/cuda/{name}_{bits}.cu" for name in ("width", "int8") for bits in (2, 3, 4, 8))
 UNITS = (*WIDTHS, "kernels/cuda/launch.cu")
 SOURCES = (*UNITS, "emulation/simt.cpp", "emulation/library.cpp")
@@ -32,54 +39,6 @@ EXTRA_FLAGS = os.environ.get("RANKBOOK_EMULATION_FLAGS", "").split()
 
 Array = np.ndarray[Any, Any]
 _failures: dict[str, str] = {}
-
-
-class Floats(c.Structure):
-    _fields_ = [("data", c.c_void_p), ("type", c.c_int32)]
-
-
-class PackedWeight(c.Structure):
-    _fields_ = [
-        ("codes", c.c_void_p),
-        ("levels", c.c_void_p),
-        ("params", c.c_void_p),
-        ("step", Floats),
-        ("base", c.c_void_p),
-        ("params_full", c.c_bool),
-        ("step_full", c.c_bool),
-        ("base_full", c.c_bool),
-        ("has_offset", c.c_bool),
-        ("rows", c.c_int),
-        ("columns", c.c_int),
-        ("bits", c.c_int),
-        ("groups", c.c_int),
-        ("params_planes", c.c_int),
-    ]
-
-
-class Factor(c.Structure):
-    _fields_ = [("codes", c.c_void_p), ("scale", Floats), ("codes_full", c.c_bool), ("scale_full", c.c_bool)]
-
-
-class Matmul(c.Structure):
-    _fields_ = [
-        ("weight", PackedWeight),
-        ("bias", c.c_void_p),
-        ("bias_full", c.c_bool),
-        ("rank", c.c_int),
-        ("down", Factor),
-        ("up", Factor),
-        ("x", c.c_void_p),
-        ("y", c.c_void_p),
-        ("type", c.c_int32),
-        ("tokens", c.c_int),
-        ("int8_activations", c.c_bool),
-        ("workspace", c.c_void_p),
-    ]
-
-
-class Gather(c.Structure):
-    _fields_ = [("weight", PackedWeight), ("indices", c.c_void_p), ("y", c.c_void_p), ("count", c.c_int64)]
 
 
 @cache
@@ -267,24 +226,7 @@ class Arena:
 
 def packed_weight(arena: Memory, tensors: Mapping[str, Array], attributes: Mapping[str, Any]) -> PackedWeight:
     """Fill the argument structure from the constants of an operator."""
-    params, step = tensors["params"], tensors["step"]
-    full = params if params.size > 1 or step.shape[-1] != 32 else step
-    return PackedWeight(
-        codes=arena.add(tensors["codes"]),
-        levels=arena.add(tensors["levels"]),
-        params=arena.add(params),
-        step=Floats(arena.add(step), TYPES[str(step.dtype)]),
-        base=arena.add(tensors["base"]),
-        params_full=params.shape[-1] == 32,
-        step_full=step.shape[-1] == 32,
-        base_full=tensors["base"].size > 1 or full.shape[2] == 1,
-        has_offset=bool(attributes["offset"]),
-        rows=attributes["out_features"],
-        columns=attributes["in_features"],
-        bits=tensors["codes"].shape[2],
-        groups=full.shape[1],
-        params_planes=full.shape[2],
-    )
+    return cuda_abi.packed_weight(arena.add, tensors, attributes)
 
 
 class Product:
@@ -302,23 +244,10 @@ class Product:
         self, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, *, int8: bool = False
     ) -> None:
         self.arena = arena = Arena()
-        weight = packed_weight(arena, tensors, attributes)
-        rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
-        self._y = arena.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
-        self.arguments = Matmul(
-            weight=weight,
-            bias=arena.add(tensors["bias"]),
-            bias_full=tensors["bias"].size > 1,
-            rank=rank,
-            x=arena.add(x),
-            y=self._y,
-            type=TYPES[dtype],
-            tokens=len(x),
-            int8_activations=int8,
-        )
-        if rank:
-            self.arguments.down = factor(arena, tensors, "down", 1)
-            self.arguments.up = factor(arena, tensors, "up", 0)
+        self.arguments = cuda_abi.product(arena.add, tensors, attributes)
+        self._y = arena.add(np.full((len(x), self.arguments.weight.rows), -1).astype(x.dtype), writable=True)
+        self.arguments.x, self.arguments.y, self.arguments.type = arena.add(x), self._y, TYPES[dtype]
+        self.arguments.tokens, self.arguments.int8_activations = len(x), int8
         self.workspace_bytes = library().rb_workspace(c.byref(self.arguments))
         if self.workspace_bytes:
             self.arguments.workspace = arena.add(np.full(self.workspace_bytes, 0xFF, np.uint8), writable=True)
@@ -367,13 +296,31 @@ def broken(what: int) -> None:
 
 
 def factor(arena: Memory, tensors: Mapping[str, Array], name: str, axis: int) -> Factor:
-    codes, scale = tensors[name], tensors[f"{name}_scale"]
-    return Factor(
-        codes=arena.add(codes),
-        scale=Floats(arena.add(scale), TYPES[str(scale.dtype)]),
-        codes_full=codes.size > 1,
-        scale_full=scale.shape[axis] > 1,
-    )
+    """Fill the structure of a factor of the error branch."""
+    return cuda_abi.factor(arena.add, tensors, name, axis)
+
+
+class Kernels:
+    """The emulation as `rankbook.calibration.model.packed_ops.KernelLibrary`; kernels may touch all memory."""
+
+    def workspace(self, arguments: Matmul) -> int:
+        """Return the bytes of scratch of a product."""
+        return int(library().rb_workspace(c.byref(arguments)))
+
+    def matmul(self, arguments: Matmul, stream: int) -> None:
+        """Compute a product."""
+        assert stream == 0
+        self._run("rb_matmul", arguments)
+
+    def gather(self, arguments: Gather, stream: int) -> None:
+        """Look up rows."""
+        assert stream == 0
+        self._run("rb_gather", arguments)
+
+    def _run(self, name: str, arguments: c.Structure) -> None:
+        library().rb_buffers((c.c_size_t * 1)(0), (c.c_size_t * 1)(2**62), (c.c_int * 1)(1), 1)
+        if getattr(library(), name)(c.byref(arguments)):
+            raise RuntimeError(library().rb_error().decode())
 
 
 def _call(name: str, arena: Arena, *arguments: Any) -> None:

@@ -12,23 +12,8 @@ from rankbook.calibration.methods import METHODS
 from rankbook.tools import errors
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli, stdout_json
+from tests.tools.method_runs import RUNS
 
-SHORT: list[object] = ["--method-option", "steps=2", "compute=float32"]
-RUNS: dict[str, list[object]] = {
-    "lrq": ["--rank", 4, *SHORT],
-    "lrq-symmetric-channel": ["--weight-format", "symmetric", "--group-size", "channel", *SHORT],
-    "lrq-branch": ["--error-branch", "qera", "--error-rank", 4, "--branch-passes", 2, *SHORT],
-    "lrq-compat": [*SHORT, "compat=true"],
-    "lrq-full": [*SHORT, "full_rank=true"],
-    "flexround": SHORT,
-    "gptq": ["--clip-search", "--method-option", "act_order=false"],
-    "awq": [],
-    "smoothquant": ["--scale-strength", 0.7],
-    "omniquant": SHORT,
-    "lcq": ["--scale-inputs", "awq", *SHORT],
-    "rtn": ["--weight-format", "mxint"],
-    "lqer": ["--branch-passes", 2, "--error-rank", 4],
-}
 RANKS: list[object] = ["--target-bits", 6, "--allocate", "bits", "rank", "--effort", "fast"]
 BRANCHES: list[object] = ["--target-bits", 7, "--allocate", "bits", "branch", "--method", "rtn"]
 BRANCHES += ["--error-branch", "qera", "--error-rank", 8]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from rankbook.calibration.device import DeviceOptions
 from rankbook.calibration.option import argument, option, required
 from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
@@ -14,7 +15,7 @@ from rankbook.tools.report import Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(EvalOptions, KernelOptions, Common):
+class Eval(EvalOptions, KernelOptions, DeviceOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
@@ -40,15 +41,18 @@ def run(options: Eval) -> Outcome:
     """Evaluate."""
     from rankbook.calibration.text import read_text
     from rankbook.tools.evaluate.quality import evaluate
-    from rankbook.tools.runtimes import Setting, open_model
+    from rankbook.tools.runtimes import Setting, find, open_model
 
     # A wrong path should not cost the time of loading a model.
     text = read_text(options.text, chat=options.chat)
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
-        setting = Setting(options.threads)
-        model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
+        setting = Setting(options.threads, device=options.device)
+        own = setting
+        if options.reference is not None and not find(options.model, options.chosen_kernels())[0].devices:
+            own = Setting(options.threads)  # the device is that of the reference
+        model = open_model(options.model, options.chosen_kernels(), own, tokenizer=options.tokenizer)
         if options.activations is not None or options.kv_bits is not None:
             model.override(options.activations, options.kv_bits)
         reference = None

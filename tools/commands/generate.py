@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from rankbook.calibration.device import DeviceOptions
 from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
@@ -22,7 +23,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(GenerateOptions, KernelOptions, Common):
+class Generate(GenerateOptions, KernelOptions, DeviceOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
@@ -38,7 +39,7 @@ def run(options: Generate) -> Outcome:
     """Generate; the text goes to stdout as it comes, tokens per second to stderr."""
     console = Console(quiet=options.quiet)
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
-    setting = Setting(options.threads)
+    setting = Setting(options.threads, device=options.device)
     model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
 
     def show(piece: str) -> None:

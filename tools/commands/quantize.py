@@ -146,6 +146,7 @@ def _tables(report: QuantizeReport) -> list[Table]:
         ("layers with scaled inputs", len(report.scaled)),
         *_experts(report),
         *[(f"layers by {text}", spread(specs, name)) for name, text in _COUNTED.items()],
+        ("computed on", ", ".join(report.devices)),
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
     ]

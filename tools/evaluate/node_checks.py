@@ -152,9 +152,9 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
     captured, adapter = Captured(), adapter_of(torch_model.model)
 
     def remember(name: str, scale: float, _: Any, inputs: Any, output: Any) -> None:
-        captured.inputs[name] = tuple(value.detach().numpy() for value in inputs)
+        captured.inputs[name] = tuple(value.detach().cpu().numpy() for value in inputs)
         # The factor of a scaled embedding is a node of its own in the graph.
-        captured.outputs[name] = (output.detach().float() / scale).numpy()
+        captured.outputs[name] = (output.detach().float() / scale).cpu().numpy()
 
     stacked = {name: item for name, item in torch_model.model.named_modules() if isinstance(item, ExpertMatrices)}
     with ExitStack() as hooks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankbook.calibration.device import DeviceOptions
 from rankbook.calibration.option import Options, Seeded, Threaded, option
 
 
@@ -20,7 +21,7 @@ class EvalOptions(Options):
 
 
 @dataclass(frozen=True)
-class ParityOptions(Seeded, Threaded):
+class ParityOptions(Seeded, Threaded, DeviceOptions):
     """What to check."""
 
     tokens: int = option(32, "tokens to compare on, in each of two sequences", metavar="N")

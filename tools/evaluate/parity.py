@@ -112,7 +112,7 @@ def parity(
     progress(0.0, "loading")
     exported = runtime.open_file(file, Setting(options.threads))
     exported.check_room(options.tokens, "--tokens")
-    original = TorchModel(folder, threads=options.threads)
+    original = TorchModel(folder, threads=options.threads, device=options.device)
     tokens = compared_tokens(original, adapter_of(original.model).vocabulary, text, options)
     return check(exported, original, tokens, options, progress)
 

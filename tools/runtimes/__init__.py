@@ -103,7 +103,13 @@ def open_model(
     chosen, found = find(source, runtime)
     if chosen.open is None:
         raise UsageError(f"{chosen.name} builds engines and does not run models; choose another runtime")
-    model = chosen.open(found, setting or Setting())
+    setting = setting or Setting()
+    if setting.device != AUTO and not chosen.devices:
+        raise UsageError(
+            f"--device {setting.device} says where PyTorch computes, and {found.path} is run by {chosen.title};"
+            " leave it out (an exported file runs on an NVIDIA GPU with --kernels native-cuda)"
+        )
+    model = chosen.open(found, setting)
     if tokenizer is not None:
         from rankbook.calibration.model.loading import load_tokenizer
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.device import AUTO
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import MissingError, UsageError
 
@@ -33,11 +34,14 @@ class Setting:
         threads: CPU threads; the runtime's choice when None.
         capacity: Most tokens of prompt and answer together, for runtimes that reserve them; the model's when None.
         shared: Other models wait in the same process: workers must not spin between calls.
+        device: Where PyTorch computes, see `rankbook.calibration.device.DeviceOptions`; other runtimes have none to
+            choose.
     """
 
     threads: int | None = None
     capacity: int | None = None
     shared: bool = False
+    device: str = AUTO
 
 
 class LanguageModel(ABC):
@@ -180,6 +184,7 @@ class Runtime:
         exact: Computes what the file says, so that parity can be asked of it.
         peer: Of somebody else: what the bench compares with.
         cuda: Runs on an NVIDIA GPU.
+        devices: Takes the device of a `Setting`.
     """
 
     name: str
@@ -198,6 +203,7 @@ class Runtime:
     exact: bool = True
     peer: bool = False
     cuda: bool = False
+    devices: bool = False
 
     def require(self) -> None:
         """Check that it can be used.

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.device import AUTO, resolve
 from rankbook.calibration.source import LOADABLE, Source
 from rankbook.tools.runtimes.base import LanguageModel, Runtime
 
@@ -22,22 +23,30 @@ def unavailable() -> str | None:
 
 
 class TorchModel(LanguageModel):
-    """A causal language model in PyTorch on the CPU, evaluated in float32."""
+    """A causal language model in PyTorch, evaluated in float32.
 
-    def __init__(self, source: str | Path, *, threads: int | None = None) -> None:
+    Attributes:
+        device: Where it computes.
+    """
+
+    def __init__(self, source: str | Path, *, threads: int | None = None, device: str = AUTO) -> None:
         """Load a model; packed layers keep their decoded weights, so that a step costs what it costs densely.
 
         Raises:
             ValueError: There is no model, or it cannot be read.
+            DeviceError: The device is not there.
         """
         import torch
 
         from rankbook.calibration.model.loading import load_model
         from rankbook.calibration.model.packed_modules import materialize_all
 
+        self.device = resolve(device)
+
         if threads:
             torch.set_num_threads(threads)
         self.model, self.tokenizer = load_model(source, torch.float32)
+        self.model.to(self.device)
         materialize_all(self.model)
         self.name = f"torch {source}"
         self._source = Path(source)
@@ -75,7 +84,8 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            scores: Logits = self.model(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float().numpy()
+            output = self.model(input_ids=torch.from_numpy(tokens).to(self.device), use_cache=False)
+        scores: Logits = output.logits.float().cpu().numpy()
         return scores
 
     def start(self, tokens: Tokens) -> Logits:
@@ -101,7 +111,7 @@ class TorchModel(LanguageModel):
         given, self.model.generation_config = self.model.generation_config, settings
         try:
             with torch.inference_mode():
-                ids = torch.from_numpy(tokens)
+                ids = torch.from_numpy(tokens).to(self.device)
                 text = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         finally:
             self.model.generation_config = given
@@ -111,7 +121,7 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            last: Logits = self._text.extend(torch.from_numpy(tokens))[0].numpy()
+            last: Logits = self._text.extend(torch.from_numpy(tokens).to(self.device))[0].cpu().numpy()
         return last
 
 
@@ -130,9 +140,10 @@ RUNTIMES = (
         lambda: version("torch"),
         LOADABLE,
         open=lambda source, setting: TorchModel(
-            source.path if source.gguf else source.location, threads=setting.threads
+            source.path if source.gguf else source.location, threads=setting.threads, device=setting.device
         ),
         prepare=_prepare,
         automatic=True,
+        devices=True,
     ),
 )

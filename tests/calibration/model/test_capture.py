@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankbook.calibration.model import capture
+from rankbook.calibration.model import capture, placement
 from rankbook.calibration.model.adapter import adapter_of
 from tests.tiny import FAMILIES, tiny_model
 
@@ -32,7 +32,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stream_through_the_blocks_is_that_of_the_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "TOKENS_PER_BATCH", 40)  # batches of 2, 2 and 1 sequences
+    monkeypatch.setattr(placement, "TOKENS_PER_BATCH", 40)  # batches of 2, 2 and 1 sequences
     model, ids = tiny_model(family), tokens()
     blocks = adapter_of(model).blocks()
     calls = capture.record_calls(model, blocks, ids)
@@ -52,7 +52,7 @@ def test_a_model_in_bfloat16_runs_in_float32_and_is_left_as_it_was(family: str) 
     calls = capture.record_calls(model, blocks, ids)
     stream = capture.first_inputs(model, blocks, ids, torch.float32)
     for block, call in zip(blocks.modules, calls, strict=True):
-        with capture.in_float32(block):
+        with placement.in_float32(block):
             capture.advance(block, call, stream)
     after = model.state_dict()
     assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
@@ -82,7 +82,7 @@ def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> N
 
 def test_a_stream_in_fp16_becomes_float32_where_fp16_does_not_hold() -> None:
     factors = {"block 0": 2.0, "block 1": 1000.0, "block 2": 0.5}
-    stream = capture.Stream(torch.linspace(1, 60, 5 * 4 * 8).view(5, 4, 8).half())
+    stream = placement.Stream(torch.linspace(1, 60, 5 * 4 * 8).view(5, 4, 8).half())
     want, call = stream.values.float(), capture.BlockCall((), {}, frozenset())
     for name, factor in factors.items():
         block = nn.Linear(8, 8, bias=False)
@@ -98,7 +98,7 @@ def test_values_that_are_not_finite_are_refused_by_the_name_of_the_block() -> No
     block.weight.data = torch.full((8, 8), 3e38)
     with pytest.raises(ValueError, match=r"model\.layers\.3 computes NaN or infinity"):
         capture.advance(
-            block, capture.BlockCall((), {}, frozenset()), capture.Stream(torch.ones(1, 2, 8)), "model.layers.3"
+            block, capture.BlockCall((), {}, frozenset()), placement.Stream(torch.ones(1, 2, 8)), "model.layers.3"
         )
 
 
