@@ -24,8 +24,8 @@ LISTING = "rankbook-files.json"
 
 _WRITING, _PREVIOUS, _LOCK = "rankbook-tmp", "rankbook-old", "rankbook-lock"
 """Ends of the names of what lies beside an output while it is written."""
-_CONFIGURATION = re.compile(r"rankbook-[a-z]+\.yaml")
-"""Written into a finished folder by the command line."""
+_CONFIGURATION = re.compile(r"rankbook-[a-z]+\.yaml|runtime\.cache")
+"""Written into a finished folder by the command line, and by a run of an engine."""
 _SHOWN = 3
 _NOT_WRITTEN = "rankbook did not write it; give a new folder"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

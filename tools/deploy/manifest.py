@@ -72,7 +72,8 @@ class Manifest:
             UsageError: It is gone, or it is another file now.
         """
         noted = self.source
-        candidates = [noted, self.folder.parent / noted.parent.name / noted.name]  # both may have moved together
+        # It may have moved together with the engine: within its folder, or beside it.
+        candidates = [noted, *(place / noted.parent.name / noted.name for place in (self.folder, self.folder.parent))]
         found = next((path for path in candidates if path.is_file()), None)
         if found is None:
             raise UsageError(

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from rankbook.calibration.checkpoint.files import sha256_file
+from rankbook.calibration.checkpoint.output import check_replaceable
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.tools import errors
 from rankbook.tools.deploy import engine, engine_log, step
+from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes.trt_engine import RUNTIME_CACHE_NAME
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli
 
@@ -134,3 +138,20 @@ def test_kernels_are_counted_by_profile(tmp_path):
         "prefill": {"all": 3, "gemm attention": 1, "copies of a cache": 1},
         "decode": {"all": 2, "gemv attention": 1, "copies of a cache": 0},
     }
+
+
+def test_an_engine_that_was_run_and_moved_is_still_whole(tmp_path):
+    """What a run wrote beside it is no file of somebody else, and its graph is found within the folder."""
+    folder = tmp_path / "moved"
+    (folder / engine.GRAPH).mkdir(parents=True)
+    graph = folder / engine.GRAPH / "model.onnx"
+    graph.write_bytes(b"graph")
+    source = {"path": str(tmp_path / "earlier" / engine.GRAPH / "model.onnx"), "sha256": sha256_file(graph)}
+    (folder / "engine.json").write_text(json.dumps({"source": source}))
+    (folder / "rankbook-files.json").write_text(json.dumps({"files": ["engine.json", "onnx/model.onnx"]}))
+    (folder / RUNTIME_CACHE_NAME).write_bytes(b"compiled")
+    check_replaceable(folder, "engine.json")
+    assert Manifest(folder, {"source": source}).exported() == graph
+    (folder / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        check_replaceable(folder, "engine.json")
