@@ -182,7 +182,8 @@ def test_it_links_no_cuda_and_exports_what_the_other_one_does() -> None:
     needed = re.findall(r"NEEDED.*\[(.*)\]", output(required_tool("readelf"), "-d", path))
     assert not [name for name in needed if name.startswith(("libnv", "libcuda", "libstdc++"))]
     symbols = [line.split()[-1] for line in output(required_tool("nm"), "-D", "--defined-only", path).splitlines()]
-    assert sorted(symbols) == ["RegisterCustomOps", "rankbook_native_info"]
+    interface = [f"rankbook_cuda_{name}" for name in ("gather", "matmul", "size", "workspace")]
+    assert sorted(symbols) == ["RegisterCustomOps", *interface, "rankbook_native_info"]
 
 
 @built
