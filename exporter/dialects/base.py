@@ -153,7 +153,8 @@ def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
             reasons[reason] += 1
             example.setdefault(reason, layer.name)
     if reasons:
-        told = "; ".join(f"{example[reason]} (and {count - 1} more): {reason}" for reason, count in reasons.items())
+        others = {reason: f" and {count - 1} more" if count > 1 else "" for reason, count in reasons.items()}
+        told = "; ".join(f"{example[reason]}{more}: {reason}" for reason, more in others.items())
         raise DialectError(f"dialect {dialect.name!r} cannot express this checkpoint: {told}")
 
 
