@@ -125,11 +125,12 @@ format: $(VENV)/.dev  ## Format the sources and apply safe lint fixes
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
+# With the CMake of `make native`: another one orders the flags otherwise, and a cache of objects is of no use then.
 wheel: $(VENV)/.dev  ## Build sdist and wheel into dist/
 	rm -rf dist
-	$(BIN)/python -m build --quiet --outdir dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --quiet --outdir dist .
 
-# Dependencies are borrowed from the development environment through a .pth file, so that only our wheel is installed anew.
+# Dependencies are borrowed from the development environment through a .pth file, so that only the wheel is installed anew.
 wheel-check: wheel  ## Install the wheel in another environment and try it there
 	rm -rf $(WHEEL_ENV)
 	$(BIN)/python -m venv $(WHEEL_ENV)
