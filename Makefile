@@ -24,7 +24,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test test-gpu check format native native-cpu native-all native-cuda wheel wheel-check clean distclean
+.PHONY: help demo test test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,12 @@ test-gpu: $(VENV)/.dev native-cuda  ## Kernels and engines on this machine's GPU
 	for tool in memcheck racecheck synccheck; do \
 		RANKBOOK_KERNELS_ON=gpu compute-sanitizer --tool $$tool --error-exitcode 1 \
 			$(BIN)/python -m pytest -q $(SANITIZED) || exit 1; done
+
+# Installs nothing: it may run where there is no network, with the environment or, without one, with any Python that has
+# torch. REPORT_ARGS="--compile 90" compiles the kernels for another machine. See docs/gpu.md.
+REPORT_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+gpu-report:  ## Check and time the kernels on this machine's GPU; report in docs/gpu/
+	@PYTHONPATH=.pkg $(REPORT_PYTHON) -m rankbook.tools.dev.gpu_report $(REPORT_ARGS)
 
 check: $(VENV)/.dev  ## Lint, format and type-check
 	$(BIN)/ruff check .

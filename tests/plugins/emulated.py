@@ -9,7 +9,6 @@ import ctypes as c
 import hashlib
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,11 +25,11 @@ from rankbook.plugins.cuda_abi import Floats as Floats
 from rankbook.plugins.cuda_abi import Gather as Gather
 from rankbook.plugins.cuda_abi import Matmul as Matmul
 from rankbook.plugins.cuda_abi import PackedWeight as PackedWeight
+from rankbook.tools.dev import kernel_library
+from rankbook.tools.dev.kernel_library import CSRC as CSRC
+from rankbook.tools.dev.kernel_library import ROOT as ROOT
+from rankbook.tools.dev.kernel_library import UNITS, compile_into, digest
 
-ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "plugins" / "csrc"
-WIDTHS = (f"kernels/cuda/{name}_{bits}.cu" for name in ("width", "int8") for bits in (2, 3, 4, 8))
-UNITS = (*WIDTHS, "kernels/cuda/launch.cu")
 SOURCES = (*UNITS, "emulation/simt.cpp", "emulation/library.cpp")
 ALIGNMENT = 256
 ON_GPU = os.environ.get("RANKBOOK_KERNELS_ON") == "gpu"
@@ -44,55 +43,16 @@ _failures: dict[str, str] = {}
 @cache
 def library() -> c.CDLL:
     """Build (once per state of the sources) and load the emulated kernels."""
-    lib = c.CDLL(str(build_for_gpu() if ON_GPU else build("emulation", SOURCES)))
+    if ON_GPU:
+        compiler()  # for its sentence
+        lib = c.CDLL(str(kernel_library.build(kernel_library.present_architecture())))
+    else:
+        lib = c.CDLL(str(build("emulation", SOURCES)))
     lib.rb_error.restype = c.c_char_p
     lib.rb_workspace.restype = c.c_size_t
     if ON_GPU:
         lib.rb_upload.restype = c.c_void_p
     return lib
-
-
-def build_for_gpu(architecture: str = "native") -> Path:
-    """Link the kernels that `make native-cuda` compiled, the machine code that ships, with a C interface.
-
-    Without them, or where a source is newer, they are compiled here for one architecture, a process for each file: one
-    call of nvcc over all files took a quarter of an hour.
-
-    Args:
-        architecture: ``native``, the GPU that is here, or e.g. ``sm_80``.
-
-    Raises:
-        RuntimeError: nvcc or the C++ compiler is missing, or their messages.
-    """
-    nvcc = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
-    if nvcc is None:
-        raise RuntimeError("nvcc is not installed; the tests on a GPU need the CUDA toolkit")
-    command = [nvcc, f"-ccbin={compiler()}", "-std=c++17", "-O2", "-Xcompiler=-fPIC", f"-arch={architecture}"]
-    command += [f"-I{CSRC}", "--expt-relaxed-constexpr"]
-    interface = CSRC / "emulation" / "gpu_library.cu"
-    objects = compiled_kernels()
-    digest = _digest(*_files(), interface, *objects)
-    target = ROOT / "build" / "emulation" / f"libgpu-{architecture}-{digest}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not objects:
-        steps = [
-            ([*command, "-c", str(CSRC / unit)], target.with_name(f"{digest}-{Path(unit).stem}.o")) for unit in UNITS
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda step: _compile(*step), steps))
-        objects = [out for _, out in steps]
-    _compile([*command, "-shared", str(interface), *map(str, objects)], target)
-    return target
-
-
-def compiled_kernels(folder: Path = ROOT / "build" / "native") -> list[Path]:
-    """Return the object files of all kernels in a build of CMake's, none if one is missing or older than a source."""
-    found = [folder / f"plugins/csrc/CMakeFiles/rankbook_cuda_kernels.dir/{unit}.o" for unit in UNITS]
-    newest = max(path.stat().st_mtime for path in (CSRC / "kernels").rglob("*") if "cpu" not in path.parts)
-    fresh = all(path.exists() and path.stat().st_mtime >= newest for path in found)
-    return found if fresh else []
 
 
 def _files() -> list[Path]:
@@ -121,9 +81,9 @@ def build(name: str, sources: Sequence[str | Path], includes: Sequence[Path] = (
     if name in _failures:
         raise RuntimeError(_failures[name])
     marks = hashlib.sha256(" ".join(EXTRA_FLAGS).encode()).hexdigest()[:6] if EXTRA_FLAGS else ""
-    folder = ROOT / "build" / "emulation" / (_digest(*_files()) + marks)
+    folder = ROOT / "build" / "emulation" / (digest(*_files()) + marks)
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"lib{name}-{_digest(*(CSRC / source for source in sources))}.so"
+    target = folder / f"lib{name}-{digest(*(CSRC / source for source in sources))}.so"
     try:
         with FileLock(folder / "lock"):  # another test process may want the same: it finds what this one has built
             if not target.exists():
@@ -145,28 +105,15 @@ def _build(target: Path, sources: Sequence[str | Path], includes: Sequence[Path]
         "c++",
         "-c",
     ]
-    objects = [target.parent / f"{Path(source).stem}-{_digest(CSRC / source)}.o" for source in sources]
+    objects = [target.parent / f"{Path(source).stem}-{digest(CSRC / source)}.o" for source in sources]
     steps = [
         ([str(compiler()), *flags, str(CSRC / source)], out)
         for source, out in zip(sources, objects, strict=True)
         if not out.exists()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda step: _compile(*step), steps))
-    _compile([str(compiler()), *EXTRA_FLAGS, "-shared", *map(str, objects)], target)
-
-
-def _compile(command: list[str], target: Path) -> None:
-    # Whoever ends this process leaves no half of a target, and on a GPU two may build at once: the last rename wins.
-    partial = target.with_suffix(f".{os.getpid()}{target.suffix}")
-    done = subprocess.run([*command, "-o", str(partial)], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    partial.replace(target)
-
-
-def _digest(*files: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+        list(pool.map(lambda step: compile_into(*step), steps))
+    compile_into([str(compiler()), *EXTRA_FLAGS, "-shared", *map(str, objects)], target)
 
 
 class Memory(Protocol):

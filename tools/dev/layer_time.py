@@ -205,11 +205,20 @@ def times(path: Path) -> list[Times]:
     """
     found = []
     for architecture in sorted({gpu.code for gpu in GPUS}):
-        costs = roofline.costs_of(sass.functions(path, architecture, roofline.KERNELS))
-        names = resident_blocks(path, architecture).items()
-        resident = {key: blocks for name, blocks in names if "6BFloat" not in name and (key := roofline.key_of(name))}
+        costs, resident = compiled(path, architecture)
         found += [Times(gpu, costs, resident) for gpu in GPUS if gpu.code == architecture and costs]
     return found
+
+
+def compiled(path: Path, architecture: int) -> tuple[dict[Key, sass.LoopCost], dict[Key, int]]:
+    """Return loops and resident blocks (see `Times`) of one architecture in a library, empty if it holds none of it.
+
+    Raises:
+        MissingError: cuobjdump is not installed.
+    """
+    costs = roofline.costs_of(sass.functions(path, architecture, roofline.KERNELS))
+    names = resident_blocks(path, architecture).items()
+    return costs, {key: blocks for name, blocks in names if "6BFloat" not in name and (key := roofline.key_of(name))}
 
 
 LAYERS = tuple(Layer(*sizes) for sizes in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 14336), (28672, 8192)))

@@ -42,6 +42,7 @@ class Gpu:
         mma: Clocks of a multiprocessor per mma.m16n8k16 (fp16, sums in fp32).
         imma: Clocks of a multiprocessor per mma.m16n8k32 (int8).
         half: Lanes that do an fp16x2 operation per clock and multiprocessor.
+        driver: Regular expression that the end of the driver's name for it matches; empty: nothing is known.
     """
 
     name: str
@@ -52,18 +53,24 @@ class Gpu:
     mma: float
     imma: float
     half: int
+    driver: str = ""
 
 
 GPUS = (
-    Gpu("A100-80GB", 80, 2039, 108, 1.41, 2.0, 2.0, 128),
-    Gpu("H100-SXM", 90, 3352, 132, 1.755, 1.6, 1.6, 128),
-    Gpu("GH200-96GB", 90, 4000, 132, 1.755, 1.6, 1.6, 128),
-    Gpu("H200-SXM", 90, 4800, 132, 1.755, 1.6, 1.6, 128),
-    Gpu("L4", 80, 300, 58, 2.04, 4.0, 4.0, 64),
-    Gpu("RTX 4090", 80, 1008, 128, 2.52, 8.0, 4.0, 64),
-    Gpu("RTX 5090", 120, 1792, 170, 2.41, 8.0, 4.0, 64),
-    Gpu("Orin-64GB", 80, 204.8, 16, 1.3, 2.0, 2.0, 64),
+    Gpu("A100-80GB", 80, 2039, 108, 1.41, 2.0, 2.0, 128, r"A100-\w+-80GB"),
+    Gpu("H100-SXM", 90, 3352, 132, 1.755, 1.6, 1.6, 128, r"H100 80GB HBM3"),
+    Gpu("GH200-96GB", 90, 4000, 132, 1.755, 1.6, 1.6, 128, r"GH200 480GB"),
+    Gpu("H200-SXM", 90, 4800, 132, 1.755, 1.6, 1.6, 128, r"H200"),
+    Gpu("L4", 80, 300, 58, 2.04, 4.0, 4.0, 64, r"L4"),
+    Gpu("RTX 4090", 80, 1008, 128, 2.52, 8.0, 4.0, 64, r"RTX 4090"),
+    Gpu("RTX 5090", 120, 1792, 170, 2.41, 8.0, 4.0, 64, r"RTX 5090"),
+    Gpu("Orin-64GB", 80, 204.8, 16, 1.3, 2.0, 2.0, 64, r"Orin"),
 )
+
+
+def known(name: str) -> Gpu | None:
+    """Return the GPU that a driver's name means, e.g. ``NVIDIA H200``, or None: others of its kind differ."""
+    return next((gpu for gpu in GPUS if gpu.driver and re.search(rf"(?:^| ){gpu.driver}$", name)), None)
 
 
 @dataclass(frozen=True)
