@@ -19,6 +19,7 @@ ELSEWHERE = {
     **dict.fromkeys(("genai", "llamacpp"), "tools/test_bench_peers.py"),
     **dict.fromkeys(("ort", "ort_steps", "torch", "exported"), "tools/runtimes/test_registry.py"),
     "block": "calibration/driver/test_run.py",
+    "eval": "tools/evaluate/test_quality.py",
     "cuda_abi": "calibration/model/test_packed_ops.py",
     **dict.fromkeys(("device", "placement"), "second_device/test_second_device.py"),
     "inspect": "tools/inspect/test_inspection.py",
