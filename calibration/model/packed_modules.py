@@ -12,7 +12,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from rankbook.calibration.notes import note
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import layout
 from rankbook.plugins.layer_spec import LayerSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class PackedModule(nn.Module):
@@ -74,7 +71,7 @@ class PackedModule(nn.Module):
         record = QuantizedLinear.unpack(self.packed(), self.spec)
         return record.weight(with_low_rank=True).to(self.compute_dtype)
 
-    def on(self, device: torch.device) -> Self:
+    def on(self, device: torch.device) -> PackedModule:
         """Return the layer with its tensors on a device; itself where they are there, without copies."""
         if self.get_buffer("codes").device == device:
             return self

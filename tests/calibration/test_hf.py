@@ -81,6 +81,7 @@ print("rankbook" in AUTO_QUANTIZER_MAPPING, len(inspect.getsource(auto)) > 1000,
 def child(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a new process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".pkg"), "OMP_NUM_THREADS": "1"}
+    environment["TRANSFORMERS_VERBOSITY"] = "warning"  # the verbs, run by other tests, ask for less
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

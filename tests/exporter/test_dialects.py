@@ -211,7 +211,7 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(name, options, said
 
 def test_a_refused_export_writes_nothing(tmp_path):
     checkpoint = make_checkpoint(tmp_path, "llama", model={"num_hidden_layers": 1}, bits=3)
-    with pytest.raises(DialectError, match=r"self_attn.*\(and 6 more\).*3 bits"):
+    with pytest.raises(DialectError, match=r"self_attn.*and 6 more.*3 bits"):
         export(checkpoint, tmp_path / "out", ExportOptions(dialect="ort"))
     assert not (tmp_path / "out").exists()
 

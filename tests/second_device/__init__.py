@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.plugins import emulated
 
 NAME = "second"
@@ -94,9 +96,15 @@ def limited(more: int) -> Iterator[None]:
 
 def process() -> ProcessPoolExecutor:
     """Return one process that has the device, for functions of modules that can be imported there."""
-    # Few threads: the suite runs in several processes already.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
+    # Few threads: the suite runs in several processes already. And MKL sums in one order wherever a tensor lies in memory,
+    # so that two runs can be compared to the bit.
+    settings = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
+        pool.submit(os.getpid).result()  # begun: it has the environment
+    return pool
 
 
 def _begin() -> None:

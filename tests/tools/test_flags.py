@@ -48,7 +48,7 @@ def test_what_is_given_becomes_what_the_fields_hold() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(UsageError, match=r"MODEL, -o is missing; `rankbook verb --help`"):
+    with pytest.raises(UsageError, match=r"MODEL and -o are missing; `rankbook verb --help`"):
         flags.make(Verb, "verb", FLAGS, parsed())
 
 

@@ -171,10 +171,10 @@ def main_loop(code: list[Instruction], tokens: int) -> LoopCost:
     with_mma = [span for span in spans if any(i.pipe == "tensor" for i in code[span[0] : span[1] + 1])]
     if not with_mma:
         raise ValueError("the function has no loop with tensor-core instructions")
-    # Not the loop of the error branch at the end, which has fewer products than a step.
-    products = [sum(i.pipe == "tensor" for i in code[first : last + 1]) for first, last in with_mma]
-    inner = with_mma[products.index(max(products))]
-    step = _longest(code, inner, None, _slow_blocks(code, inner))
+    # Not the loop of the error branch at the end, of which one pass has fewer products than a step.
+    passes = [_longest(code, span, None, _slow_blocks(code, span)) for span in with_mma]
+    products = [sum(i.pipe == "tensor" for i in found) for found in passes]
+    inner, step = with_mma[products.index(max(products))], passes[products.index(max(products))]
     outer = next((s for s in with_mma if s[0] <= inner[0] and s[1] >= inner[1] and s != inner), None)
     group = _longest(code, outer, inner, _slow_blocks(code, outer)) if outer else ()
     weights = 8 * sum(i.pipe == "tensor" for i in step) // (tokens // 8)

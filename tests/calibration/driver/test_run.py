@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,10 +91,10 @@ def test_a_run_that_failed_while_writing_the_result_is_finished_without_computin
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankbook.calibration.checkpoint.format.save_file", fail)
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", fail)
     with pytest.raises(OSError, match="No space"):
         quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path))
-    monkeypatch.setattr("rankbook.calibration.checkpoint.format.save_file", save_file)
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", save_torch_state_dict)
     monkeypatch.setattr("rankbook.calibration.model.capture.advance", None)  # would fail if it were called
     report = quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path), resume=True)
     assert report.resumed_at == 2
