@@ -212,7 +212,7 @@ def configuration(family: str) -> Any:
     default = AutoConfig.for_model(family)
     if "text" in own:
         text, vision = configuration(own.pop("text")), type(default.vision_config)
-        own.setdefault("tie_word_embeddings", text.tie_word_embeddings)
+        own.setdefault("tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
         small = vision(**_that_it_has(vision(), _VISION)).to_dict()
         return AutoConfig.for_model(family, text_config=text.to_dict(), vision_config=small, **own)
     settings = {**_that_it_has(default, _SMALL), **own}
@@ -241,6 +241,10 @@ def _class(config: Any) -> Any:
 
         return Mistral4ForCausalLM
     tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if hasattr(
+        config, "vision_config"
+    ):  # transformers gives some wrappers a text model that cannot read their configuration
+        tables = tables[::-1]
     return next(table[type(config)] for table in tables if type(config) in table)
 
 
