@@ -47,8 +47,8 @@ def test_seventeen_tokens_cost_little_more_than_sixteen(times: list[layer_time.T
     for each in times:
         for layer in layer_time.LAYERS:
             few, more = each.of(layer, 16), each.of(layer, 17)
-            # The smallest layer on the widest GPU is the worst (2.35); where columns are not shared it is 12.8.
-            assert more.busy <= 2.4 * few.busy, (each.gpu.name, layer)
+            # The smallest layer has few tiles to share (2.35 on the widest GPU; 12.8 where columns are not shared).
+            assert more.busy <= (2.4 if layer.rows == 1024 else 2.0) * few.busy, (each.gpu.name, layer)
 
 
 def test_blocks_that_share_columns_help_where_tiles_are_few(times: list[layer_time.Times]) -> None:
