@@ -173,7 +173,7 @@ def placed(
 ) -> Iterator[None]:
     """`in_float32` in another dtype; None keeps the dtypes."""
     twins: dict[int, Tensor] = {}
-    held: list[tuple[dict[str, Any], str, Tensor, int]] = []
+    held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
     owners = list(module.modules()) if recurse else [module]
     packed = [owner for owner in owners if isinstance(owner, PackedModule)]
     for layer in packed:
@@ -184,16 +184,17 @@ def placed(
             for name, tensor in tensors.items():
                 if tensor is None or (twin := _twin(tensor, device, wanted, twins)) is tensor:
                     continue
-                held.append((tensors, name, tensor, twin.data_ptr()))
+                # A second handle on the data: were it freed, new values could come to lie at the same address.
+                held.append((tensors, name, tensor, twin.data))
                 tensors[name] = twin
     try:
         yield
     finally:
         for layer in packed:
             layer.forget_constants()
-        for tensors, name, tensor, start in held:
+        for tensors, name, tensor, given in held:
             now = tensors[name]
-            if now.data_ptr() != start:
+            if now.data_ptr() != given.data_ptr():
                 tensor.data = now.data.to(tensor.device, tensor.dtype)
             tensors[name] = tensor
 
