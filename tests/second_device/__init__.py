@@ -96,8 +96,8 @@ def limited(more: int) -> Iterator[None]:
 
 def process() -> ProcessPoolExecutor:
     """Return one process that has the device, for functions of modules that can be imported there."""
-    # Few threads: the suite runs in several processes already. And MKL sums in one order wherever a tensor lies in memory,
-    # so that two runs can be compared to the bit.
+    # Few threads: the suite runs in several processes already. And MKL sums in one order wherever a tensor lies, so
+    # that two runs can be compared to the bit.
     settings = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
