@@ -26,6 +26,7 @@ from rankbook.calibration.source import ONNX_NAME
 from rankbook.exporter import attention, conform, dialects, external
 from rankbook.exporter.dialects import NATIVE
 from rankbook.exporter.dialects.base import check_layers
+from rankbook.exporter.genai import GenAiReport, wants_library, write_genai_config
 from rankbook.exporter.options import ExportOptions as ExportOptions
 from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
@@ -74,6 +75,7 @@ class ExportReport:
         dialect: In which operators the packed layers are written.
         opset: Version of the standard operators.
         data_sha256: Hash of the weights' file.
+        genai: What was written for ONNX Runtime GenAI.
         seconds: Wall-clock time.
     """
 
@@ -90,6 +92,7 @@ class ExportReport:
     dialect: str
     opset: int
     data_sha256: str
+    genai: GenAiReport
     seconds: float
 
 
@@ -124,12 +127,14 @@ def export(
         FileExistsError: ``output_dir`` holds something else, or another run writes there.
         NotExportableError: The model has something that is not served.
         RuntimeError: The result breaks the contract of an operator.
+        FileNotFoundError: The native library is asked for and not built.
         OSError: Writing failed; what was in ``output_dir`` is unchanged.
     """
     started = time.monotonic()
     options = options or ExportOptions()
     output = Path(output_dir).absolute()
     report = progress or (lambda *_: None)
+    with_library = wants_library(options)
     with replaced_folder(output, MODEL) as folder:
         checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir, verify=True)), options)
         report("trace", 0, 1)
@@ -138,6 +143,7 @@ def export(
         model.metadata_props[DATA_SHA256] = digest
         ir.save(model, folder / MODEL)
         copy_extras(checkpoint.folder, folder, also=("config.json",))
+        served = write_genai_config(folder, model, checkpoint.config, options, with_library=with_library)
         write_export_card(folder, checkpoint.layers, checkpoint.manifest, options.described())
         if problems := conform.check_model(folder / MODEL):
             raise RuntimeError("the exported model breaks the contract of its operators: " + "; ".join(problems))
@@ -163,6 +169,7 @@ def export(
         dialect=options.dialect,
         opset=model.opset_imports[""],
         data_sha256=digest,
+        genai=served,
         seconds=time.monotonic() - started,
     )
 

@@ -67,6 +67,11 @@ class ExportOptions(Options):
         "token numbers, or embedded tokens (inputs_embeds) among which a vision tower may put its features",
         choices=tuple(INPUTS),
     )
+    with_library: bool | None = option(
+        None,
+        "copy the native library into the folder, where ONNX Runtime GenAI finds it; by itself for --graph ort where"
+        " the library is built",
+    )
     weights_only: bool = option(False, "leave out the checkpoint's --activations and --kv-bits")
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from rankbook.calibration.checkpoint.extras import GENAI_CONFIG
 from rankbook.calibration.notes import note
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -44,6 +45,23 @@ rankbook generate FOLDER --prompt "Once upon a time"
 
 `model.onnx` is one file with the operators of its packed layers as functions of standard ONNX.
 """
+_GENAI = """
+ONNX Runtime GenAI runs the folder as it is (`pip install onnxruntime-genai`):
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model("FOLDER")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=64)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```
+"""
 
 
 def write_checkpoint_card(folder: Path, layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> None:
@@ -62,7 +80,8 @@ def write_export_card(
     folder: Path, layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any], settings: Mapping[str, str]
 ) -> None:
     """Write the card of an exported folder in place of its checkpoint's; ``settings`` say what the file is."""
-    _write(folder, f"{_title(manifest)}, ONNX", {**_facts(layers, manifest), **settings}, _EXPORTED)
+    usage = _EXPORTED + (_GENAI if (folder / GENAI_CONFIG).is_file() else "")
+    _write(folder, f"{_title(manifest)}, ONNX", {**_facts(layers, manifest), **settings}, usage)
 
 
 def spread(layers: Iterable[LayerSpec], name: str) -> str:

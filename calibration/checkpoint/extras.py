@@ -20,8 +20,11 @@ MOST_BYTES = 64 << 20
 """Largest file that goes along; tokenizers have up to about 35 MB."""
 MOST_FILES = 1000
 """Files that go along: a folder with more is not a model's alone."""
+GENAI_CONFIG, LIBRARY = "genai_config.json", "librankbook_ort.so"
+"""What an exported folder holds for ONNX Runtime GenAI, and the native library beside it."""
 _WRITTEN = frozenset({"config.json", "quantize_config.json", "hf_quant_config.json", MANIFEST, LISTING})
-"""Files that describe the source's weights; the new folder has its own."""
+_WRITTEN |= {GENAI_CONFIG, LIBRARY}
+"""Files that describe the source's weights, or run them; the new folder has its own."""
 _SHOWN = 3
 
 

@@ -60,8 +60,8 @@ def test_subjects_are_compared_with_every_peer(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(model_bench, "measure_memory", lambda subject, threads: Memory(8, 30, 20))
     subjects = (
         ModelSubject(tmp_path),
-        ModelSubject(tmp_path, "genai"),
-        ModelSubject(tmp_path, "llamacpp"),
+        ModelSubject(tmp_path, "genai", is_peer=True),
+        ModelSubject(tmp_path, "llamacpp", is_peer=True),
     )
     race = ModelRace(subjects, ModelOptions(threads=1, repeats=2, prompt=4, steps=8, prefill=0))
     results = measure_models(race, lambda *_: None)

@@ -23,19 +23,23 @@ class ModelSubject:
     Attributes:
         path: What the runtime opens.
         runtime: Its name, or ``auto``.
+        is_peer: Whether it is a model of somebody else, with which the others are compared.
     """
 
     path: Path
     runtime: str = AUTO
+    is_peer: bool = False
 
     @classmethod
     def parse(cls, text: str, runtime: str) -> ModelSubject:
         """Read ``PATH`` or ``PATH@RUNTIME``; ``runtime`` is for what does not say.
 
+        The runtime of a peer runs a file of this project, too: ``PATH@genai``.
+
         Raises:
             UsageError: Nothing lies at the path.
         """
-        names = [AUTO, *(name for name, item in runtimes().items() if item.open and not item.peer)]
+        names = [AUTO, *(name for name, item in runtimes().items() if item.open)]
         path, _, wanted = text.rpartition("@")
         if not path or wanted not in names:
             path, wanted = text, runtime
@@ -48,9 +52,11 @@ class ModelSubject:
         """Read ``PATH`` or ``PATH@RUNTIME`` for a GPU: exported files run there with the native library.
 
         Raises:
-            UsageError: Nothing lies at the path.
+            UsageError: Nothing lies at the path, or the runtime is one that runs on the CPU alone.
         """
         found = cls.parse(text, AUTO)
+        if found.runtime in peers():
+            raise UsageError(f"{text}: {found.runtime} runs on the CPU; leave --device cuda out")
         return found if found.runtime != AUTO or found.kind is not Kind.ONNX else cls(found.path, "native-cuda")
 
     @classmethod
@@ -66,7 +72,7 @@ class ModelSubject:
             raise UsageError(f"--peers {text}: beside models give {allowed}")
         if not Path(path).exists():
             raise UsageError(f"--peers {text}: {path} does not exist; give {peers()[name].opens}")
-        return cls(Path(path), name)
+        return cls(Path(path), name, is_peer=True)
 
     @property
     def kind(self) -> Kind:
@@ -80,11 +86,6 @@ class ModelSubject:
     def is_engine(self) -> bool:
         """Whether it is an engine folder."""
         return self.kind is Kind.ENGINE
-
-    @property
-    def is_peer(self) -> bool:
-        """Whether it is a model of somebody else's runtime."""
-        return self.runtime in peers()
 
     @property
     def name(self) -> str:

@@ -34,8 +34,8 @@ class Bench(DeviceOptions, LayerOptions, KernelOptions, Common):
     """Options of the verb: those of models and of single layers, and what to compare."""
 
     models: tuple[str, ...] = argument(
-        "exported folders or .onnx files, MODEL@KERNELS to choose kernels; engine folders with --device cuda; single"
-        " layers when none is given",
+        "exported folders or .onnx files, MODEL@KERNELS to choose kernels, MODEL@genai for ONNX Runtime GenAI; engine"
+        " folders with --device cuda; single layers when none is given",
         default=(),
         metavar="MODEL",
     )

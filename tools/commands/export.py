@@ -56,6 +56,7 @@ def run(options: Export) -> Outcome:
         ("stored bits per weight of these", report.bits_per_weight),
         ("activations, logits, dialect, opset", f"{report.dtype}, {report.logits}, {report.dialect}, {report.opset}"),
         ("nodes", sum(report.nodes.values())),
+        ("ONNX Runtime GenAI", str(report.genai)),
         ("seconds", report.seconds),
     ]
     return Outcome(

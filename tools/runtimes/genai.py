@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI: models of its own builder."""
+"""ONNX Runtime GenAI: exported folders, and models of its own builder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import UsageError
-from rankbook.tools.inspect.sizes import foreign_size
+from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def unavailable() -> str | None:
 
 
 class GenAiModel(LanguageModel):
-    """A folder of its model builder."""
+    """A folder with a ``genai_config.json``."""
 
     def __init__(self, folder: Path, setting: Setting) -> None:
         """Open it.
@@ -37,7 +37,10 @@ class GenAiModel(LanguageModel):
         """
         configuration = folder / "genai_config.json"
         if not configuration.is_file():
-            raise UsageError(f"{folder} has no genai_config.json; make it with {_BUILDER}")
+            raise UsageError(
+                f"{folder} has no genai_config.json; export the checkpoint again, which says what GenAI cannot run, or"
+                f" make a model of its own with {_BUILDER}"
+            )
         import onnxruntime_genai
 
         self._library: Any = onnxruntime_genai
@@ -59,10 +62,10 @@ class GenAiModel(LanguageModel):
 
     @cached_property
     def packed(self) -> tuple[int, int]:
-        """Of MatMulNBits."""
-        from rankbook.exporter.file import load
+        """Of MatMulNBits, or of operators of this project."""
+        from rankbook.exporter.file import ExportedModel
 
-        return foreign_size(load(self._file))
+        return packed_size(ExportedModel.examine(self._file))
 
     @property
     def file_bytes(self) -> int:
@@ -114,7 +117,7 @@ RUNTIMES = (
         unavailable,
         lambda: version("onnxruntime-genai"),
         frozenset({Kind.ONNX}),
-        f"a folder made by {_BUILDER}",
+        f"an exported folder, or one made by {_BUILDER}",
         lambda source, setting: GenAiModel(Path(source.location), setting),
         _prepare,
         exact=False,

@@ -19,6 +19,9 @@ def test_a_path_may_name_its_runtime(tmp_path: Path) -> None:
     assert ModelSubject(tmp_path, "bodies").name == f"{tmp_path}@bodies"
     with pytest.raises(UsageError, match="does not exist; give models"):
         ModelSubject.parse(f"{tmp_path}/nothing", "auto")
+    assert ModelSubject.parse(f"{tmp_path}@genai", "auto") == ModelSubject(tmp_path, "genai", is_peer=False)
+    with pytest.raises(UsageError, match="genai runs on the CPU"):
+        ModelSubject.on_device(f"{tmp_path}@genai")
 
 
 def test_a_peer_is_named_before_its_path(tmp_path: Path) -> None:
@@ -27,7 +30,7 @@ def test_a_peer_is_named_before_its_path(tmp_path: Path) -> None:
     assert found.name == f"genai={tmp_path}"
     for text, said in (
         (f"other={tmp_path}", "beside models give"),
-        ("genai=nothing", "nothing does not exist; give a f"),
+        ("genai=nothing", "nothing does not exist; give an exported folder"),
     ):
         with pytest.raises(UsageError, match=said):
             ModelSubject.parse_peer(text)
