@@ -160,7 +160,8 @@ def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     from rankbook.tools.runtimes.torch import TorchModel
 
     row.errors[name], row.passed[name] = None, False
-    options = ExportOptions(graph="ort" if name == "ort" else "standard", dtype="fp16" if name == "fp16" else "fp32")
+    graph = name if name in ("ort", "static") else "standard"
+    options = ExportOptions(graph=graph, dtype="fp16" if name == "fp16" else "fp32")
     export(checkpoint, folder, options)
     model, torch_model = OrtModel(folder, threads=1), TorchModel(checkpoint, threads=1)
     tokens = np.random.default_rng(0).integers(0, 250, _TOKENS)
