@@ -49,12 +49,18 @@ class HostRegion(Region):
 
 
 class HostMemory(DeviceMemory):
-    """Host memory, and a stream whose work is done when it is waited for."""
+    """Host memory, and a stream whose work is done when it is waited for.
+
+    Attributes:
+        launches: How often a recorded graph was run.
+        downloaded: Bytes of each copy from the device.
+    """
 
     def __init__(self, total: int = 1 << 30, capability: str = "SM86") -> None:
         self.stream, self.device, self.capability = next(_handles), "Stand-in GPU", capability
         self.total = total
         self.launches = 0
+        self.downloaded: list[int] = []
         self._regions: weakref.WeakSet[HostRegion] = weakref.WeakSet()
         self._pinned: list[Any] = []
         self._queue: list[Callable[[], None]] = []
@@ -83,7 +89,12 @@ class HostMemory(DeviceMemory):
         self._check_pinned(values)
         source, target, size = region.address + offset, values.ctypes.data, values.nbytes
         assert offset + size <= region.size, "a download beyond the end of the memory"
-        self._push(lambda: self._copy(target, source, size, device=source))
+
+        def fetch() -> None:
+            self._copy(target, source, size, device=source)
+            self.downloaded.append(size)
+
+        self._push(fetch)
 
     def finish(self) -> None:
         assert self._recording is None, "a stream must not be waited for while it is recorded"

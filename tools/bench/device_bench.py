@@ -175,8 +175,7 @@ class DeviceRace:
     def _try(model: LanguageModel, length: int) -> None:
         """Take what memory a long prompt and a step need."""
         length = min(length, (model.context or length + 1) - 1)
-        scores = model.start(random_tokens(length))
-        model.step(int(scores.argmax()))
+        model.step_best(model.start_best(list(random_tokens(length))).tolist())
 
     def _decode(self, context: int, batch: int, show: Callable[[float], None]) -> list[Cell]:
         """Decode greedily behind a context that is not timed."""
@@ -185,10 +184,10 @@ class DeviceRace:
 
         def turn(name: str, model: LanguageModel) -> float:
             spans = []
-            scores = model.start_batch(tokens)
+            best = model.start_best(tokens)
             for _ in range(self.options.steps):
                 begin = time.perf_counter()
-                scores = model.step_batch([int(token) for token in scores.argmax(-1)])
+                best = model.step_best(best.tolist())
                 spans.append(time.perf_counter() - begin)
             steps.setdefault(name, []).extend(spans)
             return statistics.median(spans)
@@ -202,13 +201,13 @@ class DeviceRace:
         return [replace(cell, bandwidth_share=self._bandwidth_share(cell)) for cell in cells]
 
     def _prefill(self, length: int, show: Callable[[float], None]) -> list[Cell]:
-        """Fill the cache from a prompt: the time until the logits of the first token are on the host."""
+        """Fill the cache from a prompt: the time until the first token is known on the host."""
         tokens = random_tokens(length)
         spans: dict[str, list[float]] = {}
 
         def turn(name: str, model: LanguageModel) -> float:
             begin = time.perf_counter()
-            model.start(tokens)
+            model.start_best(list(tokens))
             span = time.perf_counter() - begin
             spans.setdefault(name, []).append(span)
             return span

@@ -151,19 +151,28 @@ class NextTokens:
         """Compute one token after the other."""
         import numpy as np
 
-        model, options = self._model, self._options
+        options, ids = self._options, list(self._ids)
         generator = np.random.default_rng(options.seed)
-        ids = list(self._ids)
         for index in range(self._room):
-            scores = model.step(ids[-1]) if index else model.start(np.array([ids], np.int64))
-            scores = self.settings.allow(scores, ids, index, last=index + 1 == options.max_new_tokens)
-            token = choose(scores, options, generator)
+            token = self._next(ids, index, generator)
             if not options.ignore_eos and token in self.settings.end_tokens:
                 self.finish_reason = "stop"
                 return
             ids.append(token)
             yield token
         self.finish_reason = "length" if self._room == options.max_new_tokens else "context"
+
+    def _next(self, ids: Sequence[int], index: int, generator: np.random.Generator) -> int:
+        """Return the token behind ``ids``, of which ``index`` are new."""
+        import numpy as np
+
+        model, options = self._model, self._options
+        if options.temperature == 0 and not self.settings.restricts:
+            best = model.step_best([ids[-1]]) if index else model.start_best([np.array(ids, np.int64)])
+            return int(best[0])
+        scores = model.step(ids[-1]) if index else model.start(np.array([ids], np.int64))
+        scores = self.settings.allow(scores, ids, index, last=index + 1 == options.max_new_tokens)
+        return choose(scores, options, generator)
 
 
 def choose(scores: Logits, options: GenerateOptions, generator: np.random.Generator) -> int:

@@ -108,6 +108,12 @@ class GenerationSettings:
             allowed[forced] = 0
         return allowed
 
+    @property
+    def restricts(self) -> bool:
+        """Whether `allow` ever changes logits."""
+        forced = self.forced_first is not None or self.forced_last is not None
+        return forced or bool(self.suppressed or self.suppressed_first or self.bad_words)
+
     def advice(self) -> str:
         """Return a sentence about what the model suggests and is not taken, or an empty one."""
         if not self.suggested:

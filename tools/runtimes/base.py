@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     Logits = npt.NDArray[np.float32]
 
 
+NEXT_TOKEN = "next_token"
+"""Output of files of ``--sample greedy``, and of engines built from them: the best token of each text (batch, 1)."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a model is opened.
@@ -92,6 +96,19 @@ class LanguageModel(ABC):
         """Continue every text of `start_batch` with one token, return the next logits (batch, vocabulary)."""
         (token,) = tokens
         return self.step(token)[None]
+
+    def start_best(self, rows: Sequence[Tokens]) -> Tokens:
+        """Begin as `start_batch`, return the best next token of each text (batch,).
+
+        A runtime whose model chooses it, beside its logits, copies nothing else to the host.
+        """
+        best: Tokens = self.start_batch(rows).argmax(-1)
+        return best
+
+    def step_best(self, tokens: Sequence[int]) -> Tokens:
+        """Continue as `step_batch`, return the best next token of each text (batch,), see `start_best`."""
+        best: Tokens = self.step_batch(tokens).argmax(-1)
+        return best
 
     def generated(self, tokens: Tokens, count: int) -> list[int] | None:
         """Continue tokens (1, length) greedily by ``count`` tokens with the loop of the library that defines the model.

@@ -116,8 +116,7 @@ class FileModel(LanguageModel):
         """
         import numpy as np
 
-        if len({len(row) for row in rows}) != 1:
-            raise UsageError(f"texts side by side have one length in {self.name}; give them one by one")
+        self._check_rows(rows)
         self._reset(len(rows))
         self._advance(np.stack(rows))
         return self._ends
@@ -128,6 +127,10 @@ class FileModel(LanguageModel):
 
         self._advance(np.array(tokens, np.int64)[:, None])
         return self._ends
+
+    def _check_rows(self, rows: Sequence[Tokens]) -> None:
+        if len({len(row) for row in rows}) != 1:
+            raise UsageError(f"texts side by side have one length in {self.name}; give them one by one")
 
     def feeds(self, tokens: Tokens) -> dict[str, Array]:
         """Return the inputs of one call without a cache, by name."""

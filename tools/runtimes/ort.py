@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
+from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel, Runtime, Setting
 from rankbook.tools.runtimes.exported import FileModel, past_of
 from rankbook.tools.runtimes.ort_memory import anchored, untouched
-from rankbook.tools.runtimes.ort_steps import BoundSteps
+from rankbook.tools.runtimes.ort_steps import BoundSteps, Where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +121,11 @@ def session(
 
 
 class OrtModel(FileModel):
-    """An exported file as a language model; the cache stays in ONNX Runtime's own tensors between steps."""
+    """An exported file as a language model; the cache stays in ONNX Runtime's own tensors, where the session computes.
+
+    Attributes:
+        device: That place, ``cpu`` or ``cuda``.
+    """
 
     def __init__(
         self,
@@ -156,6 +160,7 @@ class OrtModel(FileModel):
         runtimes()[kernels].require()
         self._threads = threads
         self.kernels, self.native, self.cuda = kernels, kernels != "bodies", kernels == "native-cuda"
+        self.device = "cuda" if self.cuda else "cpu"
         placed, folder = anchored(graph, self.file) if graph else (self.file.path, None)
         self.session = session(
             placed,
@@ -167,7 +172,7 @@ class OrtModel(FileModel):
             entries=entries,
         )
         self._held = 0
-        self._steps: BoundSteps | None = None
+        self._steps: dict[str, BoundSteps] = {}
         # New keys and values are written behind the old ones, in the same buffer: one that grows, or of a fixed length.
         self._fixed = int(self.file.metadata.max_context or 0)
         self._in_place = self.file.metadata.graph in ("ort", "static")
@@ -188,58 +193,85 @@ class OrtModel(FileModel):
             return super().scores(tokens)
         self._reset(tokens.shape[0])
         self._reserve(tokens.shape[1])
-        scores: Logits = self._run_in_place(tokens).astype("float32")  # a copy: the next call writes there
+        scores: Logits = self._run_in_place(tokens, "logits").astype("float32")  # a copy: the next call writes there
         return scores
 
-    def _reset(self, batch: int) -> None:
-        from onnxruntime import OrtValue
+    def start_best(self, rows: Sequence[Tokens]) -> Tokens:
+        """Begin several texts; return the best next token of each, which the graph chooses where it can."""
+        import numpy as np
 
+        if NEXT_TOKEN not in self.file.outputs:
+            return super().start_best(rows)
+        self._check_rows(rows)
+        self._reset(len(rows))
+        return self._choose(np.stack(rows))
+
+    def step_best(self, tokens: Sequence[int]) -> Tokens:
+        """Continue every text with one token; return the best next one of each, see `start_best`."""
+        import numpy as np
+
+        if NEXT_TOKEN not in self.file.outputs:
+            return super().step_best(tokens)
+        return self._choose(np.array(tokens, np.int64)[:, None])
+
+    def _choose(self, tokens: Tokens) -> Tokens:
+        self._reserve(self._length + tokens.shape[1])
+        best: Tokens = self._run_in_place(tokens, NEXT_TOKEN)[:, 0].copy()  # the next call writes there
+        self._length += tokens.shape[1]
+        return best
+
+    def _reset(self, batch: int) -> None:
         if self._fixed and self._cache and next(iter(self._cache.values())).shape()[0] == batch:
             self._length = 0  # no query sees what another text left in the buffers
             return
         super()._reset(batch)
-        self._held, self._steps = self._fixed, None
-        self._cache = {name: OrtValue.ortvalue_from_numpy(value) for name, value in self._cache.items()}
+        self._held, self._steps = self._fixed, {}
+        self._cache = {name: self._placed(value) for name, value in self._cache.items()}
 
     def _advance(self, tokens: Tokens) -> Logits:
         if not self._in_place:
             return super()._advance(tokens)
         self._reserve(self._length + tokens.shape[1])
-        return self._last(tokens, self._run_in_place(tokens))
+        return self._last(tokens, self._run_in_place(tokens, "logits"))
 
     def _reserve(self, positions: int) -> None:
         """Make the buffers of the cache hold so many positions; they double, so that copies are rare."""
-        from onnxruntime import OrtValue
-
         self._check_slots(positions)
         if positions <= self._held:
             return
-        self._held, self._steps = max(positions + _ROOM, 2 * self._held), None
+        self._held, self._steps = max(positions + _ROOM, 2 * self._held), {}
         for name, value in self._cache.items():
             batch, heads, _, size = value.shape()
             wide = untouched((batch, heads, self._held, size), self._types[name])
             wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
-            self._cache[name] = OrtValue.ortvalue_from_numpy(wide)
+            self._cache[name] = self._placed(wide)
 
-    def _compute(self, tokens: Tokens, outputs: Collection[str]) -> dict[str, Any]:
-        """OrtValues go in and out, since the cache is most of what a step moves."""
+    def _placed(self, values: Array) -> Any:
+        """Return an array as an OrtValue on the device."""
         from onnxruntime import OrtValue
 
-        feeds = {name: OrtValue.ortvalue_from_numpy(value) for name, value in self._inputs(tokens).items()}
-        results = self.session.run_with_ort_values(list(outputs), feeds | self._cache)
-        values = dict(zip(outputs, results, strict=True))
+        return OrtValue.ortvalue_from_numpy(values, self.device)
+
+    def _compute(self, tokens: Tokens, outputs: Collection[str]) -> dict[str, Any]:
+        """The cache goes in and out where it lies, since it is most of what a step moves; logits come to the host."""
+        binding = self.session.io_binding()
+        for name, value in self._inputs(tokens).items():
+            binding.bind_cpu_input(name, value)
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self.device)
+        self.session.run_with_iobinding(binding)
+        values = dict(zip(outputs, binding.get_outputs(), strict=True))
         return values | {"logits": values["logits"].numpy()}
 
-    def _run_in_place(self, tokens: Tokens) -> Any:
-        """Compute the logits; keys and values are written into the buffers of the cache."""
-        steps = self._steps
-        if steps is None:
+    def _run_in_place(self, tokens: Tokens, wanted: str) -> Any:
+        """Compute an output; keys and values are written into the buffers of the cache."""
+        if wanted not in self._steps:
             outputs = {past_of(name): name for name in self.file.outputs}
             buffers = {name: (outputs[name], value) for name, value in self._cache.items()}
-            steps = BoundSteps(self.session, buffers, self._types)
-        # For a GPU, what is bound is copied there at that moment: such a binding serves one call.
-        self._steps = None if self.cuda else steps
-        return steps.run(tokens, self._length)
+            self._steps[wanted] = BoundSteps(Where(self.session, self.device, self._types), buffers, wanted)
+        return self._steps[wanted].run(tokens, self._length)
 
 
 def model_entries(setting: Setting) -> dict[str, str]:

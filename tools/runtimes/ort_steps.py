@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,39 +18,57 @@ _ROWS = ("write_indices", "lengths")
 """Inputs of files with a cache of a fixed length, one element for each row: its tokens so far, and the new ones."""
 
 
+@dataclass(frozen=True)
+class Where:
+    """What steps work on.
+
+    Attributes:
+        session: An ``onnxruntime.InferenceSession``.
+        device: ``cpu`` or ``cuda``, as ONNX Runtime names it: where the cache lies.
+        types: The numpy type of every input, by name.
+    """
+
+    session: Any
+    device: str
+    types: Mapping[str, str]
+
+
 class BoundSteps:
     """A binding of a session to the buffers of a cache, which serves every call as long as these buffers do.
 
     A model of 30 layers has 60 of them, each an input and an output: to bind them in every step of SmolLM2-135M took a
-    tenth of the step. What runs here has left the processor's caches meanwhile, so that every call counts.
+    tenth of the step. What runs here has left the processor's caches meanwhile, so that every call counts. On a GPU
+    what is bound lies there already, so that a step moves its new tokens, their positions, and what is wanted.
     """
 
-    def __init__(self, session: Any, buffers: Mapping[str, tuple[str, Any]], types: Mapping[str, str]) -> None:
+    def __init__(self, where: Where, buffers: Mapping[str, tuple[str, Any]], wanted: str) -> None:
         """Bind the buffers.
 
         Args:
-            session: An ``onnxruntime.InferenceSession``.
+            where: The session and its device.
             buffers: By name of an input, the output that is written to the same memory, and that memory, an OrtValue
-                (batch, heads, positions, size).
-            types: The numpy type of every input, by name.
+                (batch, heads, positions, size) on the device.
+            wanted: Name of the output that comes to the host; nothing else but the cache is given out.
         """
         import numpy as np
 
-        self._session = session
-        self._binding = session.io_binding()
-        self._binding.bind_output("logits")  # the first one, for `_run_first`
+        self._where, self._wanted = where, wanted
+        self._binding = where.session.io_binding()
+        self._binding.bind_output(wanted)  # the first one, for `_run_first`
         for name, (output, value) in buffers.items():
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(output, value)
         batch, _, held, _ = next(iter(buffers.values()))[1].shape()
         self._positions = np.arange(held)
-        self._mask = np.ones(batch * held, types["attention_mask"]) if "attention_mask" in types else None
+        types = where.types
+        self._mask = self._placed(np.ones(batch * held, types["attention_mask"])) if "attention_mask" in types else None
         self._types = {name: types[name] for name in ("input_ids", "position_ids", *_ROWS) if name in types}
         self._inputs: dict[str, Array] = {}
-        self._logits: Array = np.empty(0)
+        self._bound: dict[str, Any] = {}
+        self._found: Array = np.empty(0)
 
     def run(self, tokens: Tokens, past: int) -> Array:
-        """Return the logits of tokens (batch, length) behind ``past`` positions; the next call may overwrite them."""
+        """Return what is wanted of tokens (batch, length) behind ``past`` positions; the next call may overwrite it."""
         import numpy as np
 
         batch, length = tokens.shape
@@ -66,19 +85,31 @@ class BoundSteps:
         if "position_ids" in self._inputs:
             self._inputs["position_ids"][:] = self._positions[past:end]
         if self._mask is not None:
-            self._binding.bind_cpu_input("attention_mask", self._mask[: batch * end].reshape(batch, end))
+            kind, place = np.dtype(self._where.types["attention_mask"]).type, self._mask.data_ptr()
+            self._binding.bind_input("attention_mask", self._where.device, 0, kind, (batch, end), place)
         if known:
-            self._session.run_with_iobinding(self._binding)
+            for name, value in self._inputs.items():
+                self._bound[name].update_inplace(value)
+            self._where.session.run_with_iobinding(self._binding)
         else:
             self._run_first()
-        return self._logits
+        return self._found
 
     def _run_first(self) -> None:
-        """Run for a new shape; from now on the session reads and writes the same arrays."""
-        for name, value in self._inputs.items():
-            self._binding.bind_cpu_input(name, value)
-        self._binding.bind_output("logits")
-        self._session.run_with_iobinding(self._binding)
+        """Run for a new shape; from now on the session reads and writes the same memory."""
+        self._bound = {name: self._placed(value) for name, value in self._inputs.items()}
+        for name, value in self._bound.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output(self._wanted)
+        self._where.session.run_with_iobinding(self._binding)
         value = self._binding.get_outputs()[0]
-        self._binding.bind_ortvalue_output("logits", value)
-        self._logits = value.numpy()
+        self._binding.bind_ortvalue_output(self._wanted, value)
+        self._found = value.numpy()
+
+    def _placed(self, values: Array) -> Any:
+        """Return a copy on the device, an OrtValue."""
+        from onnxruntime import OrtValue
+
+        made = OrtValue.ortvalue_from_shape_and_type(values.shape, values.dtype.type, self._where.device)
+        made.update_inplace(values)
+        return made

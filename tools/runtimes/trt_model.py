@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_settings
-from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel
 from rankbook.tools.runtimes.trt_engine import Copy, Engine, Plan
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class EngineModel(LanguageModel):
 
         self._begin(len(tokens))
         if self.last_only:
-            return self._extend(list(tokens))[:, None]
+            return self._extend(list(tokens), self._call)[:, None]
         return np.concatenate([self._call(part) for part in self._pieces(list(tokens))], axis=1)
 
     def start(self, tokens: Tokens) -> Logits:
@@ -155,17 +155,22 @@ class EngineModel(LanguageModel):
     def start_batch(self, rows: Sequence[Tokens]) -> Logits:
         """Begin several texts, see `LanguageModel.start_batch`; shorter ones are padded on the right."""
         self._begin(len(rows))
-        return self._extend(rows)
+        return self._extend(rows, self._call)
 
     def step_batch(self, tokens: Sequence[int]) -> Logits:
         """Continue every text with one token, return the next logits (batch, vocabulary)."""
-        import numpy as np
+        return self._step(tokens, self._call)
 
-        logits = self._extend([np.array([token]) for token in tokens])
-        self._steps += 1
-        if self._steps in _COMPILED:
-            self.engine.keep_compiled()
-        return logits
+    def start_best(self, rows: Sequence[Tokens]) -> Tokens:
+        """Begin several texts; return the best next token of each, which the engine chooses where it can."""
+        if NEXT_TOKEN not in self.engine.outputs:
+            return super().start_best(rows)
+        self._begin(len(rows))
+        return self._extend(rows, self._choose)
+
+    def step_best(self, tokens: Sequence[int]) -> Tokens:
+        """Continue every text with one token; return the best next one of each, see `start_best`."""
+        return self._step(tokens, self._choose) if NEXT_TOKEN in self.engine.outputs else super().step_best(tokens)
 
     def values(self, tokens: Tokens, names: Sequence[str]) -> dict[str, Array]:
         """Return inner values that are outputs of this engine, for tokens (batch, length) of one call, as float32."""
@@ -181,17 +186,32 @@ class EngineModel(LanguageModel):
 
         self._lengths, self._mask = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
 
-    def _extend(self, rows: Sequence[Tokens]) -> Logits:
-        """Append tokens to every text; return the logits behind the last of each, (batch, vocabulary)."""
+    def _step(self, tokens: Sequence[int], call: Callable[..., Array]) -> Array:
+        """Append a token to every text, see `_extend`."""
         import numpy as np
 
-        last: Logits | None = None
+        found = self._extend([np.array([token]) for token in tokens], call)
+        self._steps += 1
+        if self._steps in _COMPILED:
+            self.engine.keep_compiled()
+        return found
+
+    def _extend(self, rows: Sequence[Tokens], call: Callable[..., Array]) -> Array:
+        """Append tokens to every text; return what ``call`` gives behind the last of each, by text.
+
+        Args:
+            rows: The tokens of each text.
+            call: `_call` or `_choose`.
+        """
+        import numpy as np
+
+        last: Array | None = None
         begun = 0
         for part in self._pieces(rows):
             width = max(map(len, part))
             ending = [index for index, row in enumerate(rows) if begun < len(row) <= begun + width]
-            found = self._call(part, ending)
-            last = np.zeros((len(rows), found.shape[-1]), np.float32) if last is None else last
+            found = call(part, ending)
+            last = np.zeros((len(rows), *found.shape[1:]), found.dtype) if last is None else last
             last[ending] = found
             begun += width
         if last is None:
@@ -218,6 +238,15 @@ class EngineModel(LanguageModel):
         self._turned ^= bool(self._swapped)
         found: Logits = host.astype("float32")  # a copy: the next call writes there
         return found if ending is None else found[:, 0]
+
+    def _choose(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Tokens:
+        """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, (len(ending),)."""
+        uploads, _ = self._prepare(rows)
+        host = self._results(NEXT_TOKEN, self.engine.shape(NEXT_TOKEN))
+        self.engine.run(uploads, [Copy(NEXT_TOKEN, host)])
+        self._turned ^= bool(self._swapped)
+        best: Tokens = host[list(ending), 0]
+        return best
 
     def _prepare(self, rows: Sequence[Tokens]) -> tuple[dict[str, Array], Array]:
         """Set shapes and addresses for new tokens of each text; return the inputs, and the numbers of tokens."""
@@ -263,22 +292,22 @@ class EngineModel(LanguageModel):
         """Return host memory for the logits that `_call` is asked for, and what to copy there."""
         batch, length, words = self.engine.shape("logits")
         rows = range(batch) if ending is None else ending
-        host = self._results((len(rows), length if ending is None else 1, words))
+        host = self._results("logits", (len(rows), length if ending is None else 1, words))
         if ending is None or (length == 1 and list(rows) == list(range(batch))):
             return host, [Copy("logits", host)]
         size = words * host.itemsize
         places = [(row * length + min(int(count[row]), length) - 1) * size for row in rows]
         return host, [Copy("logits", host[index], place) for index, place in enumerate(places)]
 
-    def _results(self, shape: tuple[int, ...]) -> Array:
-        """Return pinned memory for logits; as much as was needed at most so far is kept."""
+    def _results(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Return pinned memory for an output; as much as was needed at most so far is kept."""
         import numpy as np
 
-        kind = np.dtype(self.engine.outputs["logits"])
+        kind = np.dtype(self.engine.outputs[name])
         size = int(np.prod(shape)) * kind.itemsize
-        if "logits" not in self._host or self._host["logits"].size < size:
-            self._host["logits"] = self.engine.memory.pinned((size,), "uint8")
-        return self._host["logits"][:size].view(kind).reshape(shape)
+        if name not in self._host or self._host[name].size < size:
+            self._host[name] = self.engine.memory.pinned((size,), "uint8")
+        return self._host[name][:size].view(kind).reshape(shape)
 
     def _places(self) -> dict[str, Any]:
         """The memory of caches that change places: every other call reads where an output was written."""

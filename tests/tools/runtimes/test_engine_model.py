@@ -74,6 +74,33 @@ def test_generate_gives_the_text_of_onnx_runtime(file, work, tmp_path, state, ca
     assert (found[0]["finish_reason"], found[0]["kernels"]) == ("context", stand_in.RUNTIMES[state.module.__name__])
 
 
+def test_an_engine_that_chooses_the_token(work, tmp_path, state, capsys):
+    """Of a step 8 bytes a text come to the host; texts of several lengths, and the text of the one that does not."""
+    how = ["--graph", "static", "--max-context", CONTEXT, "--sample", "greedy", "--quiet"]
+    assert run_cli("export", work / "q", "-o", tmp_path / "greedy", *how) == 0
+    greedy, plain = (
+        build(state, source, tmp_path / name, max_context=None)
+        for name, source in (("engine", tmp_path / "greedy"), ("plain", work / FILE))
+    )
+    said = []
+    for model in (greedy, plain):
+        capsys.readouterr()
+        assert run_cli("generate", model, "-p", PROMPT, "--max-new-tokens", 12, "--ignore-eos", "--quiet") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 19))
+    texts = [tokens[0], tokens[1, :3]]
+    found = []
+    for folder in (greedy, plain):
+        held = opened(folder)
+        state.memory.downloaded.clear()
+        best = [held.start_best(texts)]
+        best += [held.step_best(best[-1].tolist()) for _ in range(4)]
+        found.append(np.stack(best))
+        assert (set(state.memory.downloaded) == {8 * 2}) == (folder is greedy)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("file", [name for name in FILES if name.endswith("all")])
 def test_eval_gives_the_figures_of_onnx_runtime(file, work, tmp_path, state, capsys):
     """Windows longer than a call, two at once."""
