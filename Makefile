@@ -11,6 +11,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 CMAKE_ARGS ?=
+FUZZ_SECONDS ?= 600
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -24,7 +25,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check clean distclean
+.PHONY: help demo test fuzz test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +101,9 @@ native-all: $(VENV)/.tools
 # In a process for each usable core (tests/conftest.py); PYTEST_ARGS=-n0 runs them in one.
 test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each (600)
+	PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
 GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py

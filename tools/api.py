@@ -11,8 +11,8 @@ from rankbook.calibration.model import loading
 from rankbook.exporter.export import ExportReport as ExportReport
 from rankbook.exporter.export import export as export
 from rankbook.exporter.options import ExportOptions as ExportOptions
-from rankbook.tools.deploy.engine import EngineReport as EngineReport
 from rankbook.tools.deploy.engine import build as build
+from rankbook.tools.deploy.manifest import EngineReport as EngineReport
 from rankbook.tools.deploy.options import BuildOptions as BuildOptions
 from rankbook.tools.evaluate.options import EvalOptions as EvalOptions
 from rankbook.tools.evaluate.options import ParityOptions as ParityOptions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rankbook.calibration.checkpoint.files import sha256_file
+from rankbook.calibration.schema import SchemaError, read_object
 from rankbook.plugins.layer_spec import LayerSpec
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,13 +29,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, is not JSON, or holds something else than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        told = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(
-            f"{path} cannot be read: {told}; the checkpoint is damaged, write or copy it again"
-        ) from error
-    return _object(content, str(path))
+        return read_object(path, "the checkpoint is damaged, write or copy it again")
+    except SchemaError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def member(content: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.checkpoint.integrity import read_layers
 from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.calibration.schema import read_object
 
 _STATE, _TOKENS = "state.json", "tokens.safetensors"
 
@@ -142,10 +143,7 @@ def _block(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockR
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+    return read_object(path, "start again without --resume")
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -10,7 +10,8 @@ from rankbook.calibration.option import WHERE, argument, required
 from rankbook.calibration.source import ENGINE_NAME
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.deploy.engine import COMMANDS, EngineReport
+from rankbook.tools.deploy.engine import COMMANDS
+from rankbook.tools.deploy.manifest import EngineReport
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.report import Table, megabytes
 from rankbook.tools.runtimes import build_engine

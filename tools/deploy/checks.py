@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankbook.tools.deploy import engine_log, step
+from rankbook.tools.deploy.manifest import Check
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes
 from rankbook.tools.errors import UsageError
@@ -21,15 +21,6 @@ WEIGHTS_SLACK_BYTES = 1 << 20
 
 _LOG_TYPES = {"int8": "Int8", "int4": "Int4"}
 """Element types of codes in the builder's log by their names."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One statement about the engine and whether it holds."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def verify(

@@ -6,7 +6,6 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,8 @@ from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, is_checkpo
 from rankbook.plugins import library
 from rankbook.tools.child import run_module
 from rankbook.tools.deploy import engine_commands, engine_log, gpu_code, step
-from rankbook.tools.deploy.checks import Check, check_cache, has_plugin, verify, verify_cache, verify_plugins
+from rankbook.tools.deploy.checks import check_cache, has_plugin, verify, verify_cache, verify_plugins
+from rankbook.tools.deploy.manifest import EngineReport, EngineSource
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes, make_profiles
 from rankbook.tools.errors import CheckFailedError, UsageError
@@ -37,57 +37,6 @@ class ParserRefusedError(CheckFailedError):
     """TensorRT's parser does not take the graph."""
 
 
-@dataclass(frozen=True)
-class EngineReport:
-    """What ``engine.json`` holds.
-
-    Attributes:
-        source: The ONNX file, with its SHA-256.
-        engine_bytes: Size of the engine file.
-        weights_bytes: Weights in the engine by the builder's count.
-        stored_bytes: Bytes of the tensors in the ONNX file.
-        constant_bytes: Bytes of the engine's constants by element type.
-        layers: Engine layers by kind, over all profiles.
-        kernels: Kernels that a call starts, by profile (`rankbook.tools.deploy.step`).
-        step_bytes: What decoding a token must move: weights, the whole cache, outputs.
-        profiles: Smallest, typical and largest shape of each input, by profile.
-        checks: What was verified.
-        self_contained: Whether the engine holds the plugin library.
-        plugin_form: Where the kernels are, for people.
-        commands: The same build with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
-        seconds: Wall time of the child process.
-    """
-
-    target: str
-    version: str
-    source: dict[str, Any]
-    capabilities: tuple[str, ...]
-    engine_bytes: int
-    engine_sha256: str
-    weights_bytes: int
-    stored_bytes: int
-    constant_bytes: dict[str, int]
-    activation_bytes: int
-    network_layers: int
-    plugin_layers: int
-    layers: dict[str, int]
-    kernels: dict[str, dict[str, int]]
-    step_bytes: dict[str, int]
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-    profiles: dict[str, Shapes]
-    checks: tuple[Check, ...]
-    self_contained: bool
-    plugin_form: str
-    commands: dict[str, str]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-
 def build(
     source: str | Path,
     output: str | Path,
@@ -103,7 +52,7 @@ def build(
     Args:
         source: A checkpoint, which is exported with ``--graph static`` into the folder `GRAPH` of ``output``; or an
             exported folder or ``.onnx`` file.
-        output: Folder for the engine, what `rankbook.tools.deploy.engine.EngineReport` says of it, the commands that
+        output: Folder for the engine, what `rankbook.tools.deploy.manifest.EngineReport` says of it, the commands that
             build the same, tokenizer and configuration.
         options: What to build; the defaults without.
         progress: Called with the fraction done and the builder's phase.
@@ -269,11 +218,7 @@ def _report(
     sha256: str,
 ) -> EngineReport:
     found = step.kernels(log, profiles, int(model.metadata.max_context or 0))
-    source = {
-        "path": str(result["source"]),
-        "sha256": sha256_file(model.path),
-        "metadata": dict(model.metadata.properties),
-    }
+    source = EngineSource(str(result["source"]), sha256_file(model.path), dict(model.metadata.properties))
     return EngineReport(
         target=options.target,
         version=result["version"],

@@ -2,21 +2,97 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rankbook.calibration.schema import mismatch, read_object
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME
 from rankbook.exporter.properties import Metadata
+from rankbook.tools.deploy.profiles import Shapes
 from rankbook.tools.errors import UsageError
 
 
 @dataclass(frozen=True)
+class Check:
+    """One statement about the engine and whether it holds."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class EngineSource:
+    """The ONNX file that an engine was built from.
+
+    Attributes:
+        path: Where it was then.
+        sha256: Of the file.
+        metadata: Its properties.
+    """
+
+    path: str
+    sha256: str
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What ``engine.json`` holds.
+
+    Attributes:
+        source: The ONNX file.
+        engine_bytes: Size of the engine file.
+        weights_bytes: Weights in the engine by the builder's count.
+        stored_bytes: Bytes of the tensors in the ONNX file.
+        constant_bytes: Bytes of the engine's constants by element type.
+        layers: Engine layers by kind, over all profiles.
+        kernels: Kernels that a call starts, by profile (`rankbook.tools.deploy.step`).
+        step_bytes: What decoding a token must move: weights, the whole cache, outputs.
+        profiles: Smallest, typical and largest shape of each input, by profile.
+        checks: What was verified.
+        self_contained: Whether the engine holds the plugin library.
+        plugin_form: Where the kernels are, for people.
+        commands: The same build with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
+        seconds: Wall time of the child process.
+    """
+
+    target: str
+    version: str
+    source: EngineSource
+    capabilities: tuple[str, ...]
+    engine_bytes: int
+    engine_sha256: str
+    weights_bytes: int
+    stored_bytes: int
+    constant_bytes: dict[str, int]
+    activation_bytes: int
+    network_layers: int
+    plugin_layers: int
+    layers: dict[str, int]
+    kernels: dict[str, dict[str, int]]
+    step_bytes: dict[str, int]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    profiles: dict[str, Shapes]
+    checks: tuple[Check, ...]
+    self_contained: bool
+    plugin_form: str
+    commands: dict[str, str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """An engine folder that was read; see `rankbook.tools.deploy.engine.EngineReport` for what the facts mean.
+    """An engine folder that was read; see `EngineReport` for what the facts mean.
 
     Attributes:
         folder: The folder.
@@ -34,6 +110,9 @@ class Manifest:
             UsageError: It is damaged, or the engine is missing or truncated.
         """
         facts = read_facts(folder)
+        for kind, held, where in ((EngineReport, facts, ""), (EngineSource, facts.get("source", {}), "source.")):
+            if absent := sorted({item.name for item in fields(kind)} - held.keys()):
+                raise UsageError(f"{folder / ENGINE_MANIFEST} lacks {where}{absent[0]}; build the engine again")
         engine = folder / ENGINE_NAME
         if not engine.is_file() or engine.stat().st_size != facts.get("engine_bytes"):
             raise UsageError(
@@ -54,7 +133,7 @@ class Manifest:
     @cached_property
     def metadata(self) -> Metadata:
         """What that file said about itself."""
-        return Metadata.of(self.facts["source"].get("metadata", {}))
+        return Metadata.of(self.facts["source"]["metadata"])
 
     @property
     def needs_library(self) -> bool:
@@ -103,15 +182,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: It is missing or damaged.
     """
-    path = folder / ENGINE_MANIFEST
-    try:
-        facts: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder} holds an engine without {ENGINE_MANIFEST}; build it with `rankbook build`"
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}); build the engine again") from None
-    if not isinstance(facts, dict):
-        raise UsageError(f"{path} holds no JSON object; build the engine again")
+    path, advice = folder / ENGINE_MANIFEST, "build the engine again"
+    if not path.is_file():
+        raise UsageError(f"{folder} holds an engine without {ENGINE_MANIFEST}; build it with `rankbook build`")
+    facts = read_object(path, advice)
+    if wrong := mismatch(facts, EngineReport, ENGINE_MANIFEST):
+        raise UsageError(f"{path} is damaged: {wrong}; {advice}")
     return facts

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.schema import read_object
 from rankbook.tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -143,17 +143,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one where there is no file.
 
     Raises:
-        UsageError: It holds something else.
+        SchemaError: It holds something else.
     """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); copy the model again") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} holds no JSON object; copy the model again")
-    return found
+    return read_object(path, "copy the model again") if path.is_file() else {}
 
 
 def _tokens(value: Any) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.schema import read_object
 from rankbook.calibration.source import Kind, Source, identify
 from rankbook.plugins.layer_spec import LayerSpec, bits_of
 from rankbook.tools.deploy.manifest import Manifest
@@ -238,13 +238,13 @@ def _engine(path: Path) -> Inspection:
 
 
 def _model(path: Path) -> Inspection:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_object(path / "config.json", "copy the model again")
     stored = [tensor for file in path.glob("*.safetensors") for tensor in _stored(file)]
     layers = [_dense(name, dtype, shape) for name, dtype, shape in stored if len(shape) == 2]
     layers.sort(key=lambda layer: _natural(layer.name))
     if not layers:
         raise UsageError(f"{path} has a config.json but no readable .safetensors weights; give a complete model folder")
-    facts = {
+    facts: dict[str, Any] = {
         key: config[key] for key in ("model_type", "architectures", "hidden_size", "num_hidden_layers") if key in config
     }
     return Inspection("model", str(path), tuple(layers), facts)

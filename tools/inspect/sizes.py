@@ -22,7 +22,8 @@ def packed_size(file: ExportedModel) -> tuple[int, int]:
         seen |= {tensor.name for tensor in new.values()}
         packed += sum(tensor.bytes for tensor in new.values())
         if "codes" in new:
-            weights += int(node.attributes["out_features"]) * int(node.attributes["in_features"])
+            sizes = (node.attributes.get(name) for name in ("out_features", "in_features"))
+            weights += math.prod(size if isinstance(size, int) else 0 for size in sizes)  # conform names what is wrong
     return packed, weights
 
 

@@ -14,7 +14,7 @@ from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
 if TYPE_CHECKING:
-    from rankbook.tools.deploy.engine import EngineReport
+    from rankbook.tools.deploy.manifest import EngineReport
     from rankbook.tools.deploy.options import BuildOptions
 
 __all__ = ["AUTO", "LanguageModel", "Runtime", "Setting", "build_engine", "builders", "find", "kernels", "open_model"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rankbook.exporter.file import ExportedModel
-    from rankbook.tools.deploy.engine import EngineReport
+    from rankbook.tools.deploy.manifest import EngineReport
     from rankbook.tools.deploy.options import BuildOptions
     from rankbook.tools.runtimes.exported import FileModel
 

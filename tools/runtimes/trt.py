@@ -16,7 +16,7 @@ from rankbook.tools.child import package_environment
 from rankbook.tools.runtimes.base import LanguageModel, Runtime, Setting
 
 if TYPE_CHECKING:
-    from rankbook.tools.deploy.engine import EngineReport
+    from rankbook.tools.deploy.manifest import EngineReport
     from rankbook.tools.deploy.options import BuildOptions
 
 RTX_CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")

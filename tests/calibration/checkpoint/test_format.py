@@ -129,7 +129,7 @@ def test_damaged_manifest_or_config(tmp_path: Path) -> None:
     with pytest.raises(ck.CheckpointError, match=r"config\.json cannot be read"):
         ck.load_records(tmp_path / "out")
     (tmp_path / "out" / ck.MANIFEST).write_text("[]")
-    with pytest.raises(ck.CheckpointError, match=r"rankbook\.json holds list"):
+    with pytest.raises(ck.CheckpointError, match=r"rankbook\.json holds a list"):
         ck.load_records(tmp_path / "out")
 
 

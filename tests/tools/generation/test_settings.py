@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from rankbook.calibration.schema import SchemaError
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import GenerationSettings, read_settings
 
@@ -54,7 +55,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 4, "hidden_size": 8}')
     assert read_settings(tmp_path) == {"eos_token_id": 4}
     (tmp_path / "generation_config.json").write_text("[1]")
-    with pytest.raises(UsageError, match="holds no JSON object"):
+    with pytest.raises(SchemaError, match="holds a list, not a JSON object"):
         read_settings(tmp_path)
     with pytest.raises(UsageError, match=r"generation_config\.json is damaged"):
         GenerationSettings.of({"eos_token_id": "x"}, None)

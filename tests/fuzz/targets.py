@@ -1,0 +1,160 @@
+"""Every loader of files from strangers, and valid files for it to begin with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.calibration.checkpoint.writing import write
+from tests.tools.files import chain_model
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loader.
+
+    Attributes:
+        make: Writes valid files into an empty folder.
+        load: Reads the folder; what `rankbook.tools.errors.describe` has a sentence for may be raised.
+    """
+
+    make: Callable[[Path], object]
+    load: Callable[[Path], object]
+
+
+def _load_checkpoint(folder: Path) -> None:
+    from rankbook.calibration.checkpoint.format import load_records, open_checkpoint
+
+    opened = open_checkpoint(folder)
+    for name in opened.unquantized():
+        opened.tensor(name)
+    load_records(folder)
+
+
+def _inspect(folder: Path, name: str = "") -> None:
+    from rankbook.tools.inspect.inspection import inspect
+
+    inspect(folder / name, verify=False)
+
+
+def _load_exported(folder: Path) -> None:
+    from rankbook.exporter.conform import check
+    from rankbook.exporter.file import ExportedModel
+    from rankbook.tools.inspect.sizes import packed_size
+
+    model = ExportedModel.open(folder / "model.onnx")
+    check(model)
+    for node in model.packed:
+        node.ports()
+    packed_size(model)
+    _inspect(folder, "model.onnx")
+    model.verify()
+
+
+def _make_model(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(8, 8) for i in range(3)}
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _make_gguf(folder: Path) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((32, 64), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
+def _make_engine(folder: Path) -> None:
+    (folder / "model.engine").write_bytes(b"engine")
+    facts = {
+        "engine_bytes": 6,
+        "target": "rtx",
+        "source": {"path": "model.onnx", "sha256": "0" * 64, "metadata": {"rankbook.method": "lcq"}},
+        "plugin_layers": 2,
+        "plugin_form": "library",
+        "profiles": {"decode": {"input_ids": [[1, 1], [1, 1], [1, 1]]}},
+    }
+    (folder / "engine.json").write_text(json.dumps(facts))
+
+
+def _load_engine(folder: Path) -> None:
+    from rankbook.tools.deploy.manifest import Manifest
+
+    manifest = Manifest.read(folder)
+    _ = manifest.metadata, manifest.needs_library
+    _inspect(folder)
+    manifest.exported()
+
+
+def _make_state(folder: Path) -> None:
+    from rankbook.calibration.driver.resume import BlockResult, PartialState
+    from rankbook.calibration.model.packed_modules import CodebookLinear
+    from tests.calibration.records import random_record
+
+    state = PartialState(folder / "out", {"bits": 3, "model": {"hash": "0"}}, resume=False)
+    layers = {"a.b": CodebookLinear.from_record(random_record(32, 64, bits=3, group=32, seed=0))}
+    state.save(0, BlockResult(layers, {"a.b": 0.1}, {"a.norm": torch.ones(4)}, ["a.b"], []))
+
+
+def _load_state(folder: Path) -> None:
+    from rankbook.calibration.driver.resume import PartialState
+
+    state = PartialState(folder / "out", {"bits": 3, "model": {"hash": "0"}}, resume=True)
+    for index in range(min(state.finished(), 2)):
+        state.load(index)
+
+
+def _make_config(folder: Path) -> None:
+    (folder / "run.yaml").write_text("bits: 3\nquantize:\n  method: lcq\n  calib: a.txt\n  group-size: 64\n")
+    (folder / "run.toml").write_text('bits = 3\n[quantize]\nmethod = "lcq"\ncalib = "a.txt"\n')
+
+
+def _load_config(folder: Path) -> None:
+    from rankbook.tools import config, flags
+    from rankbook.tools.commands import discover
+
+    known = {name: flags.flags_of(command.options) for name, command in discover().items()}
+    for name in ("run.yaml", "run.toml"):
+        config.select(config.read(folder / name), "quantize", known, name)
+
+
+def _make_log(folder: Path) -> None:
+    lines = [
+        "[V] Name: __myl_Move_0x1, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1,8], Format/Datatype: Half }],"
+        " Outputs: [ { Name: y, Dimensions: [1,8], Format/Datatype: Half }], TacticName: t, StreamId: 0, Metadata: ",
+        "[I] [MS] Total Weights Memory: 4096 bytes",
+        "[V] Input: input_ids, Dimensions: [1,1]",
+    ]
+    (folder / "build.log").write_text("\n".join(lines) + "\n")
+
+
+def _load_log(folder: Path) -> None:
+    from rankbook.tools.deploy.engine_log import read
+
+    read(folder / "build.log")
+
+
+TARGETS = {
+    "checkpoint": Target(lambda folder: write(folder / "q"), lambda folder: _load_checkpoint(folder / "q")),
+    "inspect-checkpoint": Target(lambda folder: write(folder / "q"), partial(_inspect, name="q")),
+    "exported": Target(lambda folder: chain_model(folder, nodes=2), _load_exported),
+    "model": Target(_make_model, _inspect),
+    "gguf": Target(_make_gguf, partial(_inspect, name="model.gguf")),
+    "engine": Target(_make_engine, _load_engine),
+    "resume": Target(_make_state, _load_state),
+    "config": Target(_make_config, _load_config),
+    "engine-log": Target(_make_log, _load_log),
+}
