@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.exporter.rewrite import TRACE_DOMAIN
 
 IMPLEMENTATION = "rankbook_export"
 """Name under which `register` makes `attend` and `mask` known to transformers."""
 ADDITIVE = "rankbook_export_additive"
 """Name of `additive_mask`, for models with an attention of their own, which add the mask to their scores."""
+SINKS = "SinkAttention"
+"""Placeholder of an Attention with a fifth input: for each head a score to which no key and no value belongs."""
 
 
 def register() -> None:
@@ -50,40 +53,18 @@ def attend(
     """
     if kwargs.get("position_bias") is not None:
         raise ValueError("attention with position_bias cannot be exported to the ONNX Attention operator")
-    if (sinks := kwargs.get("s_aux")) is not None:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query, key, value, attention_mask = _with_sinks(query, key, value, attention_mask, sinks / scaling)
+    sinks = kwargs.get("s_aux")
     softcap = 0.0 if softcap is None else float(softcap)
-    if value.shape[-1] == query.shape[-1]:
+    if value.shape[-1] == query.shape[-1] and sinks is None:
         output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0]
     else:  # of which torch takes the result to be of the size of queries
         attributes = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
-        given, shape = (query, key, value, attention_mask), [*query.shape[:-1], value.shape[-1]]
-        output = torch.onnx.ops.symbolic("Attention", given, attributes, dtype=query.dtype, shape=shape, version=23)
+        given, shape = [query, key, value, attention_mask], [*query.shape[:-1], value.shape[-1]]
+        kind, version = "Attention", 23
+        if sinks is not None:
+            given, kind, version = [*given, sinks.to(query.dtype)], f"{TRACE_DOMAIN}::{SINKS}", 1
+        output = torch.onnx.ops.symbolic(kind, given, attributes, dtype=query.dtype, shape=shape, version=version)
     return output.transpose(1, 2).contiguous(), None
-
-
-def _with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, sinks: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the arguments of an attention in which one more key has the given score in each head and no value.
-
-    That is what a sink is (gpt-oss): a term in the denominator of the softmax. The key is zero but for a feature that
-    all others have not, and of which queries have the score, before scaling, of their head.
-
-    Args:
-        query: (batch, heads, sequence, size); key and value likewise, with fewer heads.
-        key: Keys.
-        value: Values.
-        seen: Which keys each query sees, bool (batch, 1, sequence, keys).
-        sinks: Scores before scaling, (heads,).
-    """
-    more = nn.functional.pad
-    scores = sinks.to(query.dtype)[None, :, None, None].expand(query.shape[0], -1, query.shape[2], 1)
-    features = torch.zeros_like(key[..., :1]), torch.ones_like(key[:, :, :1, :1])
-    key = torch.cat([more(key, (0, 0, 0, 1)), torch.cat(features, 2)], 3)
-    seen = None if seen is None else torch.cat([seen, torch.ones_like(seen[..., :1])], 3)
-    return torch.cat([query, scores], 3), key, more(value, (0, 0, 0, 1)), seen
 
 
 def mask(

@@ -43,7 +43,7 @@ from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.static_cache import RaiseOpset, ScatterCache
 from rankbook.exporter.passes.weights import BindWeights, packed_layers
-from rankbook.exporter.properties import DATA_SHA256
+from rankbook.exporter.properties import DATA_SHA256, Metadata
 from rankbook.exporter.skeleton import Skeleton, build
 from rankbook.exporter.trace import max_context, trace
 from rankbook.plugins import contract
@@ -74,6 +74,7 @@ class ExportReport:
         logits: ``last`` or ``all``.
         dialect: In which operators the packed layers are written.
         opset: Version of the standard operators.
+        standard_attention: Why layers of ``--graph ort`` keep the standard attention, by number.
         data_sha256: Hash of the weights' file.
         genai: What was written for ONNX Runtime GenAI.
         seconds: Wall-clock time.
@@ -91,6 +92,7 @@ class ExportReport:
     logits: str
     dialect: str
     opset: int
+    standard_attention: Mapping[str, str]
     data_sha256: str
     genai: GenAiReport
     seconds: float
@@ -168,6 +170,7 @@ def export(
         logits=options.logits,
         dialect=options.dialect,
         opset=model.opset_imports[""],
+        standard_attention=Metadata.of(model.metadata_props).standard_attention,
         data_sha256=digest,
         genai=served,
         seconds=time.monotonic() - started,
@@ -183,6 +186,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
     skeleton = build(checkpoint, dtype, config)
     model = trace(skeleton, options)
     fixed = options.graph == "static"
+    fused = _fused_attention(skeleton) if options.graph == "ort" else None
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
         CheckMasks(),
@@ -193,16 +197,24 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
         UnifyNormTypes(),
         StaticReshape(),
         FuseRotary(),
-        *(_ort_passes(skeleton) if options.graph == "ort" else [DecomposeAttention()]),
+        *([fused] if fused else []),
+        DecomposeAttention(),
+        *([FuseSkipNorms(), FuseGates(), MergeProducts()] if fused else []),
         common.RemoveUnusedNodesPass(),
         AddBodies(),
         *([RaiseOpset()] if fixed else []),
         InferShapes(),
-        AddMetadata(checkpoint, **options.described(), activations=kind, **_limits(skeleton, options)),
     ]
     for step in passes:
         step(model)
+    kept = fused.kept if fused else {}
+    limits = _limits(skeleton, options)
+    AddMetadata(checkpoint, **options.described(), activations=kind, standard_attention=kept, **limits)(model)
     return model
+
+
+def _fused_attention(skeleton: Skeleton) -> GroupQueryAttention:
+    return GroupQueryAttention(attention.rotary_tables(skeleton.model), adapter_of(skeleton.model).windows())
 
 
 def _limits(skeleton: Skeleton, options: ExportOptions) -> dict[str, str]:
@@ -212,12 +224,6 @@ def _limits(skeleton: Skeleton, options: ExportOptions) -> dict[str, str]:
         return {"context": slots, "max_context": slots}
     limit = adapter_of(skeleton.model).context()
     return {"context": str(limit) if limit else ""}
-
-
-def _ort_passes(skeleton: Skeleton) -> list[ir.passes.InPlacePass]:
-    """Return the passes that bring in operators of ONNX Runtime."""
-    tables, windows = attention.rotary_tables(skeleton.model), adapter_of(skeleton.model).windows()
-    return [GroupQueryAttention(tables, windows), FuseSkipNorms(), FuseGates(), MergeProducts()]
 
 
 def _with_settings(checkpoint: Checkpoint, options: ExportOptions) -> Checkpoint:

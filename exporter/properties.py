@@ -30,6 +30,8 @@ class Metadata:
         logits: ``last`` or ``all``.
         dialect: In which operators the packed layers are written.
         graph: Operators of everything but packed layers.
+        standard_attention: Why layers of ``graph`` ort keep the standard attention, by number; the cache of a file with
+            such layers grows by new tensors, and not in place.
         kv: Type of the cache.
         inputs: ``ids``, or embedded tokens.
         activations: What products compute with.
@@ -50,6 +52,7 @@ class Metadata:
     logits: str = "all"
     dialect: str = "rankbook"
     graph: str = "standard"
+    standard_attention: Entries = field(default_factory=dict)
     kv: str = "float"
     inputs: str = "ids"
     activations: str = "none"

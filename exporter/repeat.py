@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import Blocks, adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
-from rankbook.exporter.skeleton import LAYER, TRACE_DOMAIN, Skeleton
+from rankbook.exporter.rewrite import TRACE_DOMAIN
+from rankbook.exporter.skeleton import LAYER, Skeleton
 
 _BOUNDARY = "Boundary"
 """Placeholder of nothing, between two blocks; its attribute is the number of the block behind it."""

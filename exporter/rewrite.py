@@ -21,6 +21,8 @@ from rankbook.exporter.functions import VERSIONS
 from rankbook.plugins import contract
 from rankbook.plugins.contract import Operator
 
+TRACE_DOMAIN = "rankbook.trace"
+"""Domain of placeholders that do not outlive the passes."""
 AttributeValue = int | float | str | Sequence[int] | ir.DataType
 """What an attribute of a node may be."""
 

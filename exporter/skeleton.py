@@ -21,10 +21,9 @@ from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.record import halves
 from rankbook.exporter import attention, refusal
+from rankbook.exporter.rewrite import TRACE_DOMAIN
 from rankbook.plugins.layer_spec import LayerSpec
 
-TRACE_DOMAIN = "rankbook.trace"
-"""Domain of placeholders that do not outlive the passes."""
 PACKED = "Packed"
 """Placeholder of a packed layer; the dialect chooses its operator."""
 EXPERTS = "Experts"

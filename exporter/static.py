@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbook.exporter.skeleton import TRACE_DOMAIN
+from rankbook.exporter.rewrite import TRACE_DOMAIN
 
 SCATTER = "Scatter"
 """Placeholder of TensorScatter (opset 24), of which torch knows nothing."""

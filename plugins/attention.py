@@ -24,6 +24,8 @@ LARGEST_HEAD = 512
 """Largest H."""
 HEAD_STEP, ROTARY_STEP = 8, 16
 """What H is a multiple of, without and with a rotary embedding inside (ONNX Runtime's node asks for the same)."""
+SINKS = 11
+"""Place of the sinks, one score for each head, among the inputs of ONNX Runtime's node; the operator has none."""
 ROTARY = "do_rotary"
 """Attribute that says whether a node has the cos and sin tables of a rotary embedding and positions."""
 

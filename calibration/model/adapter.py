@@ -217,19 +217,12 @@ class ModelAdapter:
         return [item for name, item in named if name.rpartition(".")[2] in leaves and self.in_language(name)]
 
     def windows(self) -> list[int]:
-        """Return how many positions a query sees in each layer, itself included; -1 where it sees all.
-
-        Raises:
-            ValueError: A layer hides keys in another way.
-        """
+        """Return how many positions a query sees in each layer, itself included; -1 for all, 0 if that is no window."""
         width = getattr(self.config, "sliding_window", None)
         standard = "sliding_attention" if width else "full_attention"
         kinds = getattr(self.config, "layer_types", None) or [standard] * self.layers
-        if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
-            raise ValueError(
-                f"layers of kind {', '.join(unknown)} are not in ONNX Runtime's attention; use graph standard"
-            )
-        return [int(width) if kind == "sliding_attention" and width else -1 for kind in kinds]
+        known = {"full_attention": -1, "sliding_attention": int(width or -1)}
+        return [known.get(kind, 0) for kind in kinds]
 
     def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """Return the module that computes cos and sin of all layers from positions alone; None where there is none.

@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, standard_nodes
+from rankbook.exporter.attention import SINKS
+from rankbook.exporter.rewrite import TRACE_DOMAIN, Writer, fixed_size, float_attribute, given
 
 _KERNEL_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _KERNEL_STEP, _KERNEL_MAX = 16, 256
 """Head sizes with a kernel: multiples of the step up to the maximum (tried with TensorRT-RTX 1.7)."""
+_KINDS = (("", "Attention"), (TRACE_DOMAIN, SINKS))
+
+
+def is_attention(node: ir.Node) -> bool:
+    """Return whether a node is an attention, with or without sinks."""
+    return (node.domain, node.op_type) in _KINDS
 
 
 class DecomposeAttention(ir.passes.InPlacePass):
@@ -17,6 +24,7 @@ class DecomposeAttention(ir.passes.InPlacePass):
 
     * float32 activations: TensorRT has kernels for half precision only and refuses to build anything else.
     * Head sizes without a kernel, and a softcap (Gemma 2), which its parser refuses.
+    * Sinks (gpt-oss), which the operator does not have: a term in the denominator of the softmax of each head.
 
     Other nodes stay. Query heads that share a key head are computed together, so keys are not repeated; the boolean
     mask becomes a bias once for all layers that use it. Every row of the mask has a key, see
@@ -27,7 +35,7 @@ class DecomposeAttention(ir.passes.InPlacePass):
         """Change the model in place."""
         masks: dict[str, ir.Value] = {}
         changed = False
-        for node in standard_nodes(model.graph, "Attention"):
+        for node in [node for node in model.graph if is_attention(node)]:
             if not _has_kernel(node):
                 _Decomposition(model.graph, node, masks).apply()
                 changed = True
@@ -55,13 +63,25 @@ class _Decomposition:
         if softcap:
             scores = self._op("Tanh", self._op("Mul", scores, self._number(1 / softcap)))
             scores = self._op("Mul", scores, self._number(softcap))
-        weights = self._op("Softmax", self._op("Add", scores, self._bias(mask)), axis=-1)
+        weights = self._weights(self._op("Add", scores, self._bias(mask)))
         result = self._op(
             "Reshape",
             self._op("MatMul", weights, self._grouped(value)),
             self._writer.ints(0, self._heads, -1, fixed_size(given(self._node, 2), 3)),
         )
         self._writer.replace(self._node, {self._node.outputs[0]: result})
+
+    def _weights(self, scores: ir.Value) -> ir.Value:
+        """Return the softmax of scores (batch, key heads, queries of each, sequence, keys), and of any sinks."""
+        if not self._node.domain:
+            return self._op("Softmax", scores, axis=-1)
+        sinks = self._op(
+            "Reshape", self._node.inputs[4], self._writer.ints(1, self._key_heads, self._heads // self._key_heads, 1, 1)
+        )
+        shape = self._op("Concat", self._op("Shape", scores, start=0, end=4), self._writer.ints(1), axis=0)
+        both = self._op("Concat", scores, self._op("Expand", sinks, shape), axis=-1)
+        ends = (self._writer.ints(number) for number in (0, -1, -1))
+        return self._op("Slice", self._op("Softmax", both, axis=-1), *ends)
 
     def _queries(self, query: ir.Value | None) -> ir.Value:
         """Return scaled queries (batch, key heads, queries of each, sequence, size)."""
@@ -94,7 +114,7 @@ class _Decomposition:
 
 def _has_kernel(node: ir.Node) -> bool:
     query = node.inputs[0]
-    if query is None or query.shape is None or float_attribute(node, "softcap", 0.0):
+    if node.domain or query is None or query.shape is None or float_attribute(node, "softcap", 0.0):
         return False
     size = query.shape[3]
     return query.dtype in _KERNEL_TYPES and isinstance(size, int) and size % _KERNEL_STEP == 0 and size <= _KERNEL_MAX

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rankbook.exporter.passes.attention import is_attention
 from rankbook.exporter.passes.kv_cache import PAST, cache_layers
-from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, producer, standard_nodes, take_over
+from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, producer, take_over
 from rankbook.plugins import attention
 
 Tables = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -18,7 +19,9 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     """Makes one node of an Attention, the Concats of its cache, and the rotary embedding and transposes before it.
 
     The node is ``rankbook::GroupQueryAttention``, whose body is ``com.microsoft::GroupQueryAttention``; for what its
-    kernel does not take (other types than float32, larger heads) it is the latter itself.
+    kernel does not take (other types than float32, larger heads, sinks) it is the latter itself. A layer whose
+    attention it cannot express keeps the standard one, and the reason is in ``kept``; its cache is then joined in a
+    Concat, so none of the file's grows in place.
 
     What differs from the portable graph:
 
@@ -33,72 +36,81 @@ class GroupQueryAttention(ir.passes.InPlacePass):
         Args:
             tables: Of the model's rotary embedding; None where it is not one table for all layers: the embedding then
                 stays a node of its own.
-            windows: How many positions a query sees in each layer, itself included; -1 for all.
+            windows: How many positions a query sees in each layer, itself included; -1 for all, 0 where keys are
+                hidden in another way.
         """
         super().__init__()
         self._tables, self._windows = tables, windows
+        self.kept: dict[str, str] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Change the model in place.
+        """Change the model in place."""
+        readers: dict[int, list[ir.Node]] = {}
+        for node in model.graph:
+            if is_attention(node):
+                readers.setdefault(_layer(given(node, 1)), []).append(node)
+        tried = [self._fusion(model.graph, layer, nodes) for layer, nodes in readers.items()]
+        fusions = [fusion for fusion in tried if fusion is not None]
+        if self._masks_are_windows(fusions):
+            lengths = fusions[0].lengths() if fusions else []
+            for fusion in fusions:
+                fusion.apply(lengths, self._tables, self._windows)
+        fused = {str(fusion.layer) for fusion in fusions} - set(self.kept)
+        for number in range(cache_layers(model.graph.inputs)):
+            if str(number) not in fused:
+                self.kept.setdefault(str(number), "its attention is code of its own")
+        return ir.passes.PassResult(model, modified=bool(fused))
 
-        Raises:
-            ValueError: An attention whose cache or result is not where it is expected; the message names it. Layers
-                with another attention, or with masks that are no windows.
-        """
-        nodes = standard_nodes(model.graph, "Attention")
-        layers = cache_layers(model.graph.inputs)
-        if len(nodes) != layers:
-            raise ValueError(
-                f"ONNX Runtime's operator computes the attention of {len(nodes)} of {layers} layers; export with graph"
-                " standard"
-            )
-        fusions = [_Fusion(model.graph, node) for node in nodes]
-        self._check_masks(fusions)
-        lengths = fusions[0].lengths() if fusions else []
-        for fusion in fusions:
-            fusion.apply(lengths, self._tables, self._windows)
-        return ir.passes.PassResult(model, modified=bool(nodes))
+    def _fusion(self, graph: ir.Graph, layer: int, nodes: list[ir.Node]) -> _Fusion | None:
+        """Return what takes the place of the attention of a layer; None where it stays, with the reason in ``kept``."""
+        try:
+            if len(nodes) > 1:
+                raise _KeptError(f"{len(nodes)} attentions read its cache")
+            if not self._windows[layer]:
+                raise _KeptError("which keys a token sees is no window")
+            return _Fusion(graph, nodes[0], layer)
+        except _KeptError as error:
+            self.kept[str(layer)] = str(error)
+        return None
 
-    def _check_masks(self, fusions: list[_Fusion]) -> None:
-        """Check that layers share a mask exactly where they share a window: the operator makes its own masks."""
+    def _masks_are_windows(self, fusions: list[_Fusion]) -> bool:
+        """Return whether layers share a mask exactly where they share a window: the operator makes its own masks."""
         pairs = {(id(fusion.mask), self._windows[fusion.layer]) for fusion in fusions}
         masks, windows = ({pair[part] for pair in pairs} for part in (0, 1))
-        if not len(pairs) == len(masks) == len(windows):
-            raise ValueError(
-                f"{len(masks)} masks and windows of {', '.join(map(str, sorted(windows)))} positions (-1 is all) do not"
-                " belong together, so which keys a layer sees is not known; export with graph standard"
-            )
+        if len(pairs) == len(masks) == len(windows):
+            return True
+        shown = ", ".join(map(str, sorted(windows)))
+        why = f"its mask is not known: {len(masks)} masks for windows of {shown} positions (-1 is all)"
+        self.kept |= {str(fusion.layer): why for fusion in fusions}
+        return False
+
+
+class _KeptError(ValueError):
+    """Why an attention stays what it is."""
 
 
 class _Fusion:
     """The nodes that take the place of one Attention node."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self._graph, self._node = graph, node
+    def __init__(self, graph: ir.Graph, node: ir.Node, layer: int) -> None:
+        self._graph, self._node, self.layer = graph, node, layer
         self._writer = Writer(graph, str(node.name))
         self._op = self._writer.op
-        self._caches = [_cache(node, value) for value in node.inputs[1:3]]
+        self._caches = [_cache(value) for value in node.inputs[1:3]]
         self._query = given(node, 0)
         self._new = [given(cache, 1) for cache in self._caches]
         self._past = [given(cache, 0) for cache in self._caches]
         self._heads, self._size = fixed_size(self._query, 1), fixed_size(self._query, 3)
         if fixed_size(self._past[1], 3) != self._size:
-            raise ValueError("ONNX Runtime's attention takes keys and values of one size; export with graph standard")
+            raise _KeptError(f"keys have {self._size} elements and values {fixed_size(self._past[1], 3)}")
         if self._size % attention.HEAD_STEP:
-            raise ValueError(
-                f"ONNX Runtime's attention takes heads of a multiple of {attention.HEAD_STEP} numbers,"
-                f" and these have {self._size}; export with graph standard"
-            )
+            raise _KeptError(f"heads of {self._size} elements, no multiple of {attention.HEAD_STEP}")
+        self._end = _into_rows(node)
 
     @property
     def mask(self) -> ir.Value | None:
         """Mask of the attention node, which is left out."""
         return self._node.inputs[3] if len(self._node.inputs) > 3 else None
-
-    @property
-    def layer(self) -> int:
-        """Number of the layer, from the name of its cache."""
-        return int(str(self._past[0].name).removeprefix(PAST).split(".")[0])
 
     def lengths(self) -> list[ir.Value]:
         """Return what all layers share: the number of keys in each row less one, and in the longest row; int32."""
@@ -120,8 +132,10 @@ class _Fusion:
             "do_rotary": int(bool(rotary)),
         }
         rows = [self._rows(value) for value in (self._query, *self._new)]
-        inputs = [*rows, *self._past, *lengths, *rotary]
+        inputs: list[ir.Value | None] = [*rows, *self._past, *lengths, *rotary]
         own = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
+        if self._node.domain:  # with sinks: the last input of ONNX Runtime's node
+            own, inputs = False, [*inputs, *[None] * (attention.SINKS - len(inputs)), given(self._node, 4)]
         results = self._writer.call(attention.OPERATOR, inputs, attributes, stock=not own)
         self._graph.insert_before(self._node, self._writer.nodes)
         self._finish(*results)
@@ -157,11 +171,7 @@ class _Fusion:
 
     def _finish(self, rows: ir.Value, *presents: ir.Value) -> None:
         """Put the results in the places of the old ones."""
-        result = self._node.outputs[0]
-        users = [user for use in result.consumers() if _swaps_heads(use) for user in use.outputs[0].consumers()]
-        if len(users) != 1 or users[0].op_type != "Reshape":
-            raise ValueError(f"the result of attention node {self._node.name!r} is not brought into rows")
-        for new, concat in zip((rows, *presents), (users[0], *self._caches), strict=True):
+        for new, concat in zip((rows, *presents), (self._end, *self._caches), strict=True):
             take_over(concat.outputs[0], new)
 
     def _input(self, name: str) -> ir.Value:
@@ -171,16 +181,35 @@ class _Fusion:
         return found
 
 
-def _cache(node: ir.Node, value: ir.Value | None) -> ir.Node:
+def _cache(value: ir.Value | None) -> ir.Node:
     """Return the Concat of a part of the cache with what is new."""
     concat = None if value is None else value.producer()
     joins = concat is not None and concat.op_type == "Concat" and len(concat.inputs) == 2
     if concat is None or not joins or not str(getattr(concat.inputs[0], "name", "")).startswith(PAST):
-        raise ValueError(
-            f"attention node {node.name!r} does not read its cache from one Concat with the past; export with graph"
-            " standard"
-        )
+        raise _KeptError("keys or values are not what the cache holds")
     return concat
+
+
+def _into_rows(node: ir.Node) -> ir.Node:
+    """Return the Reshape that makes rows of what an attention gives, and alone uses it."""
+    swaps = [use for use in node.outputs[0].consumers() if _swaps_heads(use)]
+    users = [user for swap in swaps for user in swap.outputs[0].consumers()]
+    if len(users) != 1 or users[0].op_type != "Reshape":
+        raise _KeptError("its result is not brought into rows")
+    return users[0]
+
+
+def _layer(keys: ir.Value) -> int:
+    """Return the number of the layer whose attention reads some keys: that of the nearest cache before them."""
+    near, seen = [keys], {keys}
+    for value in near:  # grows meanwhile
+        if str(value.name).startswith(PAST):
+            return int(str(value.name).removeprefix(PAST).split(".")[0])
+        node = value.producer()
+        new = [item for item in (node.inputs if node else ()) if item is not None and item not in seen]
+        seen.update(new)
+        near += new
+    raise ValueError(f"{keys.name!r} does not depend on a cache")
 
 
 def _rotary(value: ir.Value) -> ir.Node | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from rankbook.exporter.passes.attention import is_attention
 from rankbook.exporter.passes.kv_cache import cache_layers
 
 _STEPS = {"Add", "Cast", "Div", "Expand", "Max", "Mul", "Reshape", "Slice", "Unsqueeze"}
@@ -38,10 +39,10 @@ class CheckMasks(ir.passes.InPlacePass):
 
 
 def _is_masked(node: ir.Node) -> bool:
-    if node.domain or node.op_type not in ("Attention", "Softmax"):
-        return False
-    if node.op_type == "Softmax":
+    if not node.domain and node.op_type == "Softmax":
         return _has_mask(node.inputs[0])
+    if not is_attention(node):
+        return False
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     return mask is not None and mask.dtype == ir.DataType.BOOL
 

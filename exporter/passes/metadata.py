@@ -19,7 +19,7 @@ class AddMetadata(ir.passes.InPlacePass):
     What torch noted about each node (stack traces of this machine) is left out.
     """
 
-    def __init__(self, checkpoint: Checkpoint, **more: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, **more: Any) -> None:
         """Give the fields of `Metadata` that the checkpoint does not say as ``more``."""
         super().__init__()
         self._name = str(checkpoint.config.get("model_type", "model"))
@@ -31,7 +31,7 @@ class AddMetadata(ir.passes.InPlacePass):
             checkpoint_sha256=_hashes(manifest),
             versions=versions("onnx", "onnx_ir"),
             layers={name: _entry(name, spec.to_json(), manifest) for name, spec in layers.items()},
-            **more,  # type: ignore[arg-type]
+            **more,
         )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from rankbook.exporter.rewrite import Writer
-from rankbook.exporter.skeleton import TRACE_DOMAIN
+from rankbook.exporter.rewrite import TRACE_DOMAIN, Writer
 from rankbook.exporter.static import SCATTER
 
 SCATTER_OPSET = 24

@@ -16,8 +16,8 @@ from rankbook.calibration.checkpoint.format import Checkpoint
 from rankbook.calibration.model.experts import matrix_of, stacks
 from rankbook.calibration.record import halves
 from rankbook.exporter.dialects.base import Dialect, DialectError, LayerWriter, PackedLayer
-from rankbook.exporter.rewrite import Writer, lazy_tensor
-from rankbook.exporter.skeleton import DENSE, EXPERTS, LAYER, PACKED, SMALL_BYTES, TRACE_DOMAIN, Skeleton
+from rankbook.exporter.rewrite import TRACE_DOMAIN, Writer, lazy_tensor
+from rankbook.exporter.skeleton import DENSE, EXPERTS, LAYER, PACKED, SMALL_BYTES, Skeleton
 
 
 class BindWeights(ir.passes.InPlacePass):

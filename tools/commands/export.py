@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +60,19 @@ def run(options: Export) -> Outcome:
         ("ONNX Runtime GenAI", str(report.genai)),
         ("seconds", report.seconds),
     ]
-    return Outcome(
-        report, [Table("model", ("property", "value"), rows)], str(output / "model.onnx"), config_folder=output
-    )
+    tables = [Table("model", ("property", "value"), rows)]
+    if report.standard_attention:
+        tables.append(_kept(report.standard_attention))
+    return Outcome(report, tables, str(output / "model.onnx"), config_folder=output)
+
+
+def _kept(layers: Mapping[str, str]) -> Table:
+    """Say which layers of ``--graph ort`` have the attention of ``--graph standard``."""
+    by_reason: dict[str, list[str]] = {}
+    for number, why in layers.items():
+        by_reason.setdefault(why, []).append(number)
+    rows = [(", ".join(numbers), why) for why, numbers in by_reason.items()]
+    return Table("layers with the standard attention; the cache does not grow in place", ("layers", "why"), rows)
 
 
 COMMAND = Command(

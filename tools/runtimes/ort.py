@@ -175,7 +175,8 @@ class OrtModel(FileModel):
         self._steps: dict[str, BoundSteps] = {}
         # New keys and values are written behind the old ones, in the same buffer: one that grows, or of a fixed length.
         self._fixed = int(self.file.metadata.max_context or 0)
-        self._in_place = self.file.metadata.graph in ("ort", "static")
+        said = self.file.metadata
+        self._in_place = said.graph == "static" or (said.graph == "ort" and not said.standard_attention)
 
     def open_graph(self, graph: bytes) -> Any:
         """Return a session of another graph, with the same kernels and the data files of this one."""

@@ -40,6 +40,25 @@ def test_spelled_out_attention_is_the_same(softcap):
     assert np.abs(run(model, feeds) - want).max() < 1e-5
 
 
+def test_sinks_are_terms_of_the_softmax_without_a_value():
+    """gpt-oss: softmax over the scores of the keys and of one sink of the head; keys 0 and 1 are seen."""
+    model = ir.from_onnx_text(f"""
+        <ir_version: 11, opset_import: ["" : 23, "rankbook.trace" : 1]>
+        g (float[b,{HEADS},s,{SIZE}] q, float[b,{KEYS},t,{SIZE}] k, float[b,{KEYS},t,{SIZE}] v, bool[b,1,s,t] m,
+           float[{HEADS}] sinks) => (float[b,{HEADS},s,{SIZE}] y)
+        {{ y = rankbook.trace.SinkAttention <scale: float = 0.3, softcap: float = 0.0> (q, k, v, m, sinks) }}
+    """)
+    generator = np.random.default_rng(0)
+    shapes = {"q": (2, HEADS, 1, SIZE), "k": (2, KEYS, 5, SIZE), "v": (2, KEYS, 5, SIZE), "sinks": (HEADS,)}
+    feeds: dict[str, Any] = {name: generator.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    feeds["m"] = np.arange(5)[None, None, None] < np.full((2, 1, 1, 1), 2)
+    DecomposeAttention()(model)
+    keys, values = (feeds[name].repeat(HEADS // KEYS, 1)[:, :, :2] for name in ("k", "v"))
+    terms = np.exp(0.3 * feeds["q"] @ keys.transpose(0, 1, 3, 2))
+    want = terms @ values / (terms.sum(-1, keepdims=True) + np.exp(feeds["sinks"])[:, None, None])
+    assert np.abs(run(model, feeds) - want).max() < 1e-5
+
+
 def test_values_may_be_narrower_than_keys():
     """As in multi-head latent attention."""
     model = attention("float")

@@ -62,8 +62,16 @@ def test_a_node_that_breaks_the_contract_is_named(work: Path) -> None:
     assert "has 6 inputs" in problems[2]
 
 
-def test_masks_that_are_no_windows_are_refused() -> None:
-    """Two layers with one mask, of which the configuration says that one has a window."""
+def kept(model: ir.Model, windows: list[int]) -> dict[str, str]:
+    """Return why layers keep the standard attention, which then is what it was."""
+    fuse = GroupQueryAttention(None, windows)
+    assert not fuse(model).modified
+    assert {node.op_type for node in model.graph} == {"Concat", "Attention"}
+    return fuse.kept
+
+
+def test_masks_that_are_no_windows_keep_the_standard_attention() -> None:
+    """Two layers with one mask, of which the configuration says that one has a window, or none that is known."""
     layers = " ".join(
         f"both{i} = Concat <axis = 2> (past{i}, k) y{i} = Attention (q, both{i}, both{i}, seen)" for i in (0, 1)
     )
@@ -73,22 +81,34 @@ def test_masks_that_are_no_windows_are_refused() -> None:
     )
     for index, value in enumerate(model.graph.inputs[3:]):
         value.name = f"past_key_values.{index}.key"
-    with pytest.raises(ValueError, match=r"1 masks and windows of -1, 8 positions.*graph standard"):
-        GroupQueryAttention(None, [8, -1])(model)
-    model.graph.inputs[4].name = "other"
-    model.graph.inputs[3].name = "past_key_values.0.key"
-    with pytest.raises(ValueError, match="2 of 1 layers"):
-        GroupQueryAttention(None, [-1, -1])(model)
+    why = "its result is not brought into rows"
+    assert kept(model, [8, -1]) == {"0": why, "1": why}
+    assert kept(model, [0, -1]) == {"0": "which keys a token sees is no window", "1": why}
+    for number in (0, 1):
+        swap = ir.node("Transpose", [model.graph[2 * number + 1].outputs[0]], {"perm": [0, 2, 1, 3]})
+        model.graph.extend([swap, ir.node("Reshape", [swap.outputs[0], None])])
+    fuse = GroupQueryAttention(None, [8, -1])
+    assert not fuse(model).modified
+    assert fuse.kept["1"] == "its mask is not known: 1 masks for windows of -1, 8 positions (-1 is all)"
 
 
-def test_heads_of_another_size_are_refused() -> None:
+def test_heads_of_another_size_keep_the_standard_attention() -> None:
     model = ir.from_onnx_text(
         '<ir_version: 11, opset_import: ["" : 23]> g (float[b,2,s,12] q, float[b,2,p,12] past, float[b,2,s,12] k)'
         " => (float[b,2,s,12] y) { both = Concat <axis = 2> (past, k) y = Attention (q, both, both) }"
     )
     model.graph.inputs[1].name = "past_key_values.0.key"
-    with pytest.raises(ValueError, match="multiple of 8 numbers, and these have 12"):
-        GroupQueryAttention(None, [-1])(model)
+    assert kept(model, [-1]) == {"0": "heads of 12 elements, no multiple of 8"}
+
+
+def test_a_cache_that_two_attentions_read_keeps_them() -> None:
+    layers = "both = Concat <axis = 2> (past, k) y = Attention (q, both, both) z = Attention (y, both, both)"
+    model = ir.from_onnx_text(
+        '<ir_version: 11, opset_import: ["" : 23]> g (float[b,2,s,16] q, float[b,2,p,16] past, float[b,2,s,16] k)'
+        f" => (float[b,2,s,16] z) {{ {layers} }}"
+    )
+    model.graph.inputs[1].name = "past_key_values.0.key"
+    assert kept(model, [-1]) == {"0": "2 attentions read its cache"}
 
 
 def test_a_graph_without_attention_stays() -> None:
