@@ -73,6 +73,50 @@ struct CodebookMatMulLowRankA8 {  // CodebookMatMulLowRank<bits>A8
   static constexpr const char* kOffset = "offset";
 };
 
+struct CodebookExperts {  // CodebookExperts<bits>
+  static constexpr const char* kName = "CodebookExperts";
+  static constexpr const char* kSuffix = "";
+  enum Input { kX, kExperts, kCodes, kLevels, kParams, kStep, kBase, kBias, kInputCount };
+  enum Output { kY, kOutputCount };
+  static constexpr const char* kInputs[] = {"x", "experts", "codes", "levels", "params", "step", "base", "bias"};
+  static constexpr const char* kInFeatures = "in_features";
+  static constexpr const char* kOutFeatures = "out_features";
+  static constexpr const char* kOffset = "offset";
+};
+
+struct CodebookExpertsLowRank {  // CodebookExpertsLowRank<bits>
+  static constexpr const char* kName = "CodebookExpertsLowRank";
+  static constexpr const char* kSuffix = "";
+  enum Input { kX, kExperts, kCodes, kLevels, kParams, kStep, kBase, kBias, kDown, kDownScale, kUp, kUpScale, kInputCount };
+  enum Output { kY, kOutputCount };
+  static constexpr const char* kInputs[] = {"x", "experts", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
+  static constexpr const char* kInFeatures = "in_features";
+  static constexpr const char* kOutFeatures = "out_features";
+  static constexpr const char* kOffset = "offset";
+};
+
+struct CodebookExpertsA8 {  // CodebookExperts<bits>A8
+  static constexpr const char* kName = "CodebookExperts";
+  static constexpr const char* kSuffix = "A8";
+  enum Input { kX, kExperts, kCodes, kLevels, kParams, kStep, kBase, kBias, kInputCount };
+  enum Output { kY, kOutputCount };
+  static constexpr const char* kInputs[] = {"x", "experts", "codes", "levels", "params", "step", "base", "bias"};
+  static constexpr const char* kInFeatures = "in_features";
+  static constexpr const char* kOutFeatures = "out_features";
+  static constexpr const char* kOffset = "offset";
+};
+
+struct CodebookExpertsLowRankA8 {  // CodebookExpertsLowRank<bits>A8
+  static constexpr const char* kName = "CodebookExpertsLowRank";
+  static constexpr const char* kSuffix = "A8";
+  enum Input { kX, kExperts, kCodes, kLevels, kParams, kStep, kBase, kBias, kDown, kDownScale, kUp, kUpScale, kInputCount };
+  enum Output { kY, kOutputCount };
+  static constexpr const char* kInputs[] = {"x", "experts", "codes", "levels", "params", "step", "base", "bias", "down", "down_scale", "up", "up_scale"};
+  static constexpr const char* kInFeatures = "in_features";
+  static constexpr const char* kOutFeatures = "out_features";
+  static constexpr const char* kOffset = "offset";
+};
+
 struct GroupQueryAttention {
   static constexpr const char* kName = "GroupQueryAttention";
   static constexpr const char* kSuffix = "";

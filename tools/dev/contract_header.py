@@ -44,11 +44,7 @@ def header_text() -> str:
     ]
     lines += [f"inline constexpr int kPanel = {layout.PANEL}, kBlock = {layout.BLOCK};"]
     lines += [f"inline constexpr int {name} = {value};  // {doc}" for name, (value, doc) in LIMITS.items()]
-    kinds = {
-        operator.kind: operator
-        for operator in reversed(OPERATORS.values())
-        if operator.member is None and operator.one_of is None
-    }
+    kinds = {operator.kind: operator for operator in reversed(OPERATORS.values()) if operator.member is None}
     for operator in reversed(kinds.values()):
         lines += ["", *_struct(operator)]
     return "\n".join([*lines, *_parts(), *_aot(), "", "}  // namespace rankbook::contract", ""])
