@@ -24,7 +24,7 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
-from rankbook.calibration.model.experts import matrix_of, share_statistics
+from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.placement import Placement, Stream
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
@@ -109,55 +109,74 @@ class BlockSolver:
         """Return the records of one block in float32."""
         block, prefix, device = site.block, site.prefix, self.placement.device
         method, options = METHODS[self.options.method], self.options
-        statistics, few_tokens = share_statistics(self._statistics(site, streams))
+        statistics = self._statistics(site, streams)
 
         def first_output() -> Tensor:
             return streams.calls[site.index](block, streams.inputs.values[:1].to(device, torch.float32))
 
         scaled = self._scale_inputs(block, first_output, statistics)
-        problems = {name: _problem(block, name, statistics[name]) for name in site.layers}
         share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + site.index)
-            records = self._closed_forms(site, problems, share)
-            if method.refine is not None and streams.targets is not None and problems:
-                progress = _refine_progress(self.reporter, site.index)
-                seed = options.seed + site.index
-                given, wanted = streams.inputs.values, streams.targets.values
-                whole = BlockProblem(block, problems, given, wanted, streams.calls[site.index], seed, progress)
+            solved = self._closed_forms(site, statistics, share)
+            records = {name: record for name, (record, _) in solved.items()}
+            errors = {name: error for name, (_, error) in solved.items()}
+            if method.refine is not None and streams.targets is not None and records:
+                problem = self._block_problem(site, streams, streams.targets)
                 with self.rounded_inputs(site, streams):
-                    records = method.refine(whole, records, options.method_config())
-        errors = {f"{prefix}{name}": output_error(problem, records[name]) for name, problem in problems.items()}
+                    records = method.refine(problem, records, options.method_config())
+                errors = {
+                    name: output_error(self._problem(site, name, statistics), record)
+                    for name, record in records.items()
+                }
         return BlockResult(
             {f"{prefix}{name}": CodebookLinear.from_record(record) for name, record in records.items()},
-            errors,
+            {f"{prefix}{name}": error for name, error in errors.items()},
             {f"{prefix}{name}": tensor.to(self.dtype) for name, tensor in scaled.tensors.items()},
             [f"{prefix}{name}" for name in scaled.layers],
-            [f"{prefix}{name}" for name in few_tokens],
+            [f"{prefix}{name}" for name in statistics.few_tokens()],
         )
 
+    def _block_problem(self, site: Site, streams: Streams, targets: Stream) -> BlockProblem:
+        """Return what training is given."""
+        layers = {name: _problem(site.block, name, unseen) for name, unseen in self._unseen(site).items()}
+        progress, seed = _refine_progress(self.reporter, site.index), self.options.seed + site.index
+        call, inputs = streams.calls[site.index], streams.inputs.values
+        return BlockProblem(site.block, layers, inputs, targets.values, call, seed, progress)
+
     def _closed_forms(
-        self, site: Site, problems: Mapping[str, LayerProblem], share: float
-    ) -> dict[str, QuantizedLinear]:
-        """Solve every layer; on several devices as many at once, each by itself, so that the result is the same."""
+        self, site: Site, statistics: Mapping[str, LayerStatistics], share: float
+    ) -> dict[str, tuple[QuantizedLinear, float | None]]:
+        """Solve every layer, and measure its error while its statistics are at hand.
+
+        On several devices as many are solved at once, each by itself, so that the result is the same.
+        """
         free: SimpleQueue[torch.device] = SimpleQueue()
         for device in self.placement.devices:
             free.put(device)
 
-        def solve(position: int, name: str, problem: LayerProblem) -> QuantizedLinear:
+        def solve(position: int, name: str) -> tuple[QuantizedLinear, float | None]:
             full, device = f"{site.prefix}{name}", free.get()
-            self.reporter.tell(f"quantizing {full}", site.index, share * position / len(problems))
+            self.reporter.tell(f"quantizing {full}", site.index, share * position / len(site.layers))
             chosen = self.choices[full].applied(self.options) if full in self.choices else self.options
             try:
-                return moved(solve_layer(moved(replace(problem, name=full), device), chosen), self.placement.device)
+                problem = self._problem(site, name, statistics)
+                given = moved(replace(problem, name=full), device)
+                record = moved(solve_layer(given, chosen), self.placement.device)
+                return record, output_error(problem, record)
             finally:
                 free.put(device)
 
-        places, names, given = range(len(problems)), list(problems), list(problems.values())
+        places, names = range(len(site.layers)), list(site.layers)
         if len(self.placement.devices) == 1:
-            return dict(zip(names, map(solve, places, names, given), strict=True))
+            return dict(zip(names, map(solve, places, names), strict=True))
         with ThreadPoolExecutor(len(self.placement.devices)) as pool:
-            return dict(zip(names, pool.map(solve, places, names, given), strict=True))
+            return dict(zip(names, pool.map(solve, places, names), strict=True))
+
+    def _problem(self, site: Site, name: str, statistics: Mapping[str, LayerStatistics]) -> LayerProblem:
+        """Return the problem of a layer; the statistics of one of an expert are computed here."""
+        with self.arithmetic():
+            return _problem(site.block, name, statistics[name])
 
     def rounded_inputs(self, site: Site, streams: Streams) -> AbstractContextManager[None]:
         """Quantize what enters a block's layers, in training and in the stream that follows it."""
@@ -170,15 +189,18 @@ class BlockSolver:
 
         return in_block(site.block, site.prefix, site.layers, run, self.options)
 
-    def _statistics(self, site: Site, streams: Streams) -> Mapping[str, LayerStatistics]:
+    def _statistics(self, site: Site, streams: Streams) -> capture.BlockStatistics:
         """Return what enters each layer."""
         device = self.placement.device
         if self.options.weighs_inputs():
             call, values = streams.calls[site.index], streams.inputs.values
             with self.arithmetic():
                 return capture.collect(site.block, call, values, site.layers, device)
+        return capture.BlockStatistics(self._unseen(site), {})
+
+    def _unseen(self, site: Site) -> dict[str, LayerStatistics]:
         widths: dict[str, Any] = {name: site.block.get_submodule(name).in_features for name in site.layers}
-        return {name: LayerStatistics.unseen(width, device) for name, width in widths.items()}
+        return {name: LayerStatistics.unseen(width, self.placement.device) for name, width in widths.items()}
 
     def _scale_inputs(
         self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]
@@ -188,7 +210,7 @@ class BlockSolver:
             return scaling.Scaled()
         choose = scaling.chooser(kind, options.bits, options.group, options.scale_strength)
         # What enters an expert is also given to the router, and to the other experts: nothing could carry a scaling.
-        alone = {name: found for name, found in statistics.items() if not matrix_of(name)}
+        alone = {name: statistics[name] for name in statistics if not matrix_of(name)}
         return scaling.scale_inputs(block, run, alone, choose, self.dtype)
 
 

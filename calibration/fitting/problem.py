@@ -49,7 +49,8 @@ class BlockProblem:
 
     Attributes:
         block: The block in float32 with its original weights; must be left as it was found.
-        layers: The problems of its linear layers by name (`nn.Module.get_submodule` names within the block).
+        layers: The problems of its linear layers by name (`nn.Module.get_submodule` names within the block), their
+            statistics unseen: those of all experts at once are too large.
         inputs: Outputs of the quantized prefix, (sequences, length, hidden), on the block's device or the CPU.
         targets: Outputs of the original block on the original stream, the same shape.
         forward: ``forward(block, x)`` with x (batch, length, hidden) returns the block's output, gradients included.

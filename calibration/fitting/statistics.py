@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,22 @@ class LayerStatistics:
         self.peak_mean_abs = torch.maximum(self.peak_mean_abs, magnitude.mean(0))
         self.peak = torch.maximum(self.peak, magnitude.amax(0))
         self.tokens += flat.shape[0]
+
+    def add(self, other: LayerStatistics) -> None:
+        """Become the statistics of the tokens of both."""
+        self.gram += other.gram
+        self.mean_abs += other.mean_abs
+        self.peak_mean_abs = torch.maximum(self.peak_mean_abs, other.peak_mean_abs)
+        self.peak = torch.maximum(self.peak, other.peak)
+        self.tokens += other.tokens
+
+    def filled_up(self, others: LayerStatistics) -> LayerStatistics:
+        """Return these statistics with the mean of others in the place of tokens that miss to K."""
+        missing = len(self.gram) - self.tokens
+        part = missing / others.tokens
+        sums = {name: getattr(self, name) + part * getattr(others, name) for name in ("gram", "mean_abs")}
+        shared = replace(self, **sums, tokens=len(self.gram))
+        return shared if self.tokens else replace(shared, peak_mean_abs=others.peak_mean_abs, peak=others.peak)
 
     def divide(self, scale: Tensor) -> None:
         """Become the statistics of ``x / scale``, scale (K,) positive."""

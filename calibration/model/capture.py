@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model.adapter import Blocks, ModelAdapter, adapter_of
+from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import PackedModule
 from rankbook.calibration.model.placement import CPU, Placement, Stream, batch_size, batches, in_float32, placed
+from rankbook.calibration.model.routed_inputs import RoutedInputs
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,47 @@ def entering(
     return found
 
 
+class BlockStatistics(Mapping[str, LayerStatistics]):
+    """The statistics of the inputs of layers, by name: of experts computed when they are asked for."""
+
+    def __init__(
+        self, held: Mapping[str, LayerStatistics], routed: Mapping[str, tuple[RoutedInputs, str, int]]
+    ) -> None:
+        """Hold statistics; ``routed`` are the layers of experts: their inputs, matrix and number."""
+        self._held, self._routed = held, routed
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        """Return the statistics of a layer; those of an expert are not kept."""
+        if name in self._held:
+            return self._held[name]
+        inputs, matrix, expert = self._routed[name]
+        return inputs.statistics(matrix, expert)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the layers."""
+        return itertools.chain(self._held, self._routed)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._held) + len(self._routed)
+
+    def few_tokens(self) -> list[str]:
+        """Return the names of the layers of experts that saw fewer tokens than they have inputs."""
+        return [name for name, (inputs, matrix, expert) in self._routed.items() if inputs.is_scarce(matrix, expert)]
+
+
 @torch.no_grad()
 def collect(
     block: nn.Module, call: BlockCall, stream: Tensor, layers: Sequence[str], device: torch.device = CPU
-) -> dict[str, LayerStatistics]:
+) -> BlockStatistics:
     """Return the statistics of the inputs of the named layers while the stream runs through the block on its device.
 
     Layers that are given the same tensor (q, k and v; gate and up) share one statistics object.
     """
-    modules: dict[str, Any] = {name: block.get_submodule(name) for name in layers}
+    found = {name: matrix_of(name) for name in layers}
+    modules: dict[str, Any] = {name: block.get_submodule(name) for name, matrix in found.items() if matrix is None}
+    places = {name: (*matrix[0].rpartition(".")[::2], matrix[1]) for name, matrix in found.items() if matrix}
+    inputs = {owner: RoutedInputs(block.get_submodule(owner), device) for owner, _, _ in places.values()}
     statistics: dict[str, LayerStatistics] = {}
     owners: dict[str, str] = {}
     seen: list[tuple[Tensor, int, str]] = []
@@ -167,10 +202,14 @@ def collect(
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_pre_hook(functools.partial(observe, name), with_kwargs=True))
+        for owner, kept in inputs.items():
+            experts = block.get_submodule(owner)
+            hooks.enter_context(experts.register_forward_pre_hook(kept.note, with_kwargs=True))
         for batch in batches(stream, device):
             call(block, batch)
             seen.clear()
-    return {name: of(owners.get(name, name)) for name in modules}
+    held = {name: of(owners.get(name, name)) for name in modules}
+    return BlockStatistics(held, {name: (inputs[place[0]], *place[1:]) for name, place in places.items()})
 
 
 @contextlib.contextmanager

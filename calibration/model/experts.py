@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from rankbook.calibration.fitting.statistics import LayerStatistics
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the fused parameters; experts have one of the first two, and the last."""
@@ -32,7 +29,13 @@ class ExpertMatrices(nn.ModuleList):
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=len(self)).tolist()
         rows = zip(self, torch.split(x[order], counts), strict=True)
-        return torch.cat([layer(chunk) for layer, chunk in rows if len(chunk)])[order.argsort()]
+        parts = [layer(chunk) for layer, chunk in rows if len(chunk)]
+        return torch.cat(parts or [self[0](x)])[order.argsort()]
+
+    def columns(self) -> int:
+        """Return the inputs of each."""
+        width: Any = self[0].in_features
+        return int(width)
 
 
 def matrix_of(name: str) -> tuple[str, int] | None:
@@ -96,40 +99,24 @@ def routed(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     top_k_index, order = top_k_index.sort(-1)
     top_k_weights, experts = top_k_weights.gather(-1, order), top_k_index.reshape(-1)
     y = hidden_states[:, None].expand(-1, top_k_index.shape[1], -1).reshape(-1, hidden_states.shape[1])
-    if module.has_gate:
-        y = module._apply_gate(module.gate_up_proj(y, experts))
-    else:
-        y = module.act_fn(module.up_proj(y, experts))
-    y = module.down_proj(y, experts)
+    y = module.down_proj(gated(module, linears(module)(y, experts)), experts)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     weighted: Tensor = y.reshape(*top_k_index.shape, -1) * top_k_weights[..., None]
     return weighted.sum(1).to(hidden_states.dtype)
 
 
-def share_statistics(statistics: Mapping[str, LayerStatistics]) -> tuple[dict[str, LayerStatistics], list[str]]:
-    """Return statistics in which no expert stands for itself with too few tokens, and the names of those that did.
+def linears(module: Any, matrix: str = "") -> ExpertMatrices:
+    """Return the linear layers of a matrix of experts that were split, of the first one without a name."""
+    name = matrix or (MATRICES[0] if module.has_gate else MATRICES[1])
+    layers: ExpertMatrices = getattr(module, name)
+    return layers
 
-    A Gram matrix of fewer tokens than inputs is singular. An expert that saw fewer is given the missing ones as copies
-    of the mean of all experts of its matrix, in numbers: its own tokens keep their weight.
-    """
-    found, few = dict(statistics), []
-    for names in stacks(statistics).values():
-        own = [statistics[name] for name in names]
-        columns, seen = len(own[0].gram), sum(item.tokens for item in own)
-        scarce = [name for name in names if statistics[name].tokens < columns]
-        if not scarce or not seen:
-            continue
-        few += scarce
-        gram, mean_abs = sum(item.gram for item in own), sum(item.mean_abs for item in own)
-        peaks = [torch.stack([getattr(item, part) for item in own]).amax(0) for part in ("peak_mean_abs", "peak")]
-        for name in scarce:
-            item = statistics[name]
-            part = (columns - item.tokens) / seen
-            sums = {"gram": item.gram + part * gram, "mean_abs": item.mean_abs + part * mean_abs}
-            shared = replace(item, **sums, tokens=columns)
-            found[name] = shared if item.tokens else replace(shared, peak_mean_abs=peaks[0], peak=peaks[1])
-    return found, few
+
+def gated(module: Any, y: Tensor) -> Tensor:
+    """Return what enters the last matrix, given the output y (S, N) of the first."""
+    found: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return found
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

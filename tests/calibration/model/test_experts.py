@@ -78,20 +78,20 @@ def test_names_tell_the_matrix_and_the_expert() -> None:
 def test_an_expert_with_few_tokens_shares_those_of_all() -> None:
     torch.manual_seed(0)
     columns, counts = 8, (20, 3, 0)
-    statistics = {f"a.down_proj.{index}": LayerStatistics.empty(columns) for index in range(3)}
+    statistics = [LayerStatistics.empty(columns) for _ in counts]
     inputs = [torch.randn(count, columns) for count in counts]
-    for x, item in zip(inputs, statistics.values(), strict=True):
+    everyone = LayerStatistics.empty(columns)
+    for x, item in zip(inputs, statistics, strict=True):
         if len(x):
             item.update(x)
-    shared, few = experts.share_statistics({**statistics, "q_proj": LayerStatistics.empty(4)})
-    assert few == ["a.down_proj.1", "a.down_proj.2"]
-    assert shared["a.down_proj.0"] is statistics["a.down_proj.0"]
+        everyone.add(item)
+    shared = [item.filled_up(everyone) for item in statistics[1:]]
     mean = torch.cat(inputs).T @ torch.cat(inputs) / sum(counts)
     own = inputs[1].T @ inputs[1]
-    torch.testing.assert_close(shared["a.down_proj.1"].gram, own + (columns - 3) * mean)
-    torch.testing.assert_close(shared["a.down_proj.2"].gram, columns * mean)
-    assert shared["a.down_proj.2"].tokens == columns
-    torch.testing.assert_close(shared["a.down_proj.2"].peak, torch.cat(inputs).abs().amax(0))
+    torch.testing.assert_close(shared[0].gram, own + (columns - 3) * mean)
+    torch.testing.assert_close(shared[1].gram, columns * mean)
+    assert shared[1].tokens == columns
+    torch.testing.assert_close(shared[1].peak, torch.cat(inputs).abs().amax(0))
 
 
 def test_what_enters_experts_is_neither_scaled_nor_given_a_static_range(tmp_path: Path) -> None:
