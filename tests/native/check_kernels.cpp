@@ -54,6 +54,16 @@ std::vector<Isa> all_isas() {
   return out;
 }
 
+// Heap memory of exactly so many bytes, on a cache line.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : held_(std::aligned_alloc(64, static_cast<size_t>(bytes)), std::free) {}
+  uint8_t* get() const { return static_cast<uint8_t*>(held_.get()); }
+
+ private:
+  std::unique_ptr<void, decltype(&std::free)> held_;
+};
+
 struct Case {
   int bits, planes;
   bool offset;
@@ -106,16 +116,23 @@ double largest_error(const Case& c, const Layer& layer, const PanelKernels& kern
   const std::vector<float> x = reals(c.tokens * c.k, 1.0F);
   const std::vector<float> bias = reals(c.n, 1.0F);
   std::vector<float> y(static_cast<size_t>(c.tokens * c.n));
-  std::vector<float> workspace(static_cast<size_t>(linear_workspace(layer.weight, layer.branch, c.tokens)));
-  LinearArgs args;
+  // Of two products at once: all rows in order, and the rows backwards. The second must give what the first does.
+  std::vector<float> backwards(y.size());
+  std::vector<int64_t> rows_backwards;
+  for (int64_t m = c.tokens; m-- > 0;) rows_backwards.push_back(m);
+  LinearArgs products[2];
+  LinearArgs& args = products[0];
   args.weight = layer.weight;
   args.branch = layer.branch;
   args.bias = bias.data();
   args.x = x.data();
   args.tokens = c.tokens;
   args.y = y.data();
-  args.workspace = workspace.data();
-  if (!codebook_linear(args, kernels, parallel).ok()) return INFINITY;
+  products[1] = args;
+  products[1].y = backwards.data();
+  products[1].rows = rows_backwards.data();
+  const Workspace workspace(linear_workspace(products, 2));
+  if (!codebook_linear(products, 2, workspace.get(), kernels, parallel).ok() || backwards != y) return INFINITY;
 
   double worst = 0.0;
   for (int64_t m = 0; m < c.tokens; ++m) {
@@ -201,13 +218,16 @@ std::vector<float> run_int8(const Case& c, const Layer& layer, const Int8Kernels
 
   std::vector<float> y(static_cast<size_t>(c.tokens * c.n));
   std::vector<float> again(y.size());
+  std::vector<float> backwards(y.size());
+  std::vector<int64_t> rows;
+  for (int64_t m = c.tokens; m-- > 0;) rows.push_back(m);
   const Int8Product products[] = {{weight, branch, bias.data(), y.data()}, {weight, branch, bias.data(), again.data()}};
-  Int8Args args{products, 2, x.data(), c.tokens};
-  const auto bytes = static_cast<size_t>(int8_workspace(args));
-  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, bytes), std::free);
-  args.workspace = static_cast<uint8_t*>(workspace.get());
-  const bool done = int8_linear(args, kernels, {nullptr, run_threads}).ok();
-  if (!done || again != y) y.assign(y.size(), NAN);
+  const Int8Product alone{weight, branch, bias.data(), backwards.data()};
+  // Two products of one x, and one of its rows backwards.
+  const Int8Args args[] = {{products, 2, x.data(), c.tokens, nullptr}, {&alone, 1, x.data(), c.tokens, rows.data()}};
+  const Workspace workspace(int8_workspace(args, 2));
+  const bool done = int8_linear(args, 2, workspace.get(), kernels, {nullptr, run_threads}).ok();
+  if (!done || again != y || backwards != y) y.assign(y.size(), NAN);
   return y;
 }
 

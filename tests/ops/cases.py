@@ -5,7 +5,7 @@ A case is drawn as a record and written by the exporter's own code, so every run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -22,7 +23,8 @@ from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.exporter.bodies import functions
 from rankbook.exporter.dialects.rankbook import attributes, initializers
 from rankbook.exporter.functions import OPSET
-from rankbook.plugins import contract, layout
+from rankbook.plugins import contract, experts, layout
+from rankbook.plugins.operators import OPERATORS
 from tests.calibration import records
 
 Array = npt.NDArray[Any]
@@ -45,6 +47,7 @@ class Case:
         int8_activations: The operator rounds x to 8 bits.
         dtype: Type of x and y.
         tokens: Leading dimensions of x, or the shape of the indices.
+        experts: A product of so many experts on rows of x, of which the third has none; 0 for one of a single layer.
     """
 
     bits: int = 3
@@ -64,18 +67,30 @@ class Case:
     dtype: str = "float32"
     tokens: tuple[int, ...] = (2, 3)
     seed: int = 0
+    experts: int = 0
 
     def draw(self, **changes: Any) -> Op:
         """Return the operator and a random input, after changes to the case."""
         return replace(self, **changes)._draw()
 
     def _draw(self) -> Op:
-        record = records.random_record(**{name: getattr(self, name) for name in RECORD_FIELDS})
+        fields = {name: getattr(self, name) for name in RECORD_FIELDS}
+        record = records.random_record(**fields)
+        if self.experts:
+            others = [records.random_record(**{**fields, "seed": self.seed + i}) for i in range(1, self.experts)]
+            numbers = np.random.default_rng(self.seed).integers(0, self.experts, self.tokens)
+            x = random_x(record, self.dtype, self.tokens, self.seed)
+            numbers[numbers == UNCHOSEN] = self.experts - 1
+            return Op.of_experts([record, *others], x, numbers, int8_activations=self.int8_activations)
         if self.gather:
             rows = np.random.default_rng(self.seed).integers(0, self.out_features, self.tokens)
             return Op.of(record, rows, gather=True)
         x = random_x(record, self.dtype, self.tokens, self.seed)
         return Op.of(record, x, int8_activations=self.int8_activations)
+
+
+UNCHOSEN = 2
+"""The expert of drawn cases that no row is sent to."""
 
 
 def constants_of(record: QuantizedLinear, operator: contract.Operator) -> dict[str, Array]:
@@ -93,12 +108,14 @@ class Op:
         inputs: By formal name: what the operator is applied to, then the constants.
         attributes: By name.
         record: What the constants were written from, before any change to them.
+        records: Those of all experts; empty for a single layer.
     """
 
     op_type: str
     inputs: dict[str, Array]
     attributes: dict[str, Any]
     record: QuantizedLinear
+    records: tuple[QuantizedLinear, ...] = ()
 
     @classmethod
     def of(cls, record: QuantizedLinear, x: Array, *, gather: bool = False, int8_activations: bool = False) -> Op:
@@ -109,10 +126,27 @@ class Op:
         inputs = {operator.inputs[0].name: x, **constants_of(record, operator)}
         return cls(operator.name, inputs, dict(attributes(spec)), record)
 
+    @classmethod
+    def of_experts(
+        cls, records: Sequence[QuantizedLinear], x: Array, numbers: Array, *, int8_activations: bool = False
+    ) -> Op:
+        """Return the product of the rows x (S, K) with the records of their experts, numbers (S,)."""
+        spec, packed = records[0].spec(), [record.pack() for record in records]
+        kind = contract.matmul_kind(low_rank=bool(spec.branch_rank), int8_activations=int8_activations)
+        operator = OPERATORS[experts.name_of(contract.PACKED[contract.op_name(kind, spec.bits)])]
+
+        def read(part: str) -> torch.Tensor:
+            return torch.stack([tensors[part] for tensors in packed])
+
+        tensors = initializers(spec, operator, read, "layer", len(records))
+        inputs = {"x": x, experts.NUMBERS: numbers, **{name: tensor.numpy() for name, tensor in tensors.items()}}
+        given = {item.name: attributes(spec)[item.name] for item in operator.attributes}
+        return cls(operator.name, inputs, given, records[0], tuple(records))
+
     @property
     def contract(self) -> contract.Operator:
         """What the operator says about itself."""
-        return contract.PACKED[self.op_type]
+        return OPERATORS[self.op_type]
 
     @property
     def gather(self) -> bool:
@@ -126,12 +160,17 @@ class Op:
 
     @property
     def x(self) -> Array:
-        """The input that is no constant."""
+        """The first input."""
         return next(iter(self.inputs.values()))
+
+    @property
+    def numbers(self) -> Array:
+        """The experts of the rows."""
+        return self.inputs[experts.NUMBERS]
 
     def constants(self) -> dict[str, Array]:
         """Return the constants by formal name."""
-        return dict(list(self.inputs.items())[1:])
+        return {name: self.inputs[name] for name in self.contract.constants()}
 
     def with_x(self, x: Array) -> Op:
         """Return the operator on another input."""
@@ -169,7 +208,7 @@ class Op:
 
     def model(self, *, bodies: bool = False) -> onnx.ModelProto:
         """Return a model whose only node is the operator, every constant an initializer; with or without its body."""
-        first, *names = self.inputs
+        first, *_ = self.inputs
         node = helper.make_node(
             self.op_type, list(self.inputs), ["y"], name="layer", domain=contract.DOMAIN, **self.attributes
         )
@@ -178,8 +217,9 @@ class Op:
         x = helper.make_tensor_value_info(first, kind, sizes if self.gather else [*sizes, self.x.shape[-1]])
         width = int(self.attributes["in_features" if self.gather else "out_features"])
         y = helper.make_tensor_value_info("y", TensorProto.FLOAT if self.gather else kind, [*sizes, width])
-        constants = [numpy_helper.from_array(self.inputs[name], name) for name in names]
-        graph = helper.make_graph([node], "op", [x], [y], constants)
+        constants = [numpy_helper.from_array(value, name) for name, value in self.constants().items()]
+        numbers = [helper.make_tensor_value_info(experts.NUMBERS, TensorProto.INT64, sizes)] if self.records else []
+        graph = helper.make_graph([node], "op", [x, *numbers], [y], constants)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
         held = functions([self.op_type]) if bodies else []
         return helper.make_model(graph, opset_imports=opsets, functions=held, ir_version=11)
@@ -296,10 +336,29 @@ LOOK_UPS: dict[str, Case] = {
 """Rows looked up, by name."""
 
 
-def expand(dtypes: tuple[str, ...], *, int8: bool = True) -> dict[str, Case]:
+def _experts() -> dict[str, Case]:
+    """Every form; one row alone, none, and so many that one expert's are cut into chunks."""
+    many: dict[str, Any] = {"in_features": 96, "group": 48, "rank": 3, "bias": True}
+    cases = {
+        **FORMS,
+        "one row": Case(tokens=(1,)),
+        "no row": Case(tokens=(0,)),
+        "many rows": Case(tokens=(900,), **many),
+    }
+    return {
+        f"experts, {name}": replace(case, experts=5, tokens=(7,) if name in FORMS else case.tokens)
+        for name, case in cases.items()
+    }
+
+
+EXPERTS: dict[str, Case] = _experts()
+"""Products of experts, by name."""
+
+
+def expand(dtypes: tuple[str, ...], *, int8: bool = True, experts: bool = True) -> dict[str, Case]:
     """Return all cases in these types of x: products, the same with x rounded to 8 bits, and rows looked up."""
     found: dict[str, Case] = {}
-    for name, case in PRODUCTS.items():
+    for name, case in {**PRODUCTS, **(EXPERTS if experts else {})}.items():
         for dtype in dtypes:
             found[f"{name}, {dtype}"] = replace(case, dtype=dtype)
             if int8:

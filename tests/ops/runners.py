@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from rankbook.plugins import library
+from rankbook.plugins.experts import NUMBERS
 from tests.ops.cases import DTYPES, EPSILON, FORMS, LOOK_UPS, Array, Case, Op, expand
 from tests.plugins import emulated
 
@@ -130,11 +131,14 @@ def run_session(session: Any, op: Op) -> Array:
     from onnx import TensorProto
 
     name = session.get_inputs()[0].name
+    numbers = {NUMBERS: op.numbers} if op.records else {}
     if op.dtype != "bfloat16":
-        (y,) = session.run(None, {name: op.x})
+        (y,) = session.run(None, {name: op.x, **numbers})
         return np.asarray(y)
     y = np.zeros((*op.x.shape[:-1], int(op.attributes["out_features"])), op.x.dtype)
     binding = session.io_binding()
+    for port, array in numbers.items():
+        binding.bind_cpu_input(port, array)
     for bind, port, array in ((binding.bind_ortvalue_input, name, op.x), (binding.bind_ortvalue_output, "y", y)):
         bind(port, ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16))
     session.run_with_iobinding(binding)
@@ -179,11 +183,16 @@ def run_torch(op: Op) -> Array:
     """Run the layer in PyTorch."""
     import torch
 
+    from rankbook.calibration.model.experts import ExpertMatrices
     from rankbook.calibration.model.packed_modules import CodebookEmbedding, CodebookLinear
 
+    x = torch.from_numpy(op.x)
     if op.gather:
-        return CodebookEmbedding.from_record(op.record)(torch.from_numpy(op.x)).numpy()
-    return CodebookLinear.from_record(op.record)(torch.from_numpy(op.x)).numpy()
+        return CodebookEmbedding.from_record(op.record)(x).numpy()
+    if op.records:
+        layers = ExpertMatrices(CodebookLinear.from_record(record) for record in op.records)
+        return layers(x, torch.from_numpy(op.numbers)).numpy()
+    return CodebookLinear.from_record(op.record)(x).numpy()
 
 
 @contextlib.contextmanager
@@ -244,7 +253,7 @@ RUNNERS: dict[str, Runner] = {
         Runner("torch", lambda: None, run_torch, float32_sums, expand(("float32",), int8=False)),
         Runner("bodies", lambda: None, run_bodies, half_inside, expand(("float32", "float16"))),
         Runner("native", _installed("ort"), run_native, the_definition, expand(tuple(DTYPES))),
-        Runner("cuda", _compiles, run_kernels, cuda_kernels, expand(tuple(DTYPES))),
+        Runner("cuda", _compiles, run_kernels, cuda_kernels, expand(tuple(DTYPES), experts=False)),
         Runner("operators", _compiles, run_operators, cuda_kernels, _forms()),
     )
 }

@@ -147,6 +147,26 @@ std::string check_attributes(const LayerAttributes& given, const std::string& su
   return "";
 }
 
+std::string unstack(Constant* constants, size_t inputs, int64_t* experts) {
+  *experts = 0;
+  for (size_t input = 1; input < inputs; ++input) {
+    Shape& shape = constants[input].shape;
+    const std::string name = std::string("input ") + Port::kInputs[input];
+    if (!shape.has(2)) return name + " has shape " + shape.text() + "; it must have an axis of experts before those of one";
+    const int64_t count = shape.at[0];
+    if (count < 1 || (input > 1 && count != *experts)) {
+      const std::string allowed = input > 1 ? "as many as input " + std::string(Port::kInputs[1]) + " has, " + std::to_string(*experts) : "at least 1";
+      return name + " is of " + std::to_string(count) + " experts; it must be of " + allowed;
+    }
+    *experts = count;
+    Shape one;
+    one.axes = shape.axes - 1;
+    for (size_t axis = 0; axis < one.axes; ++axis) one.at[axis] = shape.at[axis + 1];
+    shape = one;
+  }
+  return "";
+}
+
 std::string read_layer(const LayerAttributes& attributes, const Constant* constants, size_t inputs, const Limits& limits,
                        const std::string& suffix, Layer* out) {
   if (std::string problem = check_attributes(attributes, suffix); !problem.empty()) return problem;

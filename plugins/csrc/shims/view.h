@@ -70,6 +70,9 @@ struct Limits {
 inline constexpr Limits kCpuLimits = {256, contract::kLargestSize, true};
 inline constexpr Limits kCudaLimits = {contract::kCudaPlanes, contract::kCudaColumns, false};
 
+// Takes the first axis, that of the experts, from the shapes of the constants; returns what is wrong, or nothing.
+std::string unstack(Constant* constants, size_t inputs, int64_t* experts);
+
 // Returns what is wrong, or nothing. `constants` are the `inputs` of the operator by position, of which the first is not
 // looked at; `suffix` stands behind their names.
 std::string read_layer(const LayerAttributes& attributes, const Constant* constants, size_t inputs, const Limits& limits,

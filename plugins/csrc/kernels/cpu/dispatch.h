@@ -30,8 +30,8 @@ struct Int8Kernels {
   const char* name;
   int unsigned_range;  // levels of a larger range need signed tables
 
-  // Rounds one token of x (M, K) to int8, zeros around each group: into `natural` in the order of 8 bits, and into `staged`
-  // in that of the weight unless that is the same.
+  // Rounds x (K) to int8, zeros around each group, as this token of `natural` in the order of 8 bits, and of `staged` in that
+  // of the weight unless that is the same.
   void (*quantize)(const Int8Weight& weight, const float* x, int64_t token, const StagedRows& natural,
                    const StagedRows& staged);
 

@@ -72,9 +72,14 @@ bool lies_within(const Numbers& place, int64_t bytes) {
   return left >= 1;
 }
 
-HugeCopy copy_of(const Ort::ConstValue& value, size_t element_size) {
-  return HugeCopy::of(value.GetTensorRawData(), value.GetTensorTypeAndShapeInfo().GetElementCount() * element_size);
+// Of the types that constants may have.
+size_t bytes_of(const Ort::ConstValue& value) {
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  const contract::Type type = type_of(info.GetElementType());
+  return info.GetElementCount() * (type == contract::Type::kInt8 ? 1 : type == contract::Type::kFloat32 ? 4 : 2);
 }
+
+HugeCopy copy_of(const Ort::ConstValue& value) { return HugeCopy::of(value.GetTensorRawData(), bytes_of(value)); }
 
 }  // namespace
 
@@ -87,22 +92,24 @@ Shape shape_of(const Ort::TensorTypeAndShapeInfo& info) {
 }
 
 // Sentences begin with the operator and the node's name, which Netron shows as well.
-Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product,
+Constants::Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, Which which,
                      const Ort::KernelContext* context)
     : info_(info),
       names_(names),
       node_(std::move(op_type)),
-      suffix_(product == kAlone ? "" : "_" + std::to_string(product)),
+      suffix_(which.kind == Which::kMerged ? "_" + std::to_string(which.index) : ""),
+      which_(which),
       context_(context) {
   node_ += " '" + info_.GetNodeName() + "'";
 }
 
-bool Constants::are_cast(const OrtKernelInfo* info) {
+bool Constants::are_cast(const OrtKernelInfo* info, Which which) {
   const Ort::ConstKernelInfo node(info);
-  if (node.GetInputCount() <= Port::kLevels) return false;
+  const size_t levels = which.position(Port::kLevels);
+  if (node.GetInputCount() <= levels) return false;
   int constant = 0;
-  node.GetTensorConstantInput(Port::kLevels, &constant);
-  const auto type = node.GetInputTypeInfo(Port::kLevels).GetTensorTypeAndShapeInfo().GetElementType();
+  node.GetTensorConstantInput(levels, &constant);
+  const auto type = node.GetInputTypeInfo(levels).GetTensorTypeAndShapeInfo().GetElementType();
   return constant == 0 && type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
@@ -154,12 +161,21 @@ void Constants::expect_inputs(size_t count) const {
   }
 }
 
+void Constants::expect_type(size_t position, const char* name, contract::Type type) const {
+  const contract::Type given = type_of(info_.GetInputTypeInfo(position).GetTensorTypeAndShapeInfo().GetElementType());
+  const auto text = [](contract::Type of) { return std::string(contract::kTypes[static_cast<int>(of)]); };
+  if (given != type) fail(std::string("input ") + name + " is " + text(given) + "; it must be " + text(type));
+}
+
 // From types and shapes to a layer: view.cpp decides, for all runtimes alike; here only ONNX Runtime's own habit is
 // undone.
-Layer Constants::layer(int bits, size_t inputs, const Limits& limits) const {
+Layer Constants::layer(int bits, size_t inputs, const Limits& limits, int64_t* experts) const {
   const LayerAttributes attributes{bits, integer(Names::kOutFeatures), integer(Names::kInFeatures), integer(Names::kOffset)};
   Constant constants[Port::kInputCount];
   for (size_t i = 1; i < inputs; ++i) constants[i] = constant(i);
+  if (experts != nullptr) {
+    if (const std::string problem = unstack(constants, inputs, experts); !problem.empty()) fail(problem);
+  }
   // ONNX Runtime casts every fp16 input of a node that stands between nodes without fp16 kernels, constants too: parameters
   // and factors then have another form of the table.
   contract::Type& levels = constants[Port::kLevels].type;
@@ -184,12 +200,12 @@ void Constants::check_elements(const Layer& layer, bool on_gpu) const {
   });
 }
 
-// Parts of a merged node are made into tensors once and kept, as several readers ask for them.
+// Parts of what products share are made into tensors once and kept, as several readers ask for them.
 Ort::ConstValue Constants::tensor(size_t input) const {
-  if (suffix_.empty()) return this->input(input, name(input));
+  if (which_.kind == Which::kAlone) return whole(input);
   auto found = held_.find(input);
   // A map and not an array: most constants are asked for once.
-  if (found == held_.end()) found = held_.emplace(input, part(input)).first;
+  if (found == held_.end()) found = held_.emplace(input, which_.kind == Which::kMerged ? part(input) : slice(input)).first;
   return found->second.GetConst();
 }
 
@@ -207,9 +223,10 @@ Ort::ConstValue Constants::input(size_t position, const std::string& name) const
 
 // After the copies to huge pages: the file's pages would otherwise count for the process until memory runs short.
 void Constants::drop_data() const {
-  if (suffix_.empty()) return;
-  const Ort::ConstValue data = input(kMergedData, "data");
-  drop_mapped(data.GetTensorRawData(), data.GetTensorTypeAndShapeInfo().GetElementCount());
+  const auto drop = [](const Ort::ConstValue& data) { drop_mapped(data.GetTensorRawData(), bytes_of(data)); };
+  if (which_.kind == Which::kMerged) drop(input(kMergedData, "data"));
+  if (which_.kind != Which::kExpert) return;
+  for (const size_t large : {Port::kCodes, Port::kParams}) drop(whole(large));
 }
 
 // By contract.kMergedParts, the list of what lies in the shared tensor.
@@ -221,7 +238,8 @@ bool Constants::is_attribute(size_t input) const {
 
 // An offset and not an address: the input's memory may be another one in every call.
 Place Constants::place(size_t input) const {
-  if (suffix_.empty()) return {input, 0};
+  if (which_.kind == Which::kAlone) return {input, 0};
+  if (which_.kind == Which::kExpert) return {which_.position(input), static_cast<size_t>(which_.index) * bytes_of(tensor(input))};
   return {kMergedData, static_cast<size_t>(info_.GetAttributes<int64_t>(name(input).c_str()).at(0))};
 }
 
@@ -251,9 +269,19 @@ Ort::Value Constants::part(size_t input) const {
                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
 }
 
-// What view.cpp wants to know of a constant; its elements are looked at later.
+// The part of one expert. Its sizes are those of the constant without the first.
+Ort::Value Constants::slice(size_t input) const {
+  const Ort::ConstValue all = whole(input);
+  const auto info = all.GetTensorTypeAndShapeInfo();
+  const Numbers shape = info.GetShape();
+  const size_t bytes = bytes_of(all) / static_cast<size_t>(shape.at(0));
+  auto* const at = static_cast<uint8_t*>(const_cast<void*>(all.GetTensorRawData())) + static_cast<size_t>(which_.index) * bytes;
+  return Ort::Value::CreateTensor(all.GetTensorMemoryInfo(), at, bytes, shape.data() + 1, shape.size() - 1, info.GetElementType());
+}
+
+// What view.cpp wants to know of a constant, of all experts together; its elements are looked at later.
 Constant Constants::constant(size_t input) const {
-  const Ort::ConstValue value = tensor(input);
+  const Ort::ConstValue value = which_.kind == Which::kExpert ? whole(input) : tensor(input);
   return {type_of(value.GetTensorTypeAndShapeInfo().GetElementType()), shape_of(value)};
 }
 
@@ -333,13 +361,12 @@ void WeightStore::fit_lines() {
 
 // Swapped with an empty vector, since clear() keeps the memory.
 void WeightStore::copy_params(const Constants& constants) {
-  const size_t size = weight_.form == ParamForm::kInt8 ? 1 : weight_.form == ParamForm::kFloat16 ? 2 : 4;
-  params_ = copy_of(constants.tensor(params_input_), size);
+  params_ = copy_of(constants.tensor(params_input_));
   if (params_.data() != nullptr) std::vector<uint8_t>().swap(held_params_);
 }
 
 // Last of all copies of a node: codes are nearly all of the bytes, and lie in the order in which panels are read.
-void WeightStore::copy_codes(const Constants& constants) { codes_ = copy_of(constants.tensor(Port::kCodes), 1); }
+void WeightStore::copy_codes(const Constants& constants) { codes_ = copy_of(constants.tensor(Port::kCodes)); }
 
 // Per call, because ONNX Runtime may give the inputs of a call another address; copies win over both.
 CodebookWeight WeightStore::bind(const Ort::KernelContext& context) const {

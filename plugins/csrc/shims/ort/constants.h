@@ -23,27 +23,38 @@ struct Place {
   }
 };
 
+// Which product of a node: its only one, one of a merged node (plugins/merged.py), or that of one expert, whose constants are
+// slices of the node's, which stand behind one more input (plugins/experts.py).
+struct Which {
+  enum Kind { kAlone, kMerged, kExpert };
+  Kind kind = kAlone;
+  int64_t index = 0;
+
+  size_t position(size_t input) const { return input + (kind == kExpert ? 1 : 0); }
+};
+
 // The constants of one product by their position among the inputs of an operator of one product, wherever they lie in the
 // node. Every check throws Ort::Exception with the node's name in it.
 class Constants {
  public:
-  // `names` are those of the inputs of an operator of one product. In a merged node (plugins/merged.py) this is number
-  // `product` of it. With the context of a call they are the inputs of that call.
-  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, int product = kAlone,
+  // `names` are those of the inputs of an operator of one product. With the context of a call the constants are the inputs
+  // of that call.
+  Constants(const OrtKernelInfo* info, const char* const* names, std::string op_type, Which which = {},
             const Ort::KernelContext* context = nullptr);
-  static constexpr int kAlone = -1;
 
   // Whether levels are float32 and not known before a call: what ONNX Runtime makes of a node's fp16 constants, with Cast
   // nodes that it only folds where graph optimizations are on.
-  static bool are_cast(const OrtKernelInfo* info);
+  static bool are_cast(const OrtKernelInfo* info, Which which = {});
 
   // Fails where the node has another number of inputs, or leaves out one of them or an output.
   void expect_inputs(size_t count) const;
+  // Fails where the node's input at this position is of another type.
+  void expect_type(size_t position, const char* name, contract::Type type) const;
   int64_t attribute(const char* name, int64_t low) const;
   float float_attribute(const char* name) const;  // finite, not negative
 
-  // The layer that the first `inputs` of an operator of one product describe.
-  Layer layer(int bits, size_t inputs, const Limits& limits) const;
+  // The layer that the first `inputs` of an operator of one product describe; of stacked ones each, and their number.
+  Layer layer(int bits, size_t inputs, const Limits& limits, int64_t* experts = nullptr) const;
   // Fails at NaN, infinity, and placeholders that hold something else; looks at what is in this process' memory alone
   // where `on_gpu`.
   void check_elements(const Layer& layer, bool on_gpu) const;
@@ -53,8 +64,8 @@ class Constants {
   std::vector<float> floats(size_t input) const;  // of float32 or float16
   [[noreturn]] void fail(const std::string& sentence) const;
 
-  // Gives the pages of a merged node's tensor back, once nothing reads it: pages that two parts share, and those that the
-  // system brought along, are still there.
+  // Gives the pages of tensors that products share back, once nothing reads them: pages that two parts share, and those that
+  // the system brought along, are still there.
   void drop_data() const;
 
   bool is_attribute(size_t input) const;  // and has no place
@@ -65,14 +76,17 @@ class Constants {
   int64_t integer(const char* name) const;
   std::string name(size_t input) const { return names_[input] + suffix_; }
   Ort::ConstValue input(size_t position, const std::string& name) const;
+  Ort::ConstValue whole(size_t input) const { return this->input(which_.position(input), name(input)); }
   Ort::Value part(size_t input) const;
+  Ort::Value slice(size_t input) const;
 
   Ort::ConstKernelInfo info_;
   const char* const* names_;
   std::string node_;  // "CodebookMatMul3 'model.layers.0.q_proj'"
   std::string suffix_;
+  Which which_;
   const Ort::KernelContext* context_;
-  mutable std::map<size_t, Ort::Value> held_;  // of a merged node
+  mutable std::map<size_t, Ort::Value> held_;  // parts of what products share
 };
 
 Shape shape_of(const Ort::TensorTypeAndShapeInfo& info);

@@ -7,6 +7,7 @@
 
 #include "contract.h"
 #include "shims/ort/attention_op.h"
+#include "shims/ort/experts_op.h"
 #include "shims/ort_cuda/cuda_ops.h"
 #include "shims/ort/ops.h"
 #include "shims/ort/row_ops.h"
@@ -70,11 +71,12 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
     // Never destroyed: sessions may outlive static destruction.
     const auto make = [&](bool rounding, bool copy) {
       auto* made = new Ort::CustomOpDomain(rankbook::contract::kDomain);
-      rankbook::ort::add_operators(
-          *made, {*kernels.packed, *kernels.int8, rounding, copy});
+      const rankbook::ort::Kernels products{*kernels.packed, *kernels.int8, rounding, copy};
+      rankbook::ort::add_operators(*made, products);
       rankbook::ort::add_cuda_operators(*made);
       if (!rankbook::ort::serves_gpu()) {  // where it does, the bodies run on the GPU
         rankbook::ort::add_attention(*made, *kernels.attention);
+        rankbook::ort::add_experts(*made, products);
         rankbook::ort::add_row_operators(*made, *kernels.rows);
       }
       return made;

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "contract.h"
-#include "kernels/cpu/simd/half.h"
 #include "shims/ort/guarded.h"
+#include "shims/ort/memory.h"
 #include "shims/ort/pool.h"
 #include "shims/ort/signature.h"
 
@@ -26,25 +26,6 @@ using RoundedLowRank = contract::CodebookMatMulLowRankA8;
 [[noreturn]] void fail(const std::string& node, const std::string& sentence) {
   throw Ort::Exception(node + ": " + sentence, ORT_INVALID_ARGUMENT);
 }
-
-// Memory on a cache line: on the stack where it is little, as for a single token, since malloc costs more there than rounding.
-class Workspace {
- public:
-  // Not cleared: the kernels write what they read.
-  explicit Workspace(int64_t bytes) : held_(bytes > kFew ? new uint8_t[static_cast<size_t>(bytes) + kLine] : nullptr) {}
-  // Cache lines, because a vector that crosses one costs two loads.
-  uint8_t* get() {
-    uint8_t* const from = held_ ? held_.get() : few_;
-    return from + (kLine - reinterpret_cast<uintptr_t>(from) % kLine) % kLine;
-  }
-
- private:
-  // Enough for a token of 4,096 inputs with its sums and scales.
-  static constexpr int64_t kFew = 16384;
-  static constexpr size_t kLine = 64;
-  std::unique_ptr<uint8_t[]> held_;
-  uint8_t few_[static_cast<size_t>(kFew) + kLine];
-};
 
 // A product or a look-up on the CPU. ONNX Runtime's template makes the two callbacks for one kind of kernel; for
 // look-ups they are replaced.
@@ -86,7 +67,7 @@ struct Op : SignedOp<Op, MatMulKernel> {
     std::vector<Constants> constants;
     const size_t inputs = signature.inputs_alone();
     for (int i = 0; i < signature.products(); ++i) {
-      constants.emplace_back(info, signature.input_names(), name, signature.merged > 0 ? i : Constants::kAlone, context);
+      constants.emplace_back(info, signature.input_names(), name, signature.which(i), context);
       constants[i].expect_inputs(signature.merged > 0 ? 2 : inputs);
       out.emplace_back(constants[i], constants[i].layer(signature.bits, inputs, kCpuLimits), kernels);
       if (out[0].in_features() != out[i].in_features() || (kernels.rounds && out[0].groups() != out[i].groups())) {
@@ -153,15 +134,14 @@ void MatMulKernel::compute(const Ort::KernelContext& context) const {
 }
 
 // The same for fp16 or bf16, by way of fp32.
-// The loops know fp32 alone. For one token the conversion is K + N elements beside N K weights.
+// For one token the conversion is K + N elements beside N K weights.
 void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* const* results) const {
   const std::vector<Product>& products = call.products;
   const auto inputs = static_cast<size_t>(call.tokens * products[0].in_features());
   size_t outputs = 0;
   for (const Product& each : products) outputs += static_cast<size_t>(call.tokens * each.out_features());
   const std::unique_ptr<float[]> staged(new float[inputs + outputs]);
-  const auto* from = static_cast<const uint16_t*>(x);
-  for (size_t i = 0; i < inputs; ++i) staged[i] = half ? half_to_float(from[i]) : bfloat_to_float(from[i]);
+  widen(x, half, static_cast<int64_t>(inputs), staged.get());
   call.x = staged.get();
   float* next = staged.get() + inputs;
   for (size_t i = 0; i < products.size(); ++i) {
@@ -169,12 +149,7 @@ void MatMulKernel::compute_half(Call& call, bool half, const void* x, void* cons
     next += call.tokens * products[i].out_features();
   }
   multiply(call);
-    // Ort's own conversions round to nearest, ties to even.
-  for (size_t i = 0; i < products.size(); ++i) {
-    auto* to = static_cast<uint16_t*>(results[i]);
-    const int64_t count = call.tokens * products[i].out_features();
-    for (int64_t j = 0; j < count; ++j) to[j] = half ? Ort::Float16_t(call.y[i][j]).val : Ort::BFloat16_t(call.y[i][j]).val;
-  }
+  for (size_t i = 0; i < products.size(); ++i) narrow(call.y[i], half, call.tokens * products[i].out_features(), results[i]);
 }
 
 // The kernels return a sentence, which gets the node's name here.
@@ -183,29 +158,28 @@ void MatMulKernel::multiply(const Call& call) const {
   const std::vector<Product>& made = call.products;
   const Parallel pool = pool_of(call.context);
   Status status;
-  // All products at once: x is rounded once, and threads go through the panels of all of them.
+  // All products at once: x is rounded once, and threads go through the panels of all of them. Arrays on the stack: up to
+  // three products, no allocation for a token.
+  const auto count = static_cast<int64_t>(made.size());
   if (kernels_.rounds) {
     Int8Product products[kMostProducts];
     for (size_t i = 0; i < made.size(); ++i) {
       products[i] = made[i].int8(call.context);
       products[i].y = call.y[i];
     }
-    // Arrays on the stack: up to three products, no allocation for a token.
-    Int8Args args{products, static_cast<int>(made.size()), call.x, call.tokens};
-    Workspace workspace(int8_workspace(args));
-    args.workspace = workspace.get();
-    status = int8_linear(args, kernels_.int8, pool);
+    const Int8Args args{products, static_cast<int>(count), call.x, call.tokens, nullptr};
+    Workspace workspace(int8_workspace(&args, 1));
+    status = int8_linear(&args, 1, workspace.get(), kernels_.int8, pool);
   } else {
-    // Exact products share nothing but x, so that they run one after another.
-    for (size_t i = 0; i < made.size() && status.ok(); ++i) {
-      LinearArgs args = made[i].floats(call.context);
-      const std::unique_ptr<float[]> workspace(new float[static_cast<size_t>(linear_workspace(args.weight, args.branch, call.tokens))]);
-      args.x = call.x;
-      args.tokens = call.tokens;
-      args.y = call.y[i];
-      args.workspace = workspace.get();
-      status = codebook_linear(args, kernels_.floats, pool);
+    LinearArgs products[kMostProducts];
+    for (size_t i = 0; i < made.size(); ++i) {
+      products[i] = made[i].floats(call.context);
+      products[i].x = call.x;
+      products[i].tokens = call.tokens;
+      products[i].y = call.y[i];
     }
+    Workspace workspace(linear_workspace(products, count));
+    status = codebook_linear(products, count, workspace.get(), kernels_.floats, pool);
   }
   if (!status.ok()) fail(node_, status.message);
 }

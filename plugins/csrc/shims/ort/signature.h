@@ -6,6 +6,7 @@
 
 #include "contract.h"
 #include "shims/ort/api.h"
+#include "shims/ort/constants.h"
 
 namespace rankbook::ort {
 
@@ -18,8 +19,10 @@ struct Signature {
   ONNXTensorElementDataType type;
   bool int8_activations;  // its name ends in A8
   int merged;             // products of a merged operator; 0 in others, which have one
+  bool experts = false;   // constants of all experts, one behind the other
 
   int products() const { return merged > 0 ? merged : 1; }
+  Which which(int product) const { return {merged > 0 ? Which::kMerged : Which::kAlone, product}; }
 
   // Inputs of one product where it is a node of its own.
   size_t inputs_alone() const {
@@ -33,9 +36,10 @@ struct Signature {
   }
 
   std::string name() const {
-    const char* base = kind == Kind::kGather    ? contract::CodebookGather::kName
-                       : kind == Kind::kLowRank ? contract::CodebookMatMulLowRank::kName
-                                                : contract::CodebookMatMul::kName;
+    const bool branch = kind == Kind::kLowRank;
+    const char* one = branch ? contract::CodebookMatMulLowRank::kName : contract::CodebookMatMul::kName;
+    const char* all = branch ? contract::CodebookExpertsLowRank::kName : contract::CodebookExperts::kName;
+    const char* base = kind == Kind::kGather ? contract::CodebookGather::kName : experts ? all : one;
     const std::string merging = merged > 0 ? contract::kMerged + std::to_string(merged) : "";
     return base + std::to_string(bits) + (int8_activations ? contract::CodebookMatMulA8::kSuffix : "") + merging;
   }
@@ -67,13 +71,27 @@ struct SignedOp : Ort::CustomOpBase<Op, Kernel, true> {
   ONNXTensorElementDataType GetOutputType(size_t) const { return signature.type; }
 };
 
-// Calls add(signature) for every operator that there is.
+inline constexpr ONNXTensorElementDataType kFloatTypes[] = {
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
+
+// Calls add(signature) for every product of experts.
+template <class Add>
+void each_experts_signature(Add&& add) {
+  for (const int bits : contract::kBits) {
+    for (const auto type : kFloatTypes) {
+      for (const bool int8_activations : {false, true}) {
+        for (const Kind kind : {Kind::kMatMul, Kind::kLowRank}) add(Signature{kind, bits, type, int8_activations, 0, true});
+      }
+    }
+  }
+}
+
+// Calls add(signature) for every other operator that there is.
 // Look-ups have one type: their output is fp32, whatever the products take.
 template <class Add>
 void each_signature(Add&& add) {
   for (const int bits : contract::kBits) {
-    for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                            ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
+    for (const auto type : kFloatTypes) {
       for (int merged = 0; merged <= contract::kMostMerged; ++merged) {
         for (const bool int8_activations : {false, true}) {
           for (const Kind kind : {Kind::kMatMul, Kind::kLowRank}) add(Signature{kind, bits, type, int8_activations, merged});

@@ -230,7 +230,7 @@ struct CudaOp : SignedOp<CudaOp, CudaKernel> {
     std::vector<Product> out;
     const size_t inputs = signature.inputs_alone();
     for (int i = 0; i < signature.products(); ++i) {
-      const Constants constants(info, signature.input_names(), name, signature.merged > 0 ? i : Constants::kAlone);
+      const Constants constants(info, signature.input_names(), name, signature.which(i));
       constants.expect_inputs(signature.merged > 0 ? 2 : inputs);
       const Layer layer = constants.layer(signature.bits, inputs, kCudaLimits);
       constants.check_elements(layer, true);

@@ -126,7 +126,6 @@ void quantize_blocks(const float* x, int64_t group, int64_t lead, int64_t bytes,
 void quantize(const Int8Weight& weight, const float* x, int64_t token, const StagedRows& natural, const StagedRows& staged) {
   const int64_t group = weight.weight.in_features / weight.weight.groups;
   const int64_t bytes = weight.group_blocks() * kBlock;
-  x += token * weight.weight.in_features;
   for (int64_t g = 0; g < weight.weight.groups; ++g, x += group) {
     const int64_t at = g * natural.tokens + token;
     const int64_t lead = g * weight.group_halves() % 2 * kHalfBlock;

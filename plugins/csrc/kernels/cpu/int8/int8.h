@@ -64,9 +64,9 @@ inline constexpr int kMostProducts = 3;  // query, key and value
 struct Int8Args {
   const Int8Product* products = nullptr;
   int count = 0;                 // of products, up to kMostProducts
-  const float* x = nullptr;      // (M, K)
-  int64_t tokens = 0;            // M
-  uint8_t* workspace = nullptr;  // int8_workspace() bytes, aligned to 64
+  const float* x = nullptr;        // (M, K)
+  int64_t tokens = 0;              // M
+  const int64_t* rows = nullptr;   // (M): which row of x and of every y each token is, or null: all of them in order
 };
 
 struct Int8Kernels;  // kernels/dispatch.h
@@ -82,8 +82,11 @@ bool needs_signed(const int32_t* levels, int count, const Int8Kernels& kernels);
 
 PlaneTable prepare_table(const int32_t* levels, int bits, bool is_signed);
 
-int64_t int8_workspace(const Int8Args& args);
+// Bytes that int8_linear needs beside its arguments.
+int64_t int8_workspace(const Int8Args* args, int64_t count);
 
-Status int8_linear(const Int8Args& args, const Int8Kernels& kernels, const Parallel& parallel);
+// The products of `count` arguments at once. `workspace` is aligned to 64.
+Status int8_linear(const Int8Args* args, int64_t count, uint8_t* workspace, const Int8Kernels& kernels,
+                   const Parallel& parallel);
 
 }  // namespace rankbook

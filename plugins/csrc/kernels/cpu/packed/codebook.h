@@ -79,7 +79,7 @@ struct LinearArgs {
   const float* x = nullptr;     // (M, K)
   int64_t tokens = 0;           // M
   float* y = nullptr;           // (M, N)
-  float* workspace = nullptr;   // linear_workspace() floats
+  const int64_t* rows = nullptr;  // (M): which row of x and of y each token is, or null: all of them in order
 };
 
 struct GatherArgs {
@@ -91,11 +91,13 @@ struct GatherArgs {
 
 struct PanelKernels;  // kernels/dispatch.h
 
-// Floats that codebook_linear needs beside its arguments.
-int64_t linear_workspace(const CodebookWeight& weight, const LowRankBranch& branch, int64_t tokens);
+// Bytes that codebook_linear needs beside its arguments.
+int64_t linear_workspace(const LinearArgs* args, int64_t count);
 
-// y = x @ w.T + branch + bias in fp32: the parity mode, within fp32 rounding of the reference.
-Status codebook_linear(const LinearArgs& args, const PanelKernels& kernels, const Parallel& parallel);
+// y = x @ w.T + branch + bias in fp32, of `count` products at once: the parity mode, within fp32 rounding of the reference.
+// `workspace` is aligned to 64.
+Status codebook_linear(const LinearArgs* args, int64_t count, uint8_t* workspace, const PanelKernels& kernels,
+                       const Parallel& parallel);
 
 // y[m] = w[indices[m]].
 Status codebook_gather(const GatherArgs& args, const Parallel& parallel);

@@ -1,10 +1,11 @@
-// Drives the inner loops: which panels, in which order, on which thread. Two paths. One token reads each code once and
-// multiplies as it goes (memory bound). More tokens decode a slice of a panel into the L1 cache and multiply that.
+// Drives the inner loops: which panels of which products, in which order, on which thread. Two paths. One token reads each
+// code once and multiplies as it goes (memory bound). More tokens decode a slice of a panel into the L1 cache and multiply that.
 
 #include <cstring>
 
-#include "kernels/cpu/packed/codebook.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/packed/codebook.h"
+#include "kernels/cpu/tasks.h"
 
 namespace rankbook {
 namespace {
@@ -16,21 +17,18 @@ constexpr int64_t kTokenChunk = 192;       // tokens that share one decoded slic
 constexpr int64_t kSerialWork = 1 << 16;   // multiply-adds below which waking threads costs more than it gains
 
 struct Job {
-  const LinearArgs& args;
-  const PanelKernels& kernels;
+  const LinearArgs* args;
+  const PanelKernels* kernels;
   const float* x;           // (M, K), or (1, KB * 32) zero-padded
+  float* staged;            // the same where x is a copy
   float* group_sums;        // (G), one token only
   float* branch;            // (M, RP * 32): (x @ down.T) * middle
   int64_t chunks;           // pieces of kTokenChunk tokens
-};
+  int64_t first;            // of its tasks among those of all jobs
 
-void run(const Parallel& parallel, int64_t count, int64_t work, void (*task)(void*, int64_t), Job& job) {
-  if (count > 1 && work >= kSerialWork && parallel.run != nullptr) {
-    parallel.run(parallel.pool, count, task, &job);
-    return;
-  }
-  for (int64_t index = 0; index < count; ++index) task(&job, index);
-}
+  int64_t tokens() const { return args->tokens; }
+  int64_t row(int64_t token) const { return args->rows == nullptr ? token : args->rows[token]; }
+};
 
 // acc (tokens, 32) += x (tokens, depth) @ factor (depth, 32).
 // The factors of the branch take the same loop as decoded weights: 32 outputs side by side, so that no second kind of
@@ -60,17 +58,16 @@ void clear(float* values, int64_t count) {
 // The first half of the error branch for one panel of ranks and one chunk of tokens.
 // Its own pass before the product, because every panel of the weight needs all ranks. The scales of both factors
 // (`middle`) are applied here, R multiplications a token.
-void branch_task(void* argument, int64_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
-  const LowRankBranch& branch = job.args.branch;
+void branch_task(Job& job, int64_t index) {
+  const LowRankBranch& branch = job.args->branch;
   const int64_t width = ceil_div(branch.rank, kPanel) * kPanel;
   const int64_t panel = index / job.chunks;
   const int64_t first = index % job.chunks * kTokenChunk;
-  const int64_t tokens = job.args.tokens - first < kTokenChunk ? job.args.tokens - first : kTokenChunk;
-  const int64_t depth = job.args.weight.in_features;
+  const int64_t tokens = job.tokens() - first < kTokenChunk ? job.tokens() - first : kTokenChunk;
+  const int64_t depth = job.args->weight.in_features;
   alignas(64) float acc[kTokenChunk * kPanel];
   clear(acc, tokens * kPanel);
-  multiply_factor(job.kernels, branch.down, panel, depth, job.x + first * depth, depth, tokens, acc);
+  multiply_factor(*job.kernels, branch.down, panel, depth, job.x + first * depth, depth, tokens, acc);
   const int64_t ranks = branch.rank - panel * kPanel < kPanel ? branch.rank - panel * kPanel : kPanel;
   for (int64_t token = 0; token < tokens; ++token) {
     float* to = job.branch + (first + token) * width + panel * kPanel;
@@ -81,16 +78,16 @@ void branch_task(void* argument, int64_t index) {
 // The second factor goes into the accumulators of the panel while they are in the L1 cache; y is written once.
 // Adds the error branch and the bias, and writes the rows of the panel that exist.
 void finish_panel(const Job& job, int64_t panel, int64_t first, int64_t tokens, float* acc) {
-  const LinearArgs& args = job.args;
+  const LinearArgs& args = *job.args;
   if (args.branch.rank > 0) {
     const int64_t width = ceil_div(args.branch.rank, kPanel) * kPanel;
-    multiply_factor(job.kernels, args.branch.up, panel, args.branch.rank, job.branch + first * width, width, tokens, acc);
+    multiply_factor(*job.kernels, args.branch.up, panel, args.branch.rank, job.branch + first * width, width, tokens, acc);
   }
   const int64_t n = args.weight.out_features;
   const int64_t row = panel * kPanel;
   const int64_t rows = n - row < kPanel ? n - row : kPanel;
   for (int64_t token = 0; token < tokens; ++token) {
-    float* y = args.y + (first + token) * n + row;
+    float* y = args.y + job.row(first + token) * n + row;
     const float* from = acc + token * kPanel;
     if (args.bias == nullptr) {
       std::memcpy(y, from, static_cast<size_t>(rows) * sizeof *y);
@@ -102,48 +99,74 @@ void finish_panel(const Job& job, int64_t panel, int64_t first, int64_t tokens, 
 
 // A task is one panel, the smallest piece that finishes its outputs by itself: no split over inputs is needed on a CPU,
 // since even 576 rows are 18 panels.
-void token_task(void* argument, int64_t panel) {
-  const Job& job = *static_cast<const Job*>(argument);
+void token_task(const Job& job, int64_t panel) {
   alignas(64) float acc[kPanel];
   clear(acc, kPanel);
-  job.kernels.gemv(job.args.weight, panel, job.x, job.group_sums, acc);
+  job.kernels->gemv(job.args->weight, panel, job.x, job.group_sums, acc);
   finish_panel(job, panel, 0, 1, acc);
 }
 
 // Tasks run over panels first and chunks of tokens last: threads that work at the same time share the tokens they read.
-void chunk_task(void* argument, int64_t index) {
-  const Job& job = *static_cast<const Job*>(argument);
-  const CodebookWeight& weight = job.args.weight;
+void chunk_task(const Job& job, int64_t index) {
+  const CodebookWeight& weight = job.args->weight;
   const int64_t panel = index / job.chunks;
   const int64_t first = index % job.chunks * kTokenChunk;
-  const int64_t tokens = job.args.tokens - first < kTokenChunk ? job.args.tokens - first : kTokenChunk;
+  const int64_t tokens = job.tokens() - first < kTokenChunk ? job.tokens() - first : kTokenChunk;
   const int64_t depth = weight.in_features;
   alignas(64) float slice[kDepth * kPanel];
   alignas(64) float acc[kTokenChunk * kPanel];
   clear(acc, tokens * kPanel);
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t count = depth - k < kDepth ? depth - k : kDepth;
-    job.kernels.decode(weight, panel, k, k + ceil_div(count, kHalfBlock) * kHalfBlock, slice);
-    job.kernels.gemm(job.x + first * depth + k, depth, tokens, slice, count, acc);
+    job.kernels->decode(weight, panel, k, k + ceil_div(count, kHalfBlock) * kHalfBlock, slice);
+    job.kernels->gemm(job.x + first * depth + k, depth, tokens, slice, count, acc);
   }
   finish_panel(job, panel, first, tokens, acc);
 }
 
-// Group sums are plain code: they are 1 / N of the product's work, and their order is the same on every instruction set.
-// Copies one token into `padded` (zeros behind K) and sums it per group.
-// The copy costs K stores and lets the loop read whole blocks without looking at the end of the row. The sums belong to
-// the offset: sum_k offset * x_k is offset times the sum of x, once a group.
-void stage_token(const LinearArgs& args, float* padded, float* group_sums) {
-  const CodebookWeight& weight = args.weight;
-  const int64_t group = weight.in_features / weight.groups;
-  for (int64_t k = 0; k < weight.in_features; ++k) padded[k] = args.x[k];
-  clear(padded + weight.in_features, weight.blocks() * kBlock - weight.in_features);
+void product_task(Job& job, int64_t index) { job.tokens() == 1 ? token_task(job, index) : chunk_task(job, index); }
+
+// Copies a token where x is not read in place; one alone with zeros behind K, and summed per group.
+// That copy costs K stores and lets the loop read whole blocks without looking at the end of the row. The sums belong to
+// the offset: sum_k offset * x_k is offset times the sum of x, once a group. They are plain code: 1 / N of the product's
+// work, in the same order on every instruction set.
+void stage_task(Job& job, int64_t token) {
+  const CodebookWeight& weight = job.args->weight;
+  const int64_t k = weight.in_features;
+  float* const to = job.staged + token * k;
+  std::memcpy(to, job.args->x + job.row(token) * k, static_cast<size_t>(k) * sizeof *to);
+  if (job.tokens() > 1) return;
+  clear(to + k, weight.blocks() * kBlock - k);
+  const int64_t group = k / weight.groups;
   for (int64_t g = 0; g < weight.groups; ++g) {
     float sum = 0.0F;
-    for (int64_t k = g * group; k < (g + 1) * group; ++k) sum += padded[k];
-    group_sums[g] = sum;
+    for (int64_t at = g * group; at < (g + 1) * group; ++at) sum += to[at];
+    job.group_sums[g] = sum;
   }
 }
+
+bool is_staged(const LinearArgs& args) { return args.tokens == 1 || args.rows != nullptr; }
+
+// Where everything lies in the workspace; returns its size. Without a workspace, the size alone.
+int64_t lay_out(const LinearArgs* args, int64_t count, uint8_t* workspace, const PanelKernels* kernels, Job** jobs) {
+  Cutter cutter(workspace);
+  *jobs = cutter.take<Job>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const LinearArgs& one = args[i];
+    const int64_t padded = one.tokens == 1 ? one.weight.blocks() * kBlock : one.tokens * one.weight.in_features;
+    float* const staged = is_staged(one) ? cutter.take<float>(padded) : nullptr;
+    float* const sums = one.tokens == 1 ? cutter.take<float>(one.weight.groups) : nullptr;
+    float* const branch = cutter.take<float>(one.tokens * ceil_div(one.branch.rank, kPanel) * kPanel);
+    if (workspace == nullptr) continue;
+    const float* const x = is_staged(one) ? staged : one.x;
+    (*jobs)[i] = {&one, kernels, x, staged, sums, branch, ceil_div(one.tokens, kTokenChunk), 0};
+  }
+  return cutter.size();
+}
+
+int64_t stage_tasks(const Job& job) { return is_staged(*job.args) ? job.tokens() : 0; }
+int64_t branch_tasks(const Job& job) { return ceil_div(job.args->branch.rank, kPanel) * job.chunks; }
+int64_t product_tasks(const Job& job) { return job.args->weight.panels() * job.chunks; }
 
 }  // namespace
 
@@ -155,29 +178,27 @@ Status check_weight(const CodebookWeight& weight) {
   return weight.groups == 1 || group % kHalfBlock == 0 ? Status{} : refusal::kGroups;
 }
 
-int64_t linear_workspace(const CodebookWeight& weight, const LowRankBranch& branch, int64_t tokens) {
-  const int64_t staged = tokens == 1 ? weight.blocks() * kBlock + weight.groups : 0;
-  return staged + tokens * ceil_div(branch.rank, kPanel) * kPanel;
+int64_t linear_workspace(const LinearArgs* args, int64_t count) {
+  Job* none = nullptr;
+  return lay_out(args, count, nullptr, nullptr, &none);
 }
 
-Status codebook_linear(const LinearArgs& args, const PanelKernels& kernels, const Parallel& parallel) {
-  const CodebookWeight& weight = args.weight;
-  const Status status = check_weight(weight);
-  if (!status.ok() || args.tokens == 0) return status;
-
-  Job job{args, kernels, args.x, nullptr, args.workspace, ceil_div(args.tokens, kTokenChunk)};
-  if (args.tokens == 1) {
-    float* padded = args.workspace + ceil_div(args.branch.rank, kPanel) * kPanel;
-    job.group_sums = padded + weight.blocks() * kBlock;
-    stage_token(args, padded, job.group_sums);
-    job.x = padded;
+Status codebook_linear(const LinearArgs* args, int64_t count, uint8_t* workspace, const PanelKernels& kernels,
+                       const Parallel& parallel) {
+  int64_t inputs = 0, branch = 0, work = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Status status = check_weight(args[i].weight);
+    if (!status.ok()) return status;
+    const int64_t tokens = args[i].tokens * args[i].weight.in_features;
+    inputs += tokens;
+    branch += tokens * args[i].branch.rank;
+    work += tokens * args[i].weight.out_features;
   }
-  if (args.branch.rank > 0) {
-    const int64_t tasks = ceil_div(args.branch.rank, kPanel) * job.chunks;
-    run(parallel, tasks, args.tokens * args.branch.rank * weight.in_features, branch_task, job);
-  }
-  const int64_t work = args.tokens * weight.out_features * weight.in_features;
-  run(parallel, weight.panels() * job.chunks, work, args.tokens == 1 ? token_task : chunk_task, job);
+  Job* jobs = nullptr;
+  lay_out(args, count, workspace, &kernels, &jobs);
+  run_jobs(parallel, jobs, count, inputs * 8, kSerialWork, stage_tasks, stage_task);
+  run_jobs(parallel, jobs, count, branch, kSerialWork, branch_tasks, branch_task);
+  run_jobs(parallel, jobs, count, work, kSerialWork, product_tasks, product_task);
   return {};
 }
 

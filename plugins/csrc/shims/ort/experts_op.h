@@ -1,0 +1,14 @@
+#pragma once
+
+// Products of experts as ONNX Runtime sees them (plugins/experts.py). Where the library for GPUs is registered they are left
+// out, so that their bodies run wherever the rest of the graph does.
+
+#include "shims/ort/product.h"
+
+namespace rankbook::ort {
+
+// Adds the operators to `domain`; they round activations where `kernels` says so, and always if named so. They are never
+// destroyed.
+void add_experts(Ort::CustomOpDomain& domain, const Kernels& kernels);
+
+}  // namespace rankbook::ort
