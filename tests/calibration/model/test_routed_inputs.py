@@ -12,6 +12,7 @@ import torch
 
 from rankbook.calibration.driver import block
 from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import capture, experts
 from rankbook.calibration.model.plain import make_plain
@@ -74,7 +75,7 @@ def test_matrices_of_few_experts_live_at_once(effort: str, tmp_path: Path, monke
     """While layers are solved there are the matrices of other layers, of the expert and of the mean of all."""
     tiny("mixtral", tmp_path / "model")
     made: list[weakref.ref[torch.Tensor]] = []
-    empty, solve, most = LayerStatistics.empty, block.solve_layer, 0
+    empty, solve, most = LayerStatistics.empty, solve_layer, 0
 
     def noted(*args: Any) -> LayerStatistics:
         found = empty(*args)
