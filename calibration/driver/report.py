@@ -102,7 +102,7 @@ class QuantizeReport:
         left_alone: Names of weights that stay as they are, with the reason.
         scaled: Names of layers whose inputs were scaled before quantization.
         few_tokens: Names of layers of experts that saw fewer tokens than they have inputs, see
-            `rankbook.calibration.model.experts.share_statistics`.
+            `rankbook.calibration.model.routed_inputs.RoutedInputs`.
         calibration: Where the calibration tokens came from.
         calibration_windows: Windows used and tokens of each, beside those asked for.
         seconds: Wall time of this run (of the last part, after a resume).
