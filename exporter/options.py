@@ -28,7 +28,8 @@ class ExportOptions(Options):
     dialect: str = option(
         dialects.NATIVE,
         "operators of packed layers: rankbook (its own, any method), qdq (standard DequantizeLinear, which TensorRT"
-        " fuses), ort (MatMulNBits of ONNX Runtime); a layer that a dialect cannot hold is refused with the reason",
+        " fuses), ort (MatMulNBits of ONNX Runtime), dense (plain products with decoded weights, to measure beside); a"
+        " layer that a dialect cannot hold is refused with the reason",
         choices=dialects.names(),
     )
     activations: str = option(

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "block": "calibration/driver/test_run.py",
     "eval": "tools/evaluate/test_quality.py",
     "cuda_abi": "calibration/model/test_packed_ops.py",
-    **dict.fromkeys(("device", "placement"), "second_device/test_second_device.py"),
+    "device": "second_device/test_second_device.py",
     "inspect": "tools/inspect/test_inspection.py",
     "node_checks": "tools/test_int8_operators.py",
 }

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 NATIVE = "rankbook"
 """The dialect of the operators of rankbook, which every checkpoint can be written in."""
+DENSE = "dense"
+"""The dialect that packs nothing."""
 
 
 def names() -> tuple[str, ...]:

@@ -70,11 +70,17 @@ class LayerWriter(Writer):
         """Return a constant ``<layer>.<part>`` whose values are computed when the file is written."""
         return self.constant(lazy_tensor(f"{self.layer.name}.{part}", dtype, shape, load))
 
-    def floats(self, part: str, shape: tuple[int, ...], load: Callable[[], Tensor]) -> ir.Value:
-        """Return a constant in the dtype of the activations, which must hold it when the file is written."""
+    def floats(
+        self, part: str, shape: tuple[int, ...], load: Callable[[], Tensor], owner: str | None = None
+    ) -> ir.Value:
+        """Return a constant in the dtype of the activations, which must hold it when the file is written.
+
+        With ``owner`` it is ``<owner>.<part>``, shared with whoever asks for that.
+        """
         dtype = self.layer.dtype
-        name = f"{self.layer.name}.{part}"
-        return self.lazy(part, from_torch_dtype(dtype), shape, lambda: halves.narrowed(name, load(), dtype))
+        name = f"{owner or self.layer.name}.{part}"
+        kind = from_torch_dtype(dtype)
+        return self.constant(lazy_tensor(name, kind, shape, lambda: halves.narrowed(name, load(), dtype)))
 
     def quantized_input(self, x: ir.Value) -> ir.Value:
         """Return x after QuantizeLinear and DequantizeLinear where the layer has an input range, else x itself.

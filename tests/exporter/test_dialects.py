@@ -118,7 +118,7 @@ def exported(checkpoint, tmp_path_factory):
 
 def test_the_same_logits_in_every_dialect(checkpoint, exported):
     model, _ = load_model(checkpoint)
-    assert len(exported) == 3
+    assert len(exported) == 4
     for name, (folder, report) in exported.items():
         assert report.dialect == name
         assert worst_error(folder, model, logits="last") < TOLERANCE
@@ -136,6 +136,28 @@ def test_the_nodes_are_those_of_the_dialect_and_named_after_their_layers(name, k
     assert not model.functions
     # Codes in 4 bits and a float32 scale for every 16 of them.
     assert report.bits_per_weight == pytest.approx(4 + 32 / 16)
+
+
+def test_a_dense_file_holds_decoded_weights_with_their_branches(tmp_path):
+    """As large as an unquantized model; tied embeddings are one tensor, biases stay."""
+    one_block = {"num_hidden_layers": 1}
+    how = {"bits": 4, "quantize_embeddings": 4, "error_branch": "lqer", "error_rank": 2}
+    checkpoint = make_checkpoint(tmp_path, "opt", model=one_block, **how)
+    report = export(checkpoint, tmp_path / "out", ExportOptions(dialect="dense"))
+    assert not any(name.startswith("Codebook") for name in report.nodes)
+    assert report.bits_per_weight == pytest.approx(32)
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    names = [tensor.name for tensor in graph.initializer if tensor.name.endswith(".weight") and 259 in tensor.dims]
+    assert len(names) == 1
+    model, _ = load_model(checkpoint)
+    assert worst_error(tmp_path / "out", model, logits="last") < TOLERANCE
+    assert check_model(tmp_path / "out") == []
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_tensorrt_builds_plain_products(exported):
+    assert_builds(exported["dense"][0])
 
 
 def test_a_missing_node_is_named(exported, tmp_path):
@@ -229,7 +251,7 @@ def test_whole_zero_points_are_stored_as_integers():
 
 
 def test_an_unknown_dialect_is_refused_with_those_there_are(tmp_path):
-    assert dialects.names() == ("rankbook", "ort", "qdq")
+    assert dialects.names() == ("rankbook", "dense", "ort", "qdq")
     with pytest.raises(ValueError, match=r"'gguf' is not supported; choose one of rankbook, ort, qdq"):
         export(tmp_path, tmp_path / "out", ExportOptions(dialect="gguf"))
 

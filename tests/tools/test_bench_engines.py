@@ -77,6 +77,7 @@ def test_engines_and_files_in_one_table(exported, engine, tmp_path, capsys, monk
     assert "no NVIDIA driver" in report["machine"]["gpu"]
     text = (tmp_path / "out" / "bench.md").read_text()
     assert "not measured: TensorRT, INT4 DequantizeLinear: " in text
+    assert "export it with --dtype fp16 --graph static --dialect dense and build that" in text
     assert (tmp_path / "out" / "bench.png").stat().st_size > 1000
 
 
@@ -146,9 +147,11 @@ def test_contenders_have_names():
     """By runtime and dialect; what is none of those that a whole comparison has is named all the same."""
 
     def kind(kernels: str, dialect: str) -> str:
-        return device_bench.kind(SimpleNamespace(kernels=kernels, dialect=dialect))  # type: ignore[arg-type]
+        return device_bench.kind(SimpleNamespace(kernels=kernels, dialect=dialect, dtype="fp16"))  # type: ignore[arg-type]
 
     assert kind("trt", "qdq") == "TensorRT, INT4 DequantizeLinear"
     assert kind("native-cuda", "ort") == "ONNX Runtime CUDA, MatMulNBits"
+    assert kind("trt-rtx", "dense") == "TensorRT, fp16"
+    assert kind("native-cuda", "dense") == "ONNX Runtime CUDA, fp16"
     assert kind("dense", "") == "PyTorch"
     assert kind("native", "qdq") == "ONNX Runtime on the CPU (native), qdq"

@@ -15,20 +15,18 @@ from rankbook.tools.runtimes import LanguageModel, Setting
 
 _ENGINE = "export it with --dtype fp16 --graph static{} and build that"
 _FILE = "export it with --dtype fp16{}"
-_DENSE = "rankbook exports quantized layers only, so it has no such file"
 CONTENDERS: Mapping[str, str] = {
     "TensorRT, rankbook operators": "rankbook build CHECKPOINT",
     "TensorRT, INT4 DequantizeLinear": _ENGINE.format(" --dialect qdq"),
-    "TensorRT, fp16": _DENSE,
+    "TensorRT, fp16": _ENGINE.format(" --dialect dense"),
     "ONNX Runtime CUDA, rankbook operators": _FILE.format(""),
     "ONNX Runtime CUDA, MatMulNBits": _FILE.format(" --dialect ort"),
-    "ONNX Runtime CUDA, fp16": _DENSE,
+    "ONNX Runtime CUDA, fp16": _FILE.format(" --dialect dense"),
     "PyTorch": "give the model itself as another MODEL",
 }
 """What a whole comparison has, and how a missing one is made from a checkpoint."""
 _WARM = 2
 """Turns of a model at each size that do not count: one that finds out whether it can, and that of `interleave`."""
-_DIALECTS = {"rankbook": "rankbook operators"}
 
 
 @dataclass(frozen=True)
@@ -259,12 +257,13 @@ class DeviceRace:
 
 def kind(model: LanguageModel) -> str:
     """Return which of `CONTENDERS` a model is; another name where it is none of them."""
+    what = {"rankbook": "rankbook operators", "dense": model.dtype}
     if model.kernels.startswith("trt"):
-        what = {"qdq": "INT4 DequantizeLinear"} | _DIALECTS
+        what["qdq"] = "INT4 DequantizeLinear"
         return f"TensorRT, {what.get(model.dialect, model.dialect)}"
     if model.dialect:
         where = "ONNX Runtime CUDA" if model.kernels == "native-cuda" else f"ONNX Runtime on the CPU ({model.kernels})"
-        what = {"ort": "MatMulNBits"} | _DIALECTS
+        what["ort"] = "MatMulNBits"
         return f"{where}, {what.get(model.dialect, model.dialect)}"
     return "PyTorch"
 

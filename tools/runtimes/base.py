@@ -124,6 +124,11 @@ class LanguageModel(ABC):
         return ""
 
     @property
+    def dtype(self) -> str:
+        """Type of the activations of an exported file or of an engine built from one; empty for other models."""
+        return ""
+
+    @property
     def context(self) -> int | None:
         """Positions that the model holds, prompt and answer together; None where nothing limits them."""
         return None

@@ -87,6 +87,11 @@ class FileModel(LanguageModel):
         return self.file.metadata.dialect
 
     @property
+    def dtype(self) -> str:
+        """Type of its activations."""
+        return self.file.metadata.dtype
+
+    @property
     def last_only(self) -> bool:
         """Whether the file gives the logits of the last position only."""
         return self.file.metadata.logits == "last"

@@ -129,6 +129,11 @@ class EngineModel(LanguageModel):
         return self.manifest.metadata.dialect
 
     @property
+    def dtype(self) -> str:
+        """That of the file that it was built from."""
+        return self.manifest.metadata.dtype
+
+    @property
     def last_only(self) -> bool:
         """Whether it gives the logits of the last position only."""
         return self.manifest.metadata.logits == "last"
