@@ -21,6 +21,7 @@ ELSEWHERE = {
     "ort_steps": "tools/runtimes/test_ort_device.py",
     "block": "calibration/driver/test_run.py",
     "eval": "tools/evaluate/test_quality.py",
+    "export": "tools/test_pipeline.py",
     "cuda_abi": "calibration/model/test_packed_ops.py",
     "device": "second_device/test_second_device.py",
     "inspect": "tools/inspect/test_inspection.py",
