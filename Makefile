@@ -135,10 +135,15 @@ format: $(VENV)/.dev  ## Format the sources and apply safe lint fixes
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-# With the CMake of `make native`: another one orders the flags otherwise, and a cache of objects is of no use then.
+# With the CMake of `make native`: another one orders the flags otherwise, and a cache of objects is of no use then. It is
+# built from an unpacked sdist, so that headers and compiler which `make native-cuda` downloaded are named. CMAKE_ARGS:
+# -DRANKBOOK_CUDA=OFF leaves the libraries with CUDA kernels out, ON insists on them; else they are in where they can be.
 wheel: $(VENV)/.dev  ## Build sdist and wheel into dist/
 	rm -rf dist
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --quiet --outdir dist .
+	export PATH="$(abspath $(BIN)):$$PATH:$(abspath $(CUDA_TOOLS))/nvidia/cu13/bin" CMAKE_ARGS="$(CMAKE_ARGS)"; \
+	export TENSORRT_INCLUDE_DIR="$${TENSORRT_INCLUDE_DIR:-$(abspath $(TENSORRT_HEADERS))/kernel_lens/include/tensorrt}"; \
+	$(BIN)/python -m build --quiet --outdir dist .
+	@du -h dist/*
 
 # Dependencies are borrowed from the development environment through a .pth file, so that only the wheel is installed anew.
 wheel-check: wheel  ## Install the wheel in another environment and try it there

@@ -61,6 +61,10 @@ def main() -> None:
         sys.exit(f"the wheel holds what only developers run: {extra}")
     if "RANKBOOK_EXPECT_NATIVE" in os.environ and not list(packages.glob("rankbook/plugins/lib/*.so")):
         sys.exit("the wheel does not hold the native library, although the checkout could build it")
+    held = {path.name: path.stat().st_size / 1e6 for path in packages.glob("rankbook/plugins/lib/*")}
+    print("native files, MB:", ", ".join(f"{name} {size:.1f}" for name, size in sorted(held.items())) or "none")
+    if "RANKBOOK_EXPECT_CUDA" in os.environ and not {"librankbook_trt.so", "librankbook_ort_cuda.so"} <= set(held):
+        sys.exit("the wheel does not hold the libraries with CUDA kernels, although the checkout could build them")
     command = str(python.with_name("rankbook"))
     run(command, "--help")
     run(command, "doctor", "--json")

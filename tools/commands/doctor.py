@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rankbook.calibration.versions import installed
 from rankbook.plugins import library
 from rankbook.tools.command import Command, Common, Outcome
+from rankbook.tools.commands import ORDER
 from rankbook.tools.report import Table
 from rankbook.tools.runtimes import runtimes, trt
 
@@ -27,8 +31,8 @@ class Finding:
         kind: ``package``, ``runtime``, ``library``, ``device``, ``header`` or ``tool``.
         found: Whether it was found.
         detail: Version or place; where missing, how to get it.
-        enables: What it is for.
-        needed: Whether rankbook cannot work without it.
+        enables: What it is for; it names the verbs, or none where it is for all of them.
+        needed: Whether what it is for cannot work without it.
     """
 
     name: str
@@ -38,18 +42,23 @@ class Finding:
     enables: str
     needed: bool = False
 
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """The verbs that it is for."""
+        return tuple(verb for verb in ORDER if re.search(rf"\b{verb}\b", self.enables)) or ORDER
+
 
 _PACKAGES = (
-    ("torch", "quantization and evaluation", True),
+    ("torch", "quantize, export; eval, generate and parity's reference in PyTorch; memory of engines", True),
     ("transformers", "reading models and tokenizers", True),
     ("safetensors", "checkpoints", True),
-    ("onnx", "export and inspect", True),
+    ("onnx", "export, inspect, build and everything with exported files", True),
     ("onnx_ir", "export", True),
     ("polygraphy", "parity", True),
     ("rich", "tables and progress", True),
     ("yaml", "--config files in YAML", True),
-    ("gguf", "reading GGUF files", False),
-    ("datasets", "--calib with a data set of the Hugging Face hub", False),
+    ("gguf", "quantize, eval and generate of GGUF files; demo", False),
+    ("datasets", "quantize --calib with a data set of the Hugging Face hub", False),
     ("scipy", "quantize --target-bits", False),
     ("matplotlib", "the picture of bench", False),
     ("pynvml", "clocks and power of the GPU in bench --device cuda", False),
@@ -72,9 +81,27 @@ def run(_: Common) -> Outcome:
     text = f"{system}\n" + (
         f"needed and missing: {', '.join(missing)}" if missing else "everything needed is installed"
     )
-    report = {"system": system, "findings": [asdict(finding) for finding in findings], "missing": missing}
+    verbs = by_verb(findings)
+    report = {"system": system, "findings": [asdict(item) for item in findings], "missing": missing, "verbs": verbs}
     columns = ("what", "kind", "found", "version, place or how to get it", "enables")
-    return Outcome(report=report, tables=[Table("", columns, rows)], text=text, passed=not missing)
+    shown = [(verb, "yes" if found["works"] else "no", "; ".join(found["missing"])) for verb, found in verbs.items()]
+    tables = [
+        Table("", columns, rows),
+        Table("verbs", ("verb", "works", "missing, for what the table above says"), shown),
+    ]
+    return Outcome(report=report, tables=tables, text=text, passed=not missing)
+
+
+def by_verb(findings: Sequence[Finding]) -> dict[str, dict[str, Any]]:
+    """Return for each verb whether it works, and what it lacks; headers and tools are for building libraries alone."""
+    used = [item for item in findings if item.kind not in ("header", "tool") and not item.found]
+    return {
+        verb: {
+            "works": not any(item.needed for item in used if verb in item.verbs),
+            "missing": [item.name for item in used if verb in item.verbs],
+        }
+        for verb in ORDER
+    }
 
 
 def _packages() -> list[Finding]:
@@ -113,7 +140,7 @@ def _devices() -> list[Finding]:
             "device",
             memory is None,
             memory or f"the driver serves CUDA {trt.driver_version()}",
-            "generate, eval, parity, bench of engines: their tensors lie there",
+            "quantize, eval, generate with --device cuda; memory of engines in generate, eval, parity, bench",
         ),
     ]
 

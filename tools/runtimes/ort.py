@@ -340,7 +340,7 @@ RUNTIMES = (
     ),
     _runtime(
         "native-cuda",
-        "the native operators on an NVIDIA GPU",
+        "generate, eval, parity and bench with the native operators on an NVIDIA GPU",
         cuda_unavailable,
         lambda: _library_name("ort-cuda"),
         cuda=True,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rankbook.tools.commands import doctor
-from tests.tools.files import run_cli, stdout_json
+from rankbook.tools.commands import ORDER, doctor
+from tests.tools.files import pretend, run_cli, stdout_json
 
 
 def test_everything_has_a_purpose(capsys):
@@ -16,6 +16,20 @@ def test_everything_has_a_purpose(capsys):
             assert verb in findings[name]["enables"]
     assert findings["pynvml"]["detail"].startswith("pip install nvidia-ml-py") or findings["pynvml"]["found"]
     assert all(item["enables"] and item["detail"] for item in findings.values())
+
+
+def test_what_each_verb_lacks(monkeypatch, capsys):
+    """Names for each verb, in the JSON and in a table; what is missing for one is no fault of another."""
+    monkeypatch.setattr(doctor, "_PACKAGES", (("scipy_", "quantize --target-bits", False), ("onnx_", "export", True)))
+    pretend(monkeypatch, "rtx", "tensorrt-rtx is not installed: pip install 'rankbook[cpu]'")
+    run_cli("doctor", "--json")
+    verbs = stdout_json(capsys)["verbs"]
+    assert set(verbs) == set(ORDER)
+    assert (verbs["export"]["works"], verbs["quantize"]["works"]) == (False, True)
+    assert "scipy_" in verbs["quantize"]["missing"]
+    assert "scipy_" not in verbs["export"]["missing"]
+    assert [verb for verb in ORDER if "tensorrt-rtx" in verbs[verb]["missing"]] == ["build"]
+    assert not {"nvcc", "TensorRT headers"} & {name for found in verbs.values() for name in found["missing"]}
 
 
 def test_a_missing_necessity_fails_the_check(monkeypatch, capsys):
