@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rankbook.calibration.checkpoint.extras import GENAI_CONFIG, LIBRARY
+from rankbook.calibration.schema import read_object
 from rankbook.calibration.source import ONNX_NAME
 from rankbook.exporter.options import ExportOptions
 from rankbook.exporter.passes.kv_cache import PAST, PRESENT, cache_layers
@@ -79,6 +80,9 @@ def write_genai_config(
         config: config.json of the language model.
         options: What the file is.
         with_library: See `wants_library`.
+
+    Raises:
+        SchemaError: A file of the folder is not JSON.
     """
     if with_library:
         shutil.copyfile(library.library("ort"), folder / LIBRARY)
@@ -223,9 +227,5 @@ def _shape(value: ir.Value) -> list[Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """Return the object in a JSON file of the folder; an empty one where there is none."""
+    return read_object(path, "copy the model again") if path.is_file() else {}

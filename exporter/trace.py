@@ -47,11 +47,12 @@ class _CausalLM(nn.Module):
         cache = self.adapter.new_cache()
         for index, (key, value) in enumerate(past):
             cache.update(key, value, index)
-        length = tokens.shape[1]
+        length, held = tokens.shape[1], past[0][0].shape[2]
         # 1 where a token is real, and 0 where it is padding.
         real = attention_mask[:, attention_mask.shape[1] - length :]
         last = (real * torch.arange(length)).argmax(1)
-        return self._run(tokens, attention_mask, position_ids, cache, last)
+        mask = _mask_of_keys(attention_mask, length, held)
+        return self._run(tokens, mask, position_ids, cache, last)
 
     def _run(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any, last: Tensor) -> tuple[Any, ...]:
         """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
@@ -90,6 +91,19 @@ class _StaticLM(_CausalLM):
         mask = torch.ones(tokens.shape[0], past[0][0].shape[2], dtype=torch.int64)
         cache = static.fixed_cache(past, write_indices)
         return self._run(tokens, mask, positions, cache, (lengths - 1).clamp_min(0))
+
+
+def _mask_of_keys(mask: Tensor, length: int, held: int) -> Tensor:
+    """Return the mask of the ``held`` keys of the past and those of ``length`` tokens, (batch, held + length).
+
+    It is the given one, (batch, total), where that is as long. A shorter one hides the end of the past, as in ``--graph
+    ort``, whose past may be a buffer with room behind it; one of a single element would fit any number of keys. A mask
+    shorter than the tokens is looked up beyond its end, which runtimes refuse.
+    """
+    total, key = mask.shape[1], torch.arange(held + length)
+    seen = (key >= held) | (key < total - length)
+    place = torch.where(key >= held, key - held + total - length, key) * seen
+    return mask.index_select(1, torch.where(place < 0, total, place)) * seen
 
 
 def _at(hidden: Tensor, last: Tensor) -> Tensor:

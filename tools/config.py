@@ -6,12 +6,13 @@ the flags of that verb alone (``quantize: {bits: 3}``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
-from rankbook.calibration.option import near
+from rankbook.calibration.option import WHERE, near
 from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import Flag
 from rankbook.tools.report import plain
@@ -104,12 +105,21 @@ def _check_known(keys: Iterable[str], known: Collection[str], source: str, verb:
             )
 
 
+def _located(value: Any, flag: Flag) -> Any:
+    """Return a path from the root; of a text that may be one, such as a model, where something lies there."""
+    if isinstance(value, Path) or (
+        isinstance(value, str) and flag.option.about.group == WHERE and Path(value).exists()
+    ):
+        return os.path.abspath(value)  # noqa: PTH100 - without what lies behind a link, but without ".."
+    return value
+
+
 def write_resolved(folder: Path, verb: str, flags: Mapping[str, Flag], options: Any) -> Path:
-    """Write the options that a verb ran with as ``rankbook-<verb>.yaml``, usable as ``--config``."""
+    """Write the options that a verb ran with as ``rankbook-<verb>.yaml``, usable as ``--config`` from every folder."""
     import yaml
 
     kept = {
-        flag.keys[0]: plain(getattr(options, name))
+        flag.keys[0]: plain(_located(getattr(options, name), flag))
         for name, flag in flags.items()
         if name not in NOT_STORED and getattr(options, name) is not None
     }

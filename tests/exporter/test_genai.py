@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ from rankbook.exporter.export import export
 from rankbook.exporter.genai import write_genai_config
 from rankbook.exporter.options import ExportOptions
 from rankbook.plugins.library import unavailable as library_unavailable
-from rankbook.tools.generation.loop import GenerateOptions, generate
+from rankbook.tools.generation.loop import GenerateOptions, generate, prompt_ids
 from rankbook.tools.runtimes import Setting, genai, open_model
+from rankbook.tools.runtimes.ort import OrtModel
 from tests.exporter.checkpoints import make_checkpoint
+from tests.plugins.toolchain import ROOT, ort_headers, output, required_tool
 from tests.tiny import tiny_tokenizer
 
 needs_genai = pytest.mark.skipif(genai.unavailable() is not None, reason=str(genai.unavailable()))
@@ -212,3 +217,76 @@ def test_a_library_that_is_not_built_is_refused_at_once(checkpoint, tmp_path, mo
     with pytest.raises(FileNotFoundError, match="make native"):
         export(checkpoint, tmp_path / "out", ExportOptions(with_library=True))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("tokens", "past", "total"), [(1, 1, 1), (2, 5, 4), (3, 3, 6)])
+def test_a_mask_shorter_than_past_and_tokens(tokens, past, total, exported) -> None:
+    """Both graphs take the end of the past for room that nothing was written to yet.
+
+    So polygraphy gives inputs by default: 1 for every axis without a size, a mask of one beside a past of one.
+    """
+    scores = []
+    for folder in exported.values():
+        model = OrtModel(folder)
+        names: dict[str, Any] = model.file.inputs
+        feeds = {"input_ids": np.arange(tokens)[None], "attention_mask": np.ones((1, total), np.int64)}
+        feeds["position_ids"] = np.arange(total - tokens, total)[None]
+        random = np.random.default_rng(0)
+        for name, shape in names.items():
+            if name not in feeds:
+                feeds[name] = random.standard_normal((1, shape[1], past, shape[3])).astype(np.float32)
+        if past + tokens > total:  # room is not read
+            for name in names.keys() - {"input_ids", "attention_mask", "position_ids"}:
+                feeds[name][:, :, total - tokens :] = np.inf if folder.name == "ort" else 1e3
+        scores.append(model.session.run(["logits"], feeds)[0][:, -1])
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
+
+
+def test_a_mask_shorter_than_the_tokens_is_refused(exported):
+    """One of a single element would fit any number of keys."""
+    model = OrtModel(exported["standard"])
+    feeds = model.feeds(np.array([[3, 4, 5]]))
+    with pytest.raises(Exception, match="Gather"):
+        model.session.run(["logits"], feeds | {"attention_mask": np.ones((1, 1), np.int64)})
+
+
+def example(language: str) -> str:
+    """Return the program in a language that docs/runtimes.md shows."""
+    text = (ROOT / "docs" / "runtimes.md").read_text("utf-8")
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return str(found)
+
+
+@needs_genai
+def test_the_example_in_python(exported):
+    """As it stands in the documents, but for the model: a tiny one, whose text ends after 64 tokens at most."""
+    done = subprocess.run(
+        [sys.executable, "-c", example("python").replace('"onnx"', repr(str(exported["standard"])))],
+        capture_output=True,
+        check=True,
+    )
+    assert len(done.stdout) > 5
+
+
+@pytest.mark.parametrize("graph", ["ort", "standard"])
+def test_the_example_in_cpp(graph, exported, tmp_path):
+    """The same tokens as `rankbook generate`, with the library for `--graph ort`."""
+    import onnxruntime
+
+    headers, compiler = ort_headers(), required_tool("c++")
+    if headers is None:
+        pytest.skip("ONNX Runtime's headers are needed: make native gets them")
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*.*")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(library)
+    (tmp_path / "continue.cpp").write_text(example("cpp"))
+    paths = [f"-I{headers}", f"-L{tmp_path}", f"-Wl,-rpath,{tmp_path}"]
+    program = tmp_path / "continue"
+    output(compiler, "-std=c++17", "-O1", tmp_path / "continue.cpp", *paths, "-lonnxruntime", "-o", program)
+    own = exported[graph] / LIBRARY
+    model = open_model(exported[graph], "bodies")
+    tokens = prompt_ids(model.tokenizer, PROMPTS[1])
+    wanted = expected(exported[graph], PROMPTS[1])
+    given = [exported[graph] / "model.onnx", own if own.is_file() else "-", len(wanted), *map(str, tokens)]
+    assert list(map(int, output(program, *map(str, given)).split())) == wanted
+    assert wanted

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rankbook.calibration.option import Options, option
+from rankbook.calibration.option import WHERE, Options, option
 from rankbook.tools import config
 from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import flags_of
@@ -78,3 +78,20 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     path = config.write_resolved(tmp_path, "one", FLAGS["one"], One(bits=2, tokens=(1, 8)))
     assert selected(config.read(path)) == {"bits": 2, "group_size": 64, "tokens": (1, 8)}
     assert config.read(tmp_path / "rankbook-one.yaml") == {"one": {"bits": 2, "group_size": 64, "tokens": [1, 8]}}
+
+
+def test_paths_are_written_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the file means the same from every folder; a model id is no path, though it may look like one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q").mkdir()
+
+    @dataclass(frozen=True)
+    class Places:
+        output: Path = option(Path("out"), "where", group=WHERE)
+        model: str = option("q", "what", group=WHERE)
+        hub: str = option("owner/q", "what", group=WHERE)
+        method: str = option("q", "how")
+
+    path = config.write_resolved(tmp_path / "out", "place", flags_of(Places), Places())
+    wanted = {"output": str(tmp_path / "out"), "model": str(tmp_path / "q"), "hub": "owner/q", "method": "q"}
+    assert config.read(path) == {"place": wanted}

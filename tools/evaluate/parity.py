@@ -8,6 +8,7 @@ continues prompts greedily with both.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +125,12 @@ def noted_checkpoint(path: Path) -> Path | None:
         return None
     import yaml
 
-    noted = (yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}).get("export", {}).get("checkpoint", "")
-    # Both folders may have moved together.
-    candidates = [Path(noted), path.parent.parent / Path(noted).name]
-    return next((candidate for candidate in candidates if noted and candidate.is_dir()), None)
+    export = (yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}).get("export", {})
+    noted, folder = export.get("checkpoint", ""), path.absolute().parent
+    # Both folders may have moved together, and each may have another name in the same place.
+    way = os.path.relpath(noted, export["output"]) if Path(export.get("output", "")).is_absolute() else ""
+    candidates = [Path(noted), *([folder / way] if way else []), folder.parent / Path(noted).name]
+    return next((candidate.resolve() for candidate in candidates if noted and candidate.is_dir()), None)
 
 
 def compared_tokens(model: LanguageModel, vocabulary: int, text: str | Path | None, options: ParityOptions) -> Tokens:

@@ -28,6 +28,20 @@ def test_a_checkpoint_is_found_where_the_export_noted_it_or_beside(tmp_path: Pat
     assert parity.noted_checkpoint(exported / "model.onnx") is None
 
 
+def test_folders_that_moved_together_are_found_from_every_folder(tmp_path: Path, monkeypatch) -> None:
+    """The way from one to the other is kept, however deep they lie, and the folder of the file may be renamed."""
+    exported, checkpoint = tmp_path / "work" / "out" / "onnx", tmp_path / "work" / "deep" / "q"
+    exported.mkdir(parents=True)
+    checkpoint.mkdir(parents=True)
+    (exported / "rankbook-export.yaml").write_text(f"export:\n  checkpoint: {checkpoint}\n  output: {exported}\n")
+    (tmp_path / "work").rename(tmp_path / "moved")
+    exported = (tmp_path / "moved" / "out" / "onnx").rename(tmp_path / "moved" / "out" / "renamed")
+    monkeypatch.chdir(exported)
+    assert parity.noted_checkpoint(Path("model.onnx")) == tmp_path / "moved" / "deep" / "q"
+    monkeypatch.chdir("/")
+    assert parity.noted_checkpoint(exported / "model.onnx") == tmp_path / "moved" / "deep" / "q"
+
+
 def test_tokens_are_random_or_those_of_a_text(tmp_path: Path) -> None:
     held: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
     options = ParityOptions(tokens=8, seed=3)
