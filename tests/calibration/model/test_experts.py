@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rankbook.calibration.driver.run import quantize_model
-from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import experts
 from rankbook.calibration.model.plain import is_product, make_plain, restore
 from rankbook.tools.dev.family_models import random_model, tiny
@@ -73,25 +72,6 @@ def test_names_tell_the_matrix_and_the_expert() -> None:
     assert experts.matrix_of("model.layers.0.mlp.up_proj") is None
     names = [f"a.down_proj.{index}" for index in (10, 2, 0)]
     assert experts.stacks(names) == {"a.down_proj": ["a.down_proj.0", "a.down_proj.2", "a.down_proj.10"]}
-
-
-def test_an_expert_with_few_tokens_shares_those_of_all() -> None:
-    torch.manual_seed(0)
-    columns, counts = 8, (20, 3, 0)
-    statistics = [LayerStatistics.empty(columns) for _ in counts]
-    inputs = [torch.randn(count, columns) for count in counts]
-    everyone = LayerStatistics.empty(columns)
-    for x, item in zip(inputs, statistics, strict=True):
-        if len(x):
-            item.update(x)
-        everyone.add(item)
-    shared = [item.filled_up(everyone) for item in statistics[1:]]
-    mean = torch.cat(inputs).T @ torch.cat(inputs) / sum(counts)
-    own = inputs[1].T @ inputs[1]
-    torch.testing.assert_close(shared[0].gram, own + (columns - 3) * mean)
-    torch.testing.assert_close(shared[1].gram, columns * mean)
-    assert shared[1].tokens == columns
-    torch.testing.assert_close(shared[1].peak, torch.cat(inputs).abs().amax(0))
 
 
 def test_what_enters_experts_is_neither_scaled_nor_given_a_static_range(tmp_path: Path) -> None:
