@@ -54,14 +54,20 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"{error.filename} does not exist; check the path", USAGE
     if isinstance(error, (ValueError, OSError)):
         return _first_lines(str(error)) or type(error).__name__, USAGE
-    if type(error).__name__ == "OutOfMemoryError":  # of PyTorch, which is not imported for a message
-        return (
-            f"the device is out of memory ({_first_lines(str(error), 200)}); give --device cpu or a smaller batch",
-            MISSING,
-        )
     if isinstance(error, MemoryError):
         return "out of memory; use fewer calibration sequences or a shorter context", CHECK_FAILED
+    if out_of_memory(error):
+        said = _first_lines(str(error), 200)
+        return f"the device is out of memory ({said}); give --device cpu, a smaller batch or a shorter context", MISSING
     return f"{type(error).__name__}: {_first_lines(str(error))}; run again with --debug for the traceback", CHECK_FAILED
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether PyTorch, ONNX Runtime (neither is imported for a message) or Python found no memory."""
+    kind = type(error)
+    if kind.__module__.startswith("onnxruntime"):
+        return any(words in str(error).lower() for words in ("allocate memory", "out of memory"))
+    return isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError"
 
 
 def _missing(error: ImportError) -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from rankbook.exporter.export import ExportOptions, export
@@ -17,7 +18,8 @@ from rankbook.tools.bench.device_bench import CONTENDERS, DeviceRace, Instrument
 from rankbook.tools.bench.options import DeviceOptions
 from rankbook.tools.bench.subject import ModelSubject
 from rankbook.tools.deploy.options import BuildOptions
-from rankbook.tools.runtimes import open_model
+from rankbook.tools.runtimes import LanguageModel, open_model
+from rankbook.tools.runtimes.ort import OrtModel
 from tests import tensorrt_stand_in as stand_in
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tensorrt_stand_in import State
@@ -121,6 +123,28 @@ def test_what_is_looked_at_beside_the_clock(engine, state):
     assert report.prefill[0].bandwidth_share is None
     assert len(looks) == 3
     assert device_report.tables(report)[0].rows[0][-1] == f"{100 * cell.bandwidth_share:.0f} %"
+
+
+def test_what_does_not_fit_is_listed(exported, engine, monkeypatch):
+    """One contender without memory at one size is no end of the measurement; another error is."""
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+
+    def full(model: OrtModel, rows: Any) -> Any:
+        if len(rows) == 2:
+            raise state.RuntimeException("Failed to allocate memory for requested buffer of size 4294967296")
+        return LanguageModel.start_best(model, rows)
+
+    monkeypatch.setattr(OrtModel, "start_best", full)
+    options = DeviceOptions(contexts=(4,), batches=(1, 2), prompts=(8,), steps=1, repeats=1)
+    subjects = [ModelSubject(engine), ModelSubject(exported, "bodies")]
+    report = DeviceRace(options, Instruments()).run(subjects, lambda *_: None)
+    missing = {item.name: item.reason for item in report.missing}
+    said = missing[f"{exported}@bodies: decoding behind 4 tokens, batch 2"]
+    assert said.startswith("the device is out of memory (Failed to allocate memory")
+    assert [cell.batch for cell in report.decode] == [1, 1, 2]
+    monkeypatch.setattr(OrtModel, "start_best", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        DeviceRace(options, Instruments()).run(subjects, lambda *_: None)
 
 
 def nvml() -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from rankbook.tools.bench.options import DeviceOptions
 from rankbook.tools.bench.subject import ModelSubject, random_tokens
 from rankbook.tools.bench.timing import interleave, median_ratio
-from rankbook.tools.errors import CommandError
+from rankbook.tools.errors import CommandError, describe, out_of_memory
 from rankbook.tools.runtimes import LanguageModel, Setting
 
 _ENGINE = "export it with --dtype fp16 --graph static{} and build that"
@@ -125,7 +125,7 @@ class DeviceRace:
         """Open and measure every subject; what cannot be is listed with the reason.
 
         Raises:
-            CommandError: Nothing could be opened; the reason of the first one.
+            Exception: Nothing could be opened; that of the first one.
         """
         progress(0.0, "opening")
         self._open(subjects)
@@ -148,7 +148,7 @@ class DeviceRace:
         return self.report
 
     def _open(self, subjects: Sequence[ModelSubject]) -> None:
-        errors: list[CommandError] = []
+        errors: list[Exception] = []
         options = self.options
         capacity = max(*(context + options.steps for context in options.contexts), *options.prompts) + 1
         for subject in subjects:
@@ -156,9 +156,9 @@ class DeviceRace:
             try:
                 model = subject.open(Setting(capacity=capacity, shared=True))
                 self._try(model, min(capacity - 1, max(options.prompts)))
-            except CommandError as error:
+            except Exception as error:
                 errors.append(error)
-                self.report.missing.append(Missing(subject.name, str(error)))
+                self.report.missing.append(Missing(subject.name, _reason(error)))
                 continue
             self.models[subject.name] = model
             taken = None if before is None or not self.instruments.free else max(0, before - self.instruments.free())
@@ -226,8 +226,8 @@ class DeviceRace:
             try:
                 model.check_room(positions, what)
                 turn(name, model)  # the first of the turns that do not count, `_WARM`
-            except CommandError as error:
-                self.report.missing.append(Missing(f"{name}: {what}", str(error)))
+            except Exception as error:
+                self.report.missing.append(Missing(f"{name}: {what}", _reason(error)))
                 continue
             able[name] = lambda name=name, model=model: turn(name, model)  # type: ignore[misc]
         return interleave(able, self.options.repeats, show)
@@ -266,6 +266,13 @@ def kind(model: LanguageModel) -> str:
         what["ort"] = "MatMulNBits"
         return f"{where}, {what.get(model.dialect, model.dialect)}"
     return "PyTorch"
+
+
+def _reason(error: Exception) -> str:
+    """Return why a model was not measured: it refuses, or does not fit. Other errors are raised again."""
+    if isinstance(error, CommandError) or out_of_memory(error):
+        return describe(error)[0]
+    raise error
 
 
 def _share(values: Sequence[float], share: float) -> float:

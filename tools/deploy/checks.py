@@ -10,7 +10,7 @@ from rankbook.tools.deploy import engine_log, step
 from rankbook.tools.deploy.manifest import Check
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes
-from rankbook.tools.errors import UsageError
+from rankbook.tools.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from rankbook.exporter.file import ExportedModel, Node
@@ -63,6 +63,31 @@ def verify_plugins(model: ExportedModel, options: BuildOptions, result: dict[str
 
         wanted = sum(node.op_type in aot.names() for node in model.packed)
     return Check("plugin layers", result["plugin_layers"] == wanted, f"{result['plugin_layers']} of {wanted}")
+
+
+PARSED_SINCE: Mapping[str, tuple[int, int]] = {
+    "Attention": (10, 14),
+    "RotaryEmbedding": (10, 15),
+    "TensorScatter": (10, 15),
+}
+"""Versions of TensorRT since which its parser takes an operator (release notes of 10.14 and 10.15.1, NVIDIA)."""
+
+
+def check_parser(model: ExportedModel, version: str | None) -> None:
+    """Refuse a file that the parser of a version of TensorRT does not take; None where it is not known.
+
+    Raises:
+        MissingError: It is too old.
+    """
+    known = [int(part) for part in (version or "").split(".")[:2] if part.isdecimal()]
+    used = {node.op_type for node in model.proto.graph.node if not node.domain} & set(PARSED_SINCE)
+    new = sorted(name for name in used if known and tuple(known) < PARSED_SINCE[name])
+    if new:
+        wanted = ".".join(map(str, max(PARSED_SINCE[name] for name in new)))
+        raise MissingError(
+            f"TensorRT {version} is installed, whose parser does not know {' and '.join(new)} of {model.path}; install"
+            f" {wanted} or a later one: pip install 'tensorrt>={wanted}'"
+        )
 
 
 def check_cache(model: ExportedModel) -> None:

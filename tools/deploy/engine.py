@@ -13,10 +13,11 @@ from rankbook.calibration.checkpoint.extras import copy_extras
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, is_checkpoint
+from rankbook.calibration.versions import installed
 from rankbook.plugins import library
 from rankbook.tools.child import run_module
 from rankbook.tools.deploy import engine_commands, engine_log, gpu_code, step
-from rankbook.tools.deploy.checks import check_cache, has_plugin, verify, verify_cache, verify_plugins
+from rankbook.tools.deploy.checks import check_cache, check_parser, has_plugin, verify, verify_cache, verify_plugins
 from rankbook.tools.deploy.manifest import EngineReport, EngineSource
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.deploy.profiles import Shapes, make_profiles
@@ -76,6 +77,7 @@ def build(
         model.require_packed()
         model.require_standard()
         check_cache(model)
+        check_parser(model, installed("tensorrt") if options.target == "trt" else None)
         if (plugins := options.plugin_library()) and any(map(has_plugin, model.packed)):
             gpu_code.check(plugins, options.capabilities)
         profiles = make_profiles(model.inputs, options.limits(int(model.metadata.max_context or 0)))

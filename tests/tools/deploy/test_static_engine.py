@@ -6,18 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import helper
 
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.output import check_replaceable
 from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
 from rankbook.tools import errors
 from rankbook.tools.deploy import engine, engine_log, step
+from rankbook.tools.deploy.checks import check_parser
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.runtimes import trt
 from rankbook.tools.runtimes.trt_engine import RUNTIME_CACHE_NAME
 from tests.exporter.checkpoints import make_checkpoint
+from tests.exporter.rtx import build as rtx_build
 from tests.tools.files import run_cli
 
 needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
@@ -111,6 +116,35 @@ def test_what_does_not_fit_together_is_refused(checkpoint, tmp_path, capsys):
     options = BuildOptions(max_context=32)
     with pytest.raises(errors.UsageError, match=r"--max-context is 32.*holds 64 positions"):
         options.limits(64)
+
+
+def test_an_old_parser_is_named(checkpoint, tmp_path):
+    """The operators that a version of TensorRT lacks, and the version to install; TensorRT-RTX is not asked."""
+    export(checkpoint, tmp_path / "static", ExportOptions(dtype="fp16", graph="static", max_context=64))
+    model = ExportedModel.open(tmp_path / "static")
+    for version in ("10.15.1.29", "11.4.0.106", None):
+        check_parser(model, version)
+    with pytest.raises(errors.MissingError, match=r"10\.14\.1.*not know RotaryEmbedding and TensorScatter.*>=10\.15'"):
+        check_parser(model, "10.14.1.48")
+    with pytest.raises(errors.MissingError, match=r"know Attention and RotaryEmbedding and TensorScatter"):
+        check_parser(model, "10.9.0.34")
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.parametrize("kind", ["FLOAT8E4M3FN", "INT8"])
+def test_the_builder_writes_caches_of_floating_point_numbers_alone(kind, tmp_path):
+    """What the README says of --kv int8 and of 8-bit floats; a builder that takes them is to be told to users."""
+    cache: list[str | int | None] = ["batch", 2, 64, 16]
+    new: list[str | int | None] = ["batch", 2, "s", 16]
+    element = getattr(onnx.TensorProto, kind)
+    inputs = [helper.make_tensor_value_info("past", element, cache), helper.make_tensor_value_info("new", element, new)]
+    inputs.append(helper.make_tensor_value_info("at", onnx.TensorProto.INT64, ["batch"]))
+    node = helper.make_node("TensorScatter", ["past", "new", "at"], ["present"], axis=2)
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("present", element, cache)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11), tmp_path / "g.onnx")
+    sizes = {"past": ([1, 2, 64, 16],) * 3, "new": ([1, 2, 1, 16],) * 3, "at": ([1],) * 3}
+    assert "must have type Float, Half, or BFloat16" in " ".join(rtx_build(tmp_path / "g.onnx", sizes)["errors"])
 
 
 def test_kernels_are_counted_by_profile(tmp_path):
