@@ -6,6 +6,7 @@ The structures mirror ``csrc/kernels/cuda/params.h``; `Kernels` refuses a librar
 from __future__ import annotations
 
 import ctypes as c
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Factor(c.Structure):
 
 
 class Matmul(c.Structure):
-    """``y = x W^T + (x down^T) up^T + bias``."""
+    """``y = x W^T + (x down^T) up^T + bias``; of experts, with the layer of a stack that ``numbers`` says."""
 
     _fields_ = [
         ("weight", PackedWeight),
@@ -65,6 +66,8 @@ class Matmul(c.Structure):
         ("type", c.c_int32),
         ("tokens", c.c_int),
         ("int8_activations", c.c_bool),
+        ("experts", c.c_int),
+        ("numbers", c.c_void_p),
         ("workspace", c.c_void_p),
     ]
 
@@ -76,9 +79,10 @@ class Gather(c.Structure):
 
 
 def packed_weight(address: Address, tensors: Mapping[str, Any], attributes: Mapping[str, Any]) -> PackedWeight:
-    """Fill the structure of a weight from the constants of an operator, by formal name."""
+    """Fill the structure of a weight from the constants of an operator, by formal name; of experts they are stacks."""
     codes, params, step, base = (tensors[name] for name in ("codes", "params", "step", "base"))
-    full = params if _count(params) > 1 or step.shape[-1] != 32 else step
+    lead = _stack_axes(tensors)
+    full = params if _count(params, lead) > 1 or step.shape[-1] != 32 else step
     return PackedWeight(
         codes=address(codes),
         levels=address(tensors["levels"]),
@@ -87,34 +91,37 @@ def packed_weight(address: Address, tensors: Mapping[str, Any], attributes: Mapp
         base=address(base),
         params_full=params.shape[-1] == 32,
         step_full=step.shape[-1] == 32,
-        base_full=_count(base) > 1 or full.shape[2] == 1,
+        base_full=_count(base, lead) > 1 or full.shape[-2] == 1,
         has_offset=bool(attributes["offset"]),
         rows=attributes["out_features"],
         columns=attributes["in_features"],
-        bits=codes.shape[2],
-        groups=full.shape[1],
-        params_planes=full.shape[2],
+        bits=codes.shape[-3],
+        groups=full.shape[-3],
+        params_planes=full.shape[-2],
     )
 
 
 def factor(address: Address, tensors: Mapping[str, Any], name: str, axis: int) -> Factor:
     """Fill the structure of a factor of the error branch: ``down`` with the ranks in rows (axis 1), ``up`` (axis 0)."""
     codes, scale = tensors[name], tensors[f"{name}_scale"]
+    lead = _stack_axes(tensors)
     return Factor(
         codes=address(codes),
         scale=_floats(address, scale),
-        codes_full=_count(codes) > 1,
-        scale_full=scale.shape[axis] > 1,
+        codes_full=_count(codes, lead) > 1,
+        scale_full=scale.shape[lead + axis] > 1,
     )
 
 
 def product(address: Address, tensors: Mapping[str, Any], attributes: Mapping[str, Any]) -> Matmul:
-    """Fill the structure of a product but for x, y, their type and number, and the workspace."""
+    """Fill the structure of a product but for x, y, their type and number, numbers of experts, and the workspace."""
+    lead = _stack_axes(tensors)
     arguments = Matmul(
         weight=packed_weight(address, tensors, attributes),
         bias=address(tensors["bias"]),
-        bias_full=_count(tensors["bias"]) > 1,
+        bias_full=_count(tensors["bias"], lead) > 1,
         rank=tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0,
+        experts=tensors["codes"].shape[0] if lead else 0,
     )
     if arguments.rank:
         arguments.down = factor(address, tensors, "down", 1)
@@ -179,9 +186,11 @@ def _floats(address: Address, values: Any) -> Floats:
     return Floats(address(values), TYPES[str(values.dtype).removeprefix("torch.")])
 
 
-def _count(values: Any) -> int:
-    """Return the number of elements; numpy and torch have no common name for it."""
-    count = 1
-    for size in values.shape:
-        count *= int(size)
-    return count
+def _stack_axes(tensors: Mapping[str, Any]) -> int:
+    """Return how many axes stand before those of one layer: that of the experts, or none."""
+    return len(tensors["codes"].shape) - 5
+
+
+def _count(values: Any, lead: int) -> int:
+    """Return the number of elements of one layer."""
+    return math.prod(int(size) for size in values.shape[lead:])

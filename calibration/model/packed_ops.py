@@ -76,16 +76,26 @@ def constants(spec: LayerSpec, packed: Mapping[str, Tensor]) -> dict[str, Tensor
     """Return the constants of a layer's operators by formal name, as the kernels read them, from its packed tensors.
 
     They share memory with the packed tensors where the bytes are the same; codes are those of `layout.to_carrier`.
+    Packed tensors may be stacks of experts, with one axis more in front.
     """
     found = {name: tensor.contiguous() for name, tensor in packed.items()}
     levels, bias = found["levels"].to(torch.float16), found.get("bias")
-    found["levels"] = torch.cat([levels, torch.ones_like(levels[:1])]) if spec.has_offset else levels
+    ones = torch.ones_like(levels[..., :1, :])
+    found["levels"] = torch.cat([levels, ones], -2) if spec.has_offset else levels
     found["codes"] = (found["codes"] ^ CARRIER).view(torch.int8)
-    found["bias"] = levels.new_zeros(1, dtype=torch.float32) if bias is None else bias.float()
+    none = levels.new_zeros(*levels.shape[:-2], 1, dtype=torch.float32)
+    found["bias"] = none if bias is None else bias.float()
     return found
 
 
-def product(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec, *, int8_activations: bool = False) -> Tensor:
+def product(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    spec: LayerSpec,
+    *,
+    int8_activations: bool = False,
+    numbers: Tensor | None = None,
+) -> Tensor:
     """Return ``x @ W.T + bias``, with the error branch, for x (..., K) in one of `TYPES`.
 
     Args:
@@ -93,9 +103,11 @@ def product(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec, *, int8_a
         tensors: What `constants` returns, on the device of x.
         spec: The layer.
         int8_activations: Round x to 8 bits inside.
+        numbers: Of stacks, the expert of each row of x, int64 (...); rows of an expert that does not exist give NaN.
     """
     names = _ORDER if spec.branch_rank else _ORDER[:6]
-    y: Tensor = torch.ops.rankbook.product(x, [tensors[name] for name in names], _sizes(spec), int8_activations)
+    constants = [tensors[name] for name in names]
+    y: Tensor = torch.ops.rankbook.product(x, constants, _sizes(spec), int8_activations, numbers)
     return y
 
 
@@ -131,7 +143,9 @@ def _current(device: torch.device) -> Iterator[int]:
 
 
 @torch.library.custom_op("rankbook::product", mutates_args=())
-def _product(x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activations: bool) -> Tensor:
+def _product(
+    x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activations: bool, numbers: Tensor | None
+) -> Tensor:
     computes = kernels(x.device.type)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % _ALIGNMENT:  # a slice of another tensor; kernels read whole vectors
@@ -142,6 +156,9 @@ def _product(x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activation
     arguments = cuda_abi.product(_address, dict(zip(_ORDER, tensors, strict=False)), _attributes(sizes))
     arguments.x, arguments.y, arguments.tokens = flat.data_ptr(), y.data_ptr(), flat.shape[0]
     arguments.type, arguments.int8_activations = TYPES.index(x.dtype), int8_activations
+    if numbers is not None:
+        numbers = numbers.to(torch.int64).contiguous()
+        arguments.numbers = numbers.data_ptr()
     scratch = x.new_empty(computes.workspace(arguments) + _ALIGNMENT, dtype=torch.uint8)
     arguments.workspace = scratch.data_ptr() + -scratch.data_ptr() % _ALIGNMENT
     with _current(x.device) as stream:
@@ -150,7 +167,13 @@ def _product(x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activation
 
 
 @_product.register_fake
-def _(x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activations: bool) -> Tensor:  # noqa: ARG001
+def _(
+    x: Tensor,
+    tensors: list[Tensor],  # noqa: ARG001
+    sizes: list[int],
+    int8_activations: bool,  # noqa: ARG001
+    numbers: Tensor | None,  # noqa: ARG001
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], sizes[1])
 
 

@@ -42,6 +42,7 @@ message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTUR
 
 add_library(rankbook_cuda_kernels OBJECT
   kernels/cuda/launch.cu
+  kernels/cuda/experts_2.cu kernels/cuda/experts_3.cu kernels/cuda/experts_4.cu kernels/cuda/experts_8.cu
   kernels/cuda/int8_2.cu kernels/cuda/int8_3.cu kernels/cuda/int8_4.cu kernels/cuda/int8_8.cu
   kernels/cuda/width_2.cu kernels/cuda/width_3.cu kernels/cuda/width_4.cu kernels/cuda/width_8.cu)
 target_include_directories(rankbook_cuda_kernels PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})

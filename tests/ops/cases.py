@@ -176,6 +176,10 @@ class Op:
         """Return the operator on another input."""
         return replace(self, inputs={name: x if value is self.x else value for name, value in self.inputs.items()})
 
+    def with_numbers(self, numbers: Array) -> Op:
+        """Return the product with other experts of the rows."""
+        return replace(self, inputs={**self.inputs, experts.NUMBERS: numbers})
+
     def expected(self) -> Array:
         """Return the output of the numpy reference, in the type of x."""
         return self.contract.compute(list(self.inputs.values()), self.attributes)[0]
@@ -190,6 +194,12 @@ class Op:
 
         Those of a weight are sum_p |coefficient * level| + |offset|: what the errors of its rounding scale with.
         """
+        if self.records:
+            weights, branches = np.zeros((2, *self.x.shape[:-1], self.record.out_features))
+            for expert, record in enumerate(self.records):
+                rows = self.numbers == expert
+                weights[rows], branches[rows] = Op.of(record, self.x[rows]).magnitude
+            return weights, branches
         record = self.record
         params, levels = record.params.dense().abs(), record.levels.float().abs()
         codebooks = params[..., : record.planes] @ levels

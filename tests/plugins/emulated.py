@@ -9,7 +9,7 @@ import ctypes as c
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -129,6 +129,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._arrays: list[tuple[Array, bool]] = []
+        self._parts: dict[int, tuple[int, ...]] = {}
         self._device: dict[int, Array] = {}  # on a GPU: the shape of what lies at an address
 
     def __del__(self) -> None:
@@ -160,15 +161,29 @@ class Arena:
             return found
         return next(view for view, _ in self._arrays if view.ctypes.data == address)
 
+    def keep_parts(self, stacks: Iterable[Array], parts: Sequence[int]) -> None:
+        """Allow, of the buffers that hold these arrays, only some parts along the first axis."""
+        held = [stack.tobytes() for stack in stacks]
+        self._parts = {
+            view.ctypes.data: tuple(parts) for view, flag in self._arrays if not flag and view.tobytes() in held
+        }
+
+    def _allowed(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the address, size and whether it may be written of every range that may be touched."""
+        for view, writable in self._arrays:
+            parts = self._parts.get(view.ctypes.data)
+            for array in [view] if parts is None else [view[part] for part in parts]:
+                yield array.ctypes.data, array.nbytes, int(writable)
+
     def register(self, lib: c.CDLL | None = None) -> None:
         """Tell an emulation which addresses are allowed."""
         if ON_GPU and lib is None:
             return
-        count = len(self._arrays)
-        begins = (c.c_size_t * count)(*(view.ctypes.data for view, _ in self._arrays))
-        sizes = (c.c_size_t * count)(*(view.nbytes for view, _ in self._arrays))
-        writable = (c.c_int * count)(*(int(flag) for _, flag in self._arrays))
-        (lib or library()).rb_buffers(begins, sizes, writable, count)
+        begins, sizes, writable = zip(*self._allowed(), strict=True)
+        count = len(begins)
+        (lib or library()).rb_buffers(
+            (c.c_size_t * count)(*begins), (c.c_size_t * count)(*sizes), (c.c_int * count)(*writable), count
+        )
 
 
 def packed_weight(arena: Memory, tensors: Mapping[str, Array], attributes: Mapping[str, Any]) -> PackedWeight:
@@ -185,16 +200,26 @@ class Product:
         x: Activations.
         dtype: Their type.
         int8: Whether x is rounded to 8 bits inside.
+        numbers: Of the expert of each token (M,), where the constants are stacks.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, *, int8: bool = False
+        self,
+        tensors: Mapping[str, Array],
+        attributes: Mapping[str, Any],
+        x: Array,
+        dtype: str,
+        *,
+        int8: bool = False,
+        numbers: Array | None = None,
     ) -> None:
         self.arena = arena = Arena()
         self.arguments = cuda_abi.product(arena.add, tensors, attributes)
         self._y = arena.add(np.full((len(x), self.arguments.weight.rows), -1).astype(x.dtype), writable=True)
         self.arguments.x, self.arguments.y, self.arguments.type = arena.add(x), self._y, TYPES[dtype]
         self.arguments.tokens, self.arguments.int8_activations = len(x), int8
+        if numbers is not None:
+            self.arguments.numbers = arena.add(numbers)
         self.workspace_bytes = library().rb_workspace(c.byref(self.arguments))
         if self.workspace_bytes:
             self.arguments.workspace = arena.add(np.full(self.workspace_bytes, 0xFF, np.uint8), writable=True)
@@ -209,11 +234,9 @@ class Product:
         return self.arena.array(self._y).copy()
 
 
-def matmul(
-    tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, *, int8: bool = False
-) -> Array:
+def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, **options: Any) -> Array:
     """Run a product once; see `Product`."""
-    return Product(tensors, attributes, x, dtype, int8=int8).run()
+    return Product(tensors, attributes, x, dtype, **options).run()
 
 
 def gather(tensors: Mapping[str, Array], attributes: Mapping[str, Any], indices: Array) -> Array:
@@ -240,11 +263,6 @@ def broken(what: int) -> None:
     arena = Arena()
     y = arena.add(np.zeros(16, np.float32), writable=True)
     _call("rb_broken", arena, what, c.c_void_p(y))
-
-
-def factor(arena: Memory, tensors: Mapping[str, Array], name: str, axis: int) -> Factor:
-    """Fill the structure of a factor of the error branch."""
-    return cuda_abi.factor(arena.add, tensors, name, axis)
 
 
 class Kernels:

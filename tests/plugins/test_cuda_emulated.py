@@ -102,10 +102,10 @@ LONG: dict[str, Any] = {"bits": 4, "out_features": 33, "in_features": 2560, "gro
 """Rows so long that blocks share panels."""
 
 
-def prepared(case: Case) -> emulated.Product:
-    op = case.draw()
+def prepared(op: Op) -> emulated.Product:
     x = op.x if op.dtype == "float32" else op.x.view(np.uint16)
-    return emulated.Product(op.constants(), op.attributes, x, op.dtype, int8=case.int8_activations)
+    x, rounds, numbers = x.reshape(-1, x.shape[-1]), op.contract.int8_activations, op.numbers if op.records else None
+    return emulated.Product(op.constants(), op.attributes, x, op.dtype, int8=rounds, numbers=numbers)
 
 
 @pytest.mark.parametrize(("dtype", "tokens", "rank", "int8"), [
@@ -114,7 +114,8 @@ def prepared(case: Case) -> emulated.Product:
 ])  # fmt: skip
 def test_sums_of_several_blocks_repeat_bit_for_bit(dtype, tokens, rank, int8):
     """On a GPU blocks arrive in another order every time, and find the counters as the last run left them."""
-    run = prepared(Case(**LONG | {"rank": rank}, dtype=dtype, tokens=(tokens,), int8_activations=int8)).run
+    case = Case(**LONG | {"rank": rank}, dtype=dtype, tokens=(tokens,), int8_activations=int8)
+    run = prepared(case.draw()).run
     first = run()
     assert np.isfinite(first.view(DTYPES[dtype]).astype(np.float64)).all()
     for _ in range(500 if emulated.ON_GPU else 2):
@@ -159,8 +160,61 @@ def test_scratch_for_a_decoded_weight_is_bounded():
     ],
 )
 def test_misaligned_pointers_are_refused_before_the_launch(change, message):
-    made = prepared(Case(bits=4, in_features=64, group=64, rank=4, bias=True))
+    made = prepared(Case(bits=4, in_features=64, group=64, rank=4, bias=True).draw())
     change(made.arguments)
+    with pytest.raises(RuntimeError, match=message):
+        made.run()
+
+
+STACK = Case(bits=4, planes=1, out_features=40, in_features=96, group=48, rank=3, bias=True, experts=5)
+"""Experts, of whose tokens eight are a block's with few of them, and 64 with many."""
+
+
+@pytest.mark.parametrize(
+    ("experts", "tokens", "dtype"),
+    [(1, 3, "float16"), (1, 70, "bfloat16"), (1, 20, "float32"), (12, 30, "float16"), (12, 70, "bfloat16")],
+)
+def test_products_of_one_expert_and_of_many(experts, tokens, dtype):
+    """More than eight tokens an expert go to tiles; those of several slices, too."""
+    check(RUNNERS["cuda"], STACK.draw(experts=experts, tokens=(tokens,), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("tokens", [7, 60])
+def test_tokens_of_an_expert_that_does_not_exist_are_nan(tokens, dtype):
+    op = STACK.draw(tokens=(tokens,), dtype=dtype)
+    wrong = op.with_numbers(op.numbers.copy())
+    wrong.numbers[[0, 3, 6]] = 5, -1, 2**40
+    got = run_kernels(wrong)
+    there = np.ones(tokens, bool)
+    there[[0, 3, 6]] = False
+    assert np.isnan(got[~there]).all()
+    # Few tokens are multiplied as they are in any company; tiles begin elsewhere, which changes nothing either.
+    np.testing.assert_array_equal(got[there], run_kernels(op)[there])
+
+
+@pytest.mark.skipif(emulated.ON_GPU, reason="a GPU does not say what was read")
+@pytest.mark.parametrize(("dtype", "planes"), [("float16", 1), ("bfloat16", 3), ("float32", 2)])
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_only_the_chosen_experts_are_read(tokens, dtype, planes):
+    op = STACK.draw(tokens=(tokens,), dtype=dtype, planes=planes)
+    chosen = sorted(set(op.numbers.tolist()))
+    assert chosen != list(range(5))
+    made = prepared(op)
+    made.arena.keep_parts(op.constants().values(), chosen)
+    assert np.isfinite(made.run().view(DTYPES[dtype]).astype(np.float32)).all()
+    made.arena.keep_parts(op.constants().values(), chosen[1:])
+    with pytest.raises(RuntimeError, match="outside all buffers"):
+        made.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("numbers", None, "needs the number of the expert"), ("experts", 5000, "1 to 4096 experts")],
+)
+def test_experts_that_make_no_sense_are_refused(name, value, message):
+    made = prepared(STACK.draw())
+    setattr(made.arguments, name, value)
     with pytest.raises(RuntimeError, match=message):
         made.run()
 
@@ -175,6 +229,7 @@ def test_sanitizers_see_every_kind_of_kernel():
     many = {(c.dtype, c.planes) for c in cases if not c.gather and math.prod(c.tokens) > 16}
     assert {("float16", 1), ("bfloat16", 2)} <= many  # prefill
     assert {("float16", 3), ("float32", 1)} <= many  # tiled products of a decoded weight
+    assert {(c.dtype, c.planes) for c in cases if c.experts and math.prod(c.tokens) > 64} >= {("bfloat16", 2)}  # tiles
     assert any(c.gather for c in cases)
 
 

@@ -15,6 +15,7 @@ MIRRORS: tuple[type[c.Structure], ...] = (
         launches.MatmulKernel,
         launches.DenseKernel,
         launches.ShareKernel,
+        launches.ExpertKernel,
         launches_int8.Int8Plan,
         launches_int8.Int8Kernel,
     ),

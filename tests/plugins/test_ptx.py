@@ -15,7 +15,7 @@ import pytest
 
 from rankbook.plugins import library
 from tests.calibration.records import random_record
-from tests.ops.cases import Op, random_x
+from tests.ops.cases import Case, Op, random_x
 from tests.ops.runners import Runner, check, cuda_kernels, has_int8_kernel
 from tests.plugins.ptx import launches, launches_int8, machine, modules, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
@@ -135,6 +135,26 @@ MANY_TOKENS: dict[str, tuple[dict[str, Any], str, int, int]] = {
 def test_products_of_many_tokens(module: launches.Module, case: str) -> None:
     changes, dtype, tokens, blocks = MANY_TOKENS[case]
     interpret(product_of(changes, dtype, tokens), launches.matmul, module, blocks=blocks)
+
+
+# Experts: more tokens of one than a block takes, one without any; tiles of which some are empty.
+STACKS: dict[str, tuple[dict[str, Any], str, int, bool]] = {
+    "2 bits, tiles": ({"bits": 2, "planes": 1, "in_features": 136, "group": 136}, "bfloat16", 30, True),
+    "3 bits": ({"bits": 3, "planes": 2, "in_features": 128, "group": 32, "rank": 2}, "bfloat16", 9, False),
+    "3 bits, tiles": ({"bits": 3, "planes": 1, "in_features": 128, "group": 64}, "float16", 30, True),
+    "4 bits": ({"bits": 4, "planes": 1, "in_features": 160, "group": 32, "bias": True}, "float16", 20, False),
+    "4 bits, tiles": ({"bits": 4, "planes": 2, "in_features": 256, "group": 64, "rank": 1}, "float16", 80, True),
+    "8 bits": ({"bits": 8, "planes": 1, "in_features": 64, "group": 64, "rank": 1}, "float16", 3, False),
+    "fp32": ({"bits": 4, "planes": 1, "in_features": 45, "group": 45, "rank": 3}, "float32", 5, False),
+    "odd, tiles": ({"bits": 4, "planes": 3, "in_features": 48, "group": 16}, "float16", 12, True),
+}  # fmt: skip
+
+
+@some(STACKS, ["4 bits", "4 bits, tiles"])
+def test_products_of_experts(module: launches.Module, case: str) -> None:
+    changes, dtype, tokens, tiles = STACKS[case]
+    op = Case(dtype=dtype, tokens=(tokens,), experts=4, **changes).draw()
+    interpret(op, launches.experts, module, numbers=op.numbers, tiles=tiles)
 
 
 def test_look_ups(module: launches.Module) -> None:

@@ -20,7 +20,7 @@ NATIVE = ROOT / "build" / "native"
 FOLDER = ROOT / "build" / "gpu-kernels"
 """Objects and libraries of this module, named by the contents of their sources: they may be copied from elsewhere."""
 UNITS = (
-    *(f"kernels/cuda/{kind}_{bits}.cu" for kind in ("width", "int8") for bits in (2, 3, 4, 8)),
+    *(f"kernels/cuda/{kind}_{bits}.cu" for kind in ("width", "int8", "experts") for bits in (2, 3, 4, 8)),
     "kernels/cuda/launch.cu",
 )
 """Sources of the kernels, relative to `CSRC`."""

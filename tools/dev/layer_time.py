@@ -170,6 +170,21 @@ def _prefill(gpu: Gpu, cost: sass.LoopCost, layer: Layer, tokens: int, resident:
     return LayerTime(gpu.name, tokens, launches, shares, waves, memory, branch, product, sums)
 
 
+def _experts(gpu: Gpu, cost: sass.LoopCost, layer: Layer, chosen: int, resident: int) -> LayerTime:
+    """One token and its experts: a block per panel and expert, which reads its number before it reads codes."""
+    blocks, slots = chosen * math.ceil(layer.rows / PANEL), gpu.multiprocessors * resident
+    waves = math.ceil(blocks / slots)
+    filled = blocks / (waves * slots)
+    clock = gpu.clock * 1e3
+    pipes = chosen * layer.rows * layer.columns / 32 * _clocks(gpu, cost, layer, int8=False)
+    memory = chosen * layer.memory(1) / gpu.bandwidth / 1e3
+    table = TABLE_CLOCKS / clock if layer.bits in (4, 8) else 0.1
+    busy = max(pipes / (gpu.multiprocessors * clock) / filled, memory / min(1.0, filled / SATURATING))
+    branch = _branch(gpu, layer, 1) + LATENCY if layer.branch_rank else 0.0
+    product = busy + 2 * LATENCY + waves * table
+    return LayerTime(gpu.name, 1, 1 + bool(layer.branch_rank), 1, waves, memory, branch, product, 0.0)
+
+
 @dataclass(frozen=True)
 class Times:
     """Layer times of one GPU.
@@ -195,6 +210,11 @@ class Times:
         kind = int8_kernel(layer.bits, layer.group, tokens) if int8 else (8 * math.ceil(tokens / 8), 0)
         key = ("int8" if int8 else "fp16", layer.bits, layer.planes, *kind)
         return _decode(self.gpu, self.costs[key], layer, tokens, self.resident[key], int8=int8)
+
+    def of_experts(self, layer: Layer, chosen: int) -> LayerTime:
+        """Return the time of the matrix of each of the experts that were chosen for one token."""
+        key: Key = ("experts", layer.bits, layer.planes, 8, 0)
+        return _experts(self.gpu, self.costs[key], layer, chosen, self.resident[key])
 
 
 def times(path: Path) -> list[Times]:
@@ -223,6 +243,11 @@ def compiled(path: Path, architecture: int) -> tuple[dict[Key, sass.LoopCost], d
 
 LAYERS = tuple(Layer(*sizes) for sizes in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 14336), (28672, 8192)))
 TOKENS = (1, 16, 17, 32, 64, 128, 256, 1024)
+EXPERTS = tuple(
+    (Layer(rows, columns, branch_rank=0), chosen)
+    for rows, columns, chosen in ((1536, 2048, 8), (2048, 768, 8), (28672, 4096, 2), (4096, 14336, 2))
+)
+"""Matrices of an expert, and how many are chosen for a token: Qwen3-30B-A3B, and Mixtral 8x7B."""
 
 
 def tables(path: Path) -> str:
@@ -240,4 +265,11 @@ def tables(path: Path) -> str:
             cells = (each.of(layer, tokens) for each in every)
             parts.append(f"| {tokens} | " + " | ".join(f"{t.busy:.1f} ({t.ratio:.1f})" for t in cells) + " |")
         parts.append("")
-    return "\n".join(parts)
+    parts.append("Experts of one token, 4 bits, 1 plane, group 64: microseconds (times the memory time)\n")
+    parts.append("| matrix | " + " | ".join(each.gpu.name for each in every) + " |")
+    parts.append("|---" * (len(every) + 1) + "|")
+    for layer, chosen in EXPERTS:
+        cells = (each.of_experts(layer, chosen) for each in every)
+        about = f"{chosen} of {layer.rows} x {layer.columns}"
+        parts.append(f"| {about} | " + " | ".join(f"{t.busy:.1f} ({t.ratio:.1f})" for t in cells) + " |")
+    return "\n".join([*parts, ""])

@@ -23,6 +23,7 @@ from rankbook.tools.errors import CommandError
 TOKENS = (1, 2, 4, 8, 16)
 NOTE = "a prediction from compiled code and data sheets; these kernels have never run on a GPU"
 _DECODE = re.compile(r"decode_mmaILi(\d)ELi(\d)ELi(\d)ENS0_4HalfE")
+_EXPERTS = re.compile(r"experts_mmaILi(\d)ELi(\d)ENS0_4HalfE")
 _PREFILL = re.compile(r"prefill_mmaILi(\d)ELi(\d)ENS0_4HalfE")
 _PREFILL_TOKENS = 64
 _DECODE_INT8 = re.compile(r"decode_int8ILi(\d)ELi(\d)ELi(\d+)ELi(\d)E")
@@ -191,7 +192,7 @@ def _copies(instructions: tuple[sass.Instruction, ...]) -> int:
 
 
 Key = tuple[str, int, int, int, int]
-"""A kernel: ``fp16``, ``int8`` or ``prefill``, bits, planes, tokens, groups per step."""
+"""A kernel: ``fp16``, ``int8``, ``prefill`` or ``experts``, bits, planes, tokens, groups per step."""
 
 
 def key_of(name: str) -> Key | None:
@@ -199,6 +200,9 @@ def key_of(name: str) -> Key | None:
     if match := _DECODE.search(name):
         bits, planes, tiles = map(int, match.groups())
         return "fp16", bits, planes, 8 * tiles, 0
+    if match := _EXPERTS.search(name):
+        bits, planes = map(int, match.groups())
+        return "experts", bits, planes, 8, 0
     if match := _PREFILL.search(name):
         bits, planes = map(int, match.groups())
         return "prefill", bits, planes, _PREFILL_TOKENS, 0
@@ -220,7 +224,7 @@ def costs_of(code: dict[str, list[sass.Instruction]]) -> dict[Key, sass.LoopCost
     return costs
 
 
-KERNELS = r"decode_mma.*4HalfE|decode_int8|prefill_mma.*4HalfE"
+KERNELS = r"decode_mma.*4HalfE|decode_int8|prefill_mma.*4HalfE|experts_mma.*4HalfE"
 
 
 def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decode], list[Prefill]]:

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/experts.cuh"
 #include "kernels/cuda/int8.cuh"
 #include "kernels/cuda/launch.h"
 
@@ -68,7 +69,8 @@ RB_EXPORT std::size_t rb_size(const char* name) {
     std::size_t bytes;
   } all[] = {{"Floats", sizeof(Floats)},           {"PackedWeight", sizeof(PackedWeight)}, {"Factor", sizeof(Factor)},
              {"Matmul", sizeof(Matmul)},           {"Gather", sizeof(Gather)},             {"MatmulKernel", sizeof(MatmulKernel)},
-             {"DenseKernel", sizeof(DenseKernel)}, {"ShareKernel", sizeof(ShareKernel)}, {"Int8Plan", sizeof(Int8Plan)},     {"Int8Kernel", sizeof(Int8Kernel)}};
+             {"DenseKernel", sizeof(DenseKernel)}, {"ShareKernel", sizeof(ShareKernel)}, {"Int8Plan", sizeof(Int8Plan)},     {"Int8Kernel", sizeof(Int8Kernel)},
+             {"ExpertKernel", sizeof(ExpertKernel)}};
   for (const auto& each : all) {
     if (std::strcmp(each.name, name) == 0) return each.bytes;
   }

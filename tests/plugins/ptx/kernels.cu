@@ -1,5 +1,6 @@
 // The kernels that test_ptx.py compiles to PTX for the architectures whose PTX the library does not carry.
 #include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/experts.cuh"
 #include "kernels/cuda/int8_launch.cuh"
 
 namespace rankbook::cuda {
@@ -24,5 +25,8 @@ template __global__ void decode_int8<3, 2, 1, 1>(Int8Kernel);
 template __global__ void decode_int8<4, 1, 8, 2>(Int8Kernel);
 template __global__ void prefill_mma<4, 2, Half>(MatmulKernel);
 template __global__ void add_shares<Half>(ShareKernel);
+template __global__ void sort_tokens<>(ExpertKernel);
+template __global__ void experts_tile_mma<4, 2, Half>(ExpertKernel);
+template __global__ void experts_mma<4, 1, Half>(ExpertKernel);
 
 }  // namespace rankbook::cuda

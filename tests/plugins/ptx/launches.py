@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rankbook.plugins import cuda_abi
 from tests.plugins import emulated
 from tests.plugins.ptx import machine, parser, semantics
 from tests.plugins.ptx.memory import Array, Device
@@ -40,6 +41,10 @@ class DenseKernel(c.Structure):
         ("first_panel", c.c_int),
         ("rows", c.c_int),
     ]
+
+
+class ExpertKernel(c.Structure):
+    _fields_ = [("k", MatmulKernel), ("order", c.c_void_p), ("tiles", c.c_void_p)]
 
 
 class Module:
@@ -108,16 +113,12 @@ def arguments_of(
     device: Device, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str
 ) -> MatmulKernel:
     """Return the arguments of a product, everything in the memory of the device; y holds a filler."""
-    weight = emulated.packed_weight(device, tensors, attributes)
-    rank = tensors["up_scale"].shape[-1] if "up_scale" in tensors else 0
-    m = emulated.Matmul(weight, device.add(tensors["bias"]), tensors["bias"].size > 1, rank)
+    kernel = MatmulKernel(cuda_abi.product(device.add, tensors, attributes))
+    m = kernel.m
     m.x, m.type, m.tokens = device.add(x), emulated.TYPES[dtype], len(x)
-    m.y = device.add(np.full((len(x), weight.rows), -1).astype(x.dtype), writable=True)
-    kernel = MatmulKernel(m)
-    if rank:
-        kernel.m.down = emulated.factor(device, tensors, "down", 1)
-        kernel.m.up = emulated.factor(device, tensors, "up", 0)
-        kernel.u = device.add(np.full((len(x), rank), np.nan, np.float32), writable=True)
+    m.y = device.add(np.full((len(x), m.weight.rows), -1).astype(x.dtype), writable=True)
+    if m.rank:
+        kernel.u = device.add(np.full((len(x), m.rank), np.nan, np.float32), writable=True)
     return kernel
 
 
@@ -130,6 +131,54 @@ def share_panels(device: Device, kernel: MatmulKernel, tile: int, blocks: int, *
         panels = ceil_div(kernel.m.weight.rows, PANEL)
         kernel.shares = device.add(np.full((blocks, panels, tile, PANEL), np.nan, np.float32), writable=True)
         kernel.arrivals = device.add(np.full(panels, 0 if cleared else 7, np.uint32), writable=True)
+
+
+def experts(
+    module: Module,
+    tensors: Mapping[str, Array],
+    attributes: Mapping[str, Any],
+    x: Array,
+    dtype: str,
+    *,
+    numbers: Array,
+    tiles: bool,
+) -> Array:
+    """Run the product of experts on x (M, K), each token with that of its number (M,).
+
+    Args:
+        module: Where the kernels are.
+        tensors: Constants of the operator.
+        attributes: Its attributes.
+        x: (M, K) float32, or 16-bit floats as uint16 bits.
+        dtype: Type of x.
+        numbers: Experts of the tokens.
+        tiles: Whether tokens are ordered first, as where there are many.
+    """
+    device = Device()
+    kernel = ExpertKernel(arguments_of(device, tensors, attributes, x, dtype))
+    m, weight = kernel.k.m, kernel.k.m.weight
+    m.numbers = device.add(numbers)
+    panels, planes, places = ceil_div(weight.rows, PANEL), stored_planes(weight), m.tokens // 64 + m.experts
+    if tiles:
+        kernel.order = device.add(np.full(m.tokens, -1, np.int32), writable=True)
+        kernel.tiles = device.add(np.full((places, 3), -1, np.int32), writable=True)
+        module.launch("sort_tokens", device, bytes(kernel), (m.experts + 1, 1), 4 * WARPS)
+    eights = 8 * places if tiles else m.tokens
+    if m.rank:
+        grid = (ceil_div(m.rank, 4), eights)
+        module.launch(f"experts_down.*{KINDS[dtype]}E", device, bytes(kernel), grid, 4 * 32 * WARPS + 4 * (8 + WARPS))
+    form = rf"ILi{weight.bits}ELi{planes}E.*{KINDS[dtype]}E"
+    if dtype == "float32" or planes > 2 or weight.columns % 8 or weight.bits == 8:
+        shared = max(16 << weight.bits, 4 * WARPS * 8 * PANEL)
+        pattern, grid = rf"experts_floatILi{weight.bits}E", (panels, eights)
+        module.launch(pattern, device, bytes(kernel), grid, shared + 4 * (8 + WARPS))
+    elif tiles:
+        grid, shared = (ceil_div(panels, WARPS), places), _tile_bytes(weight) + 4 * (64 + WARPS)
+        module.launch(f"experts_tile_mma{form}", device, bytes(kernel), grid, shared)
+    else:
+        shared = max(_pair_table_bytes(weight), 4 * WARPS * 8 * PANEL) + 4 * (8 + WARPS)
+        module.launch(f"experts_mma{form}", device, bytes(kernel), (panels, m.tokens), shared)
+    return device.array(m.y)
 
 
 def _tile(dtype: str, tokens: int) -> int:
@@ -151,17 +200,20 @@ def _pair_table_bytes(weight: emulated.PackedWeight) -> int:
     return 256 * 128 if weight.bits in (4, 8) else 0
 
 
+def _tile_bytes(weight: emulated.PackedWeight) -> int:
+    step, stages = (256, 2) if weight.bits == 3 else (128, 3)  # bytes of a token and step
+    return _pair_table_bytes(weight) + stages * 64 * (step + (32 if weight.bits == 3 else 16))
+
+
 def _prefill(module: Module, device: Device, kernel: MatmulKernel, dtype: str, shares: int) -> None:
     weight, tokens = kernel.m.weight, kernel.m.tokens
-    step, stages = (256, 2) if weight.bits == 3 else (128, 3)  # bytes of a token and step
-    pitch = step + (32 if weight.bits == 3 else 16)
     panels = ceil_div(weight.rows, PANEL)
     if shares > 1:
         filler = np.full((shares, tokens, panels * PANEL), np.nan, np.float32)
         kernel.shares = device.add(filler, writable=True)
     grid = (ceil_div(panels, WARPS), ceil_div(tokens, 64) * shares)
     pattern = rf"prefill_mmaILi{weight.bits}ELi{stored_planes(weight)}E.*{KINDS[dtype]}E"
-    module.launch(pattern, device, bytes(kernel), grid, _pair_table_bytes(weight) + stages * 64 * pitch)
+    module.launch(pattern, device, bytes(kernel), grid, _tile_bytes(weight))
     if shares > 1:
         grid = (ceil_div(weight.rows, 128), ceil_div(tokens, WARPS))
         module.launch(f"add_shares.*{KINDS[dtype]}E", device, bytes(ShareKernel(kernel, shares)), grid)

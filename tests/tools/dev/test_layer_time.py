@@ -72,6 +72,16 @@ def test_layers_that_fill_a_gpu_wait_for_memory(times: list[layer_time.Times]) -
             assert each.of(Layer(28672, 8192), tokens).ratio <= 1.3, (each.gpu.name, tokens)
 
 
+def test_experts_of_a_token_cost_what_their_codes_cost(times: list[layer_time.Times]) -> None:
+    """Two matrices of 8 experts are as many codes as one of 16; what is not chosen costs nothing."""
+    for each in times:
+        layer, chosen = layer_time.EXPERTS[2]
+        few, many = each.of_experts(layer, chosen), each.of_experts(layer, 2 * chosen)
+        assert many.memory == 2 * few.memory
+        assert 1.5 * few.busy < many.busy < 2.1 * few.busy, each.gpu.name
+        assert few.ratio <= (1.3 if each.gpu.name not in ("GH200-96GB", "H200-SXM") else 2.0), each.gpu.name
+
+
 def test_every_gpu_has_a_column(times: list[layer_time.Times]) -> None:
     text = layer_time.tables(library.library("trt"))
     assert all(each.gpu.name in text for each in times)

@@ -65,11 +65,11 @@ RB_DEVICE void multiply(const PackedWeight& weight, const void* x, const float* 
     for (int rank = (thread_index() >> 5) * kBranchRanks; rank < m.rank; rank += kWarps * kBranchRanks) {
       const int lane = thread_index() & 31;
       float sums[32] = {};
-      down_sums<T>(m, rank, 0, 0, 1, sums);
+      down_sums<T>(m, AllTokens{m.tokens}, rank, 0, 0, 1, sums);
       store_u(m, rank + lane / kBranchTokens, lane % kBranchTokens, sum_of_lanes<>(sums), k.u);
     }
   }
-  multiply_panel_mma<kBits, kPlanes, 1, T, false>(k);  // with barriers between here and where u is read
+  multiply_panel_mma<kBits, kPlanes, 1, T, false>(k, AllTokens{m.tokens});  // with barriers between here and where u is read
 }
 
 }  // namespace rankbook::cuda::aot

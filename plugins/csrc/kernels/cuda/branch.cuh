@@ -32,6 +32,12 @@ struct MatmulKernel {
   int dense_rows = 0;
 };
 
+// Where the tokens of a product are in x, y and u: all of them, in their order. `ListedTokens` (experts.cuh) are some.
+struct AllTokens {
+  int count;
+  RB_DEVICE int at(int token) const { return token; }
+};
+
 // The first kernel of a product sets the counters to zero, where there is one before those that count: a memset would be
 // one more node of the graph. Called by one block.
 RB_DEVICE void clear_arrivals(const MatmulKernel& k) {
@@ -76,8 +82,8 @@ RB_DEVICE void read_activations(const typename T::Stored* row, int k, int column
 
 // What one thread adds to x down^T for ranks `rank` .. + 3 and tokens `first` .. + 7, sums[8 rank + token]: the columns of
 // its warp, one of `warps` that share them, eight to a lane.
-template <typename T>
-RB_DEVICE void down_sums(const Matmul& m, int rank, int first, int warp, int warps, float (&sums)[32]) {
+template <typename T, typename Tokens>
+RB_DEVICE void down_sums(const Matmul& m, const Tokens& tokens, int rank, int first, int warp, int warps, float (&sums)[32]) {
   const int columns = m.weight.columns;
   const auto* x = static_cast<const typename T::Stored*>(m.x);
   for (int k = 8 * (32 * warp + (thread_index() & 31)); k < columns; k += 8 * 32 * warps) {
@@ -90,9 +96,9 @@ RB_DEVICE void down_sums(const Matmul& m, int rank, int first, int warp, int war
     }
 #pragma unroll
     for (int t = 0; t < kBranchTokens; ++t) {
-      if (first + t >= m.tokens) continue;
+      if (first + t >= tokens.count) continue;
       float values[8];
-      read_activations<T>(x + static_cast<std::size_t>(first + t) * columns, k, columns, values);
+      read_activations<T>(x + static_cast<std::size_t>(tokens.at(first + t)) * columns, k, columns, values);
 #pragma unroll
       for (int r = 0; r < kBranchRanks; ++r) {
 #pragma unroll
@@ -125,14 +131,12 @@ RB_DEVICE void store_u(const Matmul& m, int rank, int token, float sum, float* u
   store(u + static_cast<std::size_t>(token) * m.rank + rank, sum * scale);
 }
 
-// Blocks (x: 4 ranks, y: 8 tokens); the warps share the columns. Shared memory: the sums of the warps.
-template <typename T>
-RB_KERNEL(2) branch_down(MatmulKernel arguments) {
+// u of four ranks and up to eight tokens from `first` on; the warps share the columns. Shared memory: the sums of the warps.
+template <typename T, typename Tokens>
+RB_DEVICE void multiply_down(const MatmulKernel& arguments, const Tokens& tokens, int rank, int first) {
   const int lane = thread_index() & 31, warp = thread_index() >> 5;
-  const int rank = block_x() * kBranchRanks, first = block_y() * kBranchTokens;
-  if (block_x() == 0 && block_y() == 0) clear_arrivals(arguments);
   float sums[32] = {};
-  down_sums<T>(arguments.m, rank, first, warp, kWarps, sums);
+  down_sums<T>(arguments.m, tokens, rank, first, warp, kWarps, sums);
   auto* partial = reinterpret_cast<float*>(shared_memory());
   partial[32 * warp + lane] = sum_of_lanes<>(sums);
   barrier();
@@ -140,7 +144,15 @@ RB_KERNEL(2) branch_down(MatmulKernel arguments) {
   float sum = 0.0f;
 #pragma unroll
   for (int other = 0; other < kWarps; ++other) sum += partial[32 * other + lane];
-  store_u(arguments.m, rank + lane / kBranchTokens, first + lane % kBranchTokens, sum, arguments.u);
+  const int token = first + lane % kBranchTokens;
+  if (token < tokens.count) store_u(arguments.m, rank + lane / kBranchTokens, tokens.at(token), sum, arguments.u);
+}
+
+// Blocks (x: 4 ranks, y: 8 tokens).
+template <typename T>
+RB_KERNEL(2) branch_down(MatmulKernel arguments) {
+  if (block_x() == 0 && block_y() == 0) clear_arrivals(arguments);
+  multiply_down<T>(arguments, AllTokens{arguments.m.tokens}, block_x() * kBranchRanks, block_y() * kBranchTokens);
 }
 
 // Four neighbouring elements of u, zero past the last rank.
@@ -190,8 +202,8 @@ RB_DEVICE void store_output(const Matmul& m, std::size_t at, float value) {
 // and the last one to arrive adds them up, always in the same order: atomic additions would need no counter, but give
 // another last bit in every run. A tile is at most 2 KB, so that the last block's turn takes less than a launch would.
 // kShared: whether blocks may share a panel at all, in kernels of one launch and no workspace (aot.cuh) they may not.
-template <typename T, bool kShared = true>
-RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, int panel, int tile) {
+template <typename T, bool kShared = true, typename Tokens>
+RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, const Tokens& tokens, float* partial, int panel, int tile) {
   const Matmul& m = arguments.m;
   const int blocks = kShared ? grid_y() : 1, size = tile * kPanel;
   if (blocks > 1) {
@@ -208,15 +220,16 @@ RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, float* partial, i
   }
   for (int i = thread_index(); i < size; i += kWarps * 32) {
     const int row = panel * kPanel + i % kPanel, token = i / kPanel;
-    if (row >= m.weight.rows || token >= m.tokens) continue;
-    float sum = epilogue(arguments, token, row);
+    if (row >= m.weight.rows || token >= tokens.count) continue;
+    const int at = tokens.at(token);
+    float sum = epilogue(arguments, at, row);
     if (blocks > 1) {
       const float* share = arguments.shares + static_cast<std::size_t>(panel) * size + i;
       for (int block = 0; block < blocks; ++block) sum += load_other(share + static_cast<std::size_t>(block) * grid_x() * size);
     } else {
       for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp * size + i];
     }
-    store_output<T>(m, static_cast<std::size_t>(token) * m.weight.rows + row, sum);
+    store_output<T>(m, static_cast<std::size_t>(at) * m.weight.rows + row, sum);
   }
 }
 

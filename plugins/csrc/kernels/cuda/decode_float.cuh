@@ -82,6 +82,23 @@ RB_DEVICE float4 load_quad(const float* row, int k, int columns) {
   return v;
 }
 
+// The same of one token of x, in the type X.
+template <typename X>
+RB_DEVICE float4 load_quad(const Matmul& m, int token, int k) {
+  const int columns = m.weight.columns;
+  const std::size_t first = static_cast<std::size_t>(token) * columns;
+  if (!std::is_same_v<X, AnyType> || m.type == DataType::kFloat32) {
+    return load_quad(static_cast<const float*>(m.x) + first, k, columns);
+  }
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::uint16_t bits = k + i < columns ? load(static_cast<const std::uint16_t*>(m.x) + first + k + i) : std::uint16_t{0};
+    values[i] = m.type == DataType::kFloat16 ? Half::decode(bits) : BFloat::decode(bits);
+  }
+  return {values[0], values[1], values[2], values[3]};
+}
+
 // The most tokens for which there are registers.
 // Four rows times 16 tokens are 64 sums of the 255 registers that a thread may have; 3 bits with four planes hold the
 // words of a unit beside 20 parameters and take eight.
@@ -90,21 +107,20 @@ constexpr int most_float_tokens(int bits, int planes) { return bits == 3 && plan
 // y for up to kTokens tokens and fp32 activations. Blocks as for `decode_mma`.
 // No tensor cores: TF32 keeps 10 bits of mantissa. With four rows a lane, a load of x is used four times. Speed is that
 // of fp32 multiply-adds, about 1 / 15 of the fp16 rate of an H100; fp32 is for checks, not for serving.
-template <int kBits, int kPlanes, int kTokens>
-RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
+template <int kBits, int kPlanes, int kTokens, typename X, bool kShared = true, typename Tokens>
+RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments, const Tokens& tokens) {
   using U = Unit<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
-  const int lane = thread_index() & 31, warp = block_y() * kWarps + (thread_index() >> 5), panel = block_x();
+  const int lane = thread_index() & 31, warp = (kShared ? block_y() * kWarps : 0) + (thread_index() >> 5), panel = block_x();
   const int row = 4 * (lane >> 2), units = U::count(w.columns), size = w.columns / w.groups;
-  const auto* x = static_cast<const float*>(m.x);
   auto* table = reinterpret_cast<float*>(shared_memory());
   FloatDecoder<kBits, kPlanes> decoder{table, {}, {}};
   decoder.fill_table(w, table);
   barrier();
 
   // A warp takes neighbouring steps, so that it walks through groups in order and reads the parameters of each once.
-  const int warps = grid_y() * kWarps, steps = (units + 3) / 4, share = (steps + warps - 1) / warps;
+  const int warps = kShared ? grid_y() * kWarps : kWarps, steps = (units + 3) / 4, share = (steps + warps - 1) / warps;
   const int last = (warp + 1) * share < steps ? (warp + 1) * share : steps;
   GroupCursor cursor;
   float sums[4][kTokens] = {};
@@ -121,8 +137,8 @@ RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
       decoder.quad(rows, j, weights);
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        if (t >= m.tokens) continue;
-        const float4 v = load_quad(x + static_cast<std::size_t>(t) * w.columns, k, w.columns);
+        if (t >= tokens.count) continue;
+        const float4 v = load_quad<X>(m, tokens.at(t), k);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           sums[i][t] += weights[i][0] * v.x + weights[i][1] * v.y + weights[i][2] * v.z + weights[i][3] * v.w;
@@ -143,12 +159,12 @@ RB_DEVICE void multiply_panel_float(const MatmulKernel& arguments) {
     }
   }
   barrier();
-  reduce_and_store<Float>(arguments, partial, panel, kTokens);
+  reduce_and_store<X, kShared>(arguments, tokens, partial, panel, kTokens);
 }
 
 template <int kBits, int kPlanes, int kTokens>
 RB_KERNEL(1) decode_float(MatmulKernel arguments) {
-  multiply_panel_float<kBits, kPlanes, kTokens>(arguments);
+  multiply_panel_float<kBits, kPlanes, kTokens, Float>(arguments, AllTokens{arguments.m.tokens});
 }
 
 struct DenseKernel {

@@ -354,7 +354,7 @@ RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(Int8Kernel a
     }
   }
   barrier();
-  reduce_and_store<AnyType>(arguments.k, reinterpret_cast<float*>(shared_memory()), panel, kTokens);
+  reduce_and_store<AnyType>(arguments.k, AllTokens{arguments.k.m.tokens}, reinterpret_cast<float*>(shared_memory()), panel, kTokens);
 }
 
 }  // namespace rankbook::cuda

@@ -177,17 +177,17 @@ struct DecodeShared {
 // y for up to 8 kTiles tokens. Blocks (x: panel, y: share of the columns); the warps of a block share its columns.
 // No split of rows within a block: eight warps on one panel keep the sums of a block small (1 KB a token and warp tile)
 // and the table shared, and a layer of 4,096 rows still has 128 blocks.
-template <int kBits, int kPlanes, int kTiles, typename T, bool kShared = true>
-RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
+template <int kBits, int kPlanes, int kTiles, typename T, bool kShared = true, typename Tokens>
+RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments, const Tokens& tokens) {
   using U = Unit<kBits>;
   using C = Chunk<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
-  const int lane = thread_index() & 31, warp = block_y() * kWarps + (thread_index() >> 5), panel = block_x();
+  const int lane = thread_index() & 31, warp = (kShared ? block_y() * kWarps : 0) + (thread_index() >> 5), panel = block_x();
   const int p = lane >> 2, q = lane & 3, units = U::count(w.columns), chunks = units / U::kChunk;
 
   const Steps<kBits> steps(w);
-  const int warps = grid_y() * kWarps, share = (steps.count + warps - 1) / warps;
+  const int warps = kShared ? grid_y() * kWarps : kWarps, share = (steps.count + warps - 1) / warps;
   int step = warp * share, chunk = 4 * step + q;
   const int last = step + share < steps.count ? step + share : steps.count;
   // The first codes and parameters are on their way while the table is made. Lanes without columns keep what they have:
@@ -219,7 +219,7 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
     const int token = 8 * tile + p;  // columns of B do not mix: an absent token may hold whatever another one holds
     x[tile] = reinterpret_cast<const uint4*>(
         static_cast<const std::uint16_t*>(m.x) +
-        static_cast<std::size_t>(token < m.tokens ? token : m.tokens - 1) * w.columns + chunk * C::kColumns);
+        static_cast<std::size_t>(tokens.at(token < tokens.count ? token : tokens.count - 1)) * w.columns + chunk * C::kColumns);
   }
   int left = w.columns - chunk * C::kColumns;                    // inputs from the lane's chunk on
   int warp_left = w.columns - (chunk - q + 4) * C::kColumns;     // inputs behind the warp's step
@@ -271,7 +271,7 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
     }
   }
   barrier();
-  reduce_and_store<T, kShared>(arguments, reinterpret_cast<float*>(shared_memory()), panel, 8 * kTiles);
+  reduce_and_store<T, kShared>(arguments, tokens, reinterpret_cast<float*>(shared_memory()), panel, 8 * kTiles);
 }
 
 // Four planes and sixteen tokens need more registers than two blocks a multiprocessor leave; so do 3 bits with two planes.
@@ -279,7 +279,7 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments) {
 // nvcc needs fewer a third block fits, which `Residency` finds out.
 template <int kBits, int kPlanes, int kTiles, typename T>
 RB_KERNEL((kTiles < 2 || (kBits != 3 && kPlanes < 3)) ? 2 : 1) decode_mma(MatmulKernel arguments) {
-  multiply_panel_mma<kBits, kPlanes, kTiles, T>(arguments);
+  multiply_panel_mma<kBits, kPlanes, kTiles, T>(arguments, AllTokens{arguments.m.tokens});
 }
 
 }  // namespace rankbook::cuda

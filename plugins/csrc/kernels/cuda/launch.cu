@@ -4,11 +4,13 @@
 // Runtime call. No state, no allocation, nothing that waits: calls may be captured into a CUDA graph once every shape
 // has run.
 //
-// A product is at most these launches: rounding of x (A8), u = x down^T, the product, the sum of shares. Kernels of one
-// width are behind WidthEntry and Int8Entry, so that this file sees none of their templates.
+// A product is at most these launches: rounding of x (A8), the order of many tokens by expert, u = x down^T, the product,
+// the sum of shares. Kernels of one width are behind WidthEntry, Int8Entry and ExpertsEntry, so that this file compiles
+// none of them.
 #include "kernels/cuda/launch.h"
 
 #include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/experts_launch.cuh"
 #include "kernels/cuda/int8_launch.cuh"
 
 namespace rankbook::cuda {
@@ -78,13 +80,13 @@ int dense_rows(const Matmul& m) {
   return static_cast<int>(rows <= most ? rows : most < 64 ? (rows < 64 ? rows : 64) : most);
 }
 
-template <typename Entry, typename... Arguments>
-Status by_width(int bits, Entry entry, const Arguments&... arguments) {
+template <template <int> class Entry = WidthEntry, typename Call, typename... Arguments>
+Status by_width(int bits, Call call, const Arguments&... arguments) {
   switch (bits) {
-    case 2: return entry(WidthEntry<2>{}, arguments...);
-    case 3: return entry(WidthEntry<3>{}, arguments...);
-    case 4: return entry(WidthEntry<4>{}, arguments...);
-    default: return entry(WidthEntry<8>{}, arguments...);
+    case 2: return call(Entry<2>{}, arguments...);
+    case 3: return call(Entry<3>{}, arguments...);
+    case 4: return call(Entry<4>{}, arguments...);
+    default: return call(Entry<8>{}, arguments...);
   }
 }
 
@@ -115,14 +117,20 @@ Status product(const MatmulKernel& k, void* stream) {
 }
 
 // Whether codes are decoded inside the product. Otherwise into scratch: many tokens in fp32 or with more than two planes,
-// rows that are not made of pieces of 16 bytes, groups that end inside a unit (of 32 inputs with 3 bits).
+// and what tensor cores do not take: rows that are not made of pieces of 16 bytes, groups that end inside a unit (of 32
+// inputs with 3 bits).
 // A 3-bit unit is three words for 32 inputs, and a lane of the tensor-core kernels has one codebook at a time: units
 // may not be cut by groups.
-bool decodes_directly(const Matmul& m) {
+bool fits_tensor_cores(const Matmul& m) {
   const PackedWeight& w = m.weight;
   const bool whole_units = w.bits != 3 || w.groups == 1 || w.columns / w.groups % 32 == 0;
+  return m.type != DataType::kFloat32 && w.columns % 8 == 0 && whole_units;
+}
+
+bool decodes_directly(const Matmul& m) {
+  const PackedWeight& w = m.weight;
   if (m.type == DataType::kFloat32) return m.tokens <= most_float_tokens(w.bits, w.planes());
-  return w.columns % 8 == 0 && whole_units && (m.tokens <= kMaxDecodeTokens || w.planes() <= 2);
+  return fits_tensor_cores(m) && (m.tokens <= kMaxDecodeTokens || w.planes() <= 2);
 }
 
 // Places in the workspace of a product of rounded activations; returns the bytes that they take. `at` may be null.
@@ -180,12 +188,7 @@ Status int8_product(const Matmul& m, const Int8Plan& plan, void* stream) {
     const Status status = launch(branch_down_int8<>, dim3(m.rank, m.tokens), kTeamBytes, stream, k);
     if (!status.ok()) return status;
   }
-  switch (m.weight.bits) {
-    case 2: return Int8Entry<2>::decode(k, stream);
-    case 3: return Int8Entry<3>::decode(k, stream);
-    case 4: return Int8Entry<4>::decode(k, stream);
-    default: return Int8Entry<8>::decode(k, stream);
-  }
+  return by_width<Int8Entry>(m.weight.bits, [](auto width, const auto&... all) { return width.decode(all...); }, k, stream);
 }
 
 // x once more in its own type, rounded.
@@ -225,15 +228,57 @@ Status dense_product(MatmulKernel k, void* stream) {
   return {};
 }
 
-// The product of at most `kMostTokens` tokens; arguments are checked.
+// Order and tiles of a product of experts, behind u; returns the bytes that they take. `at` may be null.
+std::size_t lay_out(const Matmul& m, char* at, ExpertKernel* k) {
+  const std::size_t order = aligned(sizeof(int) * static_cast<std::size_t>(m.tokens));
+  k->order = reinterpret_cast<int*>(at);
+  k->tiles = reinterpret_cast<TokenTile*>(at == nullptr ? nullptr : at + order);
+  return order + aligned(sizeof(TokenTile) * static_cast<std::size_t>(expert_tiles(m.tokens, m.experts)));
+}
+
+template <typename T>
+Status experts_u(const ExpertKernel& k, void* stream) {
+  const dim3 grid(ceil_div(k.k.m.rank, kBranchRanks), eights(k));
+  return launch(experts_down<T>, grid, sizeof(float) * 32 * kWarps + list_bytes(kExpertTokens), stream, k);
+}
+
+// One to three launches, two of them with a branch. With few tokens no block has more than eight tokens to multiply, on
+// average: codes are then read about once, and nothing waits for an order.
+Status experts_product(const Matmul& m, void* stream) {
+  ExpertKernel k{{m, static_cast<float*>(m.workspace)}};
+  const bool few = m.tokens <= kFewTokens && m.tokens <= kExpertTokens * m.experts;
+  if (!few) {
+    lay_out(m, static_cast<char*>(m.workspace) + u_bytes(m), &k);
+    const Status status = launch(sort_tokens<>, dim3(m.experts + 1), sizeof(unsigned) * kWarps, stream, k);
+    if (!status.ok()) return status;
+  }
+  if (m.rank > 0) {
+    const Status status = m.type == DataType::kFloat32   ? experts_u<Float>(k, stream)
+                          : m.type == DataType::kFloat16 ? experts_u<Half>(k, stream)
+                                                         : experts_u<BFloat>(k, stream);
+    if (!status.ok()) return status;
+  }
+  const int bits = m.weight.bits;
+  if (!fits_tensor_cores(m) || m.weight.planes() > 2) {
+    return by_width<ExpertsEntry>(bits, [](auto width, const auto&... all) { return width.any(all...); }, k, stream);
+  }
+  if (few) return by_width<ExpertsEntry>(bits, [](auto width, const auto&... all) { return width.few(all...); }, k, stream);
+  return by_width<ExpertsEntry>(bits, [](auto width, const auto&... all) { return width.many(all...); }, k, stream);
+}
+
+// Tokens of one launch.
+int most_tokens(const Matmul& m) { return m.experts > 0 ? kMostExpertTokens : kMostTokens; }
+
+// The product of at most `most_tokens` tokens; arguments are checked.
 // Three ways: up to 16 tokens read the codes once and multiply as they go; more decode in registers as well, for tiles
 // of 64 tokens; what neither takes is decoded to memory.
 Status multiply(const Matmul& m, void* stream) {
   if (m.int8_activations) {
     // Decided by sizes alone, so that the workspace could be asked for before.
-    const Int8Plan plan = int8_plan(m.weight, m.tokens);
+    const Int8Plan plan = m.experts > 0 ? Int8Plan{} : int8_plan(m.weight, m.tokens);
     return plan.parts > 0 ? int8_product(m, plan, stream) : rounded_product(m, stream);
   }
+  if (m.experts > 0) return experts_product(m, stream);
   MatmulKernel k{m, static_cast<float*>(m.workspace)};
   char* rest = static_cast<char*>(m.workspace) + u_bytes(m);
   const bool direct = decodes_directly(m), few = m.tokens <= kMaxDecodeTokens;
@@ -258,7 +303,11 @@ Status multiply(const Matmul& m, void* stream) {
 // Nothing here asks a device, for the reason that share_bytes has.
 std::size_t matmul_workspace(const Matmul& all) {
   Matmul m = all;
-  m.tokens = m.tokens < kMostTokens ? m.tokens : kMostTokens;
+  m.tokens = m.tokens < most_tokens(m) ? m.tokens : most_tokens(m);
+  if (m.experts > 0) {
+    ExpertKernel unused;
+    return (m.int8_activations ? rounded_bytes(m) : 0) + u_bytes(m) + lay_out(m, nullptr, &unused);
+  }
   const int few = m.tokens < kMaxDecodeTokens ? m.tokens : kMaxDecodeTokens;
   if (m.int8_activations) {
     Matmul other = m;
@@ -289,6 +338,10 @@ Status launch_matmul(const Matmul& m, void* stream) {
   if (m.tokens == 0) return {};
   if (misaligned(m.x, 16) || misaligned(m.y, 16)) return {"x and y must be aligned to 16 bytes"};
   if (misaligned(m.bias, 4)) return {"bias must be aligned to 4 bytes"};
+  if (m.experts < 0 || m.experts > kMostExperts) return {"a stack must hold 1 to 4096 experts"};
+  if (misaligned(m.numbers, 8) || (m.experts > 0 && m.numbers == nullptr)) {
+    return {"the product of experts needs the number of the expert of each token, aligned to 8 bytes"};
+  }
   if (m.rank > 0) {
     if (const Status s = check_factor(m.down, "down must be aligned to 4 bytes, its scale to one element"); !s.ok()) return s;
     if (const Status s = check_factor(m.up, "up must be aligned to 4 bytes, its scale to one element"); !s.ok()) return s;
@@ -298,13 +351,14 @@ Status launch_matmul(const Matmul& m, void* stream) {
   }
   if (misaligned(m.workspace, 16)) return {"the workspace must be aligned to 16 bytes"};
   // Tokens are y of most grids. More than fit there are multiplied in slices, each of whole tiles and rows of 16 bytes.
-  for (int first = 0; first < m.tokens; first += kMostTokens) {
+  for (int first = 0; first < m.tokens; first += most_tokens(m)) {
     Matmul slice = m;
-    slice.tokens = m.tokens - first < kMostTokens ? m.tokens - first : kMostTokens;
+    slice.tokens = m.tokens - first < most_tokens(m) ? m.tokens - first : most_tokens(m);
     // Slices follow each other in the stream and use one workspace.
     const std::size_t before = element_size(m.type) * static_cast<std::size_t>(first);
     slice.x = static_cast<const char*>(m.x) + before * m.weight.columns;
     slice.y = static_cast<char*>(m.y) + before * m.weight.rows;
+    if (m.experts > 0) slice.numbers = m.numbers + first;
     if (const Status status = multiply(slice, stream); !status.ok()) return status;
   }
   return {};

@@ -57,7 +57,8 @@ struct Factor {
   bool scale_full = false;
 };
 
-// y = x W^T + (x down^T) up^T + bias
+// y = x W^T + (x down^T) up^T + bias. Of experts the constants are stacks, one layer behind the other, and every token is
+// multiplied by the one that `numbers` says.
 struct Matmul {
   PackedWeight weight;
   const float* bias = nullptr;  // (N), or a single number
@@ -70,6 +71,8 @@ struct Matmul {
   DataType type = DataType::kFloat32;
   int tokens = 0;
   bool int8_activations = false;  // x rounded per token and group, as plugins/int8.py defines
+  int experts = 0;                // in the stack; 0: one layer, no stack
+  const std::int64_t* numbers = nullptr;  // (M), each in [0, experts); a token of another number comes out as NaN
   void* workspace = nullptr;  // matmul_workspace() bytes, aligned to 16; every runtime gives 256
 };
 

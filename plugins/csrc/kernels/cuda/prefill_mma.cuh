@@ -41,23 +41,24 @@ struct PrefillTile {
   // Starts the copies of one step; zeros stand for what lies outside of x.
   // 256 threads copy 16 bytes each, two to four times a step. cp.async bypasses registers and, with .cg, the
   // first-level cache, which these bytes would only pass through.
-  static RB_DEVICE void copy(const Matmul& m, int first_token, int step, unsigned stage) {
+  template <typename Tokens>
+  static RB_DEVICE void copy(const Matmul& m, const Tokens& tokens, int first_token, int step, unsigned stage) {
     constexpr int kPieces = kStepBytes / 16, kOfChunk = kChunkBytes / 16;
 #pragma unroll
     for (int i = 0; i < kTokens * kPieces / (kWarps * 32); ++i) {
       const int at = thread_index() + i * kWarps * 32, line = at / kPieces, c = at % kPieces;
       const int token = first_token + line, column = step * (kStepBytes / 2) + 8 * c;
-      const bool inside = token < m.tokens && column < m.weight.columns;
+      const bool inside = token < tokens.count && column < m.weight.columns;
       const auto* from = static_cast<const std::uint16_t*>(m.x);
-      if (inside) from += static_cast<std::size_t>(token) * m.weight.columns + column;
+      if (inside) from += static_cast<std::size_t>(tokens.at(token)) * m.weight.columns + column;
       copy_async(stage + static_cast<unsigned>(line * kPitch) + piece(c / kOfChunk, c % kOfChunk), from, inside);
     }
   }
 };
 
 // Adds u up^T to the sums of a warp in plain fp32: R x 64 multiply-adds a lane, at R = 128 as much work as the product.
-template <int kTiles>
-RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, int row, int token, float (&sums)[2][kTiles][4]) {
+template <int kTiles, typename Tokens>
+RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, const Tokens& tokens, int row, int token, float (&sums)[2][kTiles][4]) {
   const Matmul& m = arguments.m;
   for (int r = 0; r < m.rank; r += 4) {
     float up[4][4];
@@ -69,7 +70,7 @@ RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, int row, int toke
       for (int column = 0; column < 2; ++column) {
         const int at = token + 8 * tile + column;
         float u[4];
-        read_u(arguments.u + static_cast<std::size_t>(at < m.tokens ? at : m.tokens - 1) * m.rank, r, m.rank, u);
+        read_u(arguments.u + static_cast<std::size_t>(tokens.at(at < tokens.count ? at : tokens.count - 1)) * m.rank, r, m.rank, u);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -83,11 +84,11 @@ RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, int row, int toke
 // The same on tensor cores where `up` is stored as int8, whose codes are exact in bfloat16. u goes in three terms of 8 bits
 // of mantissa each, which together are the fp32 number: 3 R / 16 products a tile where the main loop has K / 16, 2 % at a
 // rank of 32 and 4,096 inputs. Fragments as in the main loop: lane q holds ranks 4 q .. 4 q + 3 of sixteen.
-template <int kTiles>
-RB_DEVICE void add_branch(const MatmulKernel& arguments, int row, int first_token, float (&sums)[2][kTiles][4]) {
+template <int kTiles, typename Tokens>
+RB_DEVICE void add_branch(const MatmulKernel& arguments, const Tokens& tokens, int row, int first_token, float (&sums)[2][kTiles][4]) {
   const Matmul& m = arguments.m;
   const int p = (thread_index() & 31) >> 2, q = thread_index() & 3;
-  if (!kHasBFloatMma || !m.up.codes_full) return add_branch_plain(arguments, row, first_token + 2 * q, sums);
+  if (!kHasBFloatMma || !m.up.codes_full) return add_branch_plain(arguments, tokens, row, first_token + 2 * q, sums);
 #pragma unroll 1
   for (int first = 0; first < m.rank; first += 16) {
     const int rank = first + 4 * q;
@@ -103,7 +104,7 @@ RB_DEVICE void add_branch(const MatmulKernel& arguments, int row, int first_toke
     for (int tile = 0; tile < kTiles; ++tile) {
       const int token = first_token + 8 * tile + p;
       float u[4];
-      read_u(arguments.u + static_cast<std::size_t>(token < m.tokens ? token : m.tokens - 1) * m.rank, rank, m.rank, u);
+      read_u(arguments.u + static_cast<std::size_t>(tokens.at(token < tokens.count ? token : tokens.count - 1)) * m.rank, rank, m.rank, u);
 #pragma unroll
       for (int term = 0; term < 3; ++term) {
         const std::uint32_t b0 = pack_bfloat(u[0], u[1]), b1 = pack_bfloat(u[2], u[3]);
@@ -135,16 +136,16 @@ struct ShareKernel {
   int shares = 0;
 };
 
-template <typename T, int kTiles>
-RB_DEVICE void store_tiles(const Matmul& m, int row, int token, const float (&sums)[2][kTiles][4]) {
+template <typename T, int kTiles, typename Tokens>
+RB_DEVICE void store_tiles(const Matmul& m, const Tokens& tokens, int row, int token, const float (&sums)[2][kTiles][4]) {
   const int rows = m.weight.rows;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       const int at = token + 8 * tile + column;
-      if (at >= m.tokens || row >= rows) continue;
-      auto* y = static_cast<std::uint16_t*>(m.y) + static_cast<std::size_t>(at) * rows + row;
+      if (at >= tokens.count || row >= rows) continue;
+      auto* y = static_cast<std::uint16_t*>(m.y) + static_cast<std::size_t>(tokens.at(at)) * rows + row;
       // Four rows of a token are 8 bytes of y; rows that are no multiple of four are not aligned to them.
       if ((rows & 3) == 0) {
         uint2 packed;
@@ -211,11 +212,9 @@ RB_KERNEL(2) add_shares(ShareKernel arguments) {
   }
 }
 
-// Blocks (x: eight panels, y: 64 tokens, and behind all of them those of the next share of the columns).
-// Rows come first in the grid: blocks that run at the same time share a tile of tokens, which all but the first find in
-// the second-level cache, while each reads codes of its own.
-template <int kBits, int kPlanes, typename T>
-RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
+// y of eight panels and up to 64 tokens from `first_token` on, or what `share` of `shares` of the columns adds to it.
+template <int kBits, int kPlanes, typename T, typename Tokens>
+RB_DEVICE void multiply_tile_mma(const MatmulKernel& arguments, const Tokens& tokens, int first_token, int share, int shares) {
   using U = Unit<kBits>;
   using C = Chunk<kBits>;
   using Tile = PrefillTile<T, kBits, kPlanes>;
@@ -226,8 +225,7 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   const int panels = (w.rows + kPanel - 1) / kPanel, wanted = block_x() * kWarps + (thread_index() >> 5);
   const int panel = wanted < panels ? wanted : panels - 1;  // a warp without a panel repeats the last one, and copies
   const int units = U::count(w.columns), chunks = units / U::kChunk;
-  const int token_tiles = (m.tokens + Tile::kTokens - 1) / Tile::kTokens, first_token = block_y() % token_tiles * Tile::kTokens;
-  const int share = block_y() / token_tiles, shares = grid_y() / token_tiles, live = m.tokens - first_token;
+  const int live = tokens.count - first_token;
   const unsigned stages = shared_address(shared_memory()) + static_cast<unsigned>(Tile::Lookup::kBytes);
 
   const Steps<kBits> steps(w);
@@ -236,7 +234,7 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   const int last = step + own < steps.count ? step + own : steps.count;
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) {
-    if (step + i < last) Tile::copy(m, first_token, step + i, stages + i * Tile::kStageBytes);
+    if (step + i < last) Tile::copy(m, tokens, first_token, step + i, stages + i * Tile::kStageBytes);
     commit_copies();
   }
   int chunk = 4 * step + q;
@@ -277,7 +275,7 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
       // The stage that was read last.
       const int free = stage == 0 ? Tile::kStages - 1 : stage - 1;
       if (step + Tile::kStages - 1 < last) {
-        Tile::copy(m, first_token, step + Tile::kStages - 1, stages + free * Tile::kStageBytes);
+        Tile::copy(m, tokens, first_token, step + Tile::kStages - 1, stages + free * Tile::kStageBytes);
       }
       commit_copies();
       const unsigned at = stages + static_cast<unsigned>(stage * Tile::kStageBytes + p * Tile::kPitch);
@@ -319,9 +317,19 @@ RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
   if (wanted >= panels) return;  // whole warps leave; no barrier follows
   const int row = panel * kPanel + 4 * p, token = first_token + 2 * q;
   if (shares > 1) return store_share(arguments, share, row, token, sums);
-  add_branch(arguments, row, first_token, sums);
+  add_branch(arguments, tokens, row, first_token, sums);
   add_bias(m, row, sums);
-  store_tiles<T>(m, row, token, sums);
+  store_tiles<T>(m, tokens, row, token, sums);
+}
+
+// Blocks (x: eight panels, y: 64 tokens, and behind all of them those of the next share of the columns).
+// Rows come first in the grid: blocks that run at the same time share a tile of tokens, which all but the first find in
+// the second-level cache, while each reads codes of its own.
+template <int kBits, int kPlanes, typename T>
+RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
+  const int tiles = (arguments.m.tokens + 63) / 64;
+  multiply_tile_mma<kBits, kPlanes, T>(arguments, AllTokens{arguments.m.tokens}, block_y() % tiles * 64, block_y() / tiles,
+                                       grid_y() / tiles);
 }
 
 }  // namespace rankbook::cuda
