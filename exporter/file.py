@@ -61,6 +61,11 @@ class Node:
         """Its operator, or None if it is not in the list."""
         return OPERATORS.get(self.op_type)
 
+    @property
+    def names_plugin(self) -> bool:
+        """Whether TensorRT's parser finds the plugin of its operator; files of before there was one lack the name."""
+        return "plugin_namespace" in self.attributes
+
     def ports(self) -> dict[str, str]:
         """Return the name of each input by the formal name of its port; empty for an operator that is not known."""
         given = self.operator.given(self.attributes) if self.operator else ()
@@ -258,16 +263,26 @@ class ExportedModel:
                 " is not a file of rankbook; give one written by `rankbook export`"
             )
 
-    def require_standard(self) -> None:
+    def require_standard(self, *, plugins: bool = False) -> None:
         """Check that TensorRT can know every operator of the file.
 
+        Args:
+            plugins: Whether it has the plugin library.
+
         Raises:
-            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``, or experts.
+            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``, or experts and
+                there are no plugins for them.
         """
-        if any(node.operator is not None and node.operator.one_of is not None for node in self.packed):
+        stacks = [node for node in self.packed if node.operator is not None and node.operator.one_of is not None]
+        if stacks and not plugins:
             raise ExportedFileError(
-                f"{self.path} holds experts of a mixture, for which there is no plugin yet and whose body has operators"
-                " that TensorRT does not know; run it in ONNX Runtime"
+                f"{self.path} holds experts of a mixture, whose body has operators that TensorRT does not know: build"
+                " with the plugin library (`make native-cuda`; not with --no-plugins or --plugins aot), or run it in"
+                " ONNX Runtime"
+            )
+        if not all(node.names_plugin for node in stacks):
+            raise ExportedFileError(
+                f"{self.path} was written before there were plugins for experts of a mixture; export it again"
             )
         if foreign := sorted(self.domains - {"", contract.DOMAIN}):
             raise ExportedFileError(

@@ -56,7 +56,6 @@ def _experts(member: Operator) -> Operator:
         kind=member.kind.replace(_PRODUCT, _EXPERTS),
         inputs=(replace(x, shapes=(("S", "K"),)), numbers, *stacked),
         outputs=(replace(y, shapes=(("S", "N"),)),),
-        attributes=tuple(item for item in member.attributes if item.kind == "int"),
         reference=compute,
         body="experts",
         check=check,

@@ -79,6 +79,24 @@ def test_a_file_with_experts_is_described_layer_by_layer_and_rounds_inside(check
     assert worst_error(tmp_path / "out", model, logits="all") < 0.05
 
 
+def test_a_file_of_before_there_were_plugins_for_experts_is_read_but_not_built(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    export(checkpoint, tmp_path / "out", ExportOptions())
+    ExportedModel.open(tmp_path / "out").require_standard(plugins=True)
+    path = tmp_path / "out" / "model.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    for node in proto.graph.node:
+        if node.op_type.startswith("CodebookExperts"):
+            kept = [item for item in node.attribute if not item.name.startswith("plugin_")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    onnx.save(proto, path)
+    assert check_proto(proto) == []
+    with pytest.raises(ExportedFileError, match="before there were plugins for experts of a mixture; export it again"):
+        ExportedModel.open(tmp_path / "out").require_standard(plugins=True)
+
+
 @pytest.mark.parametrize("dialect", ["qdq", "ort"])
 def test_other_dialects_refuse_experts(dialect: str, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(DialectError, match="no operator for the experts of a mixture; export in the dialect rankbook"):

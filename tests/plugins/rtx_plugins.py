@@ -19,9 +19,12 @@ def build_all(folder: Path) -> dict[str, dict[str, Any]]:
     from rankbook.plugins import contract, layout, library
     from rankbook.tools.runtimes import trt
     from tests.calibration.records import random_record
-    from tests.ops.cases import look_up_model, op_model
+    from tests.ops.cases import Case, look_up_model, op_model
 
     for bits in layout.BITS:
+        for case in (Case(bits=bits), Case(bits=bits, rank=4, int8_activations=True)):
+            op = case.draw(experts=5, tokens=(3,), dtype="float16")
+            onnx.save(op.model(bodies=True), folder / f"{op.op_type}.onnx")
         for kind in contract.KINDS:
             name = contract.op_name(kind, bits)
             operator = contract.PACKED[name]
@@ -58,9 +61,9 @@ def main(plugin_library: str, folder: str) -> None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.SM80, 0)
         profile = builder.create_optimization_profile()
-        x = network.get_input(0)
-        sizes = [[size if size > 0 else free for size in x.shape] for free in (1, 2, 8)]
-        profile.set_shape(x.name, *sizes)
+        for given in map(network.get_input, range(network.num_inputs)):
+            sizes = [[size if size > 0 else free for size in given.shape] for free in (1, 2, 8)]
+            profile.set_shape(given.name, *sizes)
         config.add_optimization_profile(profile)
         engine = builder.build_serialized_network(network, config)
         kinds = [network.get_layer(index).type for index in range(network.num_layers)]

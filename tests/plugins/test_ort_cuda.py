@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from rankbook.plugins import contract, library, merged
+from rankbook.plugins import contract, experts, library, merged
 from rankbook.tools.errors import MissingError
 from rankbook.tools.runtimes import ort as backend
 from rankbook.tools.runtimes import runtimes, trt
@@ -53,8 +53,8 @@ def driver() -> Path:
     return emulated.build("rankbook_ort_cuda_emulated", sources, [headers, emulated.CSRC / "emulation" / "include"])
 
 
-def run(path: Path, model: Any, x: Any, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Any:
-    """Run a model of one operator with a library."""
+def run(path: Path, model: Any, x: Any, providers: tuple[str, ...] = ("CPUExecutionProvider",), **others: Any) -> Any:
+    """Run a model of one operator with a library; ``others`` are inputs behind x."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -62,7 +62,7 @@ def run(path: Path, model: Any, x: Any, providers: tuple[str, ...] = ("CPUExecut
     options.log_severity_level = 4
     options.register_custom_ops_library(str(path))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=list(providers))
-    (y,) = session.run(None, {session.get_inputs()[0].name: x})
+    (y,) = session.run(None, {session.get_inputs()[0].name: x, **others})
     return y
 
 
@@ -83,6 +83,25 @@ def test_products_of_rounded_activations(rank: int) -> None:
     op = Case(**sizes, rank=rank, bias=True, int8_activations=True).draw()
     # The sums of groups are exact; they are added up in fp32 in another order.
     assert relative_error(run(driver(), op.model(), op.x), op.expected()) < 1e-5
+
+
+@emulates
+@pytest.mark.parametrize(("dtype", "rank", "tokens"), [("float32", 3, 7), ("float16", 0, 60)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_products_of_experts(dtype: str, rank: int, tokens: int, int8: bool) -> None:
+    op = replace(WIDE, dtype=dtype, rank=rank, experts=5).draw(tokens=(tokens,), int8_activations=int8)
+    y = run(driver(), op.model(), op.x, experts=op.numbers)
+    # x is rounded in its type; tests/ops holds the kernels to tighter bounds.
+    assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" and not int8 else 4e-3)
+
+
+@emulates
+def test_numbers_of_experts_that_do_not_fit_x_are_refused() -> None:
+    op = replace(WIDE, experts=5).draw(tokens=(7,))
+    model = op.model()
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "others"
+    with pytest.raises(Exception, match=r"'layer': experts has shape \(6\) beside 2 axes of x"):
+        run(driver(), model, op.x, experts=op.numbers[:6])
 
 
 @emulates
@@ -168,7 +187,7 @@ def test_an_operator_for_the_gpu_is_registered_beside_each_of_the_cpu(tmp_path: 
     on_gpu = {tuple(line.split()[::2]): n for line, n in lines.items() if line.split()[1] == "CUDAExecutionProvider"}
     wanted = [
         (name, type_)
-        for name in (*contract.PACKED, *(operator.name for operator in merged.OPERATORS))
+        for name in (*contract.PACKED, *(each.name for each in (*merged.OPERATORS, *experts.OPERATORS)))
         for type_ in (FLOATS[:1] if name.startswith("CodebookGather") else FLOATS)
     ]
     assert sorted(on_gpu) == sorted(wanted)

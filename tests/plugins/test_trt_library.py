@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.source import ENGINE_NAME
 from rankbook.exporter.file import ExportedModel
-from rankbook.plugins import library
+from rankbook.exporter.stored import ExportedFileError
+from rankbook.plugins import layout, library
 from rankbook.plugins.contract import PACKED
 from rankbook.tools.demo import PACKAGE, PACKAGE_PIN, find_packaged_model
 from rankbook.tools.deploy import engine
 from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.dev import family_models
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes import trt
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
@@ -41,6 +44,8 @@ MOST_REGISTERS = {
     "gemm_mma": 128,
     "branch_down": 128,
     "add_shares": 128,
+    "experts_mma": 128,
+    "experts_down": 128,
     **{f"decode_int8ILi{bits}ELi{planes}ELi1ELi1E": 80 for bits in (2, 3, 4) for planes in (1, 2)},
 }
 """Two blocks of 256 threads per multiprocessor need at most 128 registers a thread (of 65536), three at most 80."""
@@ -75,7 +80,9 @@ def test_kernels_do_not_spill_and_leave_room_for_two_blocks():
 def test_there_are_kernels_for_every_width():
     text = output(required_tool("cuobjdump"), "--dump-resource-usage", library.library("trt"))
     for bits in (2, 3, 4, 8):
-        for kernel in ("decode_mma", "decode_int8", "decode_float", "decode_dense", "gather_rows"):
+        products = ("decode_mma", "decode_int8", "decode_float", "decode_dense", "gather_rows")
+        experts = ("experts_float",) if bits == 8 else ("experts_mma", "experts_tile_mma", "experts_float")
+        for kernel in (*products, *experts):
             assert re.search(rf"{kernel}ILi{bits}E", text), f"{kernel} for {bits} bits"
 
 
@@ -155,8 +162,28 @@ def test_every_operator_is_registered_and_builds(tmp_path):
     from tests.plugins import rtx_plugins
 
     results = rtx_plugins.build_all(tmp_path)
-    assert set(results) == set(PACKED)
+    experts = {f"CodebookExperts{kind.format(bits)}" for bits in layout.BITS for kind in ("{}", "LowRank{}A8")}
+    assert set(results) == set(PACKED) | experts
     assert {name: found for name, found in results.items() if found != {"plugins": 1, "built": True}} == {}
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_experts_become_one_layer_for_each_matrix_of_all(tmp_path):
+    """A tiny Mixtral: two layers for the experts of a block beside those of attention."""
+    family_models.tiny("mixtral", tmp_path / "model")
+    text = str(write_text(tmp_path / "text.txt"))
+    how = QuantizeOptions(method="rtn", bits=4, group_size=32, calib=text, calib_sequences=2, calib_length=16)
+    quantize_model(tmp_path / "model", tmp_path / "checkpoint", how)
+    options = BuildOptions(compute_capability=("SM80",), max_batch=1, max_sequence=8, max_context=16)
+    report = engine.build(tmp_path / "checkpoint", tmp_path / "engine", options, lambda *_: None)
+    assert report.passed, report.checks
+    packed = ExportedModel.open(tmp_path / "engine" / engine.GRAPH).packed
+    assert sum(node.op_type == "CodebookExperts4" for node in packed) == 4
+    assert report.plugin_layers == len(packed)
+    bodies = replace(options, no_plugins=True)
+    with pytest.raises(ExportedFileError, match="build with the plugin library"):
+        engine.build(tmp_path / "checkpoint", tmp_path / "other", bodies, lambda *_: None)
 
 
 @needs_rtx

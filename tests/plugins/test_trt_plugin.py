@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankbook.plugins import contract
+from rankbook.plugins import contract, experts
+from rankbook.plugins.operators import OPERATORS
 from tests.calibration.records import random_record
 from tests.ops.cases import FORMS, Case, Op, random_x, relative_error
 from tests.plugins import emulated
@@ -82,7 +83,7 @@ def run(op, y, *, fields=3):
 
 def test_there_is_one_creator_per_operator():
     lines = [line.split() for line in driver().rb_creators().decode().splitlines()]
-    assert sorted(line[0] for line in lines) == sorted(contract.PACKED)
+    assert sorted(line[0] for line in lines) == sorted(name for name, each in OPERATORS.items() if each.has_plugin)
     for _, namespace, version, *fields in lines:
         assert namespace == contract.PLUGIN_NAMESPACE
         assert version == contract.PLUGIN_VERSION
@@ -110,6 +111,39 @@ def test_products_of_rounded_activations(bits, rank, dtype):
         assert run(op, y) == y.shape
         # Above 16 tokens the product is one of floats; tests/ops holds the kernels to tighter bounds.
         assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" else 4e-3)
+
+
+STACK = Case(bits=4, planes=1, in_features=96, group=48, bias=True, experts=5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("dtype", "rank", "tokens"), [("float32", 3, 7), ("float16", 0, 7), ("float16", 2, 60)])
+def test_products_of_experts(dtype, rank, tokens, int8):
+    op = STACK.draw(rank=rank, tokens=(tokens,), dtype=dtype, int8_activations=int8)
+    y = np.zeros((tokens, op.record.out_features), dtype)
+    assert run(op, y) == y.shape
+    # x is rounded in its type; tests/ops holds the kernels to tighter bounds.
+    assert relative_error(y, op.expected()) < (1e-5 if dtype == "float32" and not int8 else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("port", "shape", "message"),
+    [
+        (
+            experts.NUMBERS,
+            (6,),
+            r"onShapeChange.*experts has shape \(6\); it must be \(7\), one number for each row of x",
+        ),
+        (experts.NUMBERS, (7, 1), r"configurePlugin.*x has shape \(7, 96\) and experts \(7, 1\); they must be"),
+        ("params", (3, 2, 2, 2, 32), "input params is of 3 experts; it must be of as many as input codes has, 5"),
+        ("codes", (5, 2, 2, 4, 32, 4), r"codes has shape \(2, 2, 4, 32, 4\); it must be \(2, 3, 4, 32, 4\)"),
+    ],
+)
+def test_wrong_shapes_of_experts_are_refused(port, shape, message):
+    op = STACK.draw(tokens=(7,))
+    op.inputs[port] = np.zeros(shape, op.inputs[port].dtype)
+    with pytest.raises(RuntimeError, match=message):
+        run(op, np.zeros((7, 40), np.float32))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -52,7 +52,7 @@ def verify(
 
 def has_plugin(node: Node) -> bool:
     """Say whether the plugin library knows the operator of a node; of others the parser takes the body."""
-    return node.operator is not None and node.operator.has_plugin
+    return node.operator is not None and node.operator.has_plugin and node.names_plugin
 
 
 def verify_plugins(model: ExportedModel, options: BuildOptions, result: dict[str, Any]) -> Check:

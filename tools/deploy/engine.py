@@ -75,7 +75,7 @@ def build(
             source = _exported(source, folder / GRAPH, options, progress)
         model = ExportedModel.open(Path(source))
         model.require_packed()
-        model.require_standard()
+        model.require_standard(plugins=options.plugin_library() is not None)
         check_cache(model)
         check_parser(model, installed("tensorrt") if options.target == "trt" else None)
         if (plugins := options.plugin_library()) and any(map(has_plugin, model.packed)):

@@ -15,7 +15,8 @@ inline cuda::DataType float_of(int bits) { return bits == 16 ? cuda::DataType::k
 
 // Sizes and forms, without pointers.
 // Made once, when a node or an engine is set up; a call adds pointers, x, y and the number of tokens.
-inline cuda::Matmul matmul_of(const Layer& layer, bool int8_activations) {
+// `stacked`: of how many experts the constants are, or 0.
+inline cuda::Matmul matmul_of(const Layer& layer, bool int8_activations, int64_t stacked) {
   cuda::Matmul out;
   cuda::PackedWeight& w = out.weight;
   w.bits = layer.bits;
@@ -35,6 +36,7 @@ inline cuda::Matmul matmul_of(const Layer& layer, bool int8_activations) {
     factor->scale.type = float_of(layer.factor_bits());
   }
   out.int8_activations = int8_activations;
+  out.experts = static_cast<int>(stacked);
   return out;
 }
 

@@ -1,7 +1,6 @@
 #pragma once
 
-// Products of experts as ONNX Runtime sees them (plugins/experts.py). Where the library for GPUs is registered they are left
-// out, so that their bodies run wherever the rest of the graph does.
+// Products of experts as ONNX Runtime sees them (plugins/experts.py), on the CPU; those of a GPU are in cuda_ops.cpp.
 
 #include "shims/ort/product.h"
 

@@ -73,10 +73,10 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
       auto* made = new Ort::CustomOpDomain(rankbook::contract::kDomain);
       const rankbook::ort::Kernels products{*kernels.packed, *kernels.int8, rounding, copy};
       rankbook::ort::add_operators(*made, products);
+      rankbook::ort::add_experts(*made, products);
       rankbook::ort::add_cuda_operators(*made);
       if (!rankbook::ort::serves_gpu()) {  // where it does, the bodies run on the GPU
         rankbook::ort::add_attention(*made, *kernels.attention);
-        rankbook::ort::add_experts(*made, products);
         rankbook::ort::add_row_operators(*made, *kernels.rows);
       }
       return made;

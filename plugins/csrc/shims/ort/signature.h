@@ -22,7 +22,8 @@ struct Signature {
   bool experts = false;   // constants of all experts, one behind the other
 
   int products() const { return merged > 0 ? merged : 1; }
-  Which which(int product) const { return {merged > 0 ? Which::kMerged : Which::kAlone, product}; }
+  // The product whose constants are read: of experts those of the first, where all of them begin.
+  Which which(int product) const { return {merged > 0 ? Which::kMerged : experts ? Which::kExpert : Which::kAlone, product}; }
 
   // Inputs of one product where it is a node of its own.
   size_t inputs_alone() const {

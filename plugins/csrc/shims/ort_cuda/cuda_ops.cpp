@@ -169,6 +169,7 @@ class CudaKernel {
       m.y = context.GetOutput(i, shape.at.data(), shape.axes).GetTensorMutableRawData();
       m.type = kernel_type(info.GetElementType());
       m.tokens = static_cast<int>(tokens);
+      if (m.experts > 0) m.numbers = numbers(context, shape, m.tokens);
       // An empty batch has outputs of no elements and needs no kernel.
       if (tokens == 0) continue;
       // A product's own: scratch of one could be another's while both run, were the stream not in order.
@@ -177,6 +178,16 @@ class CudaKernel {
       // A sentence of the kernels gets the node's name.
       report(cuda::launch_matmul(m, context.GetGPUComputeStream()));
     }
+  }
+
+  // On the GPU, where the router has left them: a number that no expert has gives NaN, as an index outside of the rows does.
+  const std::int64_t* numbers(const Ort::KernelContext& context, const Shape& x, int tokens) const {
+    const Ort::ConstValue given = context.GetInput(contract::CodebookExperts::kExperts);
+    const Shape shape = shape_of(given);
+    if (x.axes != 2 || !(shape == Shape{tokens})) {
+      fail("experts has shape " + shape.text() + " beside " + std::to_string(x.axes) + " axes of x; they must be (S) and (S, in_features)");
+    }
+    return given.GetTensorData<std::int64_t>();
   }
 
   // An index outside of the rows gives NaN: a kernel cannot raise an error, and reading indices back would stop the
@@ -231,10 +242,15 @@ struct CudaOp : SignedOp<CudaOp, CudaKernel> {
     const size_t inputs = signature.inputs_alone();
     for (int i = 0; i < signature.products(); ++i) {
       const Constants constants(info, signature.input_names(), name, signature.which(i));
-      constants.expect_inputs(signature.merged > 0 ? 2 : inputs);
-      const Layer layer = constants.layer(signature.bits, inputs, kCudaLimits);
+      constants.expect_inputs(signature.merged > 0 ? 2 : inputs + (signature.experts ? 1 : 0));
+      int64_t stacked = 0;
+      const Layer layer = constants.layer(signature.bits, inputs, kCudaLimits, signature.experts ? &stacked : nullptr);
+      if (signature.experts) {
+        constexpr auto at = contract::CodebookExperts::kExperts;
+        constants.expect_type(at, contract::CodebookExperts::kInputs[at], contract::Type::kInt64);
+      }
       constants.check_elements(layer, true);
-      out.push_back({layer, matmul_of(layer, signature.int8_activations), read_sources(info, constants, inputs)});
+      out.push_back({layer, matmul_of(layer, signature.int8_activations, stacked), read_sources(info, constants, inputs)});
       if (layer.columns != out[0].layer.columns) constants.fail("all products must have the same in_features");
     }
     return out;
@@ -260,7 +276,9 @@ struct CudaOp : SignedOp<CudaOp, CudaKernel> {
 
 void add_cuda_operators(Ort::CustomOpDomain& domain) {
   auto& operators = *new std::list<CudaOp>;
-  each_signature([&](const Signature& each) { domain.Add(&operators.emplace_back(each)); });
+  const auto add = [&](const Signature& each) { domain.Add(&operators.emplace_back(each)); };
+  each_signature(add);
+  each_experts_signature(add);
 }
 
 // cudaGetDeviceCount answers with an error, and nothing worse, where there is no driver.

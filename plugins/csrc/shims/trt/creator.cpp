@@ -68,9 +68,10 @@ void report(ILogger::Severity severity, const std::string& layer, const std::str
 }
 
 // The list of fields is what the parser asks the node for.
-Creator::Creator(Kind kind, bool int8, std::int32_t bits) {
+Creator::Creator(Kind kind, bool int8, bool experts, std::int32_t bits) {
   op_.kind = kind;
   op_.int8 = int8;
+  op_.experts = experts;
   op_.bits = bits;
   name_ = op_.name();
   for (const char* field : {Names::kInFeatures, Names::kOutFeatures, Names::kOffset}) {
@@ -111,13 +112,15 @@ RB_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& co
   // Made once and never destroyed before the library is unloaded: TensorRT keeps the pointers.
   static std::vector<Creator> creators = [] {
     std::vector<Creator> made;
-    made.reserve(5 * std::size(rankbook::contract::kBits));  // creators hold pointers into themselves: never moved
+    made.reserve(9 * std::size(rankbook::contract::kBits));  // creators hold pointers into themselves: never moved
     for (const int bits : rankbook::contract::kBits) {
-      // A8 exists for products alone.
+      // A8 and experts exist for products alone.
       for (const Kind kind : {Kind::kMatmul, Kind::kMatmulLowRank}) {
-        for (const bool int8 : {false, true}) made.emplace_back(kind, int8, bits);
+        for (const bool int8 : {false, true}) {
+          for (const bool experts : {false, true}) made.emplace_back(kind, int8, experts, bits);
+        }
       }
-      made.emplace_back(Kind::kGather, false, bits);
+      made.emplace_back(Kind::kGather, false, false, bits);
     }
     return made;
   }();

@@ -13,7 +13,7 @@ namespace rankbook::trt {
 // One class for all operators, as with Plugin.
 class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  Creator(Kind kind, bool int8, std::int32_t bits);
+  Creator(Kind kind, bool int8, bool experts, std::int32_t bits);
 
   nvinfer1::IPluginV3* createPlugin(const char* layer, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override;

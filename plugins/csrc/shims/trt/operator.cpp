@@ -23,43 +23,56 @@ contract::Type type_of(DataType type) {
 
 // The op_type in ONNX, so that the parser finds the plugin for a node by its name.
 std::string Operator::name() const {
-  const char* name = kind == Kind::kMatmul   ? contract::CodebookMatMul::kName
-                     : kind == Kind::kGather ? contract::CodebookGather::kName
-                                             : contract::CodebookMatMulLowRank::kName;
+  const bool branch = kind == Kind::kMatmulLowRank;
+  const char* one = branch ? contract::CodebookMatMulLowRank::kName : contract::CodebookMatMul::kName;
+  const char* all = branch ? contract::CodebookExpertsLowRank::kName : contract::CodebookExperts::kName;
+  const char* name = kind == Kind::kGather ? contract::CodebookGather::kName : experts ? all : one;
   return name + std::to_string(bits) + (int8 ? contract::CodebookMatMulA8::kSuffix : "");
 }
 
 std::int32_t Operator::inputs() const {
   // With x or the indices, which are input 0.
   switch (kind) {
-    case Kind::kMatmul: return contract::CodebookMatMul::kInputCount;
-    case Kind::kMatmulLowRank: return contract::CodebookMatMulLowRank::kInputCount;
+    case Kind::kMatmul: return position(contract::CodebookMatMul::kInputCount);
+    case Kind::kMatmulLowRank: return position(contract::CodebookMatMulLowRank::kInputCount);
     default: return contract::CodebookGather::kInputCount;
   }
 }
 
 // x is checked here, its last size -1 where it is dynamic; the constants by view.cpp, as for ONNX Runtime.
-std::string Operator::read(const Constant* given, Layer* layer) const {
+std::string Operator::read(const Constant* given, Layer* layer, std::int64_t* stacked) const {
   const Shape& x = given[Port::kX].shape;
+  Constant constants[Port::kInputCount];
+  for (std::int32_t port = Port::kX + 1; position(port) < inputs(); ++port) constants[port] = given[position(port)];
+  const std::size_t count = static_cast<std::size_t>(inputs() - (experts ? 1 : 0));
+  *stacked = 0;
+  if (experts) {
+    const Shape& numbers = given[contract::CodebookExperts::kExperts].shape;
+    if (x.axes != 2 || numbers.axes != 1) {
+      return "x has shape " + x.text() + " and experts " + numbers.text() + "; they must be (S, in_features) and (S)";
+    }
+    if (const std::string problem = unstack(constants, count, stacked); !problem.empty()) return problem;
+  }
   if (kind != Kind::kGather && (!x.has(1) || (x.last() != in_features && x.last() != -1))) {
     return "x has shape " + x.text() + "; its last size must be in_features = " + std::to_string(in_features);
   }
-  return read_layer({bits, out_features, in_features, offset}, given, static_cast<std::size_t>(inputs()), kCudaLimits, "", layer);
+  return read_layer({bits, out_features, in_features, offset}, constants, count, kCudaLimits, "", layer);
 }
 
 // Asked for one input at a time, with those before it settled: a type is allowed if any form has it there; whether all
 // belong together is for read().
-bool Operator::allows(std::int32_t position, DataType type, DataType x_type) const {
+bool Operator::allows(std::int32_t at, DataType type, DataType x_type) const {
   // Position inputs() is the output.
-  if (position == inputs()) return type == (kind == Kind::kGather ? DataType::kFLOAT : x_type);
-  if (position == Port::kX) {
+  if (at == inputs()) return type == (kind == Kind::kGather ? DataType::kFLOAT : x_type);
+  if (at == Port::kX) {
     const bool is_float = type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
     return kind == Kind::kGather ? type == DataType::kINT64 : is_float;
   }
+  if (experts && at == contract::CodebookExperts::kExperts) return type == DataType::kINT64;
   for (const contract::Part& part : contract::kParts) {
     for (const contract::Form& form : part.forms) {
       for (const contract::Stored& stored : form.constants) {
-        if (stored.input == position && stored.type == type_of(type)) return true;
+        if (position(stored.input) == at && stored.type == type_of(type)) return true;
       }
     }
   }

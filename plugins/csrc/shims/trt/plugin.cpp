@@ -66,6 +66,7 @@ nvinfer1::IPluginV3* Plugin::clone() noexcept {
     auto* copy = new Plugin(op_, layer_);
     // A context may run before its shapes change for the first time.
     copy->stored_ = stored_;
+    copy->stacked_ = stacked_;
     return copy;
   } catch (const std::exception& error) {
     refuse(error.what());
@@ -79,7 +80,7 @@ std::int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int
   if (inputs != op_.inputs()) {
     return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
   }
-  const std::string problem = op_.read(Given(in, inputs).inputs, &stored_);
+  const std::string problem = op_.read(Given(in, inputs).inputs, &stored_, &stacked_);
   return problem.empty() ? 0 : refuse(problem);
 }
 
@@ -125,10 +126,12 @@ std::size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, std::int
   if (op_.kind == Kind::kGather || inputs != op_.inputs()) return 0;
   // Not stored_: the builder asks for shapes of several profiles.
   Layer layer;
+  std::int64_t stacked = 0;
   const std::int64_t tokens = count_items(op_, in[Port::kX].max);
   // What is wrong with the shapes is reported by configurePlugin and onShapeChange.
-  if (!op_.read(Given(in, inputs).inputs, &layer).empty() || tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;
-  cuda::Matmul m = matmul_of(layer, op_.int8);
+  const bool fits = op_.read(Given(in, inputs).inputs, &layer, &stacked).empty();
+  if (!fits || tokens <= 0 || tokens > std::numeric_limits<std::int32_t>::max()) return 0;
+  cuda::Matmul m = matmul_of(layer, op_.int8, stacked);
   m.type = kernel_type(in[Port::kX].desc.type);
   m.tokens = static_cast<int>(tokens);
   return cuda::matmul_workspace(m);
@@ -141,10 +144,15 @@ std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inpu
     return refuse("it has " + std::to_string(inputs) + " inputs; " + std::to_string(op_.inputs()) + " are expected");
   }
   const Given given(in, inputs);
-  if (const std::string problem = op_.read(given.inputs, &stored_); !problem.empty()) return refuse(problem);
+  if (const std::string problem = op_.read(given.inputs, &stored_, &stacked_); !problem.empty()) return refuse(problem);
   const std::int64_t items = count_items(op_, in[Port::kX].dims);
   if (items < 0 || items > std::numeric_limits<std::int32_t>::max()) {
     return refuse("the first input has shape " + given.inputs[Port::kX].shape.text() + ", which is unknown or too large");
+  }
+  // Here and not where engines are built, whose largest shapes belong to other calls.
+  const Shape& numbers = given.inputs[contract::CodebookExperts::kExperts].shape;
+  if (op_.experts && !(numbers == Shape{items})) {
+    return refuse("experts has shape " + numbers.text() + "; it must be (" + std::to_string(items) + "), one number for each row of x");
   }
   return 0;
 }
@@ -153,8 +161,8 @@ std::int32_t Plugin::onShapeChange(const PluginTensorDesc* in, std::int32_t inpu
 std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*, const void* const* inputs,
                              void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   // Half a hundred assignments a call, which is less than one launch.
-  cuda::Matmul m = matmul_of(stored_, op_.int8);
-  set_constants(stored_, [&](int input) { return inputs[input]; }, &m);
+  cuda::Matmul m = matmul_of(stored_, op_.int8, stacked_);
+  set_constants(stored_, [&](int port) { return inputs[op_.position(port)]; }, &m);
   const std::int64_t items = count_items(op_, in[Port::kX].dims);
   cuda::Status status;
   if (op_.kind == Kind::kGather) {
@@ -163,6 +171,7 @@ std::int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc*
         {m.weight, static_cast<const std::int64_t*>(inputs[Port::kX]), static_cast<float*>(outputs[0]), items}, stream);
   } else {
     m.x = inputs[Port::kX];
+    if (op_.experts) m.numbers = static_cast<const std::int64_t*>(inputs[contract::CodebookExperts::kExperts]);
     m.y = outputs[0];
     m.type = kernel_type(in[Port::kX].type);
     m.tokens = static_cast<int>(items);

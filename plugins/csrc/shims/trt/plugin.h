@@ -66,6 +66,7 @@ class Plugin final : public nvinfer1::IPluginV3,
   std::string timing_id_;
   // TensorRT calls onShapeChange before the first enqueue and after every change.
   Layer stored_;  // sizes and forms of the constants, set by onShapeChange
+  std::int64_t stacked_ = 0;  // experts
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection serialized_{};
 };
