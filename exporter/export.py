@@ -37,6 +37,7 @@ from rankbook.exporter.passes.masks import CheckMasks
 from rankbook.exporter.passes.merge import MergeProducts
 from rankbook.exporter.passes.metadata import AddMetadata
 from rankbook.exporter.passes.norms import UnifyNormTypes
+from rankbook.exporter.passes.recurrence import LowerRecurrence
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
@@ -190,6 +191,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
     passes: list[ir.passes.InPlacePass] = [
         common.ClearMetadataAndDocStringPass(),
         CheckMasks(),
+        LowerRecurrence(),
         *([ScatterCache()] if fixed else []),
         BindWeights(checkpoint, skeleton, dialect, int8_activations=int8),
         *([QuantizeCache()] if options.kv == "int8" else []),

@@ -18,8 +18,9 @@ import onnx_ir as ir
 from rankbook.calibration.checkpoint.extras import GENAI_CONFIG, LIBRARY
 from rankbook.calibration.schema import read_object
 from rankbook.calibration.source import ONNX_NAME
+from rankbook.exporter.cache_names import PAST, PRESENT, is_state
 from rankbook.exporter.options import ExportOptions
-from rankbook.exporter.passes.kv_cache import PAST, PRESENT, cache_layers
+from rankbook.exporter.passes.kv_cache import cache_layers
 from rankbook.exporter.properties import PREFIX
 from rankbook.plugins import library
 
@@ -128,6 +129,8 @@ def _refusal(model: ir.Model, options: ExportOptions) -> str:
         return "bf16 does not run on a CPU; export with --dtype fp32 or fp16"
     if options.kv == "int8":
         return "it gives no scales of a cache in 8 bits; export with --kv float"
+    if any(is_state(str(value.name)) for value in model.graph.inputs):
+        return "it is told of keys and values only, and this model keeps states of convolutions or recurrences"
     past = [value for value in model.graph.inputs if str(value.name).startswith(PAST)]
     if foreign := sorted({str(value.name) for value in model.graph.inputs if value not in past} - _PLAIN):
         return f"it does not give the input {foreign[0]}; export with --graph standard or ort and --inputs ids"

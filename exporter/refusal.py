@@ -6,10 +6,6 @@ import re
 import traceback
 from typing import Any
 
-_CACHED = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers whose cache is keys and values."""
-_LISTS = ("layer_types", "layers_block_type", "block_types")
-"""Where configurations name the kind of each layer."""
 TRACE_ERRORS = (
     *(AssertionError, AttributeError, ImportError, LookupError, NotImplementedError),
     *(RuntimeError, TypeError, ValueError),
@@ -25,19 +21,6 @@ class NotExportableError(ValueError):
             f"a model of type {config.model_type!r} cannot be exported: {reason}; its checkpoint runs in PyTorch only"
         )
         self.reason = reason
-
-
-def check_config(config: Any) -> None:
-    """Check what the configuration of a language model says.
-
-    Raises:
-        NotExportableError: It has layers that keep something else than keys and values.
-    """
-    kinds = {kind for name in _LISTS for kind in getattr(config, name, None) or () if isinstance(kind, str)}
-    if states := sorted(kind for kind in kinds - _CACHED if "attention" not in kind or "linear" in kind):
-        raise NotExportableError(config, f"layers of kind {', '.join(states)} keep a state instead of keys and values")
-    if not getattr(config, "num_attention_heads", None):
-        raise NotExportableError(config, "it has no attention")
 
 
 def traced(config: Any, error: BaseException) -> NotExportableError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import Blocks, adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
+from rankbook.exporter import cache_names
 from rankbook.exporter.rewrite import TRACE_DOMAIN
 from rankbook.exporter.skeleton import LAYER, Skeleton
 
 _BOUNDARY = "Boundary"
 """Placeholder of nothing, between two blocks; its attribute is the number of the block behind it."""
-_PARTS = "key", "value"
 _PLAIN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
@@ -197,8 +197,8 @@ class _Copier:
         """Append a block and return its hidden state."""
         sources = self._sources(template)
         new: dict[ir.Value | None, ir.Value | None] = {sources[0]: hidden}
-        for value, part in zip(sources[1:], _PARTS, strict=True):
-            past = _like(value, f"past_key_values.{index}.{part}")
+        for value in sources[1:]:
+            past = _like(value, cache_names.of_layer(str(value.name), index))
             self.graph.inputs.append(past)
             new[value] = past
         nodes = []
@@ -218,13 +218,14 @@ class _Copier:
                 )
             )
         self.graph.insert_before(self.boundaries[max(self.boundaries)], nodes)
-        result, *present = (new[value] for value in self._results(template))
-        for made, part in zip(present, _PARTS, strict=True):
-            if made is None:
-                raise UnlikeError(f"block {template} gives no {part}")
-            made.name = f"present.{index}.{part}"
+        results = self._results(template)
+        for old in results[1:]:
+            made = new[old]
+            if made is None or old is None:
+                raise UnlikeError(f"block {template} does not give all of its cache")
+            made.name = cache_names.of_layer(str(old.name), index)
             self.graph.outputs.append(made)
-        return result
+        return new[results[0]]
 
     def finish(self, hidden: ir.Value | None) -> None:
         """Remove the boundaries; the last one gives way to the hidden state of the last block."""
@@ -236,15 +237,15 @@ class _Copier:
         self.graph.remove(self.boundaries.values(), safe=True)
 
     def _sources(self, index: int) -> list[ir.Value]:
-        """Return what enters a block: its hidden state, keys and values."""
-        return [
-            self.boundaries[index].outputs[0],
-            *(self.inputs[f"past_key_values.{index}.{p}"] for p in _PARTS),
-        ]
+        """Return what enters a block: its hidden state and the parts of its cache."""
+        return [self.boundaries[index].outputs[0], *self._cached(self.inputs, index, cache_names.is_past)]
 
     def _results(self, index: int) -> list[ir.Value | None]:
-        """Return what leaves a block: its hidden state, keys and values."""
-        return [self.boundaries[index + 1].inputs[0], *(self.outputs[f"present.{index}.{p}"] for p in _PARTS)]
+        """Return what leaves a block: its hidden state and the parts of its cache."""
+        return [self.boundaries[index + 1].inputs[0], *self._cached(self.outputs, index, cache_names.is_present)]
+
+    def _cached(self, values: Mapping[str, ir.Value], index: int, belongs: Callable[[str], bool]) -> list[ir.Value]:
+        return [value for name, value in values.items() if belongs(name) and cache_names.layer_of(name) == index]
 
     def _nodes(self, index: int) -> list[ir.Node]:
         """Return the nodes of a block in order: those that depend on what enters it, but for its sizes."""

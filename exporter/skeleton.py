@@ -51,12 +51,39 @@ class Skeleton:
     owners: dict[str, str]
 
 
-class PackedPlaceholder(nn.Module):
+class _Weight:
+    """The weight of a placeholder, for code that multiplies with it in place of a call of the layer (Mamba)."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        self._layer, self.dtype = layer, dtype
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Return the layer's result, its bias included (..., N, sequence), for x (..., K, sequence)."""
+        result: Tensor = self._layer(x.transpose(-1, -2)).transpose(-1, -2)
+        return result
+
+
+class _Placeholder(nn.Module):
+    """A linear layer as one node; the node has the bias, and nobody else adds one."""
+
+    bias = None
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.dtype = name, dtype
+
+    @property
+    def weight(self) -> _Weight:
+        """See `_Weight`."""
+        return _Weight(self, self.dtype)
+
+
+class PackedPlaceholder(_Placeholder):
     """A packed linear layer as one node with one input."""
 
-    def __init__(self, name: str, spec: LayerSpec) -> None:
-        super().__init__()
-        self.name, self.spec = name, spec
+    def __init__(self, name: str, spec: LayerSpec, dtype: torch.dtype) -> None:
+        super().__init__(name, dtype)
+        self.spec = spec
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a symbolic result (..., N) in the dtype of x (..., K)."""
@@ -74,10 +101,6 @@ class ExpertsPlaceholder(PackedPlaceholder):
 class EmbeddingPlaceholder(PackedPlaceholder):
     """A packed embedding as one node."""
 
-    def __init__(self, name: str, spec: LayerSpec, dtype: torch.dtype) -> None:
-        super().__init__(name, spec)
-        self.dtype = dtype
-
     def forward(self, x: Tensor) -> Tensor:
         """Return symbolic rows (..., K) for indices (...)."""
         rows = _node(PACKED, [x], self.name, torch.float32, [*x.shape, self.spec.in_features]).to(self.dtype)
@@ -85,12 +108,11 @@ class EmbeddingPlaceholder(PackedPlaceholder):
         return rows if self.spec.scale == 1.0 else rows * torch.tensor(self.spec.scale).to(self.dtype)
 
 
-class DensePlaceholder(nn.Module):
+class DensePlaceholder(_Placeholder):
     """A linear layer that is not quantized, as one node: the exporter would fold its transposed weight into a copy."""
 
-    def __init__(self, name: str, source: nn.Linear) -> None:
-        super().__init__()
-        self.name = name
+    def __init__(self, name: str, source: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(name, dtype)
         self.in_features, self.out_features = source.in_features, source.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,7 +162,6 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
     text = config.get_text_config()
     if hasattr(text, "quantization_config"):
         del text.quantization_config
-    refusal.check_config(text)
     inner = type(text) in auto.MODEL_FOR_CAUSAL_LM_MAPPING
     table = auto.MODEL_FOR_CAUSAL_LM_MAPPING if inner else auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     config = text if inner else config
@@ -199,7 +220,7 @@ def _node(op: str, inputs: list[Tensor], layer: str, dtype: torch.dtype, shape: 
 
 def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Replace linear layers, packed experts and packed embeddings by placeholders."""
-    _place_experts(model, checkpoint)
+    _place_experts(model, checkpoint, dtype)
     for name, module in list(model.named_modules()):
         spec = checkpoint.layers.get(name)
         if spec is not None and isinstance(module, nn.Embedding):
@@ -207,12 +228,12 @@ def _place(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None
                 raise CheckpointError(f"{name} is an embedding with an error branch, for which there is no operator")
             replace_module(model, name, EmbeddingPlaceholder(name, spec, dtype))
         elif spec is not None:  # also where tied to an embedding
-            replace_module(model, name, PackedPlaceholder(name, spec))
+            replace_module(model, name, PackedPlaceholder(name, spec, dtype))
         elif type(module) is nn.Linear:
-            replace_module(model, name, DensePlaceholder(name, module))
+            replace_module(model, name, DensePlaceholder(name, module, dtype))
 
 
-def _place_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _place_experts(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Replace the fused matrices of experts by placeholders, where they are packed.
 
     Raises:
@@ -231,7 +252,7 @@ def _place_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
                     f"{len(layers)} experts of {owner}.{matrix} are packed of {max(counts)}; quantize all experts of a"
                     " block, or skip all"
                 )
-            placeholder = ExpertsPlaceholder(f"{owner}.{matrix}", checkpoint.layers[layers[0]])
+            placeholder = ExpertsPlaceholder(f"{owner}.{matrix}", checkpoint.layers[layers[0]], dtype)
             delattr(module, matrix)
             setattr(module, matrix, placeholder)
 

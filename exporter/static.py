@@ -7,7 +7,6 @@ of slots alone hides it, and no mask of padding goes into the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,12 +49,12 @@ class FixedLayer:
         return written
 
 
-def fixed_cache(past: Sequence[tuple[Tensor, Tensor]], start: Tensor) -> Any:
-    """Return a cache of transformers over buffers of keys and values whose rows are filled up to ``start`` (batch,)."""
-    from transformers import DynamicCache
+def fixed_cache(cache: Any, start: Tensor) -> Any:
+    """Return a cache whose layers of keys and values are buffers, with rows filled up to ``start`` (batch,)."""
     from transformers.cache_utils import DynamicLayer
 
     kind = type(FixedLayer.__name__, (FixedLayer, DynamicLayer), {})  # transformers asks for a class of its own
-    cache: Any = DynamicCache()
-    cache.layers = [kind(keys, values, start) for keys, values in past]
+    cache.layers = [
+        kind(layer.keys, layer.values, start) if layer.keys is not None else layer for layer in cache.layers
+    ]
     return cache

@@ -1,11 +1,11 @@
-"""Traces a skeleton into an ONNX graph with KV cache inputs and outputs."""
+"""Traces a skeleton into an ONNX graph whose cache is inputs and outputs."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.exporter import attention, refusal, static
+from rankbook.exporter import attention, recurrence, refusal, static
+from rankbook.exporter import cache_names as names
+from rankbook.exporter.cache import Part, parts_of, tensors_of, traced_cache
 from rankbook.exporter.functions import OPSET
 from rankbook.exporter.options import INPUTS, ExportOptions
 from rankbook.exporter.repeat import Plan, UnlikeError
@@ -27,35 +29,30 @@ _ROWS = {0: "batch", 1: "sequence"}
 DEFAULT_CONTEXT = 1024
 """Slots of a cache of a fixed length where neither the user nor the model wants another number."""
 
-Past = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer, (batch, heads, positions, size) each."""
-
 
 class _CausalLM(nn.Module):
-    """The model as a function of plain tensors, with a cache that grows.
+    """The model as a function of plain tensors, with a cache that grows."""
 
-    Every layer keeps all positions, also one with a sliding window: its mask hides the older ones, and the cache of all
-    layers has one length.
-    """
-
-    def __init__(self, model: Any, options: ExportOptions) -> None:
+    def __init__(self, model: Any, options: ExportOptions, parts: Sequence[Part]) -> None:
         super().__init__()
-        self.model, self.options, self.adapter = model, options, adapter_of(model)
+        self.model, self.options, self.adapter, self.parts = model, options, adapter_of(model), parts
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past) -> tuple[Any, ...]:
-        """Return what `_run` does; rows of a batch may be padded on either side."""
-        cache = self.adapter.new_cache()
-        for index, (key, value) in enumerate(past):
-            cache.update(key, value, index)
-        length, held = tokens.shape[1], past[0][0].shape[2]
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Any, ...]:
+        """Return what `_run` does; rows of a batch may be padded on either side, with states only at the left."""
+        cache = traced_cache(self.adapter, self.parts, past)
+        length = tokens.shape[1]
         # 1 where a token is real, and 0 where it is padding.
         real = attention_mask[:, attention_mask.shape[1] - length :]
         last = (real * torch.arange(length)).argmax(1)
-        mask = _mask_of_keys(attention_mask, length, held)
+        held = [tensor.shape[2] for part, tensor in zip(self.parts, past, strict=True) if part.grows]
+        # Models without attention (Mamba) have no use for the mask of earlier tokens.
+        mask = _mask_of_keys(attention_mask, length, held[0]) if held else real
         return self._run(tokens, mask, position_ids, cache, last)
 
     def _run(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any, last: Tensor) -> tuple[Any, ...]:
-        """Return float32 logits (batch, 1 or sequence, vocabulary) and the keys and values of each layer.
+        """Return float32 logits (batch, 1 or sequence, vocabulary) and the parts of the cache.
 
         ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden); ``last`` (batch,) is the
         place of the last real one in each row, whose logits are those of ``--logits last``. With ``--sample greedy``
@@ -65,31 +62,27 @@ class _CausalLM(nn.Module):
         if head is not None and self.options.logits == "last":
             # Before the output layer, so that it computes one position, and what follows it in the model stays.
             hook = head[1].register_forward_pre_hook(lambda _, given: (_at(given[0], last),))
+        given = {INPUTS[self.options.inputs]: tokens, self.adapter.cache_argument: cache}
         try:
-            output = self.model(
-                **{INPUTS[self.options.inputs]: tokens},
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with recurrence.traceable(self.model, cache):
+                output = self.model(**given, attention_mask=mask, position_ids=positions, use_cache=True)
         finally:
             if hook is not None:
                 hook.remove()
         logits = output.logits.float()
         best = (logits.argmax(-1),) if self.options.sample == "greedy" else ()
-        return logits, *best, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return logits, *best, tensors_of(cache, self.parts)
 
 
 class _StaticLM(_CausalLM):
     """The same with a cache of a fixed length (`rankbook.exporter.static`)."""
 
-    def forward(self, tokens: Tensor, write_indices: Tensor, lengths: Tensor, past: Past) -> tuple[Any, ...]:
+    def forward(self, tokens: Tensor, write_indices: Tensor, lengths: Tensor, past: list[Tensor]) -> tuple[Any, ...]:
         """Return what `_run` does for rows of ``lengths`` (batch,) real tokens behind ``write_indices`` (batch,)."""
         positions = write_indices[:, None] + torch.arange(tokens.shape[1])
         # For models that count positions in it. Attention has no need of it, see `rankbook.exporter.attention.mask`.
-        mask = torch.ones(tokens.shape[0], past[0][0].shape[2], dtype=torch.int64)
-        cache = static.fixed_cache(past, write_indices)
+        mask = torch.ones(tokens.shape[0], past[0].shape[2], dtype=torch.int64)
+        cache = static.fixed_cache(traced_cache(self.adapter, self.parts, past), write_indices)
         return self._run(tokens, mask, positions, cache, (lengths - 1).clamp_min(0))
 
 
@@ -149,20 +142,30 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
             f"a model of type {config.model_type!r} computes attention in code of its own, which may take the end of"
             " the cache for the end of the text; export with --graph standard"
         )
-    past = _past(skeleton, max_context(skeleton, options) if fixed else _PAST)
+    with _quiet():
+        parts = parts_of(skeleton)
+    if fixed and (states := sum(not part.grows for part in parts)):
+        raise ValueError(
+            f"a model of type {config.model_type!r} keeps {states} states of convolutions and recurrences, which"
+            " padding behind a text would change; export with --graph standard"
+        )
     if (plan := Plan.of(skeleton)) is not None:
         with contextlib.suppress(UnlikeError, refusal.NotExportableError):
             with plan.shortened(skeleton.model):
-                model = _traced(skeleton, options, past[: plan.traced])
+                model = _traced(skeleton, options, [part for part in parts if part.layer < plan.traced])
             plan.complete(model, skeleton)
             return model
-    return _traced(skeleton, options, past)
+    return _traced(skeleton, options, parts)
 
 
-def _traced(skeleton: Skeleton, options: ExportOptions, past: Past) -> ir.Model:
+def _traced(skeleton: Skeleton, options: ExportOptions, parts: Sequence[Part]) -> ir.Model:
     """Return the graph of the blocks that the model has."""
-    config, layers = skeleton.model.config, len(past)
-    example = _static(skeleton, options) if options.graph == "static" else _growing(skeleton, options)
+    config = skeleton.model.config
+    fixed = options.graph == "static"
+    example = _static(skeleton, options, parts) if fixed else _growing(skeleton, options, parts)
+    past = [part.example(_BATCH, max_context(skeleton, options) if fixed else _PAST) for part in parts]
+    axes = [example.cache if part.grows else {0: "batch"} for part in parts]
+    before, behind = ([name(part.name, part.layer) for part in parts] for name in (names.past, names.present))
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
     if options.inputs == "embeds":
         width = adapter_of(skeleton.model).hidden_size
@@ -175,9 +178,9 @@ def _traced(skeleton: Skeleton, options: ExportOptions, past: Past) -> ir.Model:
                 (tokens, *example.values.values(), past),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(_ROWS, *example.sizes, [(example.cache, example.cache)] * layers),
-                input_names=[INPUTS[options.inputs], *example.values, *_cache_names("past_key_values", layers)],
-                output_names=["logits", *best, *_cache_names("present", layers)],
+                dynamic_shapes=(_ROWS, *example.sizes, axes),
+                input_names=[INPUTS[options.inputs], *example.values, *before],
+                output_names=["logits", *best, *behind],
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, *refusal.TRACE_ERRORS) as error:
@@ -203,54 +206,19 @@ def max_context(skeleton: Skeleton, options: ExportOptions) -> int:
     return wanted
 
 
-def _growing(skeleton: Skeleton, options: ExportOptions) -> _Example:
+def _growing(skeleton: Skeleton, options: ExportOptions, parts: Sequence[Part]) -> _Example:
     values = {
         "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
         "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous(),
     }
     sizes = ({0: "batch", 1: "total_sequence"}, _ROWS)
-    return _Example(_CausalLM(skeleton.model, options), values, sizes, {0: "batch", 2: "past_sequence"})
+    return _Example(_CausalLM(skeleton.model, options, parts), values, sizes, {0: "batch", 2: "past_sequence"})
 
 
-def _static(skeleton: Skeleton, options: ExportOptions) -> _Example:
+def _static(skeleton: Skeleton, options: ExportOptions, parts: Sequence[Part]) -> _Example:
     row = {0: "batch"}
     values = {"write_indices": torch.full((_BATCH,), _PAST), "lengths": torch.full((_BATCH,), _SEQUENCE)}
-    return _Example(_StaticLM(skeleton.model, options), values, (row, row), row)
-
-
-def _past(skeleton: Skeleton, length: int) -> Past:
-    """Return an example of the keys and values of each layer, ``length`` positions in the shapes of the model.
-
-    Raises:
-        NotExportableError: Something else is kept.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model, adapter = skeleton.model, adapter_of(skeleton.model)
-    cache = adapter.new_cache()
-    try:
-        with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
-            positions = torch.arange(_SEQUENCE).expand(_BATCH, -1)
-            model(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        kept = [(layer.keys, layer.values) for layer in cache.layers]
-        shapes = [tuple((_BATCH, part.shape[1], length, part.shape[3]) for part in pair) for pair in kept]
-    except refusal.TRACE_ERRORS as error:
-        raise refusal.traced(model.config, error) from error
-    if len(shapes) != adapter.layers:
-        raise refusal.NotExportableError(model.config, f"{len(shapes)} of its layers keep keys and values")
-    # Nobody reads the elements, and what nobody writes takes no memory.
-    return [(torch.empty(key, dtype=skeleton.dtype), torch.empty(value, dtype=skeleton.dtype)) for key, value in shapes]
-
-
-def _cache_names(prefix: str, layers: int) -> list[str]:
-    return [f"{prefix}.{index}.{part}" for index in range(layers) for part in ("key", "value")]
+    return _Example(_StaticLM(skeleton.model, options, parts), values, (row, row), row)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,10 +189,23 @@ class ModelAdapter:
         return int(self.config.hidden_size)
 
     def new_cache(self) -> Any:
-        """Return a cache of transformers that holds nothing yet."""
+        """Return a cache of transformers that holds nothing yet; what its layers are follows from the configuration."""
         from transformers import DynamicCache
 
-        return DynamicCache()
+        return DynamicCache(config=self.config)
+
+    @property
+    def cache_argument(self) -> str:
+        """Name of the model's argument that is the cache, and of the field of its result."""
+        return "cache_params" if self._takes("cache_params") else "past_key_values"
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model is called with the positions of tokens."""
+        return self._takes("position_ids")
+
+    def _takes(self, argument: str) -> bool:
+        return argument in inspect.signature(self.model.forward).parameters
 
     def cached_outputs(self) -> list[CachedOutput]:
         """Return the outputs that are keys or values.
@@ -221,7 +235,7 @@ class ModelAdapter:
         width = getattr(self.config, "sliding_window", None)
         standard = "sliding_attention" if width else "full_attention"
         kinds = getattr(self.config, "layer_types", None) or [standard] * self.layers
-        known = {"full_attention": -1, "sliding_attention": int(width or -1)}
+        known = {"full_attention": -1, "hybrid": -1, "sliding_attention": int(width or -1)}
         return [known.get(kind, 0) for kind in kinds]
 
     def rotary(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -1,4 +1,4 @@
-"""Continuing a text with a cache of keys and values, as ``generate`` of transformers does."""
+"""Continuing a text with a cache, as ``generate`` of transformers does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Continuation:
 
     def __init__(self, model: Any) -> None:
         """Begin with no text."""
-        self._model, self._limit = model, adapter_of(model).restart_at()
+        adapter = adapter_of(model)
+        self._model, self._limit, self._argument = model, adapter.restart_at(), adapter.cache_argument
+        # Some families (Bamba) count positions from 0 at every call where they are not given; images have three parts.
+        self._counts = adapter.takes_positions and not adapter.positions_have_parts()
         self._cache: Any = None
         self._text: Tensor | None = None
 
@@ -28,7 +31,10 @@ class Continuation:
         self._text = tokens if self._text is None else torch.cat([self._text, tokens], dim=1)
         if past <= self._limit < self._text.shape[1]:
             self._cache, tokens = None, self._text
-        output = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True)
-        self._cache = output.past_key_values
+        given: dict[str, Any] = {self._argument: self._cache}
+        if self._counts and self._cache is not None:
+            given["position_ids"] = torch.arange(past, self._text.shape[1], device=tokens.device)[None]
+        output = self._model(input_ids=tokens, use_cache=True, **given)
+        self._cache = output[self._argument]
         logits: Tensor = output.logits[:, -1].float()
         return logits

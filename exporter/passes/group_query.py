@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rankbook.exporter import cache_names
+from rankbook.exporter.cache_names import PAST
 from rankbook.exporter.passes.attention import is_attention
-from rankbook.exporter.passes.kv_cache import PAST, cache_layers
 from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, producer, take_over
 from rankbook.plugins import attention
 
@@ -56,7 +57,8 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             for fusion in fusions:
                 fusion.apply(lengths, self._tables, self._windows)
         fused = {str(fusion.layer) for fusion in fusions} - set(self.kept)
-        for number in range(cache_layers(model.graph.inputs)):
+        names = [str(value.name) for value in model.graph.inputs]
+        for number in sorted({cache_names.layer_of(name) for name in names if name.startswith(PAST)}):
             if str(number) not in fused:
                 self.kept.setdefault(str(number), "its attention is code of its own")
         return ir.passes.PassResult(model, modified=bool(fused))
@@ -204,7 +206,7 @@ def _layer(keys: ir.Value) -> int:
     near, seen = [keys], {keys}
     for value in near:  # grows meanwhile
         if str(value.name).startswith(PAST):
-            return int(str(value.name).removeprefix(PAST).split(".")[0])
+            return cache_names.layer_of(str(value.name))
         node = value.producer()
         new = [item for item in (node.inputs if node else ()) if item is not None and item not in seen]
         seen.update(new)

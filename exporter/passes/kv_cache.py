@@ -6,10 +6,11 @@ from collections.abc import Iterable, MutableSequence
 
 import onnx_ir as ir
 
+from rankbook.exporter.cache_names import PAST, PRESENT
 from rankbook.exporter.rewrite import Writer
 
-PAST, PRESENT, SCALE = "past_key_values.", "present.", "_scale"
-"""Names of the tensors: ``past_key_values.0.key`` and its ``past_key_values.0.key_scale``."""
+SCALE = "_scale"
+"""Ends the names of scales: ``past_key_values.0.key`` and its ``past_key_values.0.key_scale``."""
 _JOINS = {("Concat", 2), ("TensorScatter", 3)}
 """Operators that put new keys or values behind the past, and the number of their inputs."""
 _SMALLEST = {ir.DataType.FLOAT16: 1e-7}

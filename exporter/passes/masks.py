@@ -1,14 +1,21 @@
-"""Checks that every layer with a cache applies the mask of the text."""
+"""Checks that every layer with a cache applies the mask of the text, and that states are continued."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
+from rankbook.exporter import cache_names
 from rankbook.exporter.passes.attention import is_attention
 from rankbook.exporter.passes.kv_cache import cache_layers
+from rankbook.exporter.recurrence import RECURRENCE
+from rankbook.exporter.rewrite import TRACE_DOMAIN
 
 _STEPS = {"Add", "Cast", "Div", "Expand", "Max", "Mul", "Reshape", "Slice", "Unsqueeze"}
 """Operators between a softmax and the mask that was added to its scores."""
+_MOVES = {"Cast", "Slice", "Transpose"}
+"""Operators between a state and what continues it."""
 _LOW = -1e4
 """A number below this hides what it is added to; half the lowest float16 is -32752."""
 
@@ -19,14 +26,16 @@ class CheckMasks(ir.passes.InPlacePass):
     * Attention with a boolean mask (`rankbook.exporter.attention.mask`).
     * Softmax of scores to which the mask was added as numbers (`rankbook.exporter.attention.additive_mask`).
 
-    Anything else would be a file that runs and sees tokens of the future.
+    Anything else would be a file that runs and sees tokens of the future. A state must go from its input to its output
+    through one recurrence, and the last inputs of a convolution must be joined with new ones before it: a file without
+    that would forget the text at every call.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Leave the model as it is.
 
         Raises:
-            ValueError: A layer does not use the mask.
+            ValueError: A layer does not use the mask, or does not continue its state.
         """
         layers = cache_layers(model.graph.outputs)
         masked = sum(_is_masked(node) for node in model.graph)
@@ -35,7 +44,33 @@ class CheckMasks(ir.passes.InPlacePass):
                 f"{layers} layers keep keys and values and {masked} apply the mask in a known way: the exported model"
                 " would see tokens that it must not; evaluate the checkpoint in PyTorch"
             )
+        inputs = {str(value.name): value for value in model.graph.inputs}
+        for name, value in inputs.items():
+            if cache_names.is_state(name) and not _continued(value, model.graph.outputs):
+                raise ValueError(
+                    f"{name!r} does not reach its output through the layer that it belongs to: the exported model would"
+                    " forget the text; evaluate the checkpoint in PyTorch"
+                )
         return ir.passes.PassResult(model, modified=False)
+
+
+def _continued(past: ir.Value, outputs: Sequence[ir.Value]) -> bool:
+    """Return whether a state goes through a recurrence, or is joined with what enters a convolution."""
+    present = next((value for value in outputs if cache_names.past_of(str(value.name)) == past.name), None)
+    made = _moved(present)
+    node = None if made is None else made.producer()
+    if node is None or _moved(node.inputs[0]) is not past:
+        return False
+    if cache_names.part_of(str(past.name)) == "state":
+        return (node.domain, node.op_type) == (TRACE_DOMAIN, RECURRENCE)
+    return node.op_type == "Concat" and any(use.op_type in ("Cast", "Conv") for use in node.outputs[0].consumers())
+
+
+def _moved(value: ir.Value | None) -> ir.Value | None:
+    """Return what a value was before it was cast, cut or transposed."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in _MOVES:
+        value = node.inputs[0]
+    return value
 
 
 def _is_masked(node: ir.Node) -> bool:

@@ -16,7 +16,8 @@ from tests.tools.files import run_cli
 
 SIZES = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-STATE = "layers of kind linear_attention keep a state instead of keys and values"
+GEMMA = {**SIZES, "lru_width": 48, "num_attention_heads": 4, "block_types": ["recurrent", "attention"]}
+STATE = "layer 0 keeps what it knows of a text outside of the cache"
 
 
 def config(kind: str, **more: Any) -> Any:
@@ -26,7 +27,7 @@ def config(kind: str, **more: Any) -> Any:
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        (config("mamba", **SIZES), STATE),
+        (config("recurrent_gemma", **GEMMA), STATE),
         (config("mpt", d_model=48, n_heads=4, n_layers=2, vocab_size=259), "cannot be traced"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -40,14 +41,14 @@ def test_a_deep_model_is_judged_by_two_blocks() -> None:
     deep.num_hidden_layers, deep.layer_types = 40, ["sliding_attention"] * 39 + ["full_attention"]
     assert check_exportable(deep) == ""
     assert deep.num_hidden_layers == 40
-    deep.layer_types = ["full_attention"] * 39 + ["linear_attention"]
-    assert check_exportable(deep) == STATE
+    deep.layer_types = ["full_attention"] * 39 + ["indexed_attention"]
+    assert "indexed_attention" in check_exportable(deep)
 
 
 def test_quantize_warns_or_refuses_and_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
-    auto.from_config(config("mamba", **SIZES)).save_pretrained(tmp_path / "model")
+    auto.from_config(config("recurrent_gemma", **GEMMA)).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     text = write_text(tmp_path / "text.txt")
     how = ["--method", "rtn", "--bits", 4, "--calib", text, "--calib-sequences", 2, "--calib-length", 16, "-o"]
@@ -60,4 +61,4 @@ def test_quantize_warns_or_refuses_and_export_refuses(tmp_path: Path, capsys: py
     assert f"cannot be exported: {STATE}" in captured.err
     assert f'"cannot_export": "{STATE}"' in captured.out
     assert run_cli("export", tmp_path / "q", "-o", tmp_path / "onnx", "--quiet") == errors.USAGE
-    assert f"a model of type 'mamba' cannot be exported: {STATE}" in capsys.readouterr().err
+    assert f"a model of type 'recurrent_gemma' cannot be exported: {STATE}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rankbook.exporter import cache_names
 from rankbook.exporter.dialects import DENSE
 from rankbook.tools.deploy import engine_log, step
 from rankbook.tools.deploy.manifest import Check
@@ -91,11 +92,16 @@ def check_parser(model: ExportedModel, version: str | None) -> None:
 
 
 def check_cache(model: ExportedModel) -> None:
-    """Refuse a cache that TensorRT cannot write in place.
+    """Refuse a cache that TensorRT cannot write in place, or that `rankbook.tools.runtimes.trt_model` cannot keep.
 
     Raises:
-        UsageError: It is of a fixed length and holds codes.
+        UsageError: It is of a fixed length and holds codes, or has states of convolutions and recurrences.
     """
+    if states := sum(map(cache_names.is_state, model.inputs)):
+        raise UsageError(
+            f"{model.path} keeps {states} states of convolutions and recurrences, and engines serve keys and values"
+            " only: they pad texts on the right, which would change a state; run the file in ONNX Runtime"
+        )
     if model.metadata.max_context and model.metadata.kv != "float":
         raise UsageError(
             f"TensorRT writes caches of floating-point numbers in place, and that of {model.path} is"
@@ -115,7 +121,7 @@ def verify_cache(
     """
     if not model.metadata.max_context:
         return ()
-    caches = sum(name.startswith(step.PAST) for name in model.inputs)
+    caches = sum(name.startswith(cache_names.PAST) for name in model.inputs)
     layers = sum(node.op_type == "Attention" and not node.domain for node in model.proto.graph.node)
     fused = {name: sum(kinds.get(kind, 0) for kind in step.ATTENTION) for name, kinds in kernels.items()}
     copies, spelled_out = kernels["decode"][step.COPIES], 2 * layers < caches

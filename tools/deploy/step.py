@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rankbook.exporter.cache_names import PAST, PRESENT
 from rankbook.tools.deploy.engine_log import EngineLog, Kernel
 from rankbook.tools.deploy.profiles import Shapes
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 ATTENTION, COPIES = ("gemv attention", "gemm attention"), "copies of a cache"
 """Kinds of kernels that are counted: fused attention of one token and of many, and what `copies_cache` tells."""
-PAST, PRESENT = "past_key_values.", "present."
-"""Begin the names of a cache before and after a call."""
 
 
 def kernels(log: EngineLog, shapes: Mapping[str, Shapes], slots: int = 0) -> dict[str, dict[str, int]]:

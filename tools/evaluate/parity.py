@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankbook.calibration.notes import note
+from rankbook.exporter import cache_names
 from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.greedy import GreedyCheck, compare_greedy
 from rankbook.tools.evaluate.node_checks import Depth, OperatorCheck, bisect, compare_operators
@@ -229,7 +230,7 @@ def compare_logits(
 
 def compare_cached(model: FileModel, torch_model: TorchModel, tokens: Tokens, tolerance: float) -> Agreement | None:
     """Compare decoding with a cache, token by token, with the logits that PyTorch computes without one."""
-    if not any(name.startswith("past_key_values") for name in model.file.inputs):
+    if not any(cache_names.is_past(name) for name in model.file.inputs):
         return None
     prompt = tokens[:, :-CACHED_TOKENS]
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.exporter import cache_names
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_json, read_settings
 from rankbook.tools.inspect.sizes import packed_size
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Logits, Tokens
 
     Array = np.ndarray[Any, Any]
-
-_PAST, _PRESENT = "past_key_values", "present"
 
 
 class FileModel(LanguageModel):
@@ -158,7 +157,9 @@ class FileModel(LanguageModel):
 
     def _advance(self, tokens: Tokens) -> Logits:
         values = self._compute(tokens, list(self.file.outputs))
-        self._cache = {past_of(name): value for name, value in values.items() if name.startswith(_PRESENT)}
+        self._cache = {
+            cache_names.past_of(name): value for name, value in values.items() if cache_names.is_present(name)
+        }
         return self._last(tokens, values["logits"])
 
     def _last(self, tokens: Tokens, scores: Array) -> Logits:
@@ -178,7 +179,7 @@ class FileModel(LanguageModel):
         return {
             name: np.zeros([batch, *(size if isinstance(size, int) else 0 for size in shape[1:])], self._types[name])
             for name, shape in self.file.inputs.items()
-            if name.startswith(_PAST)
+            if cache_names.is_past(name)
         }
 
     def _inputs(self, tokens: Tokens) -> dict[str, Array]:
@@ -209,8 +210,3 @@ class FileModel(LanguageModel):
     @cached_property
     def _types(self) -> dict[str, str]:
         return self.file.input_types
-
-
-def past_of(present: str) -> str:
-    """Return the name of the cache input that an output of the last step becomes."""
-    return present.replace(_PRESENT, _PAST, 1)

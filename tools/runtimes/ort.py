@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
+from rankbook.exporter.cache_names import is_state
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel, Runtime, Setting
-from rankbook.tools.runtimes.exported import FileModel, past_of
+from rankbook.tools.runtimes.exported import FileModel
 from rankbook.tools.runtimes.ort_memory import anchored, untouched
 from rankbook.tools.runtimes.ort_steps import BoundSteps, Where
 
@@ -174,6 +175,7 @@ class OrtModel(FileModel):
         self._held = 0
         self._steps: dict[str, BoundSteps] = {}
         # New keys and values are written behind the old ones, in the same buffer: one that grows, or of a fixed length.
+        # Only states change places.
         self._fixed = int(self.file.metadata.max_context or 0)
         said = self.file.metadata
         self._in_place = said.graph == "static" or (said.graph == "ort" and not said.standard_attention)
@@ -242,6 +244,8 @@ class OrtModel(FileModel):
             return
         self._held, self._steps = max(positions + _ROOM, 2 * self._held), {}
         for name, value in self._cache.items():
+            if is_state(name):
+                continue
             batch, heads, _, size = value.shape()
             wide = untouched((batch, heads, self._held, size), self._types[name])
             wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
@@ -269,9 +273,8 @@ class OrtModel(FileModel):
     def _run_in_place(self, tokens: Tokens, wanted: str) -> Any:
         """Compute an output; keys and values are written into the buffers of the cache."""
         if wanted not in self._steps:
-            outputs = {past_of(name): name for name in self.file.outputs}
-            buffers = {name: (outputs[name], value) for name, value in self._cache.items()}
-            self._steps[wanted] = BoundSteps(Where(self.session, self.device, self._types), buffers, wanted)
+            where = Where(self.session, self.device, self._types)
+            self._steps[wanted] = BoundSteps(where, self._cache, self._held, wanted)
         return self._steps[wanted].run(tokens, self._length)
 
 

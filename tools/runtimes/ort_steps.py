@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rankbook.exporter.cache_names import is_state, past_of
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -41,26 +43,30 @@ class BoundSteps:
     what is bound lies there already, so that a step moves its new tokens, their positions, and what is wanted.
     """
 
-    def __init__(self, where: Where, buffers: Mapping[str, tuple[str, Any]], wanted: str) -> None:
+    def __init__(self, where: Where, cache: dict[str, Any], held: int, wanted: str) -> None:
         """Bind the buffers.
 
         Args:
             where: The session and its device.
-            buffers: By name of an input, the output that is written to the same memory, and that memory, an OrtValue
-                (batch, heads, positions, size) on the device.
+            cache: OrtValues on the device, by name of the input. Keys and values (batch, heads, positions, size) are
+                written in place; a state is written elsewhere, and that takes its place here after every call.
+            held: Positions that the buffers hold.
             wanted: Name of the output that comes to the host; nothing else but the cache is given out.
         """
         import numpy as np
 
-        self._where, self._wanted = where, wanted
+        self._where, self._wanted, self._cache = where, wanted, cache
+        types = where.types
         self._binding = where.session.io_binding()
         self._binding.bind_output(wanted)  # the first one, for `_run_first`
-        for name, (output, value) in buffers.items():
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(output, value)
-        batch, _, held, _ = next(iter(buffers.values()))[1].shape()
+        outputs = {past_of(value.name): value.name for value in where.session.get_outputs()}
+        self._outputs = {name: outputs[name] for name in cache}
+        states = {name: value for name, value in cache.items() if is_state(name)}
+        self._spare = {name: self._placed(np.empty(value.shape(), types[name])) for name, value in states.items()}
+        for name, value in cache.items():
+            self._bind(name, value, self._spare.get(name, value))
+        batch = next(iter(cache.values())).shape()[0]
         self._positions = np.arange(held)
-        types = where.types
         self._mask = self._placed(np.ones(batch * held, types["attention_mask"])) if "attention_mask" in types else None
         self._types = {name: types[name] for name in ("input_ids", "position_ids", *_ROWS) if name in types}
         self._inputs: dict[str, Array] = {}
@@ -93,7 +99,14 @@ class BoundSteps:
             self._where.session.run_with_iobinding(self._binding)
         else:
             self._run_first()
+        for name, value in self._spare.items():
+            self._cache[name], self._spare[name] = value, self._cache[name]
+            self._bind(name, value, self._spare[name])
         return self._found
+
+    def _bind(self, name: str, read: Any, written: Any) -> None:
+        self._binding.bind_ortvalue_input(name, read)
+        self._binding.bind_ortvalue_output(self._outputs[name], written)
 
     def _run_first(self) -> None:
         """Run for a new shape; from now on the session reads and writes the same memory."""

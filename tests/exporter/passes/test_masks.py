@@ -29,3 +29,32 @@ def test_a_layer_without_the_mask_is_refused():
     softmax.replace_input_with(0, model.graph.inputs[0])
     with pytest.raises(ValueError, match="and 1 apply the mask"):
         CheckMasks()(model)
+
+
+def continued(state: str = "past_state.0", conv: str = "past_conv.0") -> ir.Model:
+    """Return a layer of which the recurrence continues ``state``, and the convolution ``conv``."""
+    return ir.from_onnx_text(f"""
+        <ir_version: 11, opset_import: ["" : 23, "rankbook.trace" : 1]>
+        g (float[b,8,n] x, float[b,4,4] "past_state.0", float[b,8,4] "past_conv.0", float[b,4,4] s, float[b,8,4] c)
+            => (float[b,4,4] "present_state.0", float[b,8,4] "present_conv.0", float[b,8,m] y, float[b,4,n] z)
+        <int64[1] start = {{-4}}, int64[1] end = {{9223372036854775807}}, int64[1] axis = {{2}}, float[8,1,4] w>
+        {{
+            z, "present_state.0" = rankbook.trace.Recurrence ("{state}", x)
+            both = Concat <axis = 2> ("{conv}", x)
+            "present_conv.0" = Slice (both, start, end, axis)
+            y = Conv <group = 8> (both, w)
+        }}
+    """)
+
+
+def test_a_state_that_is_not_continued_is_refused():
+    assert not CheckMasks()(continued()).modified
+    for change in ({"state": "s"}, {"conv": "c"}):
+        (name,) = change
+        with pytest.raises(ValueError, match=rf"'past_{name}.0' does not reach its output"):
+            CheckMasks()(continued(**change))
+    model = continued()
+    conv = next(node for node in model.graph if node.op_type == "Conv")
+    conv.replace_input_with(0, model.graph.inputs[0])
+    with pytest.raises(ValueError, match=r"'past_conv.0' does not reach its output"):
+        CheckMasks()(model)

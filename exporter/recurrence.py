@@ -1,0 +1,140 @@
+"""Recurrent layers as they are traced: one placeholder in place of the functions of transformers.
+
+Those loop over tokens or chunks, whose number a trace would fix. `rankbook.exporter.passes.recurrence` writes the
+placeholder in standard operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.exporter.rewrite import TRACE_DOMAIN
+
+RECURRENCE = "Recurrence"
+"""Placeholder of a recurrence over the tokens of a text.
+
+Its inputs are float32: the state (batch, heads, keys, values), queries and keys (batch, sequence, heads, keys), values
+(batch, sequence, heads, values), logarithms of decays (batch, sequence, heads) or (batch, sequence, heads, keys), and
+for `DELTA` weights of what is new (batch, sequence, heads). Its outputs are (batch, sequence, heads, values) and the
+state behind the last token.
+"""
+KIND = "kind"
+"""Attribute of a placeholder."""
+GATED = "gated"
+"""``S = exp(g) S + k v``, ``y = q S`` with outer products of rows (Mamba 2, lightning attention)."""
+DELTA = "delta"
+"""``S = exp(g) S; S = S + k (beta (v - k S))``, ``y = q S``: the gated delta rule (Yang et al. 2024, section 3)."""
+SELECTIVE = "selective"
+"""``S = exp(dt A) S + (dt x) B``, ``y = S C``: Mamba (Gu and Dao 2023, section 3.2).
+
+Its inputs are the state (batch, features, states), x and dt (batch, sequence, features), A (features, states), B and C
+(batch, sequence, states); the first output is (batch, sequence, features).
+"""
+
+
+@contextlib.contextmanager
+def traceable(model: nn.Module, cache: Any) -> Iterator[None]:
+    """Put placeholders in the places of the recurrent functions of a model, which continue the states of a cache."""
+    functions: dict[str, Callable[..., Any]] = {
+        "torch_chunk_gated_delta_rule": _delta_rule,
+        "chunk_kimi_delta_attention": _delta_rule,
+        "mamba2_chunk_scan": _chunk_scan,
+        "mamba_selective_scan": functools.partial(_selective_scan, cache),
+    }
+    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name, function in functions.items():
+                if hasattr(module, name):
+                    stack.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, function)
+        yield
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return y (batch, sequence, heads, values) and the new state; fewer heads of queries and keys serve several."""
+    repeats = value.shape[2] // key.shape[2]
+    rows = [_repeated(item, repeats).float() for item in (query, key)]
+    if use_qk_l2norm_in_kernel:
+        rows = [item * torch.rsqrt((item * item).sum(-1, keepdim=True) + 1e-6) for item in rows]
+    scaled = rows[0] * query.shape[-1] ** -0.5
+    y, state = _node(DELTA, initial_state, [scaled, rows[1], value, g, beta], value.shape)
+    return y.to(query.dtype), state
+
+
+def _chunk_scan(
+    *rows: Tensor, initial_states: Tensor, dt_limit: tuple[float, float] = (0.0, float("inf")), **more: Any
+) -> tuple[Tensor, Tensor]:
+    """Return y (batch, sequence, heads, size) and the new state (batch, heads, size, states) of Mamba 2.
+
+    The arguments that have an order are x (batch, sequence, heads, size), dt (batch, sequence, heads), A (heads,), and
+    B and C (batch, sequence, groups, states).
+    """
+    x, dt, a, b, c = rows
+    step = _step(dt, more.get("dt_bias"), more)
+    if tuple(dt_limit) != (0.0, float("inf")):
+        step = torch.clamp(step, *dt_limit)
+    x, repeats = x.float(), x.shape[2] // b.shape[2]
+    inputs = [_repeated(c, repeats), _repeated(b, repeats), x * step[..., None], a.float() * step]
+    y, state = _node(GATED, initial_states.transpose(2, 3), inputs, x.shape)
+    skip = more.get("D")
+    return (y if skip is None else y + x * skip[:, None]), state.transpose(2, 3)
+
+
+def _selective_scan(cache: Any, *rows: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """Return y (batch, features, sequence) and the new state of Mamba, whose function is not given the last one.
+
+    The arguments that have an order are x and dt (batch, features, sequence), A (features, states), B and C (batch,
+    states, sequence).
+    """
+    x, dt, a, b, c = rows
+    bias = more.get("delta_bias")
+    step = _step(dt, None if bias is None else bias[:, None], more)
+    turned = [item.transpose(1, 2) for item in (x, step, b, c)]
+    y, state = _node(SELECTIVE, cache.asked, [*turned[:2], a, *turned[2:]], turned[0].shape)
+    y, skip, gate = y.transpose(1, 2), more.get("D"), more.get("z")
+    y = y if skip is None else y + x.float() * skip[:, None]
+    return (y if gate is None else y * nn.functional.silu(gate.float())).to(x.dtype), state
+
+
+def _step(dt: Tensor, bias: Tensor | None, more: Mapping[str, Any]) -> Tensor:
+    """Return sizes of steps in float32."""
+    step = dt.float() if bias is None else dt.float() + bias.float()
+    return nn.functional.softplus(step) if more.get("dt_softplus") or more.get("delta_softplus") else step
+
+
+def _repeated(x: Tensor, count: int) -> Tensor:
+    """Return x (batch, sequence, heads, size) with every head ``count`` times in a row."""
+    if count == 1:
+        return x
+    batch, length, heads, size = x.shape
+    return x[:, :, :, None].expand(-1, -1, -1, count, -1).reshape(batch, length, heads * count, size)
+
+
+def _node(kind: str, state: Tensor, inputs: list[Tensor], shape: Any) -> list[Tensor]:
+    made: Any = torch.onnx.ops.symbolic_multi_out(
+        f"{TRACE_DOMAIN}::{RECURRENCE}",
+        [state.float(), *(item.float() for item in inputs)],
+        {KIND: kind},
+        dtypes=[torch.float32, torch.float32],
+        shapes=[list(shape), list(state.shape)],
+        version=1,
+    )
+    return list(made)
