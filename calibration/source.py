@@ -16,6 +16,7 @@ ONNX_NAME = "model.onnx"
 ENGINE_NAME, ENGINE_MANIFEST = "model.engine", "engine.json"
 """The engine in an engine folder, and the file that marks the folder."""
 
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -168,11 +169,17 @@ def file_of(location: str, name: str) -> Path | None:
     return None if found is None else Path(str(found))
 
 
-def fetched(hub_id: str, leave_out: list[str]) -> Path:
+def fetched(hub_id: str, leave_out: list[str], revision: str | None = None) -> Path:
     """Fetch the files of a model of the hub but those that match; return their folder."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(hub_id, ignore_patterns=leave_out))
+    return Path(snapshot_download(hub_id, ignore_patterns=leave_out, revision=revision))
+
+
+def hub_origin(folder: str | Path) -> dict[str, str]:
+    """Return ``hub_id`` and ``revision`` of a folder in the cache of the hub; nothing of another one."""
+    found = _SNAPSHOT.search(Path(folder).absolute().as_posix())
+    return {"hub_id": found[1].replace("--", "/", 1), "revision": found[2]} if found else {}
 
 
 def _is_cached(name: str) -> bool:

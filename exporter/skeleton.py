@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankbook.calibration.checkpoint.format import Checkpoint, CheckpointError
 from rankbook.calibration.model import experts
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.record import halves
@@ -144,6 +145,16 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None) -> Ske
     return Skeleton(model.eval().requires_grad_(False), dtype, owners)
 
 
+def _own_class(config: Any) -> Any:
+    """Return the class in the model's own code, or None where it has none or is not trusted."""
+    name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if name is None or not is_trusted():
+        return None
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(name, config.name_or_path)
+
+
 def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collection[str] | None = None) -> Any:
     """Return a language model with its parameters on the meta device and its attention ready to be traced.
 
@@ -165,9 +176,9 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
     inner = type(text) in auto.MODEL_FOR_CAUSAL_LM_MAPPING
     table = auto.MODEL_FOR_CAUSAL_LM_MAPPING if inner else auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     config = text if inner else config
-    if type(config) not in table:
+    kind: Any = table[type(config)] if type(config) in table else _own_class(config)
+    if kind is None:
         raise refusal.NotExportableError(text, "transformers has no class for it alone")
-    kind: Any = table[type(config)]
     if stored is not None:
         heads = {name.rpartition(".")[0] for name in kind._tied_weights_keys or {}}
         config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in stored)

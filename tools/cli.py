@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from rankbook.calibration.model.custom_code import trusted_code
 from rankbook.calibration.notes import Note
 from rankbook.calibration.option import near
 from rankbook.calibration.versions import versions
@@ -101,7 +102,8 @@ def _run(arguments: list[str]) -> int:
     if options.quiet:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Libraries that print must not spoil the JSON on stdout.
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext(), _notes() as notes:
+    quiet = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    with quiet, _notes() as notes, trusted_code(getattr(options, "trust_remote_code", False)):
         outcome = commands[verb].run(options)
     if outcome.config_folder is not None:
         config.write_resolved(outcome.config_folder, verb, known[verb], options)

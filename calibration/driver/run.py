@@ -44,7 +44,7 @@ from rankbook.calibration.model.placement import Placement, Stream, in_float32, 
 from rankbook.calibration.model.plain import make_plain, restore
 from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import check_parameters
-from rankbook.calibration.source import Kind
+from rankbook.calibration.source import Kind, hub_origin
 from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -108,8 +108,8 @@ def quantize_model(
         acting = chosen_settings(model, data.tokens, run.layers, options, placement.device)
         report = run.report(output, data, resumed, start)
         found = resolve(source)
-        known = {"hub_id": found.location} if found.kind is Kind.HUB else {}
-        manifest = _manifest(report, options, {"name": str(source), "sha256": digest, **known})
+        known = {"hub_id": found.location} if found.kind is Kind.HUB else hub_origin(found.location)
+        manifest = _manifest(report, options, {"name": known.get("hub_id", str(source)), "sha256": digest, **known})
         parts = _parts(model, tokenizer, run.specs(), manifest, source_folder(source))
         write_checkpoint(output, replace(parts, settings=acting))
         state.remove()

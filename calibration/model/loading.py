@@ -12,6 +12,7 @@ from rankbook.calibration.checkpoint.extras import WEIGHTS
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
 from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
+from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.model.tokenizer import read_tokenizer
 from rankbook.calibration.notes import note
@@ -101,7 +102,8 @@ def _auto_class(config: Any) -> Any:
 def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
     from safetensors import SafetensorError
 
-    extra: dict[str, Any] = {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    extra: dict[str, Any] = {"trust_remote_code": is_trusted(), "output_loading_info": True}
+    extra["ignore_mismatched_sizes"] = True  # they are named below
     config = None
     if found.gguf:
         extra |= {"gguf_file": found.gguf, "dtype": dtype or torch.float32}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rankbook.calibration.checkpoint.format import QUANT_METHOD
-from rankbook.calibration.model.custom_code import CODE_REFUSED, asks_for_code
+from rankbook.calibration.model.custom_code import asks_for_code, code_refused, is_trusted
 
 _ATTENTION = (None, "sdpa", "eager")
 """Kinds of attention that need nothing but torch."""
@@ -39,9 +39,9 @@ def read_config(location: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=is_trusted())
     except (OSError, LookupError, TypeError, ValueError) as error:
-        reason = CODE_REFUSED if asks_for_code(error) else error
+        reason = code_refused(location) if asks_for_code(error) else error
         raise ValueError(f"{location} cannot be loaded as a causal language model: {reason}") from error
     for part in _parts(config):
         if part._attn_implementation not in _ATTENTION:

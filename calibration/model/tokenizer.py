@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.model.custom_code import CODE_REFUSED, asks_for_code
+from rankbook.calibration.model.custom_code import asks_for_code, code_refused, is_trusted
 
 _FILES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "spiece.model", "*.tiktoken")
 
@@ -14,7 +14,8 @@ _FILES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "spiece.model", "*.
 def read_tokenizer(location: str, gguf: str = "") -> Any:
     """Return the tokenizer of a folder or Hugging Face id, or None where there is none or none that can be read.
 
-    Code that the folder brings along is not run. A tokenizer that cannot be read is said in a warning.
+    Code that the folder brings along is run only inside of `trusted_code`. A tokenizer that cannot be read is said in a
+    warning.
 
     Args:
         location: Folder or id.
@@ -28,8 +29,8 @@ def read_tokenizer(location: str, gguf: str = "") -> Any:
         return None
     extra = {"gguf_file": gguf} if gguf else {}
     try:
-        return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **extra)
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=is_trusted(), **extra)
     except Exception as error:  # tokenizers raise plain Exception for a damaged file
-        reason = CODE_REFUSED if asks_for_code(error) else error
+        reason = code_refused(location) if asks_for_code(error) else error
         warnings.warn(f"the tokenizer of {location} cannot be read: {reason}", stacklevel=2)
         return None

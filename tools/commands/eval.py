@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from rankbook.calibration.device import DeviceOptions
+from rankbook.calibration.model.hub import HubOptions, at_revision
 from rankbook.calibration.option import argument, option, required
 from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
@@ -15,7 +16,7 @@ from rankbook.tools.report import Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(EvalOptions, KernelOptions, DeviceOptions, Common):
+class Eval(EvalOptions, KernelOptions, DeviceOptions, HubOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
@@ -50,9 +51,10 @@ def run(options: Eval) -> Outcome:
         show(0.0, "loading")
         setting = Setting(options.threads, device=options.device)
         own = setting
-        if options.reference is not None and not find(options.model, options.chosen_kernels())[0].devices:
+        source = at_revision(options.model, options.revision)
+        if options.reference is not None and not find(source, options.chosen_kernels())[0].devices:
             own = Setting(options.threads)  # the device is that of the reference
-        model = open_model(options.model, options.chosen_kernels(), own, tokenizer=options.tokenizer)
+        model = open_model(source, options.chosen_kernels(), own, tokenizer=options.tokenizer)
         if options.activations is not None or options.kv_bits is not None:
             model.override(options.activations, options.kv_bits)
         reference = None

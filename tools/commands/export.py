@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankbook.calibration.model.hub import CodeOptions
 from rankbook.calibration.option import WHERE, argument, option, required
 from rankbook.exporter.options import ExportOptions
 from rankbook.tools.command import Command, Common, Outcome
@@ -19,7 +20,7 @@ _SHARE = {"trace": (0.0, 0.5), "write": (0.5, 0.9), "check": (0.9, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(ExportOptions, Common):
+class Export(ExportOptions, CodeOptions, Common):
     """Options of the verb: those of the file, and where things are."""
 
     checkpoint: Path = argument(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rankbook.calibration.device import DeviceOptions
 from rankbook.calibration.memory import peak_rss_bytes
+from rankbook.calibration.model.hub import HubOptions, at_revision
 from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
@@ -23,7 +24,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(GenerateOptions, KernelOptions, DeviceOptions, Common):
+class Generate(GenerateOptions, KernelOptions, DeviceOptions, HubOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
@@ -40,7 +41,8 @@ def run(options: Generate) -> Outcome:
     console = Console(quiet=options.quiet)
     prompt = options.prompt if options.prompt is not None else sys.stdin.read()
     setting = Setting(options.threads, device=options.device)
-    model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
+    source = at_revision(options.model, options.revision)
+    model = open_model(source, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
 
     def show(piece: str) -> None:
         if not options.json:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.model.hub import CodeOptions
 from rankbook.calibration.option import WHERE, argument, option
 from rankbook.calibration.source import Kind, identify
 from rankbook.tools.command import Command, Common, Outcome
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parity(ParityOptions, ExactKernelOptions, Common):
+class Parity(ParityOptions, ExactKernelOptions, CodeOptions, Common):
     """Options of the verb: those of the checks, and where things are."""
 
     model: Path = argument(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.output import check_replaceable
 from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.model.hub import HubOptions, at_revision
 from rankbook.calibration.notes import note
 from rankbook.calibration.option import WHERE, argument, option, part, required
 from rankbook.calibration.source import MANIFEST
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantize(QuantizeOptions, Common):
+class Quantize(QuantizeOptions, HubOptions, Common):
     """Options of the verb: those of quantization, and where things are."""
 
     model: str = argument("Hugging Face folder or id, folder with one GGUF, .gguf file", metavar="MODEL", group=WHERE)
@@ -60,8 +61,9 @@ def run(options: Quantize) -> Outcome:
         console.log(planned.sentence())
         reasons.append(_cannot_export(config, options))
 
+    model = at_revision(options.model, options.revision)
     if options.dry_run:
-        config, planned = plan(options.model, chosen)
+        config, planned = plan(model, chosen)
         return _dry(planned, _cannot_export(config, options))
     with console.progress(f"quantizing with {chosen.method} at {width}") as show:
 
@@ -69,9 +71,7 @@ def run(options: Quantize) -> Outcome:
             where = f"block {step.block + 1}/{step.blocks}, " if step.block >= 0 else ""
             show(step.fraction, f"{where}{step.stage}")
 
-        report = quantize_model(
-            options.model, options.output, chosen, resume=options.resume, progress=progress, begin=begin
-        )
+        report = quantize_model(model, options.output, chosen, resume=options.resume, progress=progress, begin=begin)
     if chosen.calib is None and report.calibration_windows["windows"]:
         console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
     summary = {

@@ -175,7 +175,7 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("builtins.input", asked)
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     source(tmp_path, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
-    with pytest.raises(ValueError, match="needs Python code of its own folder, which rankbook does not run"):
+    with pytest.raises(ValueError, match=r"needs Python code of its own folder \(own.py\), which"):
         load_model(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -188,7 +188,7 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_no_call_of_transformers_leaves_the_question_open() -> None:
-    """Every ``from_pretrained`` of an Auto class passes trust_remote_code=False, itself or in its dict."""
+    """Every ``from_pretrained`` of an Auto class says whether code is trusted, itself or in its dict."""
     import re
 
     root = Path(__file__).parents[3]
@@ -201,5 +201,5 @@ def test_no_call_of_transformers_leaves_the_question_open() -> None:
     found = [(file, call) for file, text in texts.items() for call in calls.findall(text) if "``" not in call]
     assert {file.name for file, _ in found} >= {"loading.py", "source_config.py", "tokenizer.py"}
     for file, call in found:
-        wanted = '"trust_remote_code": False' in texts[file] if "**extra" in call else "trust_remote_code=False" in call
-        assert wanted or "trust_remote_code=False" in call, (file, call)
+        inside = "**extra" in call and '"trust_remote_code": is_trusted()' in texts[file]
+        assert inside or "trust_remote_code=is_trusted()" in call, (file, call)
