@@ -263,27 +263,12 @@ class ExportedModel:
                 " is not a file of rankbook; give one written by `rankbook export`"
             )
 
-    def require_standard(self, *, plugins: bool = False) -> None:
+    def require_standard(self) -> None:
         """Check that TensorRT can know every operator of the file.
 
-        Args:
-            plugins: Whether it has the plugin library.
-
         Raises:
-            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``, or experts and
-                there are no plugins for them.
+            ExportedFileError: It has operators of another domain than the standard one and ``rankbook``.
         """
-        stacks = [node for node in self.packed if node.operator is not None and node.operator.one_of is not None]
-        if stacks and not plugins:
-            raise ExportedFileError(
-                f"{self.path} holds experts of a mixture, whose body has operators that TensorRT does not know: build"
-                " with the plugin library (`make native-cuda`; not with --no-plugins or --plugins aot), or run it in"
-                " ONNX Runtime"
-            )
-        if not all(node.names_plugin for node in stacks):
-            raise ExportedFileError(
-                f"{self.path} was written before there were plugins for experts of a mixture; export it again"
-            )
         if foreign := sorted(self.domains - {"", contract.DOMAIN}):
             raise ExportedFileError(
                 f"{self.path} has operators of {', '.join(foreign)}, which TensorRT does not know (--dialect"

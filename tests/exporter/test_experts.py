@@ -16,7 +16,7 @@ from rankbook.exporter.conform import check_proto
 from rankbook.exporter.dialects.base import DialectError
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
-from rankbook.exporter.stored import ExportedFileError
+from rankbook.tools.deploy.checks import has_plugin
 from rankbook.tools.dev import family_models
 from rankbook.tools.inspect.inspection import inspect
 from tests.exporter.compare import worst_error
@@ -70,8 +70,7 @@ def test_a_file_with_experts_is_described_layer_by_layer_and_rounds_inside(check
     assert report.other_bytes < report.packed_bytes + 2 * 4 * family_models.VOCABULARY * 64
     file = ExportedModel.open(tmp_path / "out")
     file.verify()
-    with pytest.raises(ExportedFileError, match="experts of a mixture"):
-        file.require_standard()
+    file.require_standard()
     stored, exported = (inspect(folder).layers for folder in (checkpoint, tmp_path / "out"))
     assert {layer.name: layer.bits for layer in exported} == {layer.name: layer.bits for layer in stored}
     model, _ = load_model(checkpoint)
@@ -79,11 +78,11 @@ def test_a_file_with_experts_is_described_layer_by_layer_and_rounds_inside(check
     assert worst_error(tmp_path / "out", model, logits="all") < 0.05
 
 
-def test_a_file_of_before_there_were_plugins_for_experts_is_read_but_not_built(
+def test_a_file_of_before_there_were_plugins_for_experts_is_read_and_built_without(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     export(checkpoint, tmp_path / "out", ExportOptions())
-    ExportedModel.open(tmp_path / "out").require_standard(plugins=True)
+    assert all(map(has_plugin, ExportedModel.open(tmp_path / "out").packed))
     path = tmp_path / "out" / "model.onnx"
     proto = onnx.load(path, load_external_data=False)
     for node in proto.graph.node:
@@ -93,8 +92,8 @@ def test_a_file_of_before_there_were_plugins_for_experts_is_read_but_not_built(
             node.attribute.extend(kept)
     onnx.save(proto, path)
     assert check_proto(proto) == []
-    with pytest.raises(ExportedFileError, match="before there were plugins for experts of a mixture; export it again"):
-        ExportedModel.open(tmp_path / "out").require_standard(plugins=True)
+    without = [node.op_type for node in ExportedModel.open(tmp_path / "out").packed if not has_plugin(node)]
+    assert without == ["CodebookExperts4"] * 4
 
 
 @pytest.mark.parametrize("dialect", ["qdq", "ort"])

@@ -10,18 +10,20 @@ import pytest
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.exporter.export import ExportOptions, export
+from rankbook.tools.deploy.engine import build
+from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.dev.family_models import tiny
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
+from tests.exporter.rtx import needs_rtx
 from tests.ops.runners import built
-
-pytestmark = built
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (1, 12))
 BOUNDS = {"native": 1e-5, "native-int8": 5e-2}
 """Largest difference to the logits of torch, relative to the largest; that of int8 activations as in test_dtypes.py."""
 
 
+@built
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_the_native_library_computes_mixtures(family: str, tmp_path: Path) -> None:
     """Plain experts; many; with biases, attention sinks and a clamped gate. An error branch in each."""
@@ -36,3 +38,15 @@ def test_the_native_library_computes_mixtures(family: str, tmp_path: Path) -> No
         assert np.abs(model.logits(TOKENS) - want).max() < bound * np.abs(want).max(), kernels
         steps = [model.start(TOKENS[:, :9]), *(model.step(int(token)) for token in TOKENS[0, 9:])]
         assert np.abs(np.stack(steps) - want[0, 8:]).max() < bound * np.abs(want).max(), kernels
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_a_mixture_becomes_an_engine_without_a_plugin(tmp_path: Path) -> None:
+    tiny("qwen3_moe", tmp_path / "model")
+    how = QuantizeOptions(method="rtn", bits=4, group_size=32, calib="none")
+    quantize_model(tmp_path / "model", tmp_path / "checkpoint", how)
+    export(tmp_path / "checkpoint", tmp_path / "onnx", ExportOptions())
+    report = build(tmp_path / "onnx", tmp_path / "engine", BuildOptions(compute_capability=("SM86",), no_plugins=True))
+    assert [check for check in report.checks if not check.passed] == []
+    assert report.plugin_layers == 0

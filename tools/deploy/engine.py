@@ -26,6 +26,8 @@ from rankbook.tools.report import plain
 from rankbook.tools.runtimes import trt
 
 if TYPE_CHECKING:
+    import onnx
+
     from rankbook.exporter.file import ExportedModel
 
 TIMING_CACHE_NAME = "timing.cache"
@@ -75,7 +77,7 @@ def build(
             source = _exported(source, folder / GRAPH, options, progress)
         model = ExportedModel.open(Path(source))
         model.require_packed()
-        model.require_standard(plugins=options.plugin_library() is not None)
+        model.require_standard()
         check_cache(model)
         check_parser(model, installed("tensorrt") if options.target == "trt" else None)
         if (plugins := options.plugin_library()) and any(map(has_plugin, model.packed)):
@@ -146,12 +148,18 @@ def _build_either_way(
     model: ExportedModel, request: dict[str, Any], work: Path, progress: Callable[[float, str | None], None]
 ) -> tuple[dict[str, Any], Path]:
     """Build from the file as it is or, where the parser refuses its functions, from the graph without functions."""
+    from rankbook.exporter.engine_graph import with_engine_bodies
+
+    plugins, proto, graph = bool(request["plugins"]), model.proto, model.path
+    if any(node.operator and node.operator.one_of and not (plugins and has_plugin(node)) for node in model.packed):
+        proto = with_engine_bodies(model)
+        graph = _written(proto, model, work / "experts.onnx")
     try:
-        return run_worker(request, progress), model.path
+        return run_worker({**request, "onnx": str(graph)}, progress), graph
     except ParserRefusedError:
-        if request["plugins"] and all(map(has_plugin, model.packed)):  # no function is expanded: another reason
+        if plugins and all(map(has_plugin, model.packed)):  # no function is expanded: another reason
             raise
-        graph = inline_bodies(model, work)
+        graph = inline_bodies(proto, model, work)
         return run_worker({**request, "onnx": str(graph)}, progress), graph
 
 
@@ -164,24 +172,27 @@ def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def inline_bodies(model: ExportedModel, folder: Path) -> Path:
-    """Write the graph with the bodies of rankbook's nodes expanded; weights stay where they are, reached through links.
+def inline_bodies(proto: onnx.ModelProto, model: ExportedModel, folder: Path) -> Path:
+    """Write a graph of a file with the bodies of rankbook's nodes expanded.
 
     TensorRT's parser names a DequantizeLinear layer after its node and may refuse a name twice, that is the second use
     of one function; `rankbook.exporter.functions` has a way around it that depends on the parser's version. Expanded
     nodes get names of their own.
     """
-    import onnx
     import onnx.inliner
 
-    inlined = onnx.inliner.inline_local_functions(model.proto)
+    inlined = onnx.inliner.inline_local_functions(proto)
     for index, node in enumerate(inlined.graph.node):
         if node.op_type == "DequantizeLinear":
             node.name = f"{node.name or 'dequantize'}_{index}"
-    target = folder / "inlined.onnx"
-    target.write_bytes(inlined.SerializeToString())
+    return _written(inlined, model, folder / "inlined.onnx")
+
+
+def _written(proto: onnx.ModelProto, model: ExportedModel, target: Path) -> Path:
+    """Write another graph of a file; weights stay where they are, reached through links."""
+    target.write_bytes(proto.SerializeToString())
     for name, file in model.data_files.items():
-        link = folder / name
+        link = target.parent / name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to(file)

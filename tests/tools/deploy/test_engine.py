@@ -167,7 +167,7 @@ def test_inlined_bodies_compute_the_same_and_have_unique_names(tmp_path):
 
     path = chain_model(tmp_path / "onnx")
     model = ExportedModel.open(path)
-    inlined = engine.inline_bodies(model, tmp_path)
+    inlined = engine.inline_bodies(model.proto, model, tmp_path)
     graph = load(inlined)
     names = [node.name for node in graph.graph.node if node.op_type == "DequantizeLinear"]
     assert len(names) >= 3
