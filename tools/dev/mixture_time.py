@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankbook.plugins import contract, experts
+from rankbook.plugins.operators import OPERATORS
 from rankbook.tools.bench.bandwidth import read_bandwidth
 from rankbook.tools.bench.layers import packed_matmul
 from rankbook.tools.bench.timing import interleave, seconds
@@ -78,10 +79,10 @@ def packed(shape: Shape, planes: int) -> tuple[onnx.ModelProto, int]:
         size += sum(value.nbytes for value in drawn[0].values())
         names = [f"{name}_{part}" for part in stacked]
         initializers.extend(map(numpy_helper.from_array, stacked.values(), names))
-        given = {key: value for key, value in member.attributes(n, k).items() if not key.startswith("plugin")}
-        operator = experts.name_of(contract.PACKED[member.op_type])
+        operator = OPERATORS[experts.name_of(contract.PACKED[member.op_type])]
+        given = {item.name: member.attributes(n, k)[item.name] for item in operator.attributes}
         nodes.append(
-            helper.make_node(operator, [x, experts.NUMBERS, *names], [name], name, domain=contract.DOMAIN, **given)
+            helper.make_node(operator.name, [x, experts.NUMBERS, *names], [name], name, domain=contract.DOMAIN, **given)
         )
 
     def node(op_type: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
