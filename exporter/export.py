@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 
 from rankbook.calibration.activations.inputs import ActivationConfig
 from rankbook.calibration.checkpoint.card import write_export_card
-from rankbook.calibration.checkpoint.extras import copy_extras
+from rankbook.calibration.checkpoint.extras import copy_extras, settle_tokenizer
 from rankbook.calibration.checkpoint.format import Checkpoint, open_checkpoint
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.model.adapter import adapter_of
@@ -146,6 +146,7 @@ def export(
         model.metadata_props[DATA_SHA256] = digest
         ir.save(model, folder / MODEL)
         copy_extras(checkpoint.folder, folder, also=("config.json",))
+        settle_tokenizer(folder)
         served = write_genai_config(folder, model, checkpoint.config, options, with_library=with_library)
         write_export_card(folder, checkpoint.layers, checkpoint.manifest, options.described())
         if problems := conform.check_model(folder / MODEL):

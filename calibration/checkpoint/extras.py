@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from rankbook.calibration.checkpoint.output import LISTING
 from rankbook.calibration.notes import note
+from rankbook.calibration.schema import read_object
 from rankbook.calibration.source import MANIFEST
 
 WEIGHTS = (
@@ -56,6 +58,30 @@ def copy_extras(source: Path, target: Path, *, also: Collection[str] = ()) -> No
         note(f"left out, since they lead out of {source}: {_shown(outside)}")
     if large:
         note(f"left behind in {source}, beyond {MOST_BYTES >> 20} MiB or {MOST_FILES} files: {_shown(large)}")
+
+
+def settle_tokenizer(folder: Path) -> None:
+    """Write tokenizer_config.json so that transformers before version 5 reads it too, as Optimum pins it.
+
+    Version 5 calls tokenizers that are tokenizer.json alone by a name that older ones do not know, keeps a list where
+    they want a mapping, and leaves out which inputs a model has: older ones then make token_type_ids, which no decoder
+    takes.
+
+    Raises:
+        SchemaError: The file is not JSON.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+        return
+    found = settled = read_object(path, "copy the model again")
+    if found.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        inputs = found.get("model_input_names", ["input_ids", "attention_mask"])
+        settled = {**found, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+    if isinstance(special := found.get("extra_special_tokens"), list):
+        kept = {name: value for name, value in settled.items() if name != "extra_special_tokens"}
+        settled = {**kept, "additional_special_tokens": special}
+    if settled != found:
+        path.write_text(json.dumps(settled, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def is_weights(name: str) -> bool:

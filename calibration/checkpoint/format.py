@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.card import write_checkpoint_card
+from rankbook.calibration.checkpoint.extras import settle_tokenizer
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.integrity import (
@@ -170,6 +171,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
         }
         _write_json(temporary / "config.json", {**parts.config, "quantization_config": quantization})
         parts.save_extras(temporary)
+        settle_tokenizer(temporary)
         write_checkpoint_card(temporary, parts.layers, parts.manifest)
         manifest = {"format_version": FORMAT_VERSION, "versions": versions(), **parts.manifest}
         manifest["files"] = {

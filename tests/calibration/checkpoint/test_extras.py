@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
 import pytest
 
 from rankbook.calibration.checkpoint import extras
-from rankbook.calibration.checkpoint.extras import copy_extras
+from rankbook.calibration.checkpoint.extras import copy_extras, settle_tokenizer
 from rankbook.calibration.notes import Note
 
 BELONG = (
@@ -73,3 +74,29 @@ def test_what_is_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.warns(Note, match=r"left behind in .*, beyond .*: chat_template\.jinja, .* and 1 more"):
         copy_extras(folder(tmp_path / "model"), tmp_path / "out")
     assert copied(tmp_path / "out") == {name for name in BELONG if len(name) <= 15}
+
+
+def test_a_tokenizer_that_older_versions_of_transformers_read(tmp_path: Path) -> None:
+    """Names of version 5 become those of before, and version 5 reads the same tokenizer as ever."""
+    from rankbook.calibration.model.tokenizer import read_tokenizer
+    from tests.tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<one>", "<two>"]})
+    tokenizer.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    written = json.loads(settings.read_text())
+    assert (written["tokenizer_class"], written["extra_special_tokens"]) == ("TokenizersBackend", ["<one>", "<two>"])
+    settle_tokenizer(tmp_path)
+    found = json.loads(settings.read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["model_input_names"] == ["input_ids", "attention_mask"]
+    assert found["additional_special_tokens"] == ["<one>", "<two>"]
+    assert "extra_special_tokens" not in found
+    again = read_tokenizer(str(tmp_path))
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    assert again("a<one>b").input_ids == tokenizer("a<one>b").input_ids
+    before = settings.read_bytes()
+    settle_tokenizer(tmp_path)
+    assert settings.read_bytes() == before
+    settle_tokenizer(tmp_path / "nothing")

@@ -1,0 +1,1 @@
+"""Programs of others that pin versions which the environment of the tests cannot hold: `make test-ecosystem`."""
