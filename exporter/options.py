@@ -11,6 +11,10 @@ DTYPES = ("fp32", "fp16", "bf16")
 """Types of activations and of weights that are not quantized."""
 LOGITS = ("last", "all")
 """Whether the logits of the last position or of all positions are an output."""
+SAMPLES = ("none", "greedy", "top-k")
+"""What the graph chooses from the logits."""
+BEST = 64
+"""Tokens of ``--sample top-k``; fewer where the vocabulary is smaller."""
 INPUTS = {"ids": "input_ids", "embeds": "inputs_embeds"}
 """What tokens are given as, and the name of the input: numbers, or embedded ones (with image features among them)."""
 
@@ -54,9 +58,9 @@ class ExportOptions(Options):
     )
     sample: str = option(
         "none",
-        "greedy: the best token of each row is an output too (next_token), so that a step need not read the logits;"
-        " --graph static only",
-        choices=("none", "greedy"),
+        "an output more, so that a step need not read the logits: the best token of each row (greedy: next_token), or"
+        f" the {BEST} best ones with their logits (top-k: top_tokens, top_logits); --graph static only",
+        choices=SAMPLES,
     )
     kv: str = option(
         "float",
@@ -84,7 +88,7 @@ class ExportOptions(Options):
                 f"max_context and sample belong to graph 'static', and this is {self.graph!r}; leave them out"
             )
         if self.sample != "none" and self.logits != "last":
-            raise ValueError("sample 'greedy' gives the token behind the last one; give logits 'last'")
+            raise ValueError(f"sample {self.sample!r} gives the token behind the last one; give logits 'last'")
 
     def described(self) -> dict[str, str]:
         """Return what the file is, by the names of `rankbook.exporter.properties.Metadata`."""

@@ -37,7 +37,7 @@ class Metadata:
         activations: What products compute with.
         context: Positions up to which the file is right, past ones included; empty without a limit.
         max_context: Positions of a cache of a fixed length (``graph`` static); empty for one that grows.
-        sample: ``greedy`` where the best token is an output.
+        sample: ``greedy`` where the best token is an output, ``top-k`` where the best ones are.
         data_sha256: Hash of the data file; empty where an older version wrote the file.
         properties: All properties as they are in a file that was read.
     """

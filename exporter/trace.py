@@ -18,7 +18,7 @@ from rankbook.exporter import attention, recurrence, refusal, static
 from rankbook.exporter import cache_names as names
 from rankbook.exporter.cache import Part, parts_of, tensors_of, traced_cache
 from rankbook.exporter.functions import OPSET
-from rankbook.exporter.options import INPUTS, ExportOptions
+from rankbook.exporter.options import BEST, INPUTS, ExportOptions
 from rankbook.exporter.repeat import Plan, UnlikeError
 from rankbook.exporter.skeleton import Skeleton
 
@@ -55,8 +55,9 @@ class _CausalLM(nn.Module):
         """Return float32 logits (batch, 1 or sequence, vocabulary) and the parts of the cache.
 
         ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden); ``last`` (batch,) is the
-        place of the last real one in each row, whose logits are those of ``--logits last``. With ``--sample greedy``
-        the best token of each row (batch, 1) comes behind the logits.
+        place of the last real one in each row, whose logits are those of ``--logits last``. Behind the logits comes
+        what ``--sample`` asks for: the best token of each row (batch, 1), or the logits and tokens of the best ones
+        (batch, 1, `BEST`).
         """
         head, hook = self.adapter.embeddings().head, None
         if head is not None and self.options.logits == "last":
@@ -70,8 +71,12 @@ class _CausalLM(nn.Module):
             if hook is not None:
                 hook.remove()
         logits = output.logits.float()
-        best = (logits.argmax(-1),) if self.options.sample == "greedy" else ()
-        return logits, *best, tensors_of(cache, self.parts)
+        return logits, *self._chosen(logits), tensors_of(cache, self.parts)
+
+    def _chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
+        if self.options.sample == "top-k":
+            return tuple(logits.topk(min(BEST, logits.shape[-1])))
+        return (logits.argmax(-1),) if self.options.sample == "greedy" else ()
 
 
 class _StaticLM(_CausalLM):
@@ -102,6 +107,10 @@ def _mask_of_keys(mask: Tensor, length: int, held: int) -> Tensor:
 def _at(hidden: Tensor, last: Tensor) -> Tensor:
     """Return one position ``last`` (batch,) of each row, (batch, 1, hidden), of (batch, sequence, hidden)."""
     return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))
+
+
+_CHOSEN = {"none": (), "greedy": ("next_token",), "top-k": ("top_logits", "top_tokens")}
+"""Names of the outputs of ``--sample``."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def _traced(skeleton: Skeleton, options: ExportOptions, parts: Sequence[Part]) -
     if options.inputs == "embeds":
         width = adapter_of(skeleton.model).hidden_size
         tokens = torch.zeros(_BATCH, _SEQUENCE, width, dtype=skeleton.dtype)
-    best = ["next_token"] if options.sample == "greedy" else []
+    best = _CHOSEN[options.sample]
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankbook.calibration.option import Options, option
-from rankbook.exporter.options import DTYPES, ExportOptions
+from rankbook.exporter.options import DTYPES, SAMPLES, ExportOptions
 from rankbook.plugins import library
 from rankbook.tools.deploy.profiles import Limits
 from rankbook.tools.errors import MissingError, UsageError
@@ -40,8 +40,8 @@ class BuildOptions(Options):
     )
     sample: str | None = option(
         None,
-        "of a checkpoint: greedy makes the best token an output too, which is not so where not given",
-        choices=("none", "greedy"),
+        "of a checkpoint: greedy makes the best token an output too, top-k the best ones; neither where not given",
+        choices=SAMPLES,
     )
     workspace: int | None = option(None, "bound of the builder's workspace, in MiB", metavar="MIB")
     plugins: str = option(

@@ -11,12 +11,12 @@ from rankbook.calibration.option import Seeded, option
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.generation.stream import TextStream
-from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.tools.runtimes.base import LanguageModel, best_tokens
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rankbook.tools.runtimes.base import Logits
+    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class GenerateOptions(Seeded):
     chat: bool = option(False, "wrap the prompt in the model's chat template")
     ignore_eos: bool = option(False, "go on after the end token")
     temperature: float = option(0.0, "0 is greedy", metavar="T")
+    top_k: int = option(0, "sample from the N best tokens; 0 is all", metavar="N", least=0)
     top_p: float = option(1.0, "sample from the smallest set with this probability", metavar="P")
 
     def __post_init__(self) -> None:
@@ -170,13 +171,21 @@ class NextTokens:
         if options.temperature == 0 and not self.settings.restricts:
             best = model.step_best([ids[-1]]) if index else model.start_best([np.array(ids, np.int64)])
             return int(best[0])
-        scores = model.step(ids[-1]) if index else model.start(np.array([ids], np.int64))
-        scores = self.settings.allow(scores, ids, index, last=index + 1 == options.max_new_tokens)
-        return choose(scores, options, generator)
+        count = options.top_k if options.temperature else 0
+        if count and not self.settings.restricts:
+            found = model.step_top([ids[-1]], count) if index else model.start_top([np.array(ids, np.int64)], count)
+        else:
+            scores = model.step(ids[-1]) if index else model.start(np.array([ids], np.int64))
+            scores = self.settings.allow(scores, ids, index, last=index + 1 == options.max_new_tokens)
+            if not count:
+                return choose(scores, options, generator)
+            found = best_tokens(scores[None], count)
+        scores, tokens = found[0]
+        return int(tokens[choose(scores, options, generator)])
 
 
-def choose(scores: Logits, options: GenerateOptions, generator: np.random.Generator) -> int:
-    """Return the next token from logits (vocabulary,)."""
+def choose(scores: Array, options: GenerateOptions, generator: np.random.Generator) -> int:
+    """Return the place of the next token among logits (tokens,)."""
     import numpy as np
 
     if options.temperature == 0:

@@ -118,7 +118,7 @@ class GenerationSettings:
         """Return a sentence about what the model suggests and is not taken, or an empty one."""
         if not self.suggested:
             return ""
-        flags = {"temperature": "--temperature", "top_p": "--top-p"}
+        flags = {"temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k"}
         offered = [f"{flags[name]} {value}" for name, value in self.suggested.items() if name in flags]
         others = [f"{name} {value}" for name, value in self.suggested.items() if name not in flags]
         parts = [f"give {' '.join(offered)} to follow it"] if offered else []

@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
     Tokens = npt.NDArray[np.int64]
     Logits = npt.NDArray[np.float32]
+    Top = npt.NDArray[np.float64]
 
 
 NEXT_TOKEN = "next_token"
 """Output of files of ``--sample greedy``, and of engines built from them: the best token of each text (batch, 1)."""
+TOP = ("top_logits", "top_tokens")
+"""Outputs of those of ``--sample top-k``: the best ones in falling order (batch, 1, k)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,14 @@ class LanguageModel(ABC):
         best: Tokens = self.step_batch(tokens).argmax(-1)
         return best
 
+    def start_top(self, rows: Sequence[Tokens], count: int) -> Top:
+        """Begin as `start_batch`, return logits and numbers of the ``count`` best next tokens, see `best_tokens`."""
+        return best_tokens(self.start_batch(rows), count)
+
+    def step_top(self, tokens: Sequence[int], count: int) -> Top:
+        """Continue as `step_batch`, return what `start_top` does."""
+        return best_tokens(self.step_batch(tokens), count)
+
     def generated(self, tokens: Tokens, count: int) -> list[int] | None:
         """Continue tokens (1, length) greedily by ``count`` tokens with the loop of the library that defines the model.
 
@@ -182,6 +193,20 @@ class LanguageModel(ABC):
             f"--activations and --kv-bits apply to PyTorch models; {self.name} has its own settings: evaluate the"
             " checkpoint that it was made from"
         )
+
+
+def best_tokens(logits: Logits, count: int) -> Top:
+    """Return logits and numbers of the best tokens, (batch, 2, count) in falling order, of logits (batch, vocabulary).
+
+    Of equal ones the lower number comes first. There are no more than the vocabulary has.
+    """
+    import numpy as np
+
+    count = min(count, logits.shape[-1])
+    tokens = np.sort(np.argpartition(-logits, count - 1, axis=-1)[:, :count], axis=-1)
+    scores = np.take_along_axis(logits, tokens, axis=-1)
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    return np.stack([np.take_along_axis(part, order, axis=-1).astype(np.float64) for part in (scores, tokens)], axis=1)
 
 
 @dataclass(frozen=True)

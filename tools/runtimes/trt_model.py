@@ -7,16 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.exporter.options import BEST
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_settings
-from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel
+from rankbook.tools.runtimes.base import NEXT_TOKEN, TOP, LanguageModel
 from rankbook.tools.runtimes.trt_engine import Copy, Engine, Plan
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rankbook.tools.runtimes.base import Logits, Tokens
+    from rankbook.tools.runtimes.base import Logits, Tokens, Top
     from rankbook.tools.runtimes.trt_engine import Bounds, Shapes
     from rankbook.tools.runtimes.trt_memory import DeviceMemory
 
@@ -177,6 +178,22 @@ class EngineModel(LanguageModel):
         """Continue every text with one token; return the best next one of each, see `start_best`."""
         return self._step(tokens, self._choose) if NEXT_TOKEN in self.engine.outputs else super().step_best(tokens)
 
+    def start_top(self, rows: Sequence[Tokens], count: int) -> Top:
+        """Begin several texts; return the best next tokens, which the engine chooses where it gives so many."""
+        if not self._gives(count):
+            return super().start_top(rows, count)
+        self._begin(len(rows))
+        return self._extend(rows, self._rank)[..., :count]
+
+    def step_top(self, tokens: Sequence[int], count: int) -> Top:
+        """Continue every text with one token; return the best next ones, see `start_top`."""
+        if not self._gives(count):
+            return super().step_top(tokens, count)
+        return self._step(tokens, self._rank)[..., :count]
+
+    def _gives(self, count: int) -> bool:
+        return set(TOP) <= set(self.engine.outputs) and count <= BEST
+
     def values(self, tokens: Tokens, names: Sequence[str]) -> dict[str, Array]:
         """Return inner values that are outputs of this engine, for tokens (batch, length) of one call, as float32."""
         self._begin(len(tokens))
@@ -252,6 +269,16 @@ class EngineModel(LanguageModel):
         self._turned ^= bool(self._swapped)
         best: Tokens = host[list(ending), 0]
         return best
+
+    def _rank(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Top:
+        """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, see `best_tokens`."""
+        import numpy as np
+
+        uploads, _ = self._prepare(rows)
+        hosts = [self._results(name, self.engine.shape(name)) for name in TOP]
+        self.engine.run(uploads, [Copy(name, host) for name, host in zip(TOP, hosts, strict=True)])
+        self._turned ^= bool(self._swapped)
+        return np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
 
     def _prepare(self, rows: Sequence[Tokens]) -> tuple[dict[str, Array], Array]:
         """Set shapes and addresses for new tokens of each text; return the inputs, and the numbers of tokens."""

@@ -114,8 +114,8 @@ def test_sampling_of_the_model_is_offered_and_not_taken() -> None:
     assert result.text == "bcd"
     assert result.suggested == {key: value for key, value in config.items() if key != "do_sample"}
     advice = GenerationSettings(suggested=result.suggested).advice()
-    assert "--temperature 0.6 --top-p 0.9" in advice
-    assert "top_k 20, repetition_penalty 1.05 are not served" in advice
+    assert "--temperature 0.6 --top-p 0.9 --top-k 20" in advice
+    assert "repetition_penalty 1.05 is not served" in advice
     assert not GenerationSettings.of({**config, "do_sample": False, "repetition_penalty": 1.0}, None).suggested
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rankbook.exporter.options import BEST
 from rankbook.plugins import library
 from rankbook.tools import errors
 from rankbook.tools.deploy.options import BuildOptions
@@ -99,6 +100,28 @@ def test_an_engine_that_chooses_the_token(work, tmp_path, state, capsys):
         found.append(np.stack(best))
         assert (set(state.memory.downloaded) == {8 * 2}) == (folder is greedy)
     np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_an_engine_that_gives_the_best_tokens(work, tmp_path, rtx, capsys):
+    """Sampling from a few of them needs these alone, and draws what it draws from all logits; more need the logits."""
+    how = ["--graph", "static", "--max-context", CONTEXT, "--sample", "top-k", "--quiet"]
+    assert run_cli("export", work / "q", "-o", tmp_path / "top", *how) == 0
+    engine = build(rtx, tmp_path / "top", tmp_path / "engine", max_context=None)
+    for count, moved in ((7, {BEST * 4, BEST * 8}), (BEST + 1, {4 * 259})):
+        rtx.memory.downloaded.clear()
+        said = []
+        for model in (engine, tmp_path / "top"):
+            capsys.readouterr()
+            flags = ["--temperature", 1.5, "--top-k", count, "--seed", 3, "--max-new-tokens", 12, "--ignore-eos"]
+            assert run_cli("generate", model, "-p", PROMPT, *flags, "--json", "--quiet") == 0
+            said.append(stdout_json(capsys)["ids"])
+        assert said[0] == said[1]
+        assert set(rtx.memory.downloaded) == moved
+    held = opened(engine)
+    scores, tokens = held.start_top([np.arange(19), np.arange(5)], 3).transpose(1, 0, 2)
+    logits = held.start_batch([np.arange(19), np.arange(5)])
+    np.testing.assert_array_equal(tokens, np.argsort(-logits, axis=-1, kind="stable")[:, :3])
+    np.testing.assert_array_equal(scores, np.take_along_axis(logits, tokens.astype(int), axis=-1))
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name.endswith("all")])
