@@ -22,7 +22,7 @@ BASE = ("device", "memory", "notes", "option", "schema", "settings", "source", "
 """Modules of calibration that import none but each other."""
 ROOMS = (
     *("record", "checkpoint", "fitting", "training", "methods"),
-    *("model", "activations", "hf", "data", "driver"),
+    *("model", "activations", "hf", "data", "driver", "imports"),
 )
 """Folders and other modules of calibration: each imports those before it alone."""
 METHODS = frozenset(path.stem for path in (ROOT / "calibration/methods").glob("*.py")) - {"__init__", "base"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.activations.settings import chosen_settings
-from rankbook.calibration.checkpoint.extras import copy_extras
 from rankbook.calibration.checkpoint.files import sha256_file
-from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointParts, write_checkpoint
+from rankbook.calibration.checkpoint.format import MANIFEST, write_checkpoint
 from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.driver import embeddings
 from rankbook.calibration.driver.allocation import Choice, allocate
 from rankbook.calibration.driver.block import BlockSolver, Site, Streams
 from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.parts import checkpoint_parts
 from rankbook.calibration.driver.report import (
     LayerReport,
     Plan,
@@ -110,7 +109,7 @@ def quantize_model(
         found = resolve(source)
         known = {"hub_id": found.location} if found.kind is Kind.HUB else hub_origin(found.location)
         manifest = _manifest(report, options, {"name": known.get("hub_id", str(source)), "sha256": digest, **known})
-        parts = _parts(model, tokenizer, run.specs(), manifest, source_folder(source))
+        parts = checkpoint_parts(model, tokenizer, run.specs(), manifest, source_folder(source))
         write_checkpoint(output, replace(parts, settings=acting))
         state.remove()
         run.reporter.tell("done", len(run.blocks.modules))
@@ -372,33 +371,3 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
             "devices": list(report.devices),
         },
     }
-
-
-def _parts(
-    model: Any, tokenizer: Any, specs: Mapping[str, LayerSpec], manifest: Mapping[str, Any], folder: Path | None
-) -> CheckpointParts:
-    """Gather what the checkpoint holds; tied weights are stored once, other files of the source's folder go along."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    config = json.loads(model.config.to_json_string())
-    config.setdefault("architectures", [type(model).__name__])
-    if (
-        found := adapter_of(model).embeddings()
-    ).head is not None:  # the flags of a wrapper and its inner model may differ
-        for part in (config, config.get("text_config")):
-            if part is not None:
-                part["tie_word_embeddings"] = found.tied
-
-    def save_extras(target: Path) -> None:
-        if folder is not None:
-            copy_extras(folder, target)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(target)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-
-    return CheckpointParts(config, specs, tensors, manifest, save_extras)

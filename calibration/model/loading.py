@@ -87,7 +87,7 @@ def source_folder(source: str | Path) -> Path | None:
         return None
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Return the class of transformers that loads a model; one with a vision tower is in another list."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto
@@ -112,7 +112,7 @@ def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
         renaming = unwrapping(found.location, stored_names(found.location)) or None
         extra |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "key_mapping": renaming}
     try:
-        model, info = _auto_class(config).from_pretrained(found.location, **extra)
+        model, info = auto_class(config).from_pretrained(found.location, **extra)
     except CheckpointError:
         raise
     except (ImportError, OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:

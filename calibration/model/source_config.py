@@ -22,9 +22,11 @@ _TOOLS = {
     "modelopt": "NVIDIA ModelOpt",
 }
 """What people call the tools, by ``quant_method``."""
+_IMPORTED = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "auto-round")
+"""Those that `rankbook.calibration.imports` reads."""
 
 
-def read_config(location: str) -> Any:
+def read_config(location: str, *, quantized: bool = False) -> Any:
     """Return the configuration of a model that can be loaded without other libraries than torch.
 
     Attention that needs a package (flash_attention_2, ...) is replaced by what transformers chooses by itself; weights
@@ -32,6 +34,7 @@ def read_config(location: str) -> Any:
 
     Args:
         location: Folder or Hugging Face id.
+        quantized: Take one whose weights another tool has quantized.
 
     Raises:
         ValueError: No configuration, one that needs code of the folder, or weights that another tool has quantized.
@@ -47,12 +50,22 @@ def read_config(location: str) -> Any:
         if part._attn_implementation not in _ATTENTION:
             part._attn_implementation = None
         for name in ("quantization_config", "compression_config"):
-            if isinstance(entry := getattr(part, name, None), Mapping):
+            if not quantized and isinstance(entry := getattr(part, name, None), Mapping):
                 _check_stored_format(location, name, entry)
     entry = getattr(config, "quantization_config", None)
-    if isinstance(entry, dict) and entry.get("quant_method") in _DEQUANTIZED:
+    if not quantized and isinstance(entry, dict) and entry.get("quant_method") in _DEQUANTIZED:
         entry["dequantize"] = True
     return config
+
+
+def stored_format(config: Any) -> Mapping[str, Any] | None:
+    """Return what a configuration says of quantized weights, or None where it says nothing."""
+    for part in _parts(config):
+        for name in ("quantization_config", "compression_config"):
+            if isinstance(entry := getattr(part, name, None), Mapping):
+                method = {"quant_method": "compressed-tensors"} if name == "compression_config" else {}
+                return {**method, **entry}
+    return None
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -71,8 +84,9 @@ def _check_stored_format(location: str, name: str, entry: Mapping[str, Any]) -> 
         return
     bits = entry.get("bits") or {True: 4}.get(bool(entry.get("load_in_4bit")), entry.get("w_bit"))
     width = f" to {bits} bits" if isinstance(bits, int) else ""
+    taken = f"`rankbook import {location} -o DIR` takes it over as it is; or " if method in _IMPORTED else ""
     raise ValueError(
         f"{location} is quantized already{width}, by {_TOOLS.get(str(method), f'{method!r}')} (see {name} in its"
-        " config.json), so a second quantization would start from its errors; give the model that it was made from (its"
-        " model card names it), or dequantize it with that tool and save it as bf16"
+        f" config.json), so a second quantization would start from its errors; {taken}give the model that it was made"
+        " from (its model card names it), or dequantize it with that tool and save it as bf16"
     )

@@ -7,7 +7,10 @@ import pkgutil
 
 from rankbook.tools.command import Command
 
-ORDER = ("methods", "quantize", "eval", "export", "build", "parity", "generate", "bench", "inspect", "push", "doctor")
+ORDER = (
+    *("methods", "quantize", "import", "eval", "export", "build", "parity", "generate", "bench", "inspect", "push"),
+    "doctor",
+)
 """The order of the help text; verbs that are not listed follow by name."""
 
 

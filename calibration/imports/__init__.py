@@ -1,0 +1,1 @@
+"""Taking over checkpoints that other tools have quantized, without quantizing again."""

@@ -1,0 +1,48 @@
+"""GPTQ as AutoGPTQ and GPTQModel store it: codes packed along the inputs, zero points along the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rankbook.calibration.imports.base import Format, ImportRefusedError, affine, check_order, unpacked
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+
+def check(entry: Mapping[str, object]) -> None:
+    """Refuse layouts of other kernels."""
+    kind = str(entry.get("checkpoint_format") or "gptq")
+    if kind not in ("gptq", "gptq_v2"):
+        raise ImportRefusedError(
+            f"checkpoint_format {kind!r} is the layout of one kernel; save it as 'gptq' or 'gptq_v2' with GPTQModel"
+        )
+
+
+def record(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> QuantizedLinear:
+    """Return the record of a layer of ``qweight`` (K b / 32, N), ``qzeros`` (G, N b / 32), ``scales`` (G, N).
+
+    The first version of the format stores zero points less one (0 as the largest code), the second as they are.
+    """
+    return of_layout(tensors, less_one=entry.get("checkpoint_format") != "gptq_v2", method="gptq")
+
+
+def of_layout(tensors: Mapping[str, Tensor], *, less_one: bool, method: str) -> QuantizedLinear:
+    """Return the record of tensors in this layout; ``less_one`` says how zero points are stored."""
+    codes, zeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
+    groups, rows = scales.shape
+    bits = 32 * zeros.shape[1] // rows
+    if bits == 0 or zeros.shape[1] * 32 != bits * rows or codes.shape[1] != rows:
+        raise ImportRefusedError(f"qweight {tuple(codes.shape)} and qzeros {tuple(zeros.shape)} are of no GPTQ layout")
+    columns = codes.shape[0] * 32 // bits
+    check_order(tensors, "g_idx", columns, groups)
+    points = unpacked(zeros, bits, rows).T.int()
+    if less_one:
+        points = (points + 1) & ((1 << bits) - 1)
+    return affine(unpacked(codes.T, bits, columns), bits, scales.T, points.to(torch.int32), method)
+
+
+FORMAT = Format(
+    "gptq", "GPTQ (GPTQModel, AutoGPTQ)", lambda entry: entry.get("quant_method") == "gptq", "qweight", record, check
+)

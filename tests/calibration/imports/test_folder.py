@@ -1,0 +1,86 @@
+"""What of other tools' checkpoints cannot be kept is refused with the reason, and what is left out is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rankbook.calibration.checkpoint.format import open_checkpoint
+from rankbook.calibration.imports.run import import_model
+from rankbook.calibration.notes import Note
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def changed(
+    name: str, folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None] | None = None
+) -> Path:
+    """Copy a checkpoint with other entries of its quantization_config and other tensors (None removes one)."""
+    shutil.copytree(FIXTURES / name, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"].update(entry)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    stored = load_file(folder / "model.safetensors")
+    for key, tensor in (tensors or {}).items():
+        stored.pop(key, None)
+        if tensor is not None:
+            stored[key] = tensor
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "tensors", "message"),
+    [
+        ("gptq", {"checkpoint_format": "marlin"}, {}, "layout of one kernel"),
+        ("awq", {"version": "gemv"}, {}, "take a 'gemm' checkpoint"),
+        ("awq", {"bits": 3}, {}, "its layout has 4"),
+        ("auto-round", {"packing_format": "auto_round:fp8"}, {}, "packing_format 'auto_round:fp8' is not known"),
+        ("compressed-w4", {"format": "float-quantized", "config_groups": {"a": {}}}, {}, "float-quantized is not"),
+        ("compressed-w4", {"transform_config": {"config_groups": {"u": {}}}}, {}, "transform_config changes"),
+        ("bitsandbytes-nf4", {"load_in_8bit": True}, {}, "LLM.int8"),
+        ("gptq", {"quant_method": "quip"}, {}, "'quip'; what can be imported is.*GPTQ"),
+        ("awq", {}, {f"{Q}.bias": torch.ones(32)}, "has a bias, and the model of config.json has none"),
+        ("awq", {}, {"model.norm.weight": None}, "lacks 1 tensor .model.norm.weight"),
+        ("awq", {}, {f"{Q}.scales": torch.full((1, 32), torch.inf, dtype=torch.half)}, "NaN or infinity"),
+        ("compressed-mxfp4", {}, {f"{Q}.weight_scale": torch.full((32, 1), 255, dtype=torch.uint8)}, "NaN in E8M0"),
+        ("awq", {}, {"model.layers.0.mlp.experts.0.up_proj.qweight": torch.ones(2, 2)}, "experts that are stored one"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_is_refused(
+    name: str, entry: dict[str, Any], tensors: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        import_model(changed(name, tmp_path / "source", entry, tensors), tmp_path / "q")
+
+
+def test_a_bias_of_zeros_that_the_model_does_not_have_is_left_out(tmp_path: Path) -> None:
+    source = changed("gptq", tmp_path / "source", {}, {f"{Q}.bias": torch.zeros(32)})
+    import_model(source, tmp_path / "q")
+    assert open_checkpoint(tmp_path / "q").layers[Q].bias == ""
+
+
+def test_rounding_of_inputs_is_said_to_be_left_out(tmp_path: Path) -> None:
+    groups = {"g": {"targets": ["Linear"], "input_activations": {"num_bits": 8}, "weights": {}}}
+    source = changed("compressed-w8", tmp_path / "source", {"config_groups": groups})
+    with pytest.warns(Note, match="rounds the inputs of its layers as well"):
+        import_model(source, tmp_path / "q")
+
+
+def test_a_plain_model_is_sent_to_quantize(tmp_path: Path) -> None:
+    source = changed("gptq", tmp_path / "source", {})
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is not quantized.*rankbook quantize"):
+        import_model(source, tmp_path / "q")

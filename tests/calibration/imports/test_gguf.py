@@ -1,0 +1,39 @@
+"""GGUF files that the gguf package has written: what is packed, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankbook.calibration.checkpoint.format import open_checkpoint
+from rankbook.calibration.imports.run import import_model
+from rankbook.calibration.model.loading import load_model
+from tests.gguf_files import write_gguf
+
+
+def test_a_packed_embedding_stays_tied(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", tied=True, ffn_up="Q8_0", token_embd="Q4_1")
+    import_model(tmp_path / "model.gguf", tmp_path / "q")
+    layers = open_checkpoint(tmp_path / "q").layers
+    assert set(layers) == {"model.embed_tokens", "lm_head", "model.layers.0.mlp.up_proj"}
+    assert layers["model.embed_tokens"].kind == "embedding"
+    assert layers["lm_head"].shared_with == "model.embed_tokens"
+    dense, _ = load_model(tmp_path / "model.gguf")
+    packed, _ = load_model(tmp_path / "q")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_in_float_is_sent_to_quantize(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"no quantized matrix.*rankbook quantize"):
+        import_model(tmp_path / "model.gguf", tmp_path / "q")
+
+
+def test_a_type_without_a_record_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", hidden=256, wide=256, ffn_up="IQ4_XS")
+    with pytest.raises(ValueError, match=r"blk.0.ffn_up.weight is a matrix of Linear in IQ4_XS; what can be imported"):
+        import_model(tmp_path / "model.gguf", tmp_path / "q")
