@@ -40,11 +40,16 @@ struct ExpertKernel {
 inline int expert_tiles(int tokens, int experts) { return tokens / kTileTokens + experts; }
 RB_DEVICE int first_tile(int tokens_before, int expert) { return tokens_before / kTileTokens + expert; }
 
-// Some of the tokens. The list is in shared memory.
+// Some of the tokens. The list is in shared memory, read by its own addresses: through a pointer that two ways have set,
+// the compiler would read from any memory.
 struct ListedTokens {
-  const int* list;
+  unsigned list;
   int count;
-  RB_DEVICE int at(int token) const { return list[token]; }
+  RB_DEVICE int at(int token) const {
+    std::uint32_t place;
+    read_shared(list + 4 * static_cast<unsigned>(token), place);
+    return static_cast<int>(place);
+  }
 };
 
 struct ExpertTokens {
@@ -124,7 +129,7 @@ RB_DEVICE ExpertTokens find_tokens(const Matmul& m, int own, int* list) {
   if (same && place >= 0 && place < kExpertTokens) list[place] = token;
   barrier();
   const int count = first % kExpertTokens != 0 ? 0 : (left < kExpertTokens ? left : kExpertTokens);
-  return {exists(m, number) ? static_cast<int>(number) : -1, {list, count}};
+  return {exists(m, number) ? static_cast<int>(number) : -1, {shared_address(list), count}};
 }
 
 // Tokens of a tile from its place `from` on, at most `most`. `list` is shared memory of as many.
@@ -133,7 +138,7 @@ RB_DEVICE ExpertTokens tile_tokens(const ExpertKernel& k, int index, int from, i
   const int left = load_fresh(&tile->count) - from, count = left < 0 ? 0 : (left < most ? left : most);
   if (thread_index() < count) list[thread_index()] = load_fresh(k.order + load_fresh(&tile->first) + from + thread_index());
   barrier();
-  return {load_fresh(&tile->expert), {list, count}};
+  return {load_fresh(&tile->expert), {shared_address(list), count}};
 }
 
 // Up to eight tokens of y of the grid, in either way.
