@@ -170,7 +170,7 @@ class Op:
 
     def constants(self) -> dict[str, Array]:
         """Return the constants by formal name."""
-        return {name: self.inputs[name] for name in self.contract.constants()}
+        return {name: value for name, value in list(self.inputs.items())[1:] if name != experts.NUMBERS}
 
     def with_x(self, x: Array) -> Op:
         """Return the operator on another input."""
