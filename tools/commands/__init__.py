@@ -8,7 +8,8 @@ import pkgutil
 from rankbook.tools.command import Command
 
 ORDER = (
-    *("methods", "quantize", "import", "eval", "export", "build", "parity", "generate", "bench", "inspect", "push"),
+    *("methods", "quantize", "import", "eval", "export", "build", "parity", "generate", "serve"),
+    *("bench", "inspect", "push"),
     "doctor",
 )
 """The order of the help text; verbs that are not listed follow by name."""

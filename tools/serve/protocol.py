@@ -1,0 +1,243 @@
+"""Requests and answers as the OpenAI API has them; what is not served is refused by name, never ignored."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rankbook.tools.generation.loop import GenerateOptions
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": (None,),
+    "frequency_penalty": (0, None),
+    "presence_penalty": (0, None),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "reasoning_effort": (None,),
+}
+"""Fields that are not served, with the values that ask for nothing."""
+HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+"""Fields that change no answer."""
+REASONS = {"stop": "stop", "length": "length", "context": "length"}
+"""How this project's reasons are called there."""
+MOST_TOP = 20
+
+
+class RefusedError(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: The HTTP status.
+        kind: The type of the error in the API's words.
+        param: The field that is wrong, or None.
+    """
+
+    def __init__(
+        self, message: str, status: int = 400, kind: str = "invalid_request_error", param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.param = status, kind, param
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as the API writes it."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": None}}
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _Asked(BaseModel):
+    """What both kinds of requests have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=0)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+    ignore_eos: bool = False  # of other servers, too; for benchmarks
+
+    @model_validator(mode="after")
+    def _only_what_is_served(self) -> _Asked:
+        for name, value in (self.model_extra or {}).items():
+            if name in HARMLESS or value in NEUTRAL.get(name, ()):
+                continue
+            known = name in NEUTRAL
+            raise ValueError(
+                f"{name} {'other than ' + repr(NEUTRAL[name][0]) if known else ''} is not served".replace("  ", " ")
+            )
+        if self.stop is not None and len(self.stops) > 4:
+            raise ValueError("stop holds more than 4 strings")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end the text."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(filter(None, given))
+
+    def generate_options(self, max_new_tokens: int) -> GenerateOptions:
+        """Return how to continue; without a seed each request has another one."""
+        seed = self.seed if self.seed is not None else uuid.uuid4().int % 2**32
+        return GenerateOptions(
+            max_new_tokens=max_new_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+        )
+
+
+class Completion(_Asked):
+    """A request to /v1/completions."""
+
+    prompt: str | list[str] | list[int]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class Chat(_Asked):
+    """A request to /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+
+
+def parse(kind: type[_Asked], body: bytes) -> Any:
+    """Return a request.
+
+    Raises:
+        RefusedError: It is malformed, or asks for something that is not served.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or None
+        text = first["msg"].removeprefix("Value error, ")
+        raise RefusedError(f"{where}: {text}" if where else text, param=where) from None
+
+
+class Writer:
+    """Writes the answers to one request.
+
+    Attributes:
+        usage: Tokens of the prompts, and of the answers so far.
+    """
+
+    def __init__(self, asked: _Asked, tokenizer: Any) -> None:
+        self._chat = isinstance(asked, Chat)
+        self._asked, self._tokenizer = asked, tokenizer
+        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self.usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+    def count(self, *, prompt: int = 0, completion: int = 0) -> None:
+        """Count tokens."""
+        self.usage["prompt_tokens"] += prompt
+        self.usage["completion_tokens"] += completion
+        self.usage["total_tokens"] += prompt + completion
+
+    def whole(self, texts: Sequence[str], reasons: Sequence[str], pieces: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """Return the whole answer, from the text, reason and pieces of each choice."""
+        choices = []
+        for index, (text, reason, told) in enumerate(zip(texts, reasons, pieces, strict=True)):
+            content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            logprobs = self._logprobs(told)
+            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": REASONS[reason]})
+        return {**self._head(""), "choices": choices, "usage": self.usage}
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return what a stream begins with."""
+        return (
+            [self._chunk({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})] if self._chat else []
+        )
+
+    def piece(self, index: int, piece: Any) -> dict[str, Any]:
+        """Return a part of a streamed answer."""
+        reason = REASONS.get(piece.finish_reason)
+        content = (
+            {"delta": {"content": piece.text} if piece.text or not reason else {}}
+            if self._chat
+            else {"text": piece.text}
+        )
+        logprobs = self._logprobs([piece]) if piece.token is not None else None
+        return self._chunk({"index": index, **content, "logprobs": logprobs, "finish_reason": reason})
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Return what a stream ends with where the usage was asked for."""
+        wanted = self._asked.stream_options is not None and self._asked.stream_options.include_usage
+        return [{**self._head(".chunk" if self._chat else ""), "choices": [], "usage": self.usage}] if wanted else []
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head(".chunk" if self._chat else ""), "choices": [{"index": 0, "logprobs": None, **choice}]}
+
+    def _head(self, end: str) -> dict[str, Any]:
+        kind = f"chat.completion{end}" if self._chat else "text_completion"
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._asked.model}
+
+    def _logprobs(self, pieces: Sequence[Any]) -> dict[str, Any] | None:
+        asked: Any = self._asked
+        told = [piece for piece in pieces if piece.token is not None]
+        if asked.logprobs is None or asked.logprobs is False:
+            return None
+        if self._chat:
+            return {"content": [self._entry(p.token, p.logprob, p.top) for p in told], "refusal": None}
+        return {
+            "tokens": [self._text(piece.token) for piece in told],
+            "token_logprobs": [piece.logprob for piece in told],
+            "top_logprobs": [{self._text(token): value for token, value in piece.top} for piece in told],
+            "text_offset": [],
+        }
+
+    def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]] | None = None) -> dict[str, Any]:
+        text = self._text(token)
+        entry: dict[str, Any] = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        if top is not None:
+            entry["top_logprobs"] = [self._entry(item, value) for item, value in top]
+        return entry
+
+    def _text(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text
+
+
+def event(content: Mapping[str, Any] | str) -> str:
+    """Return one server-sent event."""
+    return f"data: {content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)}\n\n"

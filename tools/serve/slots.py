@@ -1,0 +1,105 @@
+"""Texts that each go their own pace: rows of a cache of a fixed length, written in place by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rankbook.exporter.cache_names import is_state, past_of
+from rankbook.tools.errors import UsageError
+from rankbook.tools.runtimes.ort_steps import BoundSteps, Where
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rankbook.tools.runtimes.base import Logits
+    from rankbook.tools.runtimes.ort import OrtModel
+
+    Array = np.ndarray[Any, Any]
+
+_LOGITS = "logits"
+
+
+class Slots:
+    """The rows of the cache; a row holds one text, or none.
+
+    A step computes the first rows up to the last one in use: a native kernel decodes each code once for up to 16
+    tokens, so that an idle row among them costs little. What it writes lies behind the text of the row, where nothing
+    looks.
+
+    Attributes:
+        count: Rows.
+        context: Positions of a row.
+    """
+
+    def __init__(self, model: OrtModel, count: int) -> None:
+        """Allocate the cache.
+
+        Args:
+            model: A file that was exported with ``--graph static``.
+            count: Rows.
+
+        Raises:
+            UsageError: It was exported otherwise, or holds states besides keys and values.
+        """
+        import numpy as np
+
+        if not model.file.metadata.max_context:
+            raise UsageError(
+                f"{model.file.path} has a cache that grows, whose rows cannot go their own pace; export the checkpoint"
+                " with `rankbook export --graph static --max-context N`"
+            )
+        self.count, self.context = count, int(model.file.metadata.max_context)
+        self._model, types = model, model.file.input_types
+        self._where = Where(model.session, "cpu", types)
+        names = [past_of(name) for name in model.file.outputs]
+        caches = [name for name in names if name in types]
+        if states := [name for name in caches if is_state(name)]:
+            raise UsageError(f"{model.file.path} holds states ({states[0]}), which are not served yet; use `generate`")
+        self._lengths = np.zeros(count, np.int64)
+        self._cache = {
+            name: np.zeros([count, *(int(size) for size in model.file.inputs[name][1:])], types[name])
+            for name in caches
+        }
+        self._steps: dict[tuple[int, int], BoundSteps] = {}
+
+    def length(self, slot: int) -> int:
+        """Return how many tokens a row holds."""
+        return int(self._lengths[slot])
+
+    def clear(self, slot: int) -> None:
+        """Forget the text of a row."""
+        self._lengths[slot] = 0
+
+    def extend(self, slot: int, tokens: Array) -> Logits:
+        """Put tokens (length,) behind the text of a row; return the logits (vocabulary,) of the next one."""
+        scores = self._run(slot, slot + 1, tokens[None])
+        self._lengths[slot] += len(tokens)
+        last: Logits = scores[0]
+        return last
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, Logits]:
+        """Put one token behind the text of each given row; return the logits (vocabulary,) of the next ones."""
+        import numpy as np
+
+        end = max(tokens) + 1
+        given = np.zeros((end, 1), np.int64)
+        for slot, token in tokens.items():
+            given[slot] = token
+        scores = self._run(0, end, given)
+        for slot in tokens:
+            self._lengths[slot] += 1
+        return {slot: scores[slot] for slot in tokens}
+
+    def _run(self, begin: int, end: int, tokens: Array) -> Array:
+        """Compute rows ``begin`` to ``end``; return their last logits (rows, vocabulary) in float32."""
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        if (begin, end) not in self._steps:
+            # A slice of rows is one piece of memory: the same buffers serve every number of rows.
+            cache = {name: OrtValue.ortvalue_from_numpy(value[begin:end]) for name, value in self._cache.items()}
+            self._steps[begin, end] = BoundSteps(self._where, cache, self.context, _LOGITS)
+        past = np.minimum(self._lengths[begin:end], self.context - tokens.shape[1])  # idle rows have no room to need
+        scores: Array = self._steps[begin, end].run(tokens, past)[:, -1].astype(np.float32)
+        return scores
