@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
@@ -93,8 +93,7 @@ class BlockSolver:
 
     def trains(self) -> bool:
         """Return whether blocks are trained."""
-        method = METHODS[self.options.method]
-        return method.refine is not None and method.trains(self.options.method_config())
+        return self.options.trains()
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of the calibration passes: they compute in what the blocks are trained in.
@@ -122,9 +121,7 @@ class BlockSolver:
             records = {name: record for name, (record, _) in solved.items()}
             errors = {name: error for name, (_, error) in solved.items()}
             if method.refine is not None and streams.targets is not None and records:
-                problem = self._block_problem(site, streams, streams.targets)
-                with self.rounded_inputs(site, streams):
-                    records = method.refine(problem, records, options.method_config())
+                records = self._trained(site, streams, streams.targets, records)
                 errors = {
                     name: output_error(self._problem(site, name, statistics), record)
                     for name, record in records.items()
@@ -137,12 +134,22 @@ class BlockSolver:
             [f"{prefix}{name}" for name in statistics.few_tokens()],
         )
 
-    def _block_problem(self, site: Site, streams: Streams, targets: Stream) -> BlockProblem:
-        """Return what training is given."""
+    def _trained(
+        self, site: Site, streams: Streams, targets: Stream, records: dict[str, QuantizedLinear]
+    ) -> dict[str, QuantizedLinear]:
+        """Train the records of a block, around those to which a rule gave another method."""
+        options, refine = self.options, METHODS[self.options.method].refine
+        fixed = {n: r for n, r in records.items() if options.of_layer(f"{site.prefix}{n}").method != options.method}
+        if refine is None or len(fixed) == len(records):
+            return records
+        given = {name: record for name, record in records.items() if name not in fixed}
         layers = {name: _problem(site.block, name, unseen) for name, unseen in self._unseen(site).items()}
-        progress, seed = _refine_progress(self.reporter, site.index), self.options.seed + site.index
+        progress, seed = _refine_progress(self.reporter, site.index), options.seed + site.index
         call, inputs = streams.calls[site.index], streams.inputs.values
-        return BlockProblem(site.block, layers, inputs, targets.values, call, seed, progress)
+        layers = {name: layers[name] for name in given}
+        problem = BlockProblem(site.block, layers, inputs, targets.values, call, seed, progress)
+        with self.rounded_inputs(site, streams), _decoded(site.block, fixed):
+            return records | refine(problem, given, options.method_config())
 
     def _closed_forms(
         self, site: Site, statistics: Mapping[str, LayerStatistics], share: float
@@ -158,7 +165,9 @@ class BlockSolver:
         def solve(position: int, name: str) -> tuple[QuantizedLinear, float | None]:
             full, device = f"{site.prefix}{name}", free.get()
             self.reporter.tell(f"quantizing {full}", site.index, share * position / len(site.layers))
-            chosen = self.choices[full].applied(self.options) if full in self.choices else self.options
+            chosen = self.options.of_layer(full)
+            if full in self.choices:
+                chosen = self.choices[full].applied(self.options)
             try:
                 problem = self._problem(site, name, statistics)
                 given = moved(replace(problem, name=full), device)
@@ -212,6 +221,20 @@ class BlockSolver:
         # What enters an expert is also given to the router, and to the other experts: nothing could carry a scaling.
         alone = {name: statistics[name] for name in statistics if not matrix_of(name)}
         return scaling.scale_inputs(block, run, alone, choose, self.dtype)
+
+
+@contextmanager
+def _decoded(block: nn.Module, records: Mapping[str, QuantizedLinear]) -> Iterator[None]:
+    """Let layers of a block compute with the weights of their records: those that are done while others are trained."""
+    layers: dict[str, Any] = {name: block.get_submodule(name) for name in records}
+    before = {name: layer.weight for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight = nn.Parameter(records[name].weight(with_low_rank=True), requires_grad=False)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = before[name]
 
 
 def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:

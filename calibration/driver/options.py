@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rankbook.calibration.settings import (
 from rankbook.plugins.widths import BITS
 
 if TYPE_CHECKING:
+    from rankbook.calibration.driver.rules import Rules
     from rankbook.calibration.methods import Method
     from rankbook.calibration.model.placement import Placement
 
@@ -103,6 +105,14 @@ class QuantizeOptions(Seeded, DeviceOptions):
         group=WHAT,
     )
     skip: tuple[str, ...] = option((), "layers to leave alone; * and ? are wildcards", metavar="NAME", group=WHAT)
+    rules: tuple[str, ...] = option(
+        (),
+        "other options for the layers that a pattern matches, as 'PATTERN: bits=4 rank=1 group=32 branch=qera:32"
+        " method=rtn' or 'PATTERN: skip'; repeat it, the first that matches holds",
+        metavar="RULE",
+        flags=("--rule",),
+        group=WHAT,
+    )
     calib: str | None = option(
         None, ".txt, .jsonl, .json or a datasets name; sampled from the model without it", metavar="FILE", group=WHERE
     )
@@ -191,6 +201,7 @@ class QuantizeOptions(Seeded, DeviceOptions):
                 f"method {self.method!r} has no options {unknown}; it has {', '.join(sorted(fields))}{meant}"
             )
         self.method_config()  # the method checks its own options
+        _ = self.layer_rules
 
     def _check_allocate(self) -> None:
         if self.target_bits is None and set(self.allocate) != {"bits"}:
@@ -275,12 +286,28 @@ class QuantizeOptions(Seeded, DeviceOptions):
         """Return the kind of input scaling: the one chosen, or the method's own."""
         return self._method().scale_inputs if self.scale_inputs is None else self.scale_inputs
 
+    @functools.cached_property
+    def layer_rules(self) -> Rules:
+        """The rules, read."""
+        from rankbook.calibration.driver.rules import Rules
+
+        return Rules.of(self)
+
+    def of_layer(self, name: str) -> QuantizeOptions:
+        """Return the options of a layer by its full name: those of the rule that holds for it, or these."""
+        return self.layer_rules.for_layer(name, self)
+
+    def trains(self) -> bool:
+        """Return whether blocks are trained."""
+        method = self._method()
+        return method.refine is not None and method.trains(self.method_config())
+
     def weighs_inputs(self) -> bool:
         """Return whether a block is solved with what enters its layers; without, nothing runs through it."""
         method, config, branch = self._method(), self.method_config(), self.driver_branch()
-        trains = method.refine is not None and method.trains(config)
         fitted = branch in INPUT_BRANCHES or (branch != "none" and self.branch_passes > 1)
-        return trains or fitted or self.scaling() != "none" or method.weighs_inputs(config)
+        own = self.trains() or fitted or self.scaling() != "none" or method.weighs_inputs(config)
+        return own or any(options.weighs_inputs() for options in self.layer_rules.options.values())
 
     def needs_text(self) -> bool:
         """Return whether calibration text is needed for any layer of a block."""

@@ -109,6 +109,7 @@ class QuantizeReport:
         resumed_at: Blocks that an earlier, interrupted run had finished.
         peak_rss_bytes: Peak resident memory of the process.
         devices: Where it was computed.
+        rules: For how many layers each rule holds.
     """
 
     output_dir: Path
@@ -123,6 +124,7 @@ class QuantizeReport:
     resumed_at: int
     peak_rss_bytes: int
     devices: tuple[str, ...] = ("cpu",)
+    rules: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:

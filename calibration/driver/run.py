@@ -282,6 +282,7 @@ class _Run:
             resumed_at=resumed,
             peak_rss_bytes=peak_rss_bytes(),
             devices=tuple(map(str, self.placement.devices)),
+            rules=self.selection.rules,
         )
         if report.unknown:
             note(report.unknown)
@@ -361,6 +362,7 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
         "totals": dict(report.totals),
         "layers": {name: layer.to_json() for name, layer in report.layers.items()},
         "left_alone": dict(report.left_alone),
+        "rules": dict(report.rules),
         "scaled_inputs": list(report.scaled),
         "few_tokens": list(report.few_tokens),
         "run": {

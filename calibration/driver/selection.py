@@ -29,10 +29,12 @@ class Selection:
     Attributes:
         layers: For each block, the names of its linear layers within the block, in order of their definition.
         left_alone: Full names of weights that stay as they are, with the reason. One-dimensional ones are not listed.
+        rules: For how many layers each rule holds.
     """
 
     layers: list[list[str]] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, int] = field(default_factory=dict)
 
     def share(self, blocks: Blocks) -> float:
         """Return the share of the weights in the blocks that the layers hold."""
@@ -75,13 +77,17 @@ def select(model: nn.Module, blocks: Blocks, options: QuantizeOptions) -> Select
             if reason:
                 selection.left_alone[name] = reason
             elif isinstance(module, nn.Linear):
-                _check_group(name, module.in_features, options)
+                _check_group(name, module.in_features, options.of_layer(name))
                 selection.layers[-1].append(local)
     _note_outside(model, blocks, selection)
     chosen = selection.names(blocks)
     check_patterns("skip", options.skip, [name for name, module in model.named_modules() if has_weights(module)])
+    skipped = [name for name, why in selection.left_alone.items() if why == SKIPPED]
+    selection.rules = options.layer_rules.counted([*chosen, *skipped])
     if not chosen:
-        raise ValueError(f"no layer of {type(model).__name__} is left to quantize; check --skip and the kind of model")
+        raise ValueError(
+            f"no layer of {type(model).__name__} is left to quantize; check --skip, --rule and the kind of model"
+        )
     check_patterns("activation_skip", options.activation_skip, chosen)
     _check_ranges(chosen, options)
     if options.activations != "none" and all(matches(name, options.activation_skip) for name in chosen):
@@ -122,7 +128,7 @@ def _gates(model: nn.Module) -> set[int]:
 
 def _reason(name: str, module: nn.Module, options: QuantizeOptions, gates: set[int]) -> str:
     """Return why a module with weights is left alone; empty if it is not."""
-    if matches(name, options.skip):
+    if matches(name, options.skip) or options.layer_rules.skips(name):
         return SKIPPED
     weight = module._parameters.get("weight")
     if weight is not None and weight.ndim == 2 and weight.shape[0] in gates:
