@@ -17,6 +17,7 @@ from rankbook.calibration.imports.folder import load_folder
 from rankbook.calibration.imports.gguf import load_gguf
 from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.gguf_file import read_once
 from rankbook.calibration.model.loading import load_tokenizer, model_hash, resolve, source_folder
 from rankbook.calibration.model.packed_modules import PackedModule, TiedCodebookLinear, packed_modules
 from rankbook.calibration.source import Kind, Source, hub_origin
@@ -94,7 +95,8 @@ def import_model(source: str | Path, output_dir: str | Path) -> ImportReport:
 def _loaded(found: Source) -> tuple[str, Mapping[str, Any], Any]:
     """Return the name of the format, what the source says about it, and the model with packed layers."""
     if found.kind is Kind.GGUF:
-        model, counts = load_gguf(found)
+        with read_once():
+            model, counts = load_gguf(found)
         return "gguf", {"matrices_by_type": counts}, model
     model, form, entry = load_folder(found.location)
     return form.name, entry, model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
 from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
 from rankbook.calibration.model.custom_code import is_trusted
+from rankbook.calibration.model.gguf_file import read_once
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.model.tokenizer import read_tokenizer
 from rankbook.calibration.notes import note
@@ -50,7 +52,8 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[An
     found = resolve(source)
     if found.packed:  # transformers has the quantizer already: importing rankbook registers it
         open_checkpoint(found.location)
-    return _load_weights(found, dtype), load_tokenizer(source)
+    with read_once() if found.gguf else nullcontext():
+        return _load_weights(found, dtype), load_tokenizer(source)
 
 
 def load_tokenizer(source: str | Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_a_rule_that_holds_for_nothing_is_an_error(rules: tuple[str, ...], messa
 
 
 def test_layers_that_are_done_compute_with_their_record_while_others_are_trained() -> None:
-    block = nn.Sequential(nn.Linear(32, 32, bias=False))
+    block: Any = nn.Sequential(nn.Linear(32, 32, bias=False))
     before = block[0].weight
     problem = LayerProblem("0", before.detach(), None, LayerStatistics.unseen(32))
     record = round_nearest(problem, Grid(2, 32), "rtn")
