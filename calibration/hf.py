@@ -27,6 +27,7 @@ from rankbook.calibration.checkpoint.format import (
 )
 from rankbook.calibration.checkpoint.integrity import check_tensors, read_layers, tensor_names
 from rankbook.calibration.model import experts
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.completeness import check_complete
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
@@ -152,7 +153,10 @@ def install_modules(model: Any, specs: dict[str, LayerSpec], dtype: torch.dtype)
     Raises:
         ValueError: The model has no such module.
     """
-    for owner in {matrix.rpartition(".")[0] for matrix in experts.stacks(specs)}:
+    owners = {matrix.rpartition(".")[0] for matrix in experts.stacks(specs)}
+    if owners:
+        adapter_of(model).unify_experts()
+    for owner in owners:
         if experts.fused(found := _module(model, owner)):
             experts.split(found)
     for name, spec in sorted(specs.items(), key=lambda item: bool(item[1].shared_with)):

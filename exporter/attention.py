@@ -88,8 +88,9 @@ def mask(
     query = (query if fixed else query[None])[:, None, :, None]
     # The length is taken from the mask: it equals past + sequence, but torch.export knows it as a size of its own.
     key = torch.arange(attention_mask.shape[1])[None, None, None, :]
-    first = torch.zeros((), dtype=torch.int64)  # batch and head, of which no supported pattern depends
-    seen = mask_function(first, first, query, key)
+    # Chunks begin where the padding of a row ends; no supported pattern depends on the head.
+    row, head = torch.arange(attention_mask.shape[0])[:, None, None, None], torch.zeros((), dtype=torch.int64)
+    seen = mask_function(row, head, query, key)
     return seen if fixed else seen & (attention_mask[:, None, None, :] | (query == key))
 
 

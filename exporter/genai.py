@@ -21,7 +21,7 @@ from rankbook.calibration.source import ONNX_NAME
 from rankbook.exporter.cache_names import PAST, PRESENT, is_state
 from rankbook.exporter.options import ExportOptions
 from rankbook.exporter.passes.kv_cache import cache_layers
-from rankbook.exporter.properties import PREFIX
+from rankbook.exporter.properties import PREFIX, Metadata
 from rankbook.plugins import library
 
 ROOM = 4096
@@ -99,7 +99,7 @@ def write_genai_config(
             "context_length": _context(model, config),
             "decoder": _decoder(model, config, with_library=with_library),
         },
-        "search": _search(model, config, generation, in_place=options.graph == "ort"),
+        "search": _search(model, config, generation, in_place=Metadata.of(model.metadata_props).in_place),
     }
     (folder / GENAI_CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return GenAiReport(

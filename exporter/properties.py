@@ -72,6 +72,11 @@ class Metadata:
             del known["layers"]
         return cls(**known, properties=properties)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether new keys and values may be written behind the old ones, in buffers longer than the past."""
+        return self.graph == "static" or (self.graph == "ort" and not self.standard_attention)
+
     def texts(self) -> dict[str, str]:
         """Return the properties to be written."""
         values = {item.name: getattr(self, item.name) for item in _written()}

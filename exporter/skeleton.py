@@ -193,7 +193,10 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
         raise refusal.traced(text, error) from error
     if not through_interface:
         model.config._attn_implementation = attention.ADDITIVE
-    adapter_of(model).keep_frequencies()
+    adapter = adapter_of(model)
+    adapter.keep_frequencies()
+    adapter.unify_experts()
+    adapter.make_traceable()
     attention.without_complex_axes(model)
     model.tie_weights()
     return model if inner or config is text else _Language(model)  # one without a table of its own has no towers
@@ -254,8 +257,8 @@ def _place_experts(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype)
     for owner in {matrix.rpartition(".")[0] for matrix in packed}:
         module: Any = model.get_submodule(owner)
         matrices = experts.fused(module)
-        counts = {len(module._parameters[name]) for name in matrices}
         experts.split(module)
+        counts = {len(getattr(module, name)) for name in matrices}
         for matrix in matrices:
             layers = packed.get(f"{owner}.{matrix}", [])
             if {len(layers)} != counts:

@@ -8,12 +8,29 @@ from __future__ import annotations
 import collections
 import os
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 _WORKER_BYTES = 5 << 30
 """Memory that a process may need: the tests of export above 2 GiB, and compilers."""
+
+
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace one checkpoint once for all files that differ by the passes alone: tracing is most of an export's time."""
+    from rankbook.exporter.trace import trace
+
+    found: dict[Any, Any] = {}
+
+    def once(skeleton: Any, options: Any) -> Any:
+        kind = (skeleton.dtype, options.graph == "static", options.logits, options.inputs, options.sample)
+        if kind not in found:
+            found[kind] = trace(skeleton, options)
+        return found[kind].clone()
+
+    monkeypatch.setattr("rankbook.exporter.export.trace", once)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -133,6 +133,8 @@ def _reason(name: str, module: nn.Module, options: QuantizeOptions, gates: set[i
     weight = module._parameters.get("weight")
     if weight is not None and weight.ndim == 2 and weight.shape[0] in gates:
         return f"{GATE} of {weight.shape[0]} outputs"
+    if name.endswith("_router"):  # of Gemma 3n, which mixes several hidden states
+        return GATE
     if not isinstance(module, nn.Linear) or not is_product(module):
         return f"{type(module).__name__} is not a linear layer that rankbook knows"
     return "" if module.in_features >= MIN_GROUP else f"rows of {module.in_features} weights are too short for a group"

@@ -277,6 +277,12 @@ class ModelAdapter:
         """Return whether the position of a token is three numbers, so that those of images have rows and columns."""
         return any("mrope_section" in rope for rope in self._ropes())
 
+    def unify_experts(self) -> None:
+        """Describe experts that transformers does not mark, see `rankbook.calibration.model.experts.layout`."""
+
+    def make_traceable(self) -> None:
+        """Put code that torch can trace in the place of code that it cannot; what is computed stays."""
+
     def keep_frequencies(self) -> None:
         """Keep rotary frequencies from now on as they are up to `context`."""
         for module in self.model.modules():

@@ -1,9 +1,10 @@
 """Experts of a mixture whose matrices are fused into one tensor, taken apart into linear layers.
 
 transformers keeps the matrices of all experts of a block as parameters of three dimensions, ``gate_up_proj`` (or
-``up_proj``) and ``down_proj``, transposed in some families. `split` puts a list of linear layers in the place of each,
-so that everything that is done to a linear layer is done to the matrix of an expert: its name is
-``<experts>.gate_up_proj.3``. What a family does between the matrices (gates, norms) stays its own code.
+``up_proj``) and ``down_proj``, transposed in some families; where a family keeps them in another way its adapter says
+how (`layout`). `split` puts a list of linear layers in the place of each, so that everything that is done to a linear
+layer is done to the matrix of an expert: its name is ``<experts>.gate_up_proj.3``. What a family does between the
+matrices (gates, norms) stays its own code.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
-"""Names of the fused parameters; experts have one of the first two, and the last."""
-_MATRIX = re.compile(rf"(.+\.(?:{'|'.join(MATRICES)}))\.(\d+)")
+"""Names of the fused parameters as transformers marks them; experts have one of the first two, and the last."""
+_OTHERS = ("w1", "v1", "w2", "weight")
+"""Names in families that say so."""
+_MATRIX = re.compile(rf"(.+\.(?:{'|'.join((*MATRICES, *_OTHERS))}))\.(\d+)")
 
 
 class ExpertMatrices(nn.ModuleList):
@@ -53,33 +56,48 @@ def stacks(names: Iterable[str]) -> dict[str, list[str]]:
     return {matrix: [layers[index] for index in sorted(layers)] for matrix, layers in found.items()}
 
 
+def layout(module: Any) -> dict[str, bool]:
+    """Return which parameters of a module may be fused matrices of experts, and whether they are transposed.
+
+    That is what transformers marks, or the attribute ``expert_matrices`` that the adapter of a family sets. Where the
+    matrices lie one below the other in two dimensions, it also sets ``experts_below``, the number of experts.
+    """
+    marked = hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+    found: dict[str, bool] = dict.fromkeys(MATRICES, module.is_transposed) if marked else {}
+    own: dict[str, bool] = getattr(module, "expert_matrices", found)
+    return own
+
+
 def fused(module: nn.Module) -> list[str]:
-    """Return the names of the fused parameters of experts as transformers marks them; empty for other modules."""
-    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
-        return []
-    return [name for name in MATRICES if getattr(module._parameters.get(name), "ndim", 0) == 3]
+    """Return the names of the fused parameters of experts; empty for other modules."""
+    dimensions = 2 if hasattr(module, "experts_below") else 3
+    return [name for name in layout(module) if getattr(module._parameters.get(name), "ndim", 0) == dimensions]
 
 
 def split(module: Any) -> None:
     """Put linear layers in the place of the fused parameters of experts; weights are views of what they were."""
     for name in fused(module):
         weights, biases = module._parameters.pop(name), module._parameters.pop(f"{name}_bias", None)
-        if module.is_transposed:
+        if hasattr(module, "experts_below"):
+            weights = weights.unflatten(0, (module.experts_below, -1))
+        if layout(module)[name]:
             weights = weights.transpose(1, 2)
         pairs = zip(weights, [None] * len(weights) if biases is None else biases, strict=True)
         setattr(module, name, ExpertMatrices(_linear(weight, bias) for weight, bias in pairs))
-    module.forward = types.MethodType(routed, module)
+    if not hasattr(module, "expert_matrices"):  # or who calls it knows what to do
+        module.forward = types.MethodType(routed, module)
     module._is_hf_initialized = True  # or transformers would draw the parameters that are gone
 
 
 def join(module: Any) -> None:
     """Undo `split`."""
-    for name in MATRICES:
+    for name, transposed in layout(module).items():
         if isinstance(layers := getattr(module, name, None), ExpertMatrices):
             delattr(module, name)
             weights, biases = ([getattr(layer, part) for layer in layers] for part in ("weight", "bias"))
             whole = torch.stack(weights)
-            setattr(module, name, _fixed(whole.transpose(1, 2).contiguous() if module.is_transposed else whole))
+            whole = whole.transpose(1, 2).contiguous() if transposed else whole
+            setattr(module, name, _fixed(whole.flatten(0, 1) if hasattr(module, "experts_below") else whole))
             if biases[0] is not None:
                 setattr(module, f"{name}_bias", _fixed(torch.stack(biases)))
     for name in ("forward", "_is_hf_initialized"):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rankbook.calibration.model import experts
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.packed_modules import replace_module
 
 
@@ -17,6 +18,7 @@ def make_plain(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, nn.Module] = {}
+    adapter_of(model).unify_experts()
     for name, module in list(model.named_modules()):
         if experts.fused(module):
             experts.split(module)

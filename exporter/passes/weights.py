@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -36,6 +37,7 @@ class BindWeights(ir.passes.InPlacePass):
     ) -> None:
         super().__init__()
         self._int8_activations = int8_activations
+        self._calls: Counter[str] = Counter()
         self._checkpoint = checkpoint
         self._skeleton = skeleton
         self._dialect = dialect
@@ -69,14 +71,17 @@ class BindWeights(ir.passes.InPlacePass):
 
     def _lower_dense(self, graph: ir.Graph, node: ir.Node) -> None:
         layer = node.attributes[LAYER].as_string()
-        writer = Writer(graph, layer)
+        calls = self._calls[layer]
+        self._calls[layer] += 1
+        name = f"{layer}.call.{calls}" if calls else layer  # a router may be called twice in a block
+        writer = Writer(graph, name)
         weight = writer.constant(self._stored(f"{layer}.weight"))
         if weight.shape is None:
             raise ValueError(f"{layer}.weight has no shape")
         transposed = writer.op("Transpose", weight, perm=[1, 0])
         transposed.type, transposed.shape = weight.type, ir.Shape(reversed(weight.shape.dims))
         product = writer.op("MatMul", node.inputs[0], transposed, like=node.outputs[0])
-        writer.nodes[-1].name = layer
+        writer.nodes[-1].name = name
         if f"{layer}.bias" in self._skeleton.owners:
             writer.op("Add", product, writer.constant(self._stored(f"{layer}.bias")))
         self._replace(writer, node, writer.nodes)

@@ -27,11 +27,17 @@ from rankbook.tools.report import Table
 
 SERVED = ("standard", "ort", "fp16")
 """Exports that are compared with PyTorch: the two graphs in float32, and the standard one in half precision."""
+DEPLOYED = ("genai", "engine")
+"""What else a checkpoint can be asked for: ONNX Runtime GenAI with the file of ``ort``, compared too, and an engine."""
 _WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil strong tea in old pots".split()
 _TOKENS = (2, 24)
+_STEPS = 4
+"""Tokens that GenAI is given one by one."""
+_CLOSE = 1e-4
+"""Largest difference of a float32 file in ONNX Runtime, relative to the largest logit."""
 _SAME = 1e-5
 """Largest difference after a reload, relative to the largest logit: sums of float32 in another order."""
-_REFUSED = "not exported"
+_REFUSED = "refused"
 
 
 @dataclass
@@ -44,7 +50,8 @@ class Row:
         cannot_export: What `quantize` says before it begins.
         reload: Largest relative difference of logits after a reload, from those of the original with decoded weights.
         errors: Largest relative difference of logits, with and without a cache, by export; None where it fails.
-        passed: Whether that is within tolerance, by export.
+        passed: Whether that is within tolerance, by export; of an engine whether it was built.
+        kept: Why layers of the export ``ort`` keep the standard attention, by number.
         reasons: Why a step ended, by step.
         seconds: Wall time.
     """
@@ -55,6 +62,7 @@ class Row:
     reload: float | None = None
     errors: dict[str, float | None] = field(default_factory=dict)
     passed: dict[str, bool] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -62,7 +70,7 @@ class Row:
     def wrong(self) -> bool:
         """Whether something was written that computes other numbers: worse than any refusal."""
         stale = self.reload is not None and self.reload > _SAME
-        return stale or any(self.errors.get(name) is not None and not self.passed[name] for name in SERVED)
+        return stale or any(error is not None and not self.passed[name] for name, error in self.errors.items())
 
     @property
     def served(self) -> bool:
@@ -70,7 +78,7 @@ class Row:
         return not self.wrong and all(self.passed.get(name) for name in ("standard", "ort"))
 
 
-def sweep(family: str, folder: Path, exports: Sequence[str] = SERVED) -> Row:
+def sweep(family: str, folder: Path, steps: Sequence[str] = SERVED) -> Row:
     """Take one family through all steps in this process; what fails is noted, and ends what depends on it."""
     import torch
 
@@ -98,10 +106,10 @@ def sweep(family: str, folder: Path, exports: Sequence[str] = SERVED) -> Row:
 
     if _step(row, "build", lambda: tiny(family, source)) and _step(row, "quantize", quantized):
         _step(row, "reload", lambda: _reload(row, source, checkpoint))
-        for name in exports:
-            if not row.cannot_export and not _step(
-                row, name, functools.partial(_parity, row, name, checkpoint, folder / name)
-            ):
+        for name in steps:
+            work = {"genai": _genai, "engine": _engine}.get(name, _parity)
+            done = row.cannot_export or _step(row, name, functools.partial(work, row, name, checkpoint, folder))
+            if not done and name in SERVED:
                 row.cannot_export = said()
     row.seconds = round(time.monotonic() - start, 1)
     return row
@@ -122,9 +130,11 @@ def _reload(row: Row, source: Path, checkpoint: Path) -> None:
     import torch
 
     from rankbook.calibration.checkpoint.format import load_records
+    from rankbook.calibration.model.adapter import adapter_of
     from rankbook.calibration.model.loading import load_model
 
     dense, loaded = (load_model(folder, torch.float32)[0] for folder in (source, checkpoint))
+    adapter_of(dense).unify_experts()
     for name, record in load_records(checkpoint).items():
         _put(dense, name, record.weight(with_low_rank=True))
     tokens = torch.arange(_TOKENS[0] * _TOKENS[1]).reshape(_TOKENS) * 5 % 250
@@ -137,22 +147,29 @@ def _put(model: Any, name: str, weight: Any) -> None:
     """Give a layer of the original model another weight (N, K), whatever its class."""
     import torch
 
-    from rankbook.calibration.model.experts import matrix_of
+    from rankbook.calibration.model.experts import layout, matrix_of
 
     if found := matrix_of(name):
-        experts, matrix = found[0].rpartition(".")[::2]
-        module = model.get_submodule(experts)
-        module._parameters[matrix][found[1]] = weight.T if module.is_transposed else weight
+        owner, matrix = found[0].rpartition(".")[::2]
+        module = model.get_submodule(owner)
+        fused = module._parameters[matrix]
+        if hasattr(module, "experts_below"):
+            fused = fused.unflatten(0, (module.experts_below, -1))
+        fused[found[1]] = weight.T if layout(module)[matrix] else weight
         return
     module = model.get_submodule(name)
     transposed = type(module).__name__ == "Conv1D"
     module.weight = torch.nn.Parameter(weight.T if transposed else weight, requires_grad=False)
 
 
-def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
-    """Export and compare, without and with a cache."""
+def _random() -> Any:
     import numpy as np
 
+    return np.random.default_rng(0).integers(0, 250, _TOKENS)
+
+
+def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
+    """Export and compare, without and with a cache."""
     from rankbook.exporter.export import ExportOptions, export
     from rankbook.tools.evaluate import parity
     from rankbook.tools.evaluate.options import ParityOptions
@@ -162,36 +179,66 @@ def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     row.errors[name], row.passed[name] = None, False
     graph = name if name in ("ort", "static") else "standard"
     options = ExportOptions(graph=graph, dtype="fp16" if name == "fp16" else "fp32")
-    export(checkpoint, folder, options)
-    model, torch_model = OrtModel(folder, threads=1), TorchModel(checkpoint, threads=1)
-    tokens = np.random.default_rng(0).integers(0, 250, _TOKENS)
-    report = parity.check(model, torch_model, tokens, ParityOptions(), lambda *_: None)
+    written = export(checkpoint, folder / name, options)
+    row.kept |= written.standard_attention
+    model, torch_model = OrtModel(folder / name, threads=1), TorchModel(checkpoint, threads=1)
+    report = parity.check(model, torch_model, _random(), ParityOptions(), lambda *_: None)
     row.errors[name] = max(item.error for item in (report.logits, report.cached) if item is not None)
     row.passed[name] = report.passed
     if not report.passed:
         row.reasons[name] = f"parity fails; first at {report.first_bad_layer or report.problems or 'the logits'}"
 
 
-def _child(family: str, folder: Path, exports: Sequence[str]) -> None:
+def _genai(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
+    """Compare a prompt and steps in ONNX Runtime GenAI with PyTorch."""
+    import numpy as np
+
+    from rankbook.tools.runtimes.base import Setting
+    from rankbook.tools.runtimes.genai import GenAiModel
+    from rankbook.tools.runtimes.torch import TorchModel
+
+    row.errors[name], row.passed[name] = None, False
+    tokens = _random()[:1]
+    want = TorchModel(checkpoint, threads=1).logits(tokens)[0, -_STEPS - 1 :]
+    model = GenAiModel(folder / "ort", Setting(threads=1))
+    rows = [model.start(tokens[:, :-_STEPS]), *(model.step(int(token)) for token in tokens[0, -_STEPS:])]
+    error = float(np.abs(np.stack(rows) - want).max() / np.abs(want).max())
+    row.errors[name], row.passed[name] = error, error <= _CLOSE
+
+
+def _engine(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
+    """Build an engine of TensorRT-RTX, which takes no GPU; so none has run it."""
+    from rankbook.tools.deploy.engine import build
+    from rankbook.tools.deploy.options import BuildOptions
+
+    row.passed[name] = False
+    options = BuildOptions(compute_capability=("SM86",), max_sequence=32, max_context=64, no_plugins=True)
+    row.passed[name] = build(checkpoint, folder / name, options).passed
+    if not row.passed[name]:
+        row.reasons[name] = "the engine does not pass its checks"
+
+
+def _child(family: str, folder: Path, steps: Sequence[str]) -> None:
     """Write the row of a family; what its code prints goes to a file."""
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _keep(folder, sweep(family, folder, exports))
+    _keep(folder, sweep(family, folder, steps))
 
 
 def _keep(folder: Path, row: Row) -> None:
     (folder / "row.json").write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
 
 
-def run(families: Sequence[str], folder: Path, limit_s: float, exports: Sequence[str] = SERVED) -> None:
+def run(families: Sequence[str], folder: Path, limit_s: float, steps: Sequence[str] = SERVED) -> None:
     """Run families one after another, each in a fork of this process: libraries are loaded once."""
     _load()
     for family in families:
         place = folder / family
+        before = _read(place / "row.json") if (place / "row.json").is_file() else Row(family)
         (place / "row.json").unlink(missing_ok=True)
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(family, place, exports))
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(family, place, steps))
         process.start()
         process.join(limit_s)
         if process.is_alive():
@@ -201,7 +248,20 @@ def run(families: Sequence[str], folder: Path, limit_s: float, exports: Sequence
             ended = f"ended after {limit_s:g} s" if process.exitcode == -9 else f"ended with {process.exitcode}"
             _keep(place, Row(family, reasons={"run": ended}))
         row = _read(place / "row.json")
+        _join(row, before, steps)
+        _keep(place, row)
         print(json.dumps(asdict(row)), flush=True)
+
+
+def _join(row: Row, before: Row, steps: Sequence[str]) -> None:
+    """Keep what is known of steps that were not run, of a family that is quantized still."""
+    if row.packed is None:
+        return
+    for name in {*SERVED, *DEPLOYED} - set(steps):
+        row.errors |= {name: before.errors[name]} if name in before.errors else {}
+        row.passed |= {name: before.passed[name]} if name in before.passed else {}
+        row.reasons |= {name: before.reasons[name]} if name in before.reasons else {}
+        row.kept = before.kept if name == "ort" else row.kept
 
 
 def _load() -> None:
@@ -226,6 +286,7 @@ def document(rows: Mapping[str, Row]) -> str:
     served, wrong = (sum(getattr(row, name) for row in found) for name in ("served", "wrong"))
     missing = [f"`{family}`" for family in FAMILIES if family not in rows]
     said = sum(bool(row.cannot_export or "quantize" in row.reasons) for row in found)
+    columns = ("family", "packed", "reload", *SERVED, *DEPLOYED, "why not")
     lines = [
         "# Model families",
         "<!-- Made by `python -m rankbook.tools.dev.families`. -->",
@@ -234,11 +295,13 @@ def document(rows: Mapping[str, Row]) -> str:
         " the weights in the blocks; *reload* compares the checkpoint with the original model that has the decoded"
         " weights; the other columns are the larger of the differences of logits between PyTorch and ONNX Runtime,"
         " without and with a cache, relative to the largest logit: `export`, `export --graph ort`, `export --dtype"
-        " fp16`. `-` was not reached.",
+        " fp16`, and the file of `--graph ort` in ONNX Runtime GenAI. *Engine* is `rankbook build` for SM86 without"
+        " plugins: whether TensorRT-RTX builds it; no GPU has run it. `*` is a file in which layers keep the standard"
+        " attention, since ONNX Runtime's operator cannot express theirs; `-` was not reached.",
         f"Of {len(found)} families {served} pass quantize, reload, export and parity on both graphs; {said} are refused"
         f" by `quantize`, or said by it not to be exportable, before it begins; {wrong} give wrong numbers.",
         *([f"Not run: {', '.join(missing)}."] if missing else []),
-        Table("", ("family", "packed", "reload", *SERVED, "why not"), [_cells(row) for row in found]).markdown(),
+        Table("", columns, [_cells(row) for row in found]).markdown(),
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -246,23 +309,32 @@ def document(rows: Mapping[str, Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     packed = "-" if row.packed is None else f"{row.packed:.0%}"
     reload = "-" if row.reload is None else "same" if row.reload <= _SAME else f"**{row.reload:.0e}**"
-    exports = [_verdict(row, name) for name in SERVED]
-    why = {reason: None for reason in (row.cannot_export, *row.reasons.values()) if reason}
+    exports = [_verdict(row, name) for name in (*SERVED, *DEPLOYED)]
+    own = [f"{name}: {row.reasons[name]}" for name in DEPLOYED if name in row.reasons]
+    others = [reason for name, reason in row.reasons.items() if name not in DEPLOYED]
+    why = dict.fromkeys(reason for reason in (row.cannot_export, *others, *own) if reason)
     return f"`{row.family}`", packed, reload, *exports, "; ".join(why).replace("|", "\\|").replace("\n", " ")
 
 
 def _verdict(row: Row, name: str) -> str:
     error = row.errors.get(name)
+    if error is None and row.passed.get(name):
+        return "built"
     if error is None:
-        return _REFUSED if name in row.errors or row.cannot_export else "-"
-    return f"{error:.0e}" if row.passed[name] else f"**{error:.0e}**"
+        return "-" if name not in row.passed and (name in DEPLOYED or not row.cannot_export) else _REFUSED
+    mark = " *" if row.kept and name == "ort" else ""
+    return f"{error:.0e}{mark}" if row.passed[name] else f"**{error:.0e}**"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run families and write the document; 1 where one gives wrong numbers or another result than the table said."""
     parser = argparse.ArgumentParser(prog="python -m rankbook.tools.dev.families", description=__doc__.split("\n")[0])
     parser.add_argument("--families", help="names, separated by commas; all without it, `used` for the most used ones")
-    parser.add_argument("--exports", default=",".join(SERVED), help="which exports to compare, separated by commas")
+    parser.add_argument(
+        "--steps",
+        default=",".join(SERVED),
+        help=f"what to do with a checkpoint, of {','.join((*SERVED, *DEPLOYED))} (default: the exports)",
+    )
     parser.add_argument("--limit", type=float, default=600, help="seconds for a family (default: 600)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "families", help="folder for the models")
     args = parser.parse_args(argv)
@@ -271,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unknown families {', '.join(unknown)}; known are {', '.join(FAMILIES)}", file=sys.stderr)
         return USAGE
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"})
-    run(asked, args.output, args.limit, tuple(args.exports.split(",")))
+    run(asked, args.output, args.limit, tuple(args.steps.split(",")))
     rows = {path.parent.name: _read(path) for path in args.output.glob("*/row.json")}
     (ROOT / "docs" / "families.md").write_text(document(rows), encoding="utf-8")
     return CHECK_FAILED if any(rows[family].wrong for family in asked) else OK

@@ -162,7 +162,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 """Families in order of use, with the fields of their configurations; ``text`` is the language model of a wrapper."""
-MOST_USED = tuple(FAMILIES)[:19]
+MOST_USED = (*tuple(FAMILIES)[:19], "llama4_text")
 """The families of the test that runs in CI."""
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _INNER = {"qwen2_5_vl_text": _MROPE, "qwen3_vl_text": _MROPE}

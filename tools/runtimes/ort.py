@@ -177,8 +177,7 @@ class OrtModel(FileModel):
         # New keys and values are written behind the old ones, in the same buffer: one that grows, or of a fixed length.
         # Only states change places.
         self._fixed = int(self.file.metadata.max_context or 0)
-        said = self.file.metadata
-        self._in_place = said.graph == "static" or (said.graph == "ort" and not said.standard_attention)
+        self._in_place = self.file.metadata.in_place
 
     def open_graph(self, graph: bytes) -> Any:
         """Return a session of another graph, with the same kernels and the data files of this one."""

@@ -10,7 +10,8 @@ import pytest
 from rankbook.tools import errors
 from rankbook.tools.dev import families
 from rankbook.tools.dev.families import Row
-from rankbook.tools.dev.family_models import FAMILIES
+from rankbook.tools.dev.family_models import MOST_USED
+from tests import tiny
 
 
 def test_an_unknown_family_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,8 +20,9 @@ def test_an_unknown_family_is_refused_with_those_there_are(capsys: pytest.Captur
 
 
 def test_the_document_counts_what_is_served_refused_and_wrong() -> None:
-    good = Row("llama", 1.0, "", 0.0, {"standard": 1e-6, "ort": 1e-6}, {"standard": True, "ort": True})
-    wrong = Row("mixtral", 1.0, "", 0.0, {"standard": 0.3}, {"standard": False}, {"standard": "parity fails"})
+    good = Row("llama", 1.0, "", 0.0, {"standard": 1e-6, "ort": 1e-6}, {"standard": True, "ort": True}, {"1": "why"})
+    good.passed["engine"] = True
+    wrong = Row("mixtral", 1.0, "", 0.0, {"standard": 0.3}, {"standard": False}, {}, {"standard": "parity fails"})
     refused = Row("mamba", 0.9, "layers keep a state", 0.0)
     assert (good.served, wrong.wrong, refused.served or refused.wrong) == (True, True, False)
     text = families.document({row.family: row for row in (good, wrong, refused)})
@@ -28,7 +30,8 @@ def test_the_document_counts_what_is_served_refused_and_wrong() -> None:
     assert "1 are refused" in text
     assert "1 give wrong numbers" in text
     assert "Not run: `qwen2`, `qwen3`," in text
-    assert "| `mamba` | 90% | same | not exported | not exported | not exported | layers keep a state |" in text
+    assert "| `llama` | 100% | same | 1e-06 | 1e-06 * | - | - | built |  |" in text
+    assert "| `mamba` | 90% | same | refused | refused | refused | - | - | layers keep a state |" in text
 
 
 def test_a_family_that_takes_too_long_is_ended_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,12 +43,28 @@ def test_a_family_that_takes_too_long_is_ended_and_noted(tmp_path: Path, monkeyp
     assert asdict(families._read(tmp_path / "llama" / "row.json"))["reasons"] == {"run": "ended after 0.2 s"}
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "deepseek_v3", "gpt2"])
-def test_families_that_are_used_most_pass(family: str, tmp_path: Path) -> None:
-    exports = ("standard", "static") if family == "deepseek_v3" else ("standard",)
-    row = families.sweep(family, tmp_path, exports)
-    assert family in FAMILIES
+KEPT = {"deepseek_v3": {"0", "1"}, "llama4_text": {"0"}}
+"""Layers that keep the standard attention."""
+
+
+@pytest.mark.parametrize("family", [family for family in MOST_USED if family not in tiny.FAMILIES])
+def test_families_that_are_used_most_pass(family: str, tmp_path: Path, one_trace: None) -> None:
+    """From quantize to parity on both graphs; the others are in `tests.exporter.test_families`."""
+    steps = ("standard", "ort", *(["static"] if family == "deepseek_v3" else []))
+    row = families.sweep(family, tmp_path, steps)
     assert row.reasons == {}
-    assert row.passed == dict.fromkeys(exports, True)
+    assert row.passed == dict.fromkeys(steps, True)
+    assert set(row.kept) == KEPT.get(family, set())
     assert (row.reload or 0) < 1e-5
     assert (row.packed or 0) > 0.95
+
+
+def test_steps_that_were_not_run_stay_as_they_are_known() -> None:
+    known = Row("llama", 1.0, "", 0.0, {"ort": 1e-6, "fp16": 1e-3}, {"ort": True, "fp16": True}, {"0": "why"})
+    row = Row("llama", 1.0, "", 0.0, {"standard": 1e-6}, {"standard": True})
+    families._join(row, known, ["standard", "fp16"])
+    assert row.errors == {"standard": 1e-6, "ort": 1e-6}
+    assert row.kept == {"0": "why"}
+    broken = Row("llama")
+    families._join(broken, known, ["standard"])
+    assert broken.errors == {}
