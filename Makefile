@@ -25,7 +25,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test fuzz test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check clean distclean
+.PHONY: help demo test fuzz test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -151,6 +151,10 @@ wheel-check: wheel  ## Install the wheel in another environment and try it there
 	$(BIN)/python -m venv $(WHEEL_ENV)
 	$(WHEEL_ENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index dist/*.whl
 	$(BIN)/python tests/smoke_wheel.py $(WHEEL_ENV)/bin/python
+
+release-check: $(VENV)/.dev $(VENV)/.tools  ## Try a release without publishing: two equal builds, checksums, bill of materials
+	$(INSTALL) cyclonedx-bom
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m rankbook.tools.dev.release
 
 clean:  ## Remove build outputs and caches
 	rm -rf build dist demo plugins/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
