@@ -12,6 +12,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 CMAKE_ARGS ?=
 FUZZ_SECONDS ?= 600
+FAULTS ?= 50
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -25,7 +26,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test fuzz test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
+.PHONY: help demo test fuzz faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +105,9 @@ test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 
 fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each (600)
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+faults: $(VENV)/.dev  ## Kill quantize and export at FAULTS moments (50), fill the disk at half as many
+	RANKBOOK_FAULTS=$(FAULTS) $(BIN)/python -m pytest -q --timeout 7200 tests/faults
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
 GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py

@@ -24,8 +24,8 @@ MORE_BYTES = 64 << 20
 """How much more memory than ever before an input may take, beyond its own size."""
 LONGEST = 1.0
 """Processor seconds that an input may take."""
-_HANGS = 10
-"""Seconds after which it is stopped."""
+_HANGS = 60
+"""Seconds of the clock after which it is stopped; the first one imports what it needs, maybe on a busy machine."""
 
 
 @dataclass

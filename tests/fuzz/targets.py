@@ -78,16 +78,39 @@ def _make_gguf(folder: Path) -> None:
 
 
 def _make_engine(folder: Path) -> None:
+    from rankbook.calibration.checkpoint.files import sha256_file
+    from rankbook.tools.deploy.manifest import Check, EngineReport, EngineSource
+    from rankbook.tools.report import to_json
+
     (folder / "model.engine").write_bytes(b"engine")
-    facts = {
-        "engine_bytes": 6,
-        "target": "rtx",
-        "source": {"path": "model.onnx", "sha256": "0" * 64, "metadata": {"rankbook.method": "lcq"}},
-        "plugin_layers": 2,
-        "plugin_form": "library",
-        "profiles": {"decode": {"input_ids": [[1, 1], [1, 1], [1, 1]]}},
-    }
-    (folder / "engine.json").write_text(json.dumps(facts))
+    graph = chain_model(folder / "onnx", nodes=1)
+    shapes = {"input_ids": ([1, 1], [1, 1], [1, 1])}
+    report = EngineReport(
+        target="rtx",
+        version="1.2",
+        source=EngineSource("/gone/onnx/model.onnx", sha256_file(graph), {"rankbook.method": "lcq"}),
+        capabilities=("80",),
+        engine_bytes=6,
+        engine_sha256="0" * 64,
+        weights_bytes=1,
+        stored_bytes=1,
+        constant_bytes={"Int8": 1},
+        activation_bytes=1,
+        network_layers=1,
+        plugin_layers=1,
+        layers={"kgen": 1},
+        kernels={"decode": {"kernels": 1}},
+        step_bytes={"weights": 1},
+        inputs=[{"name": "input_ids"}],
+        outputs=[{"name": "logits"}],
+        profiles={"decode": shapes},
+        checks=(Check("names", passed=True, detail=""),),
+        self_contained=False,
+        plugin_form="library",
+        commands={"trtexec": "trtexec"},
+        seconds=0.5,
+    )
+    (folder / "engine.json").write_text(to_json(report))
 
 
 def _load_engine(folder: Path) -> None:

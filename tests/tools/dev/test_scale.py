@@ -1,0 +1,33 @@
+"""Random models of a given shape, to measure memory and time with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankbook.calibration.model.loading import load_model
+from rankbook.tools.dev import scale
+
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+
+
+def test_a_model_in_shards_is_one_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "_VOCABULARY", 300)
+    monkeypatch.setattr(scale, "_SHARD_BYTES", 200_000)
+    weights = scale.write_model(tmp_path / "m", TINY, 2)
+    shards = set(json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert len(shards) > 1
+    assert {path.name for path in (tmp_path / "m").glob("*.safetensors")} == shards
+    model, tokenizer = load_model(tmp_path / "m")
+    assert sum(parameter.numel() for parameter in model.parameters()) == weights
+    assert model.dtype == torch.bfloat16
+    assert len(model.model.layers) == 2
+    assert tokenizer.decode(tokenizer("a fox")["input_ids"]) == "a fox"
+
+
+def test_time_is_said_by_weights() -> None:
+    row = scale.Row("7B", 4, 2_000_000_000, "quantize rtn", 10.0, 3_000_000_000, 4_000_000_000)
+    assert scale.table([row]).splitlines()[-1] == "| 7B, 4 blocks | quantize rtn | 10 | 5 | 3.00 | 4.00 |"
