@@ -26,6 +26,7 @@ template __global__ void decode_int8<4, 1, 8, 2>(Int8Kernel);
 template __global__ void prefill_mma<4, 2, Half>(MatmulKernel);
 template __global__ void add_shares<Half>(ShareKernel);
 template __global__ void sort_tokens<>(ExpertKernel);
+template __global__ void experts_down<Half>(ExpertKernel);
 template __global__ void experts_tile_mma<4, 2, Half>(ExpertKernel);
 template __global__ void experts_mma<4, 1, Half>(ExpertKernel);
 
