@@ -131,6 +131,7 @@ class Arena:
         self._arrays: list[tuple[Array, bool]] = []
         self._parts: dict[int, tuple[int, ...]] = {}
         self._device: dict[int, Array] = {}  # on a GPU: the shape of what lies at an address
+        self._borrowed: dict[int, Array] = {}
 
     def __del__(self) -> None:
         for address in self._device:
@@ -152,10 +153,15 @@ class Arena:
         self._arrays.append((view, writable))
         return int(view.ctypes.data)
 
+    def adopt(self, other: Arena) -> None:
+        """Let kernels touch what another arena, which lives longer, holds as well."""
+        self._arrays += other._arrays
+        self._borrowed |= other._device
+
     def array(self, address: int) -> Array:
         """Return the array at an address given by `add`."""
         if ON_GPU:
-            found = np.empty_like(self._device[address])
+            found = np.empty_like((self._device | self._borrowed)[address])
             if library().rb_download(c.c_void_p(found.ctypes.data), c.c_void_p(address), c.c_size_t(found.nbytes)):
                 raise RuntimeError(library().rb_error().decode())
             return found
@@ -237,6 +243,28 @@ class Product:
 def matmul(tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str, **options: Any) -> Array:
     """Run a product once; see `Product`."""
     return Product(tensors, attributes, x, dtype, **options).run()
+
+
+def several(products: Sequence[Product]) -> tuple[list[Array], int]:
+    """Run products of equal x in one call; return their y and how many kernels that took.
+
+    Raises:
+        RuntimeError: The sentence of the kernels, or of the emulation.
+    """
+    arena = Arena()  # of all of them together
+    for product in products:
+        arena.adopt(product.arena)
+    all_ = (Matmul * len(products))(*(product.arguments for product in products))
+    for each in all_:
+        each.x = all_[0].x
+    lib = library()
+    lib.rb_workspace_of_several.restype = c.c_size_t
+    size = lib.rb_workspace_of_several(all_, len(products))
+    all_[0].workspace = arena.add(np.full(size, 0xFF, np.uint8), writable=True) if size else None
+    if not ON_GPU:
+        lib.rb_launches()
+    _call("rb_several", arena, all_, len(products))
+    return [arena.array(each.y).copy() for each in all_], 0 if ON_GPU else lib.rb_launches()
 
 
 def gather(tensors: Mapping[str, Array], attributes: Mapping[str, Any], indices: Array) -> Array:

@@ -71,11 +71,14 @@ def test_levels_and_coefficients_of_any_magnitude_survive_fp16():
         (3, "outside the shared memory"),
         (4, "different places"),
         (5, "outside the shared memory"),
+        (6, "access to what an earlier kernel may still write"),
+        (7, "ended without waiting for earlier ones"),
     ],
 )
 def test_the_emulation_catches_broken_kernels(what, message):
     with pytest.raises(RuntimeError, match=message):
         emulated.broken(what)
+    emulated.broken(8)  # two kernels, of which the second waits where it should
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,68 @@ def test_sums_of_several_blocks_repeat_bit_for_bit(dtype, tokens, rank, int8):
     assert np.isfinite(first.view(DTYPES[dtype]).astype(np.float64)).all()
     for _ in range(500 if emulated.ON_GPU else 2):
         np.testing.assert_array_equal(run(), first)
+
+
+# Tokens, rounded or not, rank of the branch, changes to the second product, kernels of three products of one x: x
+# rounded once; x down^T and the product of each; for more tokens the sum of shares.
+SEVERAL: dict[str, tuple[int, bool, int, dict[str, Any], int]] = {
+    "branch": (3, False, 5, {}, 3 + 3),
+    "no branch": (3, False, 0, {}, 3),
+    "rounded": (3, True, 5, {}, 1 + 3 + 3),
+    "rounded, no branch": (1, True, 0, {}, 1 + 3),
+    "rounded, other groups": (3, True, 5, {"group": 128}, 3 * (1 + 1 + 1)),
+    "rounded, many tokens": (20, True, 5, {}, 1 + 3 * (1 + 1 + 1)),
+    "many tokens": (20, False, 5, {}, 3 * (1 + 1 + 1)),
+}
+
+
+@pytest.mark.parametrize("case", list(SEVERAL))
+def test_products_of_one_x_are_what_each_is_alone(case):
+    tokens, int8, rank, changes, launches = SEVERAL[case]
+    same = Case(**LONG | {"rank": rank}, dtype="float16", tokens=(tokens,), int8_activations=int8)
+    cases = [dataclasses.replace(same, seed=i, out_features=rows) for i, rows in enumerate((33, 70, 32))]
+    cases[1] = dataclasses.replace(cases[1], **changes)
+    ops = [each.draw() for each in cases]
+    x = ops[0].x.view(np.uint16)
+    products = [emulated.Product(op.constants(), op.attributes, x, op.dtype, int8=int8) for op in ops]
+    found, kernels = emulated.several(products)
+    for y, one in zip(found, products, strict=True):
+        np.testing.assert_array_equal(y, one.run())
+    assert emulated.ON_GPU or kernels == launches
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_blocks_may_have_parts_of_two_tiles(rank):
+    """Four tiles for three blocks: each has more than a tile and less than two, and one in the middle is whole."""
+    op = Case(**LONG | {"rank": rank, "out_features": 257}, dtype="float16", bias=True).draw(tokens=(65,))
+    if emulated.ON_GPU:
+        check(RUNNERS["cuda"], op)
+        return
+    before = emulated.library().rb_resident(3)
+    try:
+        emulated.library().rb_launches()
+        check(RUNNERS["cuda"], op)
+        assert emulated.library().rb_launches() == 2 + (rank > 0)
+    finally:
+        emulated.library().rb_resident(before)
+
+
+def test_products_of_one_call_must_have_x_in_common():
+    one = prepared(Case(bits=4, in_features=64, group=64).draw())
+    other = prepared(Case(bits=4, in_features=128, group=64).draw())
+    with pytest.raises(RuntimeError, match="must have x, its type and what is done to it in common"):
+        emulated.several([one, other])
+    with pytest.raises(RuntimeError, match="1 to 4 products"):
+        emulated.several([one] * 5)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(17, 160), (45, 80)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_branch_of_many_tokens_goes_through_tensor_cores(dtype, tokens, columns):
+    """Ranks and tokens that end inside a tile, columns inside a step; where there are many blocks, wider ones."""
+    sizes: dict[str, Any] = {"bits": 4, "in_features": columns, "group": 16, "rank": 19, "out_features": 40}
+    tokens = 2000 if emulated.ON_GPU and tokens > 17 else tokens
+    check(RUNNERS["cuda"], Case(**sizes, dtype=dtype).draw(tokens=(tokens,)))
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -14,10 +14,11 @@ MIRRORS: tuple[type[c.Structure], ...] = (
     *(
         launches.MatmulKernel,
         launches.DenseKernel,
-        launches.ShareKernel,
+        launches.PrefillKernel,
         launches.ExpertKernel,
         launches_int8.Int8Plan,
         launches_int8.Int8Kernel,
+        launches_int8.RoundKernel,
     ),
 )
 

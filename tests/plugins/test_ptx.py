@@ -51,8 +51,9 @@ def some(cases: Iterable[str], everywhere: Sequence[str]) -> pytest.MarkDecorato
     return pytest.mark.parametrize(("module", "case"), pairs, ids=ids, indirect=["module"])
 
 
-# Record and launch: (changes to the record, type of x, tokens, blocks that share a panel). Both widths of a group's
-# parameters in registers, the shared-memory table, the ticket of shared panels, rows and inputs that end inside a tile.
+# Record and launch: (changes to the record, type of x, tokens, blocks that share a panel; of many tokens: all blocks).
+# Both widths of a group's parameters in registers, the shared-memory table, the ticket of shared panels, rows and
+# inputs that end inside a tile.
 PRODUCTS: dict[str, tuple[dict[str, Any], str, int, int]] = {
     "2 bits": ({"bits": 2, "planes": 1, "in_features": 256, "group": 64, "has_offset": True}, "float16", 1, 1),
     "2 bits, rank 2": ({"bits": 2, "planes": 2, "in_features": 136, "group": 136}, "float16", 2, 1),
@@ -126,12 +127,18 @@ MANY_TOKENS: dict[str, tuple[dict[str, Any], str, int, int]] = {
         {"bits": 4, "planes": 2, "in_features": 256, "group": 64, "rank": 20, "out_features": 64}, "float16", 64, 1
     ),
     "4 bits, shared": (
-        {"bits": 4, "planes": 2, "in_features": 320, "group": 64, "rank": 4, "bias": True}, "float16", 20, 2
+        {"bits": 4, "planes": 2, "in_features": 320, "group": 64, "rank": 20, "bias": True}, "float16", 20, 2
+    ),
+    "4 bits, parts of two tiles": (  # 2 tiles of 5 steps: 4 and 4 and 2, the second block ends one and begins the other
+        {"bits": 4, "planes": 2, "in_features": 320, "group": 64, "rank": 4, "out_features": 288}, "float16", 20, 3
+    ),
+    "4 bits, more than a tile": (  # 3 tiles of 2 steps: the first block has a whole one and half of the next
+        {"bits": 4, "planes": 2, "in_features": 128, "group": 64, "rank": 4, "out_features": 544}, "float16", 20, 2
     ),
 }  # fmt: skip
 
 
-@some(MANY_TOKENS, ["4 bits, shared"])
+@some(MANY_TOKENS, ["4 bits, shared", "4 bits, more than a tile"])
 def test_products_of_many_tokens(module: launches.Module, case: str) -> None:
     changes, dtype, tokens, blocks = MANY_TOKENS[case]
     interpret(product_of(changes, dtype, tokens), launches.matmul, module, blocks=blocks)

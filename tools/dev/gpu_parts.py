@@ -289,11 +289,11 @@ def prediction(request: Request) -> Found:
     if not request.timings:
         raise MissingError("nothing was timed that could be predicted")
     for architecture in (request.architecture, gpu.code):
-        costs, resident = layer_time.compiled(kernel_library.ROOT / request.library, architecture)
+        costs, counts = layer_time.compiled(kernel_library.ROOT / request.library, architecture)
         if costs:
             return {
                 "gpu": gpu.name,
-                "predictions": predictions(layer_time.Times(gpu, costs, resident), request.timings),
+                "predictions": predictions(layer_time.Times(gpu, costs, counts), request.timings),
             }
     raise MissingError(f"{request.library} holds no machine code for {request.gpu}, only PTX")
 
@@ -314,7 +314,7 @@ def predictions(times: Any, timings: tuple[Mapping[str, Any], ...]) -> list[floa
             continue
         sizes = {name: item[name] for name in ("rows", "columns", "bits", "planes", "branch_rank", "group")}
         one = times.of(Layer(**sizes), item["tokens"], int8=item["int8"])
-        found.append(1e-6 * (one.busy + one.launches * LAUNCH))
+        found.append(1e-6 * (one.busy + one.in_turn * LAUNCH))
     return found
 
 

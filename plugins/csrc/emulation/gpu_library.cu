@@ -48,6 +48,14 @@ RB_EXPORT int rb_matmul(const rankbook::cuda::Matmul* arguments) {
   return report(rankbook::cuda::launch_matmul(*arguments, nullptr));
 }
 
+RB_EXPORT std::size_t rb_workspace_of_several(const rankbook::cuda::Matmul* products, int count) {
+  return rankbook::cuda::matmuls_workspace(products, count);
+}
+
+RB_EXPORT int rb_several(const rankbook::cuda::Matmul* products, int count) {
+  return report(rankbook::cuda::launch_matmuls(products, count, nullptr));
+}
+
 RB_EXPORT int rb_gather(const rankbook::cuda::Gather* arguments) {
   return report(rankbook::cuda::launch_gather(*arguments, nullptr));
 }

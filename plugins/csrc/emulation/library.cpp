@@ -1,5 +1,6 @@
 // A C interface over the emulated kernels, for the tests (ctypes), and broken kernels that the checks must catch.
 #include <cstring>
+#include <utility>
 
 #include "kernels/cuda/dispatch.cuh"
 #include "kernels/cuda/experts.cuh"
@@ -49,6 +50,15 @@ void broken(Probe probe) {
   barrier();
 }
 
+// The first of two writes; the second reads before it has waited (6), or where one thread never waits (7), or as it should (8).
+void early(Probe probe) {
+  using namespace rankbook::cuda;
+  if (probe.what == 6) store(probe.y + 1, load(probe.y));
+  if (probe.what == 7 && thread_index() == 3) return;
+  wait_for_earlier();
+  if (thread_index() == 0) store(probe.y, load(probe.y) + 1.0f);
+}
+
 }  // namespace
 
 #define RB_EXPORT extern "C" __attribute__((visibility("default")))
@@ -69,8 +79,8 @@ RB_EXPORT std::size_t rb_size(const char* name) {
     std::size_t bytes;
   } all[] = {{"Floats", sizeof(Floats)},           {"PackedWeight", sizeof(PackedWeight)}, {"Factor", sizeof(Factor)},
              {"Matmul", sizeof(Matmul)},           {"Gather", sizeof(Gather)},             {"MatmulKernel", sizeof(MatmulKernel)},
-             {"DenseKernel", sizeof(DenseKernel)}, {"ShareKernel", sizeof(ShareKernel)}, {"Int8Plan", sizeof(Int8Plan)},     {"Int8Kernel", sizeof(Int8Kernel)},
-             {"ExpertKernel", sizeof(ExpertKernel)}};
+             {"DenseKernel", sizeof(DenseKernel)}, {"PrefillKernel", sizeof(PrefillKernel)}, {"Int8Plan", sizeof(Int8Plan)},     {"Int8Kernel", sizeof(Int8Kernel)},
+             {"RoundKernel", sizeof(RoundKernel)},  {"ExpertKernel", sizeof(ExpertKernel)}};
   for (const auto& each : all) {
     if (std::strcmp(each.name, name) == 0) return each.bytes;
   }
@@ -85,6 +95,20 @@ RB_EXPORT int rb_matmul(const rankbook::cuda::Matmul* arguments) {
   return guarded([&] { return rankbook::cuda::launch_matmul(*arguments, nullptr); });
 }
 
+RB_EXPORT std::size_t rb_workspace_of_several(const rankbook::cuda::Matmul* products, int count) {
+  return rankbook::cuda::matmuls_workspace(products, count);
+}
+
+RB_EXPORT int rb_several(const rankbook::cuda::Matmul* products, int count) {
+  return guarded([&] { return rankbook::cuda::launch_matmuls(products, count, nullptr); });
+}
+
+// Blocks that the machine runs at once; returns how many it did.
+RB_EXPORT int rb_resident(int blocks) { return std::exchange(Machine::get().resident_blocks, blocks); }
+
+// Kernels since the last call.
+RB_EXPORT int rb_launches() { return std::exchange(Machine::get().launches, 0); }
+
 RB_EXPORT int rb_gather(const rankbook::cuda::Gather* arguments) {
   return guarded([&] { return rankbook::cuda::launch_gather(*arguments, nullptr); });
 }
@@ -94,6 +118,12 @@ RB_EXPORT int rb_dense(const rankbook::cuda::PackedWeight* weight, void* y, int 
       [&] { return rankbook::cuda::launch_dense(*weight, y, static_cast<rankbook::cuda::DataType>(type), nullptr); });
 }
 
+// What begins with 6 is two kernels, of which the second starts early.
 RB_EXPORT int rb_broken(int what, float* y) {
-  return guarded([&] { return rankbook::cuda::launch(broken, dim3(1), 64, nullptr, Probe{what, y}); });
+  using rankbook::cuda::Start;
+  return guarded([&] {
+    if (what < 6) return rankbook::cuda::launch(broken, dim3(1), 64, nullptr, Probe{what, y});
+    const Status first = rankbook::cuda::launch(early, dim3(1), 64, nullptr, Probe{0, y});
+    return first.ok() ? rankbook::cuda::launch(early, dim3(1), 64, nullptr, Probe{what, y}, Start::kEarly) : first;
+  });
 }

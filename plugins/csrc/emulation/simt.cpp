@@ -18,6 +18,14 @@ void Machine::check(const void* address, std::size_t bytes, std::size_t alignmen
   const std::string who = " by thread " + std::to_string(thread) + " of block " + std::to_string(block_x) + ", " +
                           std::to_string(block_y);
   if (at % alignment != 0) fail("misaligned access of " + std::to_string(bytes) + " bytes" + who);
+  if (!written_.empty() && !fibers_.empty() && !fibers_[thread]->waited) {
+    for (std::size_t i = 0; i < bytes; i += 2) {
+      if (written_.count((at + i) / 2) > 0) fail("access to what an earlier kernel may still write" + who);
+    }
+  }
+  if (write) {
+    for (std::size_t i = 0; i < bytes; i += 2) writes_.insert((at + i) / 2);
+  }
   for (const Buffer& buffer : buffers) {
     if (at < buffer.begin || at + bytes > buffer.end) continue;
     if (write && !buffer.writable) fail("write to a read-only buffer" + who);
@@ -32,6 +40,9 @@ void Machine::entry() {
   const int self = machine.thread;
   try {
     machine.body_(machine.arguments_);
+    if (machine.early_ && !machine.fibers_[self]->waited) {
+      fail("a thread of a kernel that was launched early ended without waiting for earlier ones");
+    }
   } catch (const std::exception& error) {
     if (machine.error_.empty()) machine.error_ = error.what();
   }
@@ -104,6 +115,7 @@ void Machine::run_block(int threads) {
   for (auto& fiber : fibers_) {
     if (!fiber) fiber = std::make_unique<Fiber>();
     fiber->done = false;
+    fiber->waited = !early_;
     fiber->warp_generation = fiber->block_generation = 0;
     fiber->waits_for = nullptr;
     fiber->started.clear();
@@ -134,7 +146,14 @@ void Machine::run_block(int threads) {
 }
 
 void Machine::run(void (*body)(const void*), const void* arguments, dim3 new_grid, std::size_t bytes_of_shared,
-                  int threads) {
+                  int threads, cuda::Start how) {
+  early_ = how == cuda::Start::kEarly;
+  if (early_ && !follows_) fail("a kernel is launched early behind none");
+  if (early_) written_.insert(writes_.begin(), writes_.end());
+  else written_.clear();
+  writes_.clear();
+  follows_ = true;
+  ++launches;
   shared_bytes = bytes_of_shared;
   std::vector<unsigned char> storage(shared_bytes + 2 * kGuard + 128);
   const auto start = reinterpret_cast<std::uintptr_t>(storage.data()) + kGuard;

@@ -16,6 +16,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "kernels/cuda/params.h"
@@ -65,8 +66,17 @@ struct Meeting {
 struct Machine {
   static Machine& get();
 
-  void run(void (*body)(const void*), const void* arguments, dim3 grid, std::size_t bytes_of_shared, int threads);
+  void run(void (*body)(const void*), const void* arguments, dim3 grid, std::size_t bytes_of_shared, int threads,
+           cuda::Start start);
   void check(const void* address, std::size_t bytes, std::size_t alignment, bool write) const;
+
+  // A kernel that is launched early may run while those before it, up to the last one that was launched in turn, still do:
+  // until a thread has waited, it may touch nothing that they write. Every thread must wait.
+  void wait_for_earlier() { fibers_[thread]->waited = true; }
+  void end_earlier() {  // what is no kernel waits, and nothing starts early behind it
+    follows_ = false;
+    written_.clear();
+  }
 
   // Meets the other lanes of the warp; `data` (at most 32 bytes) of all lanes is in the result.
   const Meeting& meet_warp(const char* place, const void* data, std::size_t bytes);
@@ -83,6 +93,7 @@ struct Machine {
   dim3 grid{1};
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
+  int launches = 0;  // kernels so far
   int resident_blocks = 8;  // few, so that some layers of the tests fill the machine and others are shared by blocks
 
  private:
@@ -94,7 +105,7 @@ struct Machine {
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
-    bool done = false;
+    bool done = false, waited = false;
     std::uint64_t warp_generation = 0, block_generation = 0;
     const Meeting* waits_for = nullptr;
     int members = 0;
@@ -112,6 +123,9 @@ struct Machine {
   void (*body_)(const void*) = nullptr;
   const void* arguments_ = nullptr;
   std::string error_;
+  bool early_ = false, follows_ = false;               // how the present kernel is launched; whether it follows one
+  std::unordered_set<std::uintptr_t> written_;         // by kernels that it may not see the end of, in pieces of 2 bytes
+  mutable std::unordered_set<std::uintptr_t> writes_;  // its own
 };
 
 float half_to_float(std::uint16_t bits);
@@ -126,6 +140,7 @@ namespace rankbook::cuda {
 // Far below those of a GPU, so that small layers meet the limits at all.
 constexpr int kMostBlocksY = 128;
 constexpr std::size_t kMostDense = 8 * 1024;
+constexpr int kWideBranch = 10;
 
 template <typename T>
 T load(const T* address) {
@@ -192,6 +207,15 @@ inline unsigned arrive(unsigned* counter) {
   return before;
 }
 inline void see_others() {}
+inline void let_next_start() {}
+inline void wait_for_earlier() { emulation::Machine::get().wait_for_earlier(); }
+inline void prefetch(const void* from, unsigned bytes) {
+  if (bytes > 0) emulation::Machine::get().check(from, bytes, 16, false);
+}
+template <typename Kernel>
+bool starts_early(Kernel) {
+  return true;
+}
 struct Residency {
   template <typename Kernel>
   int blocks(Kernel, std::size_t) {
@@ -199,6 +223,7 @@ struct Residency {
   }
 };
 inline Status clear(void* address, std::size_t bytes, void*) {
+  emulation::Machine::get().end_earlier();
   emulation::Machine::get().check(address, bytes, 4, true);
   std::memset(address, 0, bytes);
   return {};
@@ -314,7 +339,8 @@ inline void mma_int8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
 }
 
 template <typename Arguments>
-Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void*, const Arguments& arguments) {
+Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void*, const Arguments& arguments,
+              Start start = Start::kInTurn) {
   struct Call {
     void (*kernel)(Arguments);
     const Arguments* arguments;
@@ -327,7 +353,7 @@ Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, vo
         const auto* it = static_cast<const Call*>(data);
         it->kernel(*it->arguments);
       },
-      &call, grid, shared_bytes, kWarps * emulation::kWarp);
+      &call, grid, shared_bytes, kWarps * emulation::kWarp, start);
   return {};
 }
 

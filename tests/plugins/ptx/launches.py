@@ -30,8 +30,12 @@ class MatmulKernel(c.Structure):
     ]
 
 
-class ShareKernel(c.Structure):
-    _fields_ = [("k", MatmulKernel), ("shares", c.c_int)]
+class Split(c.Structure):
+    _fields_ = [("across", c.c_int), ("steps", c.c_int), ("own", c.c_int)]
+
+
+class PrefillKernel(c.Structure):
+    _fields_ = [("k", MatmulKernel), ("split", Split)]
 
 
 class DenseKernel(c.Structure):
@@ -90,7 +94,7 @@ def matmul(
         attributes: Its attributes.
         x: (M, K) float32, or 16-bit floats as uint16 bits.
         dtype: Type of x.
-        blocks: Blocks that share a panel, or with more than 16 tokens eight panels.
+        blocks: Blocks that share a panel; with more than 16 tokens all of them, 1: one for each tile.
     """
     device = Device()
     kernel = arguments_of(device, tensors, attributes, x, dtype)
@@ -98,8 +102,7 @@ def matmul(
     if tokens <= 16:
         share_panels(device, kernel, _tile(dtype, tokens), blocks, cleared=not rank)
     if rank:
-        grid = (ceil_div(rank, 4), ceil_div(tokens, 8))
-        module.launch(f"branch_down.*{KINDS[dtype]}E", device, bytes(kernel), grid, 4 * 32 * WARPS)
+        _branch_down(module, device, kernel, dtype)
     if tokens <= 16:
         _decode(module, device, kernel, dtype, blocks)
     elif dtype != "float32" and kernel.m.weight.columns % 8 == 0 and stored_planes(kernel.m.weight) <= 2:
@@ -107,6 +110,16 @@ def matmul(
     else:
         _product(module, device, kernel, dtype, x.dtype)
     return device.array(kernel.m.y)
+
+
+def _branch_down(module: Module, device: Device, kernel: MatmulKernel, dtype: str) -> None:
+    m = kernel.m
+    if m.tokens > 16 and dtype != "float32" and not m.down.scale_full and m.weight.columns % 16 == 0:
+        grid, shared = (ceil_div(m.rank, 16), ceil_div(m.tokens, 8)), 4 * WARPS * 16 * 8
+        module.launch(rf"branch_down_mma.*{KINDS[dtype]}ELi1E", device, bytes(kernel), grid, shared)
+        return
+    grid = (ceil_div(m.rank, 4), ceil_div(m.tokens, 8))
+    module.launch(f"branch_downI.*{KINDS[dtype]}E", device, bytes(kernel), grid, 4 * 32 * WARPS)
 
 
 def arguments_of(
@@ -205,18 +218,20 @@ def _tile_bytes(weight: emulated.PackedWeight) -> int:
     return _pair_table_bytes(weight) + stages * 64 * (step + (32 if weight.bits == 3 else 16))
 
 
-def _prefill(module: Module, device: Device, kernel: MatmulKernel, dtype: str, shares: int) -> None:
+def _prefill(module: Module, device: Device, kernel: MatmulKernel, dtype: str, blocks: int) -> None:
     weight, tokens = kernel.m.weight, kernel.m.tokens
-    panels = ceil_div(weight.rows, PANEL)
-    if shares > 1:
-        filler = np.full((shares, tokens, panels * PANEL), np.nan, np.float32)
+    panels, steps = ceil_div(weight.rows, PANEL), ceil_div(weight.columns, 128 if weight.bits == 3 else 64)
+    across, tiles = ceil_div(panels, WARPS), ceil_div(panels, WARPS) * ceil_div(tokens, 64)
+    own = steps if blocks == 1 else ceil_div(tiles * steps, blocks)
+    if own != steps:
+        filler = np.full((ceil_div(steps, own) + 1, tokens, panels * PANEL), np.nan, np.float32)
         kernel.shares = device.add(filler, writable=True)
-    grid = (ceil_div(panels, WARPS), ceil_div(tokens, 64) * shares)
+    arguments = bytes(PrefillKernel(kernel, Split(across, steps, own)))
     pattern = rf"prefill_mmaILi{weight.bits}ELi{stored_planes(weight)}E.*{KINDS[dtype]}E"
-    module.launch(pattern, device, bytes(kernel), grid, _tile_bytes(weight))
-    if shares > 1:
+    module.launch(pattern, device, arguments, (ceil_div(tiles * steps, own), 1), _tile_bytes(weight))
+    if own != steps:
         grid = (ceil_div(weight.rows, 128), ceil_div(tokens, WARPS))
-        module.launch(f"add_shares.*{KINDS[dtype]}E", device, bytes(ShareKernel(kernel, shares)), grid)
+        module.launch(f"add_shares.*{KINDS[dtype]}E", device, arguments, grid)
 
 
 def _product(module: Module, device: Device, kernel: MatmulKernel, dtype: str, stored: Any) -> None:

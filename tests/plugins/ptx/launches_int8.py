@@ -44,6 +44,14 @@ class Int8Kernel(c.Structure):
     ]
 
 
+class RoundProduct(c.Structure):
+    _fields_ = [("weight", emulated.PackedWeight), ("levels", c.c_void_p), ("arrivals", c.c_void_p)]
+
+
+class RoundKernel(c.Structure):
+    _fields_ = [("x", Int8Kernel), ("count", c.c_int), ("products", RoundProduct * 4)]
+
+
 def plan_of(weight: emulated.PackedWeight, tokens: int) -> Int8Plan:
     """Return how the columns are cut; ``parts`` is 0 if groups are neither whole steps nor half ones."""
     size, step = weight.columns // weight.groups, 128 if weight.bits == 3 else 64
@@ -81,7 +89,9 @@ def matmul(
     kernel.natural = scratch(m.tokens * m.weight.columns) if m.rank else 0
     kernel.rounded, kernel.levels = scratch(8 * pieces * plan.slots), scratch(LEVEL_BYTES)
     share_panels(device, kernel.k, plan.slots, blocks, cleared=False)
-    module.launch(f"round_activations.*{KINDS[dtype]}E", device, bytes(kernel), (teams + 1, m.tokens), 4 * WARPS)
+    rounding = RoundKernel(kernel, 1)
+    rounding.products[0] = RoundProduct(m.weight, kernel.levels, kernel.k.arrivals)
+    module.launch(f"round_activations.*{KINDS[dtype]}E", device, bytes(rounding), (teams + 1, m.tokens), 4 * WARPS)
     if m.rank:
         module.launch("branch_down_int8", device, bytes(kernel), (m.rank, m.tokens), 4 * WARPS)
     _decode(module, device, kernel, blocks)

@@ -46,10 +46,15 @@ class _Compiler:
             "mma": self._multiply_matrices,
             "atom": self._atomic,
             "cp": self._copy,
+            "prefetch": self._prefetch,
             "bar": self._meet,
         }
         if self.it.opcode in FENCES:
             return lambda state, mask: None  # the interpreter's memory is always in order
+        if self.it.opcode == "griddepcontrol":  # kernels run one after another
+            if self.it.modifiers not in (("launch_dependents",), ("wait",)):
+                raise self.it.error("unknown form")
+            return self._guarded(lambda state, mask: None)
         make = special.get(self.it.opcode, self._compute)
         return self._guarded(make())
 
@@ -181,7 +186,28 @@ class _Compiler:
 
         return atomic
 
+    def _prefetch(self) -> Step:
+        """Ask the cache for a line, or for ``size`` bytes: nothing moves, but they must be there."""
+        bulk = self.it.opcode == "cp"
+        if not bulk and self.it.modifiers != ("global", "L2"):
+            raise self.it.error("unknown form")
+        from_ = self._address(self.it.operands[0], "global")
+        size = self.read(self.it.operands[1], "u32") if bulk else None
+
+        def prefetch(state: State, mask: Array) -> None:
+            at, row = from_(state)[mask], state.row("global", mask)
+            if size is not None:
+                count = np.broadcast_to(size(state), state.lanes)[mask]
+                if (count % 16).any():
+                    raise PtxError(f"a prefetch of {count.max()} bytes, which are no pieces of 16")
+                at = np.concatenate([at, at + count - 16])
+            state.spaces["global"].load(at, row, np.dtype("u4"), 4)
+
+        return prefetch
+
     def _copy(self) -> Step:
+        if self.it.modifiers == ("async", "bulk", "prefetch", "L2", "global"):
+            return self._prefetch()
         if self.it.modifiers == ("async", "commit_group"):
             return lambda state, mask: state.copies.commit(mask)
         if self.it.modifiers == ("async", "wait_group"):

@@ -187,7 +187,7 @@ def test_the_cases_are_those_of_the_kernels() -> None:
 
 @pytest.fixture(scope="module")
 def code() -> Any:
-    """Loops and resident blocks of the kernels in the library, read once: cuobjdump takes its time."""
+    """Loops and registers of the kernels in the library, read once: cuobjdump takes its time."""
     if reason := library.unavailable("trt"):
         pytest.skip(reason)
     try:

@@ -11,18 +11,32 @@ from rankbook.tools.errors import CommandError
 
 
 @pytest.mark.parametrize(
-    ("blocks", "steps", "most", "slots", "prologue", "toll", "shares"),
+    ("panels", "steps", "slots", "taken", "shares"),
     [
-        (16, 64, 8, 132, 2, 6, 8),  # 4,096 rows and 17 tokens on an H100: one wave of 128 blocks
-        (128, 64, 1, 132, 2, 6, 1),  # 512 tokens: full without sharing
-        (344, 8, 2, 264, 2, 0, 2),  # 11,008 rows, decoding: 3 waves of 4 steps beat 2 of 8
-        (4, 1, 8, 264, 2, 6, 1),  # nothing to share
+        (344, 64, 264, 0, 2),  # 11,008 rows: 3 waves of 4 steps beat 2 of 8
+        (4, 1, 264, 0, 1),  # nothing to share
+        (128, 64, 264, 8, 2),  # 4,096 rows: 8 blocks of the branch have room beside 256
+        (128, 128, 264, 9, 4),  # and 9 do not: two waves of quarters beat one of wholes
     ],
 )
-def test_shares_fill_waves(
-    blocks: int, steps: int, most: int, slots: int, prologue: int, toll: int, shares: int
+def test_shares_fill_waves(panels: int, steps: int, slots: int, taken: int, shares: int) -> None:
+    assert layer_time.panel_shares(panels, steps, slots, taken) == shares
+
+
+@pytest.mark.parametrize(
+    ("steps", "tiles", "slots", "most", "split"),
+    [
+        (64, 16, 132, 8, (8, 128, 8, 1, 128)),  # 4,096 rows and 17 tokens on an H100
+        (64, 128, 132, 4, (64, 128, 1, 1, 0)),  # 512 tokens: full without sharing
+        (128, 112, 132, 4, (109, 132, 3, 2, 244)),  # 28,672 rows: every multiprocessor has as much as every other
+        (40, 4, 3, 8, (54, 3, 2, 3, 6)),
+        (64, 300, 132, 1, (64, 300, 1, 1, 0)),  # sums of so many tiles have no room
+    ],
+)
+def test_tiles_are_cut_evenly_where_they_leave_places_empty(
+    steps: int, tiles: int, slots: int, most: int, split: tuple[int, ...]
 ) -> None:
-    assert layer_time.best_shares(blocks, steps, most, slots, prologue, toll) == shares
+    assert layer_time.Split.best(steps, tiles, slots, most) == layer_time.Split(*split)
 
 
 def test_bytes_of_a_layer() -> None:
@@ -70,6 +84,28 @@ def test_layers_that_fill_a_gpu_wait_for_memory(times: list[layer_time.Times]) -
     for each in (each for each in times if each.gpu.name not in ("GH200-96GB", "H200-SXM")):
         for tokens in (1, 8, 16):
             assert each.of(Layer(28672, 8192), tokens).ratio <= 1.3, (each.gpu.name, tokens)
+            if each.gpu.code >= layer_time.EARLY:
+                assert each.of(Layer(4096, 4096), tokens).ratio <= 1.4, (each.gpu.name, tokens)
+
+
+def test_behind_the_first_kernel_others_start_early_where_the_gpu_can(times: list[layer_time.Times]) -> None:
+    for each in times:
+        for tokens in (1, 8, 17, 64, 256):
+            one = each.of(Layer(4096, 4096), tokens)
+            early = each.gpu.code >= layer_time.EARLY
+            assert one.in_turn == (1 if early else one.launches)
+            assert one.hidden == (min(one.branch, one.product) if early else 0.0)
+
+
+def test_many_tokens_keep_tensor_cores_busy_on_an_h100(times: list[layer_time.Times]) -> None:
+    """A branch of rank 32 among it: at least 70 % of the rate of mma.sync from 256 tokens on."""
+    for each in (each for each in times if each.gpu.name == "H100-SXM"):
+        gpu = each.gpu
+        rate = 16 * 8 * 16 / gpu.mma * gpu.multiprocessors * gpu.clock * 1e3  # multiply-adds per microsecond
+        for layer in (layer for layer in layer_time.LAYERS if layer.rows >= 4096):
+            for tokens in (256, 512, 1024, 4096):
+                best = layer.rows * layer.columns * tokens / rate
+                assert best / each.of(layer, tokens).busy >= 0.7, (layer, tokens)
 
 
 def test_experts_of_a_token_cost_what_their_codes_cost(times: list[layer_time.Times]) -> None:

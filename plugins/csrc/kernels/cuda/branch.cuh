@@ -40,9 +40,9 @@ struct AllTokens {
 
 // The first kernel of a product sets the counters to zero, where there is one before those that count: a memset would be
 // one more node of the graph. Called by one block.
-RB_DEVICE void clear_arrivals(const MatmulKernel& k) {
-  if (k.arrivals == nullptr) return;
-  for (int i = thread_index(); i < (k.m.weight.rows + kPanel - 1) / kPanel; i += kWarps * 32) store(k.arrivals + i, 0u);
+RB_DEVICE void clear_arrivals(unsigned* arrivals, int rows) {
+  if (arrivals == nullptr) return;
+  for (int i = thread_index(); i < (rows + kPanel - 1) / kPanel; i += kWarps * 32) store(arrivals + i, 0u);
 }
 
 // Four neighbouring elements of row `row` of a factor with `columns` columns, without its scale per rank.
@@ -140,6 +140,7 @@ RB_DEVICE void multiply_down(const MatmulKernel& arguments, const Tokens& tokens
   auto* partial = reinterpret_cast<float*>(shared_memory());
   partial[32 * warp + lane] = sum_of_lanes<>(sums);
   barrier();
+  wait_for_earlier();
   if (warp > 0) return;
   float sum = 0.0f;
 #pragma unroll
@@ -151,8 +152,94 @@ RB_DEVICE void multiply_down(const MatmulKernel& arguments, const Tokens& tokens
 // Blocks (x: 4 ranks, y: 8 tokens).
 template <typename T>
 RB_KERNEL(2) branch_down(MatmulKernel arguments) {
-  if (block_x() == 0 && block_y() == 0) clear_arrivals(arguments);
+  let_next_start();
+  if (block_x() == 0 && block_y() == 0) clear_arrivals(arguments.arrivals, arguments.m.weight.rows);
   multiply_down<T>(arguments, AllTokens{arguments.m.tokens}, block_x() * kBranchRanks, block_y() * kBranchTokens);
+}
+
+// The same by tensor cores for many tokens, where `down` is stored as int8, whose codes are exact in fp16 and bfloat16.
+// Blocks (x: 16 ranks, y: 8 kTiles tokens); the warps share the columns. Ranks are the rows of operand A, tokens the columns
+// of B; a lane takes 16 neighbouring columns of both, as in decode_mma.cuh. `branch_down` would read x R / 4 times: at 1,024
+// tokens longer than a fifth of the product takes. Shared memory: the sums of the warps.
+constexpr int kBranchMmaRanks = 16;
+constexpr std::size_t branch_mma_bytes(int tiles) { return sizeof(float) * kWarps * kBranchMmaRanks * 8 * tiles; }
+
+// Four int8 codes as two pairs of 16-bit floats: a byte in the bits of a float is 2^15 + byte, as in PanelParams.
+template <typename T>
+RB_DEVICE void floats_of_codes(std::uint32_t codes, std::uint32_t& low, std::uint32_t& high) {
+  float values[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = float_of(permute(codes ^ 0x80808080u, 0x47000000u, 0x7404u + 16u * static_cast<unsigned>(i))) - (32768.0f + 128.0f);
+  }
+  low = T::pack(values[0], values[1]), high = T::pack(values[2], values[3]);
+}
+
+template <typename T, int kTiles>
+RB_KERNEL(4) branch_down_mma(MatmulKernel arguments) {
+  constexpr int kColumns = 64;  // of a warp and step
+  const Matmul& m = arguments.m;
+  const int lane = thread_index() & 31, warp = thread_index() >> 5, p = lane >> 2, q = lane & 3;
+  const int first_rank = block_x() * kBranchMmaRanks, first_token = block_y() * 8 * kTiles, columns = m.weight.columns;
+  let_next_start();
+  const std::int8_t* down[2];  // ranks and tokens that do not exist repeat the last ones: rows and columns do not mix
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int rank = first_rank + p + 8 * i;
+    down[i] = m.down.codes + static_cast<std::size_t>(rank < m.rank ? rank : m.rank - 1) * columns;
+  }
+  const std::uint16_t* x[kTiles];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int token = first_token + 8 * tile + p;
+    x[tile] = static_cast<const std::uint16_t*>(m.x) + static_cast<std::size_t>(token < m.tokens ? token : m.tokens - 1) * columns;
+  }
+  float sums[kTiles][4] = {};
+#pragma unroll(kTiles == 1 ? 4 : 1)
+  for (int k = kColumns * warp + 16 * q; k - 16 * q < columns; k += kColumns * kWarps) {
+    uint4 codes[2] = {{0u, 0u, 0u, 0u}, {0u, 0u, 0u, 0u}};
+    if (k < columns) {  // rows are multiples of 16
+#pragma unroll
+      for (int i = 0; i < 2; ++i) codes[i] = load(reinterpret_cast<const uint4*>(down[i] + k));
+    }
+    const std::uint32_t words[2][4] = {{codes[0].x, codes[0].y, codes[0].z, codes[0].w},
+                                       {codes[1].x, codes[1].y, codes[1].z, codes[1].w}};
+    std::uint32_t a[4][4];  // of four products
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) floats_of_codes<T>(words[i][j], a[j][i], a[j][2 + i]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint4 pieces[2] = {{0u, 0u, 0u, 0u}, {0u, 0u, 0u, 0u}};
+      if (k < columns) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) pieces[i] = load(reinterpret_cast<const uint4*>(x[tile] + k + 8 * i));
+      }
+      T::mma(sums[tile], a[0], pieces[0].x, pieces[0].y);
+      T::mma(sums[tile], a[1], pieces[0].z, pieces[0].w);
+      T::mma(sums[tile], a[2], pieces[1].x, pieces[1].y);
+      T::mma(sums[tile], a[3], pieces[1].z, pieces[1].w);
+    }
+  }
+  auto* partial = reinterpret_cast<float*>(shared_memory());
+  constexpr int kSums = kBranchMmaRanks * 8 * kTiles;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      partial[kSums * warp + (8 * tile + 2 * q + c % 2) * kBranchMmaRanks + p + 8 * (c / 2)] = sums[tile][c];
+    }
+  }
+  barrier();
+  wait_for_earlier();
+  for (int i = thread_index(); i < kSums; i += kWarps * 32) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) sum += partial[kSums * other + i];
+    store_u(m, first_rank + i % kBranchMmaRanks, first_token + i / kBranchMmaRanks, sum, arguments.u);
+  }
 }
 
 // Four neighbouring elements of u, zero past the last rank.
@@ -206,6 +293,7 @@ template <typename T, bool kShared = true, typename Tokens>
 RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, const Tokens& tokens, float* partial, int panel, int tile) {
   const Matmul& m = arguments.m;
   const int blocks = kShared ? grid_y() : 1, size = tile * kPanel;
+  wait_for_earlier();  // up to here a product touches nothing but x, the weight and shared memory
   if (blocks > 1) {
     for (int i = thread_index(); i < size; i += kWarps * 32) {
       float sum = 0.0f;
@@ -233,19 +321,6 @@ RB_DEVICE void reduce_and_store(const MatmulKernel& arguments, const Tokens& tok
   }
 }
 
-// How many blocks share the work of one, so that waves of `slots` blocks leave few places empty: the least time, counted
-// in steps of a block, of which the beginning of a block (table, first codes) costs `prologue` and adding up `toll`.
-inline int best_shares(int blocks, int steps, int most, int slots, int prologue, int toll) {
-  int best = 1;
-  long least = LONG_MAX;
-  for (int shares = 1; shares <= most; ++shares) {
-    const long waves = ceil_div(blocks * shares, slots);
-    const long cost = waves * (prologue + ceil_div(steps, shares)) + (shares > 1 ? toll : 0);
-    if (cost < least) best = shares, least = cost;
-  }
-  return best;
-}
-
 // The most blocks that share a panel of a product of few tokens; a bound that depends on the layer only, since engines are
 // built, and their workspace is asked for, on other machines than those that run them. 768 blocks are more than fit at once.
 inline int most_shares(int rows) {
@@ -253,9 +328,21 @@ inline int most_shares(int rows) {
   return shares < 1 ? 1 : (shares < 8 ? shares : 8);
 }
 
-// For few tokens: a block's eight warps share its `steps`; table and first codes take as long as about two steps a warp.
-inline int panel_shares(const Matmul& m, int steps, int slots) {
-  return best_shares(ceil_div(m.weight.rows, kPanel), ceil_div(steps, kWarps), most_shares(m.weight.rows), slots, 2, 0);
+// How many blocks share a panel of few tokens, so that waves of `slots` blocks leave few places empty: the least time, counted
+// in steps of a warp, of which a block's eight share `steps`; table and first codes take as long as about two. `taken` places
+// of the first wave are those of a kernel that still runs.
+inline int panel_shares(const Matmul& m, int steps, int slots, int taken) {
+  const int panels = ceil_div(m.weight.rows, kPanel), of_warp = ceil_div(steps, kWarps);
+  int best = 1;
+  long least = LONG_MAX;
+  for (int shares = 1; shares <= most_shares(m.weight.rows); ++shares) {
+    const long cost = static_cast<long>(ceil_div(panels * shares + taken, slots)) * (2 + ceil_div(of_warp, shares));
+    if (cost < least) best = shares, least = cost;
+  }
+  return best;
 }
+
+// Blocks of `branch_down`.
+inline dim3 branch_grid(const Matmul& m) { return dim3(ceil_div(m.rank, kBranchRanks), ceil_div(m.tokens, kBranchTokens)); }
 
 }  // namespace rankbook::cuda

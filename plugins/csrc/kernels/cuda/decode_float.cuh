@@ -174,9 +174,25 @@ struct DenseKernel {
   int rows = 0;
 };
 
-// The weight, or a part of its rows, in T. Blocks (x: panel, y: share of the columns).
-// Stores are single elements, a row apart from lane to lane, which wastes most of each
-// transaction: the product of many tokens that follows takes several times as long.
+// Four neighbouring elements of a row, from an address aligned to them on, at once where rows are made of such pieces.
+template <typename T>
+RB_DEVICE void store_four(typename T::Stored* to, int left, bool whole, const float (&values)[4]) {
+  if (!whole) {  // the same for all threads
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (c < left) store(to + c, T::encode(values[c]));
+    }
+  } else if (left > 0) {
+    if constexpr (T::kType == DataType::kFloat32) {
+      store(reinterpret_cast<float4*>(to), float4{values[0], values[1], values[2], values[3]});
+    } else {
+      store(reinterpret_cast<uint2*>(to), uint2{T::pack(values[0], values[1]), T::pack(values[2], values[3])});
+    }
+  }
+}
+
+// The weight, or a part of its rows, in T. Blocks (x: panel, y: share of the columns). Four lanes write a sector of a row
+// between them: their units are neighbours.
 template <int kBits, int kPlanes, typename T>
 RB_KERNEL(1) decode_dense(DenseKernel arguments) {
   using U = Unit<kBits>;
@@ -207,12 +223,7 @@ RB_KERNEL(1) decode_dense(DenseKernel arguments) {
       for (int i = 0; i < 4; ++i) {
         const int n = static_cast<int>(block_x()) * kPanel + row + i;
         if (n >= arguments.rows) continue;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (k + c < w.columns) {
-            store(y + static_cast<std::size_t>(n) * w.columns + k + c, T::encode(weights[i][c]));
-          }
-        }
+        store_four<T>(y + static_cast<std::size_t>(n) * w.columns + k, w.columns - k, (w.columns & 3) == 0, weights[i]);
       }
     }
   }
@@ -248,15 +259,16 @@ RB_DEVICE void look_up_rows(const Gather& arguments) {
         if (j % (U::kPairs / 2) == 0 && cursor.advance(k, size, w.groups)) {
           decoder.set_group(w, panel, cursor.group, row & ~3);
         }
-        float weights[4][4];
+        float weights[4][4], values[4];
         decoder.quad(rows, j, weights);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float value = weights[0][c];  // a chain of selections: an index known only at run time would spill
 #pragma unroll
           for (int other = 1; other < 4; ++other) value = (row & 3) == other ? weights[other][c] : value;
-          if (k + c < w.columns) store(y + k + c, valid ? value : float_of(0x7fc00000u));
+          values[c] = valid ? value : float_of(0x7fc00000u);
         }
+        store_four<Float>(y + k, w.columns - k, (w.columns & 3) == 0, values);
       }
     }
   }

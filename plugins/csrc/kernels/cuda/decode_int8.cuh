@@ -150,6 +150,7 @@ RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(Int8Kernel a
   const Matmul& m = arguments.k.m;
   const PackedWeight& w = m.weight;
   const Int8Plan& plan = arguments.plan;
+  let_next_start();
   const int lane = thread_index() & 31, warp = block_y() * kWarps + (thread_index() >> 5), panel = block_x();
   const int p = lane >> 2, q = lane & 3;
   const int units = Unit<kBits>::count(w.columns), chunks = units / Unit<kBits>::kChunk;
@@ -165,6 +166,8 @@ RB_KERNEL(int8_blocks(kBits, kPlanes, kTokens, kParts)) decode_int8(Int8Kernel a
       w.codes + static_cast<std::size_t>(panel) * units * Unit<kBits>::kWords * kPanel + 4 * p);
   C ahead = {};
   if (chunk < last_chunk) ahead.load_from(codes + static_cast<unsigned>(chunk * C::kPitch));
+  prefetch_codes<kBits>(codes - p, 4 * first * span, last_chunk);
+  wait_for_earlier();  // what was rounded follows
 
   const int own = q >> 1;  // the part of a step, or the plane, that the lane finishes
   const Params params(w, arguments.levels, panel, Shape::row(p, q), Shape::kFolded ? own : 0);

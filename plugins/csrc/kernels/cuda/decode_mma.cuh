@@ -183,6 +183,7 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments, const Tokens& t
   using C = Chunk<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
+  let_next_start();
   const int lane = thread_index() & 31, warp = (kShared ? block_y() * kWarps : 0) + (thread_index() >> 5), panel = block_x();
   const int p = lane >> 2, q = lane & 3, units = U::count(w.columns), chunks = units / U::kChunk;
 
@@ -192,9 +193,9 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments, const Tokens& t
   const int last = step + share < steps.count ? step + share : steps.count;
   // The first codes and parameters are on their way while the table is made. Lanes without columns keep what they have:
   // every byte is a valid code, and their activations are zero.
-  const auto* codes = reinterpret_cast<const uint4*>(
-      w.codes + (static_cast<std::size_t>(panel) * units + static_cast<std::size_t>(chunk) * U::kChunk) * U::kWords * kPanel +
-      4 * p);
+  const auto* of_panel = reinterpret_cast<const uint4*>(w.codes + static_cast<std::size_t>(panel) * units * U::kWords * kPanel);
+  prefetch_codes<kBits>(of_panel, 4 * step, 4 * last < chunks ? 4 * last : chunks);
+  const auto* codes = of_panel + static_cast<std::size_t>(chunk) * C::kPitch + p;
   C ahead = {};
   if (step < last && chunk < chunks) ahead.load_from(codes);
   PanelParams<kPlanes> params(w, panel, 4 * p);

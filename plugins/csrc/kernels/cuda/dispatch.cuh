@@ -16,11 +16,36 @@ namespace rankbook::cuda {
 
 inline std::size_t element_size(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
-// The most blocks that share the columns of a tile of many tokens. A bound that depends on sizes only, as `most_shares`:
-// 384 blocks fill any GPU, and their sums take 25 MB.
+inline int prefill_across(const Matmul& m) { return ceil_div(ceil_div(m.weight.rows, kPanel), kWarps); }  // tiles of 256 rows
+
+// The most blocks that share a tile of many tokens. A bound that depends on sizes only, as `most_shares`: their sums take
+// 34 MB.
 inline int most_tile_shares(const Matmul& m, int tokens) {
-  const int tiles = ceil_div(ceil_div(m.weight.rows, kPanel), kWarps) * ceil_div(tokens, 64), shares = 384 / tiles;
+  const int shares = 512 / (prefill_across(m) * ceil_div(tokens, 64));
   return shares < 1 ? 1 : (shares < 8 ? shares : 8);
+}
+
+// The cut of `tiles` tiles of `steps` steps that takes the least time on a device that runs `slots` blocks at once,
+// counted in steps. A block's beginning in a tile costs two steps; adding up a launch, which is as long as one, and for as many
+// parts of tiles as there are slots what five take: 64 KB of sums each way. `most`: blocks that may share a tile. Tiles are cut for themselves, or all evenly.
+inline Split best_split(int across, int steps, int tiles, int slots, int most) {
+  Split best{across, steps, steps};
+  long least = static_cast<long>(ceil_div(tiles, slots)) * (2 + steps);
+  if (static_cast<long>(tiles) * (steps + 8) > INT_MAX) return best;
+  const auto consider = [&](int of_tile, int own, int shares, int begins, int parts) {
+    const int blocks = ceil_div(tiles * of_tile, own);
+    const long cost = static_cast<long>(ceil_div(blocks, slots)) * (own + 2 * begins) + 1 + ceil_div(5 * parts, slots);
+    if (shares <= most && cost < least) best.steps = of_tile, best.own = own, least = cost;
+  };
+  for (int shares = 2; shares <= most; ++shares) {
+    const int own = ceil_div(steps, shares);
+    consider(own * shares, own, shares, 1, tiles * shares);
+  }
+  for (int waves = 1; waves <= 4; ++waves) {
+    const int own = ceil_div(tiles * steps, waves * slots), blocks = ceil_div(tiles * steps, own);
+    if (own % steps != 0) consider(steps, own, (steps + own - 2) / own + 1, (own + steps - 2) / steps + 1, blocks + (blocks < tiles ? blocks : tiles));
+  }
+  return best;
 }
 
 // Kernels of one width for kPlanes planes (fewer are padded with zeros).
@@ -32,12 +57,16 @@ struct Width {
     // Of a warp, as `Steps` of decode_mma.cuh cuts the columns; decode_float has more and shorter ones, which are
     // shared alike.
     const int steps = ceil_div(k.m.weight.columns, 4 * (Unit<kBits>::kColumns < 16 ? 16 : Unit<kBits>::kColumns));
-    const int shares = panel_shares(k.m, steps, slots);
-    if (shares > 1 && k.m.rank == 0) {  // with a branch, its first kernel has done it
+    const bool behind_branch = k.m.rank > 0;
+    const dim3 branch = branch_grid(k.m);
+    const int taken = behind_branch && starts_early(kernel) ? static_cast<int>(branch.x * branch.y) : 0;
+    const int shares = panel_shares(k.m, steps, slots, taken);
+    if (shares > 1 && !behind_branch) {  // with a branch, its first kernel has done it
       const std::size_t counters = sizeof(unsigned) * ceil_div(k.m.weight.rows, kPanel);
       if (const Status status = clear(k.arrivals, counters, stream); !status.ok()) return status;
     }
-    return launch(kernel, dim3(ceil_div(k.m.weight.rows, kPanel), shares), bytes, stream, k);
+    return launch(kernel, dim3(ceil_div(k.m.weight.rows, kPanel), shares), bytes, stream, k,
+                  behind_branch ? Start::kEarly : Start::kInTurn);
   }
 
   template <int kTokens>
@@ -85,24 +114,28 @@ struct Width {
     return tokens <= 8 ? decode_16<BFloat, 1>(k, stream) : decode_16<BFloat, 2>(k, stream);
   }
 
-  // Between 17 tokens and some hundreds, blocks of 256 rows leave most multiprocessors idle: 16 blocks for 4,096 rows. Then
-  // blocks share the columns. What adding up costs: a launch and, with 64 tokens and 8 shares, 17 MB through the second-level
-  // cache, as long as six steps of a block.
+  // Between 17 tokens and some hundreds, tiles of 256 rows leave most multiprocessors idle: there are 16 for 4,096 rows.
   template <typename T>
-  static Status prefill_16(const MatmulKernel& k, void* stream) {
+  static Split split_16(const Matmul& m) {
     using Tile = PrefillTile<T, kBits, kPlanes>;
     static Residency resident;
-    const auto kernel = prefill_mma<kBits, kPlanes, T>;
-    const int rows = k.m.weight.rows, across = ceil_div(ceil_div(rows, kPanel), kWarps), tiles = ceil_div(k.m.tokens, Tile::kTokens);
-    const int shares = best_shares(across * tiles, ceil_div(k.m.weight.columns, Steps<kBits>::kColumns),
-                                   most_tile_shares(k.m, k.m.tokens), resident.blocks(kernel, Tile::kBytes), 2, 6);
-    const Status status = launch(kernel, dim3(across, tiles * shares), Tile::kBytes, stream, k);
-    if (shares == 1 || !status.ok()) return status;
-    return launch(add_shares<T>, dim3(ceil_div(rows, 4 * 32), ceil_div(k.m.tokens, kWarps)), 0, stream, ShareKernel{k, shares});
+    const int slots = resident.blocks(prefill_mma<kBits, kPlanes, T>, Tile::kBytes), across = prefill_across(m);
+    return best_split(across, ceil_div(m.weight.columns, Steps<kBits>::kColumns), across * ceil_div(m.tokens, Tile::kTokens), slots,
+                      most_tile_shares(m, m.tokens));
   }
 
-  static Status prefill(const MatmulKernel& k, void* stream) {
-    return k.m.type == DataType::kFloat16 ? prefill_16<Half>(k, stream) : prefill_16<BFloat>(k, stream);
+  template <typename T>
+  static Status prefill_16(const PrefillKernel& p, Start start, void* stream) {
+    using Tile = PrefillTile<T, kBits, kPlanes>;
+    const int tiles = p.split.across * ceil_div(p.k.m.tokens, Tile::kTokens);
+    const int blocks = p.split.whole() ? tiles : ceil_div(tiles * p.split.steps, p.split.own);
+    return launch(prefill_mma<kBits, kPlanes, T>, dim3(blocks), Tile::kBytes, stream, p, start);
+  }
+
+  static Split prefill_split(const Matmul& m) { return m.type == DataType::kFloat16 ? split_16<Half>(m) : split_16<BFloat>(m); }
+
+  static Status prefill(const PrefillKernel& p, Start start, void* stream) {
+    return p.k.m.type == DataType::kFloat16 ? prefill_16<Half>(p, start, stream) : prefill_16<BFloat>(p, start, stream);
   }
 
   static Status gather(const Gather& g, void* stream) {
@@ -116,7 +149,9 @@ struct Width {
 template <int kBits>
 struct WidthEntry {
   static Status decode(const MatmulKernel& k, void* stream);
-  static Status prefill(const MatmulKernel& k, void* stream);  // 1 or 2 planes
+  // Of 1 or 2 planes: how blocks share the work, and the product. Sums of tiles that several share are `add_shares`' to add.
+  static Split prefill_split(const Matmul& m);
+  static Status prefill(const PrefillKernel& p, Start start, void* stream);
   static Status dense(const DenseKernel& k, DataType type, void* stream);
   static Status gather(const Gather& g, void* stream);
 };
@@ -132,8 +167,13 @@ struct WidthEntry {
     return RB_BY_PLANES(k.m.weight.planes(), decode(k, stream));                             \
   }                                                                                                  \
   template <int kBits>                                                                               \
-  Status WidthEntry<kBits>::prefill(const MatmulKernel& k, void* stream) {                           \
-    return k.m.weight.planes() == 1 ? Width<kBits, 1>::prefill(k, stream) : Width<kBits, 2>::prefill(k, stream); \
+  Split WidthEntry<kBits>::prefill_split(const Matmul& m) {                                           \
+    return m.weight.planes() == 1 ? Width<kBits, 1>::prefill_split(m) : Width<kBits, 2>::prefill_split(m); \
+  }                                                                                                  \
+  template <int kBits>                                                                               \
+  Status WidthEntry<kBits>::prefill(const PrefillKernel& p, Start start, void* stream) {             \
+    return p.k.m.weight.planes() == 1 ? Width<kBits, 1>::prefill(p, start, stream)                   \
+                                      : Width<kBits, 2>::prefill(p, start, stream);                  \
   }                                                                                                  \
   template <int kBits>                                                                               \
   Status WidthEntry<kBits>::dense(const DenseKernel& k, DataType type, void* stream) {               \

@@ -231,7 +231,8 @@ RB_KERNEL(1) experts_tile_mma(ExpertKernel k) {
   if (found.tokens.count == 0) return;
   MatmulKernel own = k.k;
   own.m = of_expert(k.k.m, found.expert);
-  multiply_tile_mma<kBits, kPlanes, T>(own, found.tokens, 0, 0, 1);
+  const int steps = Steps<kBits>(own.m.weight).count;
+  multiply_tiles_mma<kBits, kPlanes, T>(own, found.tokens, {grid_x(), steps, steps});
 }
 
 template <int kBits>

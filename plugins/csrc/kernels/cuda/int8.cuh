@@ -71,6 +71,19 @@ struct Int8Kernel {
   int team = 1;  // warps that round one group together: 1, or all of a block
 };
 
+// What rounding makes ready for each product of one x beside x itself.
+struct RoundKernel {
+  struct Product {
+    PackedWeight weight;
+    LevelBytes* levels;
+    unsigned* arrivals;
+  };
+
+  Int8Kernel x;  // where the rounded activations go
+  int count = 0;
+  Product products[kMostProducts];
+};
+
 // One warp reads a group of 64 inputs in two loads; a row that is one group of 4,096 would keep it busy for longer than the
 // product takes, so from this size on the whole block does.
 constexpr int kTeamColumns = 1024;
@@ -159,19 +172,26 @@ RB_DEVICE void write_levels(const PackedWeight& w, int plane, LevelBytes* out) {
   }
 }
 
-// Blocks (x: eight groups, or one where a block is a team, and after them one for the levels; y: token).
+// Blocks (x: eight groups, or one where a block is a team, and after them one for the levels of each product; y: token).
 template <typename T>
-RB_KERNEL(1) round_activations(Int8Kernel a) {
+RB_KERNEL(1) round_activations(RoundKernel arguments) {
+  const Int8Kernel& a = arguments.x;
   const Matmul& m = a.k.m;
   const PackedWeight& w = m.weight;
   const int lane = thread_index() & 31, warp = thread_index() >> 5, token = block_y();
   const int chunk = a.plan.step / 4, size = w.columns / w.groups;
   const int team = a.team, group = block_x() * (kWarps / team) + warp / team, member = warp % team;
-  if (block_x() == grid_x() - 1) {
+  let_next_start();
+  wait_for_earlier();
+  if (const int product = block_x() - (grid_x() - arguments.count); product >= 0) {
     if (token != 0) return;
-    clear_arrivals(a.k);
-    if (warp < kMaxPlanes) write_levels<>(w, warp, a.levels);
-    if (warp == kMaxPlanes) {
+#pragma unroll
+    for (int i = 0; i < kMostProducts; ++i) {  // an index known only at run time would bring the arguments into memory
+      if (i != product) continue;
+      clear_arrivals(arguments.products[i].arrivals, arguments.products[i].weight.rows);
+      if (warp < kMaxPlanes) write_levels<>(arguments.products[i].weight, warp, arguments.products[i].levels);
+    }
+    if (product == 0 && warp == kMaxPlanes) {
       store(a.ordered + static_cast<std::size_t>(m.tokens) * a.plan.padded + lane, static_cast<std::int8_t>(0));
     }
     return;
@@ -189,7 +209,7 @@ RB_KERNEL(1) round_activations(Int8Kernel a) {
     for (int k = piece + lane; k < piece + a.plan.piece; k += 32) {
       const int code = k < last ? rounding.code(T::decode(load(x + k))) : 0;
       store(ordered + k / chunk * chunk + ordered_column(w.bits, k % chunk), static_cast<std::int8_t>(code));
-      if (m.rank > 0 && k < last) {
+      if (a.natural != nullptr && k < last) {
         store(a.natural + static_cast<std::size_t>(token) * w.columns + k, static_cast<std::int8_t>(code));
       }
       sum += code;
@@ -212,6 +232,8 @@ RB_KERNEL(1) branch_down_int8(Int8Kernel a) {
   const Matmul& m = a.k.m;
   const int lane = thread_index() & 31, warp = thread_index() >> 5, rank = block_x(), token = block_y();
   const int columns = m.weight.columns;
+  let_next_start();
+  wait_for_earlier();
   const std::int8_t* x = a.natural + static_cast<std::size_t>(token) * columns;
   float largest = 0.0f;
   for (int k = 4 * thread_index(); m.down.scale_full && k < columns; k += 4 * 32 * kWarps) {

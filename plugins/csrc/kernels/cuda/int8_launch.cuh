@@ -13,8 +13,8 @@ Status launch_int8(const Int8Kernel& k, void* stream) {
   static Residency resident;
   const auto kernel = decode_int8<kBits, kPlanes, kTokens, kParts>;
   // Turns and not steps: a warp takes whole ones.
-  const int shares = panel_shares(k.k.m, k.plan.turns, resident.blocks(kernel, bytes));
-  return launch(kernel, dim3(ceil_div(k.k.m.weight.rows, kPanel), shares), bytes, stream, k);
+  const int shares = panel_shares(k.k.m, k.plan.turns, resident.blocks(kernel, bytes), 0);
+  return launch(kernel, dim3(ceil_div(k.k.m.weight.rows, kPanel), shares), bytes, stream, k, Start::kEarly);
 }
 
 // `int8_plan` admits more than 2 planes only where there is a kernel for them.

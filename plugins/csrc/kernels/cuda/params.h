@@ -17,7 +17,12 @@ constexpr int kPanel = 32;          // rows side by side in the packed layout
 constexpr int kBlock = 32;          // columns per block of the packed layout
 constexpr int kMaxPlanes = 4;       // planes of coefficients, the offset not counted
 constexpr int kMaxDecodeTokens = 16;  // up to here codes are decoded in the product itself; above, into a dense scratch
+constexpr int kMostProducts = 4;    // of one x in one call
 constexpr int kWarps = 8;           // warps of a block; they share the columns of one panel
+
+// When a kernel may begin: when the one before it in the stream has ended, or, where the device can do that, while it still
+// runs (`wait_for_earlier` of platform.cuh). Early only behind a kernel of the same product or node.
+enum class Start { kInTurn, kEarly };
 
 inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 

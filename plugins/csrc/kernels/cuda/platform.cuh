@@ -27,6 +27,10 @@ constexpr int kMostBlocksY = 65535;  // of a grid; in x there may be 2^31 - 1
 // multiplied in parts. A part this large still has 4,096 rows of 16,384 inputs, enough blocks for any GPU.
 constexpr std::size_t kMostDense = std::size_t{128} << 20;
 
+// Blocks from which one of `branch_down_mma` takes 16 tokens and not 8: `down` is read half as often then, and beside one block
+// a multiprocessor has room for one of the product.
+constexpr int kWideBranch = 128;
+
 template <typename T>
 RB_DEVICE T load(const T* address) {
   return __ldg(address);
@@ -102,6 +106,34 @@ RB_DEVICE void read_shared(unsigned at, std::uint32_t& a, std::uint32_t& b) {
 }
 RB_DEVICE void read_shared(unsigned at, std::uint32_t& a, std::uint32_t& b, std::uint32_t& c, std::uint32_t& d) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at));
+}
+
+// Programmatic dependent launch (sm_90 on): a kernel that is launched early, see `Start`, may begin once every block of the
+// kernel before it has begun and come to `let_next_start`, or ended. What earlier kernels of the product write may be
+// touched behind `wait_for_earlier` only: it returns when they have ended and all they wrote can be seen. Every thread of a
+// kernel that may be launched early comes to it, so that the end of one kernel is also the end of those before it.
+// Launched in turn, both do nothing.
+RB_DEVICE void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+RB_DEVICE void wait_for_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks the second-level cache for `bytes` bytes, a multiple of 16 from a multiple of 16 on; by a whole warp.
+RB_DEVICE void prefetch(const void* from, unsigned bytes) {
+  const unsigned lane = threadIdx.x & 31;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if (lane == 0 && bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#else
+  for (unsigned at = 128 * lane; at < bytes; at += 128 * 32) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+  }
+#endif
 }
 
 // Keeps a number in its register: the compiler would compute it anew in every loop.
@@ -230,36 +262,56 @@ cudaError_t allow_shared(void (*kernel)(Arguments), std::size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
-// How many blocks of one kernel the current device runs at once. Registers decide: the launch bounds promise two blocks a
-// multiprocessor, and with a form whose loop needs fewer there are three. Asked once per kernel and device, because the
-// question takes the driver about as long as a launch.
-class Residency {
+// A number that depends on the current device, asked for once on each of them: questions take the driver about as long as a
+// launch. Never 0.
+class PerDevice {
  public:
-  template <typename Arguments>
-  int blocks(void (*kernel)(Arguments), std::size_t shared_bytes) {
+  template <typename Ask>
+  int get(Ask ask) {
     int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kDevices) return count(kernel, shared_bytes, device);
-    int known = blocks_[device].load(std::memory_order_relaxed);
-    if (known == 0) blocks_[device].store(known = count(kernel, shared_bytes, device), std::memory_order_relaxed);
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kDevices) return ask(device);
+    int known = known_[device].load(std::memory_order_relaxed);
+    if (known == 0) known_[device].store(known = ask(device), std::memory_order_relaxed);
     return known;
   }
 
  private:
   static constexpr int kDevices = 16;
+  std::atomic<int> known_[kDevices] = {};
+};
 
+// How many blocks of one kernel the current device runs at once. Registers decide: the launch bounds promise two blocks a
+// multiprocessor, and with a form whose loop needs fewer there are three.
+class Residency {
+ public:
   // 1 where there is no device: the launch will say so.
   template <typename Arguments>
-  static int count(void (*kernel)(Arguments), std::size_t shared_bytes, int device) {
-    int each = 0, multiprocessors = 0;
-    const bool known =
-        allow_shared(kernel, shared_bytes) == cudaSuccess &&
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kWarps * 32, shared_bytes) == cudaSuccess &&
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-    return known && each > 0 ? each * multiprocessors : 1;
+  int blocks(void (*kernel)(Arguments), std::size_t shared_bytes) {
+    return blocks_.get([&](int device) {
+      int each = 0, multiprocessors = 0;
+      const bool known =
+          allow_shared(kernel, shared_bytes) == cudaSuccess &&
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kWarps * 32, shared_bytes) == cudaSuccess &&
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+      return known && each > 0 ? each * multiprocessors : 1;
+    });
   }
 
-  std::atomic<int> blocks_[kDevices] = {};
+ private:
+  PerDevice blocks_;
 };
+
+// Whether kernels of this library wait for earlier ones in the code that the current device runs: made for sm_90 or later.
+// Code made for sm_80 does not, wherever it runs, and must never start early. All kernels are made for the same
+// architectures, so that one answers for all.
+template <typename Arguments>
+bool starts_early(void (*kernel)(Arguments)) {
+  static PerDevice answer;
+  return answer.get([&](int) {
+    cudaFuncAttributes about = {};
+    return cudaFuncGetAttributes(&about, kernel) == cudaSuccess && about.ptxVersion >= 90 ? 2 : 1;
+  }) == 2;
+}
 
 // A sentence for an error of the runtime. A kernel is loaded when it is first launched, which a stream that is being
 // captured does not allow: whoever captures has to run every shape once before.
@@ -278,10 +330,17 @@ inline Status clear(void* address, std::size_t bytes, void* stream) {
 
 // Arguments are one structure by value, some 300 bytes of the 4 KB that a launch may carry.
 template <typename Arguments>
-Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void* stream, const Arguments& arguments) {
+Status launch(void (*kernel)(Arguments), dim3 grid, std::size_t shared_bytes, void* stream, const Arguments& arguments,
+              Start start = Start::kInTurn) {
   if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return status_of(error);
-  kernel<<<grid, kWarps * 32, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  return status_of(cudaGetLastError());
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(kWarps * 32), config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early, config.numAttrs = start == Start::kEarly && starts_early(kernel) ? 1 : 0;
+  return status_of(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
 }  // namespace rankbook::cuda

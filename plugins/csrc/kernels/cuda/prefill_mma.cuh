@@ -10,9 +10,10 @@
 // among them once they are floats again. Tiles of 256 rows and 64 tokens; a block's eight warps decode eight panels
 // side by side and share x.
 //
-// Where few tiles leave multiprocessors idle, blocks share the columns of a tile and `add_shares` adds up. By
-// arithmetic a layer of 4,096 x 4,096 at 17 tokens takes 30 us on an H100 with 16 blocks and 6 with 128 of them
-// (tools/dev/layer_time.py).
+// Where tiles would leave multiprocessors idle, all of them or in a last wave, the steps of all tiles, one after another,
+// are cut evenly (Osama et al. 2023, "Stream-K"): a block may end one tile and begin the next, and `add_shares` adds up what
+// blocks have of tiles that several work on. By arithmetic a layer of 4,096 x 4,096 at 17 tokens takes 30 us on an H100 with
+// 16 blocks and 5 with 128 of them (tools/dev/layer_time.py).
 #pragma once
 
 #include "kernels/cuda/decode_mma.cuh"
@@ -130,10 +131,23 @@ RB_DEVICE void add_bias(const Matmul& m, int row, float (&sums)[2][kTiles][4]) {
   }
 }
 
-// A product whose columns blocks have shared.
-struct ShareKernel {
+// How the steps of all tiles are cut: block b takes `own` of them from b `own` on. Tiles are counted along the rows first.
+struct Split {
+  int across = 0;  // tiles side by side
+  int steps = 0;   // of a tile, with those beyond its columns that make it a multiple of `own` where no block shall have two tiles
+  int own = 0;     // of a block
+
+  constexpr bool whole() const { return own == steps; }  // a block is a tile; there may be more steps than 32 bits count
+  constexpr int first_block(int tile) const { return whole() ? tile : static_cast<int>(unsigned(tile) * steps / own); }
+  constexpr int blocks_of(int tile) const {
+    return whole() ? 1 : static_cast<int>((unsigned(tile + 1) * steps - 1) / own) - first_block(tile) + 1;
+  }
+};
+
+// Arguments of `prefill_mma` and `add_shares`.
+struct PrefillKernel {
   MatmulKernel k;
-  int shares = 0;
+  Split split;
 };
 
 template <typename T, int kTiles, typename Tokens>
@@ -183,18 +197,20 @@ RB_DEVICE void store_share(const MatmulKernel& arguments, int share, int row, in
 
 // Adds up what `prefill_mma` left in `shares`, with bias and branch. A kernel of its own, over all multiprocessors: the last
 // block of a tile to arrive would read 64 KB for each share alone, for longer than the product took. Blocks (x: 128 rows,
-// y: 8 tokens); a lane takes four rows of a token.
+// y: 8 tokens), all of one tile; a lane takes four rows of a token.
 template <typename T>
-RB_KERNEL(2) add_shares(ShareKernel arguments) {
+RB_KERNEL(2) add_shares(PrefillKernel arguments) {
   const Matmul& m = arguments.k.m;
   const int row = 4 * (32 * block_x() + (thread_index() & 31)), token = block_y() * kWarps + (thread_index() >> 5);
-  if (row >= m.weight.rows || token >= m.tokens) return;  // no barrier follows
+  const int shares = arguments.split.blocks_of(block_y() * kWarps / 64 * arguments.split.across + block_x() / 2);
+  wait_for_earlier();
+  if (shares == 1 || row >= m.weight.rows || token >= m.tokens) return;  // no barrier follows
   const std::size_t rows = static_cast<std::size_t>((m.weight.rows + kPanel - 1) / kPanel) * kPanel;
   float sums[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) sums[i] = row + i < m.weight.rows ? epilogue(arguments.k, token, row + i) : 0.0f;
   // In the order of the shares, whoever wrote them first: results repeat bit for bit.
-  for (int share = 0; share < arguments.shares; ++share) {
+  for (int share = 0; share < shares; ++share) {
     const std::size_t at = (static_cast<std::size_t>(share) * m.tokens + token) * rows + row;
     const float4 v = load_fresh(reinterpret_cast<const float4*>(arguments.k.shares + at));
     sums[0] += v.x, sums[1] += v.y, sums[2] += v.z, sums[3] += v.w;
@@ -212,124 +228,135 @@ RB_KERNEL(2) add_shares(ShareKernel arguments) {
   }
 }
 
-// y of eight panels and up to 64 tokens from `first_token` on, or what `share` of `shares` of the columns adds to it.
+// A block's part of y of some tokens, in tiles of eight panels and 64 tokens.
+// Rows come first: blocks that run at the same time share a tile of tokens, which all but the first find in the
+// second-level cache, while each reads codes of its own.
 template <int kBits, int kPlanes, typename T, typename Tokens>
-RB_DEVICE void multiply_tile_mma(const MatmulKernel& arguments, const Tokens& tokens, int first_token, int share, int shares) {
+RB_DEVICE void multiply_tiles_mma(const MatmulKernel& arguments, const Tokens& tokens, const Split& split) {
   using U = Unit<kBits>;
   using C = Chunk<kBits>;
   using Tile = PrefillTile<T, kBits, kPlanes>;
   constexpr int kTiles = Tile::kTiles, kRounds = C::kColumns / 16;  // four products, 16 columns of a chunk, to a round
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
-  const int lane = thread_index() & 31, p = lane >> 2, q = lane & 3;
-  const int panels = (w.rows + kPanel - 1) / kPanel, wanted = block_x() * kWarps + (thread_index() >> 5);
-  const int panel = wanted < panels ? wanted : panels - 1;  // a warp without a panel repeats the last one, and copies
+  const int lane = thread_index() & 31, p = lane >> 2, q = lane & 3, panels = (w.rows + kPanel - 1) / kPanel;
   const int units = U::count(w.columns), chunks = units / U::kChunk;
-  const int live = tokens.count - first_token;
   const unsigned stages = shared_address(shared_memory()) + static_cast<unsigned>(Tile::Lookup::kBytes);
 
   const Steps<kBits> steps(w);
-  const int own = (steps.count + shares - 1) / shares;  // steps of a share; the last ones may have fewer, or none
-  int step = share * own;
-  const int last = step + own < steps.count ? step + own : steps.count;
-#pragma unroll
-  for (int i = 0; i < Tile::kStages - 1; ++i) {
-    if (step + i < last) Tile::copy(m, tokens, first_token, step + i, stages + i * Tile::kStageBytes);
-    commit_copies();
-  }
-  int chunk = 4 * step + q;
-  const auto* codes = reinterpret_cast<const uint4*>(
-      w.codes + (static_cast<std::size_t>(panel) * units + static_cast<std::size_t>(chunk) * U::kChunk) * U::kWords * kPanel +
-      4 * p);
-  C ahead = {};
-  if (step < last && chunk < chunks) ahead.load_from(codes);
-  PanelParams<kPlanes> params(w, panel, 4 * p);
-  typename PanelParams<kPlanes>::Words words = {};
-  const bool common = params.common(w);
-  int group = steps.group(step, q);
-  if (common) params.fetch(w, group, words);
   float scales[kPlanes];
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) scales[plane] = plane_scale<kBits>(w, plane);
-  params.prepare(w, panel, scales);
   typename Tile::Lookup lookup;
-  lookup.prepare(w, scales, shared_memory());
-
-  float sums[2][kTiles][4] = {};
-  // A share may begin inside a group: `end` is then that of the group it is in.
-  int stage = 0, end = step / steps.span * steps.span;
-  while (step < last) {
-    lookup.set_group(common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p));
-    end = end + steps.span < last ? end + steps.span : last;
-    group = steps.group(end, q);
-    if (common) params.fetch(w, group, words);
-    for (; step < end; ++step) {
-      const C now = ahead;
-      codes += 4 * C::kPitch;
-      chunk += 4;
-      if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
-      // The step is here for every warp, and no warp reads the one before it any more: its place takes a later one.
-      // One barrier a step: it stands before the copies that overwrite the stage read last.
-      wait_copies<Tile::kStages - 2>();
-      barrier();
-      // The stage that was read last.
-      const int free = stage == 0 ? Tile::kStages - 1 : stage - 1;
-      if (step + Tile::kStages - 1 < last) {
-        Tile::copy(m, tokens, first_token, step + Tile::kStages - 1, stages + free * Tile::kStageBytes);
-      }
+  const int tiles = split.across * ((tokens.count + Tile::kTokens - 1) / Tile::kTokens);
+  int tile = split.whole() ? block_x() : static_cast<int>(unsigned(block_x()) * split.own / split.steps);
+  int step = split.whole() ? 0 : static_cast<int>(unsigned(block_x()) * split.own % split.steps);
+  // Each turn is a tile, or what is the block's of one.
+  for (int left = split.own; left > 0 && tile < tiles; ++tile, step = 0) {
+    const int begin = step, to = step + left < split.steps ? step + left : split.steps;
+    const int last = to < steps.count ? to : steps.count;
+    const int wanted = tile % split.across * kWarps + (thread_index() >> 5), first_token = tile / split.across * Tile::kTokens;
+    const int panel = wanted < panels ? wanted : panels - 1;  // a warp without a panel repeats the last one, and copies
+    const int live = tokens.count - first_token;
+    const bool first = left == split.own;
+    left -= to - begin;
+    if (!first) barrier();  // no warp reads the stages of the tile before any more
+#pragma unroll
+    for (int i = 0; i < Tile::kStages - 1; ++i) {
+      if (step + i < last) Tile::copy(m, tokens, first_token, step + i, stages + i * Tile::kStageBytes);
       commit_copies();
-      const unsigned at = stages + static_cast<unsigned>(stage * Tile::kStageBytes + p * Tile::kPitch);
-      stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+    }
+    int chunk = 4 * step + q;
+    const auto* of_panel = reinterpret_cast<const uint4*>(w.codes + static_cast<std::size_t>(panel) * units * U::kWords * kPanel);
+    prefetch_codes<kBits>(of_panel, 4 * step, 4 * last < chunks ? 4 * last : chunks);
+    const auto* codes = of_panel + static_cast<std::size_t>(chunk) * C::kPitch + p;
+    C ahead = {};
+    if (step < last && chunk < chunks) ahead.load_from(codes);
+    PanelParams<kPlanes> params(w, panel, 4 * p);
+    typename PanelParams<kPlanes>::Words words = {};
+    const bool common = params.common(w);
+    int group = steps.group(step, q);
+    if (common) params.fetch(w, group, words);
+    params.prepare(w, panel, scales);
+    if (first) lookup.prepare(w, scales, shared_memory());
+
+    float sums[2][kTiles][4] = {};
+    // A share may begin inside a group: `end` is then that of the group it is in.
+    int stage = 0, end = step / steps.span * steps.span;
+    while (step < last) {
+      lookup.set_group(common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p));
+      end = end + steps.span < last ? end + steps.span : last;
+      group = steps.group(end, q);
+      if (common) params.fetch(w, group, words);
+      for (; step < end; ++step) {
+        const C now = ahead;
+        codes += 4 * C::kPitch;
+        chunk += 4;
+        if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
+        // The step is here for every warp, and no warp reads the one before it any more: its place takes a later one.
+        // One barrier a step: it stands before the copies that overwrite the stage read last.
+        wait_copies<Tile::kStages - 2>();
+        barrier();
+        // The stage that was read last.
+        const int free = stage == 0 ? Tile::kStages - 1 : stage - 1;
+        if (step + Tile::kStages - 1 < last) {
+          Tile::copy(m, tokens, first_token, step + Tile::kStages - 1, stages + free * Tile::kStageBytes);
+        }
+        commit_copies();
+        const unsigned at = stages + static_cast<unsigned>(stage * Tile::kStageBytes + p * Tile::kPitch);
+        stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
 // A round decodes a quarter of what a lane holds of a step, for fragments of one round to fit registers.
 #pragma unroll
-      for (int round = 0; round < kRounds; ++round) {
-        // Weights of 16 columns of a chunk are decoded once and meet eight tiles of tokens: 32 registers of operands
-        // beside 64 of sums.
-        std::uint32_t a[4][2][4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) lookup.fragment(now, i, kRounds * j + round, a[j][i]);
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          // Products of tokens that do not exist are left out, sixteen tokens at a time: 17 tokens cost half of 64.
-          // The branch is the same for all warps of a block, so that it costs nothing but itself; rounding to sixteen
-          // keeps 16 products between two branches.
-          if (tile % 2 == 0 && tile > 0 && 8 * tile >= live) break;
-          std::uint32_t x[8];
-          const unsigned line = at + static_cast<unsigned>(8 * tile * Tile::kPitch);
-          read_shared(line + Tile::piece(q, 2 * round), x[0], x[1], x[2], x[3]);
-          read_shared(line + Tile::piece(q, 2 * round + 1), x[4], x[5], x[6], x[7]);
-          if constexpr (kBits == 2) lookup.arrange(x);
+        for (int round = 0; round < kRounds; ++round) {
+          // Weights of 16 columns of a chunk are decoded once and meet eight tiles of tokens: 32 registers of operands
+          // beside 64 of sums.
+          std::uint32_t a[4][2][4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const int product = kRounds * j + round;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              T::mma(sums[i][tile], a[j][i], x[lookup.first_word(product) - 8 * round], x[lookup.second_word(product) - 8 * round]);
+            for (int i = 0; i < 2; ++i) lookup.fragment(now, i, kRounds * j + round, a[j][i]);
+          }
+#pragma unroll
+          for (int part = 0; part < kTiles; ++part) {
+            // Products of tokens that do not exist are left out, sixteen tokens at a time: 17 tokens cost half of 64.
+            // The branch is the same for all warps of a block, so that it costs nothing but itself; rounding to sixteen
+            // keeps 16 products between two branches.
+            if (part % 2 == 0 && part > 0 && 8 * part >= live) break;
+            std::uint32_t x[8];
+            const unsigned line = at + static_cast<unsigned>(8 * part * Tile::kPitch);
+            read_shared(line + Tile::piece(q, 2 * round), x[0], x[1], x[2], x[3]);
+            read_shared(line + Tile::piece(q, 2 * round + 1), x[4], x[5], x[6], x[7]);
+            if constexpr (kBits == 2) lookup.arrange(x);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int product = kRounds * j + round;
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                T::mma(sums[i][part], a[j][i], x[lookup.first_word(product) - 8 * round], x[lookup.second_word(product) - 8 * round]);
+              }
             }
           }
         }
       }
     }
+    wait_for_earlier();
+    if (wanted >= panels) continue;
+    const int row = panel * kPanel + 4 * p, token = first_token + 2 * q;
+    if (to - begin < split.steps) {
+      store_share(arguments, block_x() - split.first_block(tile), row, token, sums);
+    } else {
+      add_branch(arguments, tokens, row, first_token, sums);
+      add_bias(m, row, sums);
+      store_tiles<T>(m, tokens, row, token, sums);
+    }
   }
-  if (wanted >= panels) return;  // whole warps leave; no barrier follows
-  const int row = panel * kPanel + 4 * p, token = first_token + 2 * q;
-  if (shares > 1) return store_share(arguments, share, row, token, sums);
-  add_branch(arguments, tokens, row, first_token, sums);
-  add_bias(m, row, sums);
-  store_tiles<T>(m, tokens, row, token, sums);
 }
 
-// Blocks (x: eight panels, y: 64 tokens, and behind all of them those of the next share of the columns).
-// Rows come first in the grid: blocks that run at the same time share a tile of tokens, which all but the first find in
-// the second-level cache, while each reads codes of its own.
+// Blocks take steps as `Split` says.
 template <int kBits, int kPlanes, typename T>
-RB_KERNEL(1) prefill_mma(MatmulKernel arguments) {
-  const int tiles = (arguments.m.tokens + 63) / 64;
-  multiply_tile_mma<kBits, kPlanes, T>(arguments, AllTokens{arguments.m.tokens}, block_y() % tiles * 64, block_y() / tiles,
-                                       grid_y() / tiles);
+RB_KERNEL(1) prefill_mma(PrefillKernel arguments) {
+  let_next_start();
+  multiply_tiles_mma<kBits, kPlanes, T>(arguments.k, AllTokens{arguments.k.m.tokens}, arguments.split);
 }
 
 }  // namespace rankbook::cuda

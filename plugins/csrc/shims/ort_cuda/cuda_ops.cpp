@@ -137,7 +137,7 @@ struct Product {
   std::vector<Source> sources;
 };
 
-// The products of a node, one after the other in ONNX Runtime's stream; nothing waits for the GPU here.
+// The products of a node, in ONNX Runtime's stream; nothing waits for the GPU here.
 class CudaKernel {
  public:
   CudaKernel(std::vector<Product> products, std::string node, Kind kind)
@@ -161,8 +161,11 @@ class CudaKernel {
     const size_t tokens = info.GetElementCount() / static_cast<size_t>(columns);
     // The kernels count tokens in int; slices of 65,472 are theirs.
     if (tokens > static_cast<size_t>(std::numeric_limits<int>::max())) fail("x has more than 2^31 - 1 rows");
-    for (size_t i = 0; i < products_.size(); ++i) {
-      cuda::Matmul m = bound(context, i);
+    static_assert(contract::kMostMerged <= cuda::kMostProducts);
+    cuda::Matmul all[cuda::kMostProducts];
+    const int count = static_cast<int>(products_.size());
+    for (int i = 0; i < count; ++i) {
+      cuda::Matmul& m = all[i] = bound(context, i);
       // Leading axes are x's.
       shape.last() = m.weight.rows;
       m.x = x.GetTensorRawData();
@@ -170,14 +173,14 @@ class CudaKernel {
       m.type = kernel_type(info.GetElementType());
       m.tokens = static_cast<int>(tokens);
       if (m.experts > 0) m.numbers = numbers(context, shape, m.tokens);
-      // An empty batch has outputs of no elements and needs no kernel.
-      if (tokens == 0) continue;
-      // A product's own: scratch of one could be another's while both run, were the stream not in order.
-      const Scratch scratch(context, x.GetTensorMemoryInfo(), context.GetGPUComputeStream(), cuda::matmul_workspace(m));
-      m.workspace = scratch.get();
-      // A sentence of the kernels gets the node's name.
-      report(cuda::launch_matmul(m, context.GetGPUComputeStream()));
     }
+    // An empty batch has outputs of no elements and needs no kernel.
+    if (tokens == 0) return;
+    const size_t bytes = cuda::matmuls_workspace(all, count);
+    const Scratch scratch(context, x.GetTensorMemoryInfo(), context.GetGPUComputeStream(), bytes);
+    all[0].workspace = scratch.get();
+    // A sentence of the kernels gets the node's name.
+    report(cuda::launch_matmuls(all, count, context.GetGPUComputeStream()));
   }
 
   // On the GPU, where the router has left them: a number that no expert has gives NaN, as an index outside of the rows does.
