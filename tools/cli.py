@@ -129,7 +129,7 @@ def _build_parser(
             usage=flags.usage(name, known[name]),
             add_help=False,
             description=command.summary[0].upper() + command.summary[1:] + ".",
-            epilog="\n\n".join(filter(None, [more, f"example:\n  {command.example}"])).replace("%", "%%"),
+            epilog="\n\n".join(filter(None, [more, f"example:\n  {command.example}"])),
             formatter_class=form,
             allow_abbrev=False,
         )

@@ -198,6 +198,7 @@ def make(kind: type[Any], verb: str, flags: Mapping[str, Flag], values: Mapping[
         UsageError: A required option is missing.
         ValueError: The options refuse a value.
     """
+    values = kind.completed(values) if hasattr(kind, "completed") else values
     missing = [
         flag.shown for name, flag in flags.items() if flag.option.default is MISSING and values.get(name) is None
     ]

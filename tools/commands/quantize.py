@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.checkpoint.output import check_replaceable
 from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.presets import PRESETS, with_preset
 from rankbook.calibration.model.hub import HubOptions, at_revision
 from rankbook.calibration.notes import note
-from rankbook.calibration.option import WHERE, argument, option, part, required
+from rankbook.calibration.option import WHAT, WHERE, argument, option, part, required
 from rankbook.calibration.source import MANIFEST
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
@@ -29,6 +31,12 @@ class Quantize(QuantizeOptions, HubOptions, Common):
 
     model: str = argument("Hugging Face folder or id, folder with one GGUF, .gguf file", metavar="MODEL", group=WHERE)
     output: Path = required("folder for the checkpoint", metavar="DIR", flags=("-o", "--output"), group=WHERE)
+    preset: str | None = option(
+        None,
+        "method, bits and effort in a word (told below); flags beside it go before it",
+        choices=tuple(PRESETS),
+        group=WHAT,
+    )
     resume: bool = option(False, "go on at the last finished block of an earlier run", group=WHERE)
     overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
     dry_run: bool = option(False, "say what would be packed and whether it can be exported, and end", group=WHERE)
@@ -42,6 +50,11 @@ class Quantize(QuantizeOptions, HubOptions, Common):
                 f"{self.output} holds a checkpoint already; give another folder, or --overwrite to replace it"
             )
         super().__post_init__()
+
+    @classmethod
+    def completed(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what was given with what the preset adds."""
+        return with_preset(values["preset"], values) if values.get("preset") else values
 
 
 def run(options: Quantize) -> Outcome:
@@ -107,12 +120,13 @@ def _dry(planned: Plan, reason: str) -> Outcome:
 
 
 def method_help(arguments: Sequence[str]) -> str:
-    """Return the options of the method that ``arguments`` name, for the end of ``--help``; empty if they name none."""
+    """Return the presets and the options of the method that ``arguments`` name, for the end of ``--help``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     name = parser.parse_known_args(list(arguments))[0].method
     if name is None:
-        return ""
+        lines = [textwrap.wrap(f"{preset}: {PRESETS[preset].text}", 100, break_on_hyphens=False) for preset in PRESETS]
+        return "\n".join(["presets:", *("  " + "\n    ".join(line) for line in lines)])
     from rankbook.tools.method_list import find, help_text
 
     return help_text(find(name))
