@@ -48,11 +48,15 @@ class Plan:
         layers: Number of layers that will be packed.
         packed_share: Their share of the weights in the blocks.
         left_alone: Names of weights that stay as they are, with the reason.
+        specs: What each layer will get; empty where only a summary was asked for.
+        memory: Bytes that the run will hold, by part; the same.
     """
 
     layers: int
     packed_share: float
     left_alone: Mapping[str, str]
+    specs: Mapping[str, LayerSpec] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     def reasons(self) -> dict[str, list[str]]:
         """Return the names of what is left alone by reason."""

@@ -20,6 +20,7 @@ from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.driver import embeddings
 from rankbook.calibration.driver.allocation import Choice, allocate
 from rankbook.calibration.driver.block import BlockSolver, Site, Streams
+from rankbook.calibration.driver.estimate import memory, planned_specs
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.parts import checkpoint_parts
 from rankbook.calibration.driver.report import (
@@ -117,13 +118,16 @@ def quantize_model(
 
 
 def plan(source: str | Path, options: QuantizeOptions) -> tuple[Any, Plan]:
-    """Return the configuration of a model and what `quantize_model` would do to it; nothing is computed.
+    """Return the configuration of a model and what `quantize_model` would do to it, from a small piece of each layer.
 
     Raises:
         ValueError: Options that do not fit the model.
     """
     model, _ = _load_original(source)
-    return model.config, _Run.prepare(model, options, Placement(), None).plan()
+    run = _Run.prepare(model, options, Placement(), None)
+    specs = planned_specs(model, run.selection.names(run.blocks), options)
+    held = memory(model, run.blocks.modules, run.adapter.hidden_size, options)
+    return model.config, replace(run.plan(), specs=specs, memory=held)
 
 
 @dataclass

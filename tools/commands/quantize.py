@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rankbook.calibration.source import MANIFEST
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
-from rankbook.tools.report import Table
+from rankbook.tools.report import Table, megabytes
 
 if TYPE_CHECKING:
     from rankbook.calibration.driver.report import Plan, Progress, QuantizeReport
@@ -39,7 +40,9 @@ class Quantize(QuantizeOptions, HubOptions, Common):
     )
     resume: bool = option(False, "go on at the last finished block of an earlier run", group=WHERE)
     overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
-    dry_run: bool = option(False, "say what would be packed and whether it can be exported, and end", group=WHERE)
+    dry_run: bool = option(
+        False, "say what each layer would get, sizes, memory, and whether it can be exported; end", group=WHERE
+    )
     require_export: bool = option(False, "refuse a model that `rankbook export` cannot write", group=WHERE)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ def run(options: Quantize) -> Outcome:
     model = at_revision(options.model, options.revision)
     if options.dry_run:
         config, planned = plan(model, chosen)
+        if chosen.target_bits is not None:
+            note("target_bits is spent while the run reads text: what is shown is without it")
         return _dry(planned, _cannot_export(config, options))
     with console.progress(f"quantizing with {chosen.method} at {width}") as show:
 
@@ -115,8 +120,25 @@ def _dry(planned: Plan, reason: str) -> Outcome:
         *[(f"left alone: {why}", f"{len(names)} such as {names[0]}") for why, names in planned.reasons().items()],
         ("cannot be exported", reason or "it can be"),
     ]
-    summary = {**asdict(planned), "cannot_export": reason}
-    return Outcome(summary, [Table("what would be done", ("property", "value"), rows)])
+    kinds = Counter(spec for spec in planned.specs.values())
+    bits = sum(spec.bits_per_weight() * spec.weights for spec in planned.specs.values())
+    total = bits / sum(spec.weights for spec in planned.specs.values())
+    rows += [("stored bits per weight", total), ("packed layers", megabytes(round(bits / 8)))]
+    rows += [(f"memory: {part}", megabytes(size)) for part, size in planned.memory.items()]
+    columns = ("layers", "method", "bits", "N x K", "group", "rank", "error rank", "stored bits/weight")
+    each = [
+        [
+            *(count, s.method, s.bits, f"{s.out_features} x {s.in_features}", s.group, s.planes),
+            *(s.branch_rank or None, s.bits_per_weight()),
+        ]
+        for s, count in kinds.items()
+    ]
+    layers = {
+        name: {**spec.to_json(), "bits_per_weight": spec.bits_per_weight()} for name, spec in planned.specs.items()
+    }
+    summary = {**asdict(planned), "specs": layers, "bits_per_weight": total, "cannot_export": reason}
+    tables = [Table("what would be done", ("property", "value"), rows), Table("what layers get", columns, each)]
+    return Outcome(summary, tables)
 
 
 def method_help(arguments: Sequence[str]) -> str:
