@@ -131,6 +131,9 @@ class Session:
     def io_binding(self) -> Binding:
         return Binding(self.held.io_binding(), self.traffic)
 
+    def get_outputs(self) -> Any:
+        return self.held.get_outputs()
+
     def run_with_iobinding(self, binding: Binding) -> None:
         self.held.run_with_iobinding(binding.held)
 
