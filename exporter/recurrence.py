@@ -28,7 +28,8 @@ state behind the last token.
 KIND = "kind"
 """Attribute of a placeholder."""
 GATED = "gated"
-"""``S = exp(g) S + k v``, ``y = q S`` with outer products of rows (Mamba 2, lightning attention)."""
+"""``S = exp(g) S + k v``, ``y = q S`` with outer products of rows: Mamba 2; its state is (batch, heads, values,
+keys)."""
 DELTA = "delta"
 """``S = exp(g) S; S = S + k (beta (v - k S))``, ``y = q S``: the gated delta rule (Yang et al. 2024, section 3)."""
 SELECTIVE = "selective"
@@ -93,9 +94,9 @@ def _chunk_scan(
         step = torch.clamp(step, *dt_limit)
     x, repeats = x.float(), x.shape[2] // b.shape[2]
     inputs = [_repeated(c, repeats), _repeated(b, repeats), x * step[..., None], a.float() * step]
-    y, state = _node(GATED, initial_states.transpose(2, 3), inputs, x.shape)
+    y, state = _node(GATED, initial_states, inputs, x.shape)
     skip = more.get("D")
-    return (y if skip is None else y + x * skip[:, None]), state.transpose(2, 3)
+    return (y if skip is None else y + x * skip[:, None]), state
 
 
 def _selective_scan(cache: Any, *rows: Tensor, **more: Any) -> tuple[Tensor, Tensor]:

@@ -198,6 +198,7 @@ class _Copier:
 
     def copy(self, template: int, index: int, hidden: ir.Value | None) -> ir.Value | None:
         """Append a block and return its hidden state."""
+        self._check_folded(template, index)
         sources = self._sources(template)
         new: dict[ir.Value | None, ir.Value | None] = {sources[0]: hidden}
         for value in sources[1:]:
@@ -251,15 +252,25 @@ class _Copier:
         return [value for name, value in values.items() if belongs(name) and cache_names.layer_of(name) == index]
 
     def _nodes(self, index: int) -> list[ir.Node]:
-        """Return the nodes of a block in order: those that depend on what enters it, but for its sizes."""
+        """Return the nodes of a block in order: those that depend on what enters it, but for its sizes.
+
+        And those that compute from its parameters alone, as the decays of a recurrence.
+        """
         if index in self._found:
             return self._found[index]
-        reached = set(self._sources(index))
+        reached, begin = set(self._sources(index)), f"{self.name}.{index}."
+        own = {value for name, value in self.graph.initializers.items() if name.startswith(begin)}
         found = []
         for node in self.graph:
-            if node.op_type not in (_BOUNDARY, "Shape") and any(value in reached for value in node.inputs):
+            values = {value for value in node.inputs if value is not None}
+            if node.op_type in (_BOUNDARY, "Shape"):
+                continue
+            if values & reached:
                 found.append(node)
                 reached.update(node.outputs)
+            elif values & own and all(value in own or value.is_initializer() for value in values):
+                found.append(node)
+                own.update(node.outputs)
         self._found[index] = found
         return found
 
@@ -283,6 +294,17 @@ class _Copier:
         x, y = (None if value.const_value is None else value.const_value.numpy() for value in (a, b))
         if x is None or y is None or x.dtype != y.dtype or not np.array_equal(x, y):
             raise UnlikeError(f"{a.name} and {b.name} differ")
+
+    def _check_folded(self, template: int, index: int) -> None:
+        """Check that what the exporter computed from small parameters beforehand holds for another block, too."""
+        for name, parameter in self.parameters.items():
+            other = self._renamed(name, template, index)
+            if (
+                other != name
+                and name not in self.graph.initializers
+                and not torch.equal(parameter, self.parameters[other])
+            ):
+                raise UnlikeError(f"{name} and {other} differ, and {name} is part of a constant")
 
     def _is_parameter(self, value: ir.Value) -> bool:
         parameter, constant = self.parameters.get(str(value.name)), value.const_value

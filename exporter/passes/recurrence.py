@@ -30,6 +30,7 @@ class LowerRecurrence(ir.passes.InPlacePass):
             ValueError: A recurrence of an unknown kind.
         """
         nodes = [node for node in model.graph if (node.domain, node.op_type) == (TRACE_DOMAIN, RECURRENCE)]
+        places: _Places | None = None
         for node in nodes:
             kind = node.attributes[KIND].as_string()
             log_decay = node.inputs[4] if kind != SELECTIVE else None
@@ -38,7 +39,8 @@ class LowerRecurrence(ir.passes.InPlacePass):
             elif kind == DELTA and log_decay is not None and log_decay.shape is not None and len(log_decay.shape) == 4:
                 _Tokens(model.graph, node).delta()
             elif kind in (DELTA, GATED):
-                _Chunks(model.graph, node, delta=kind == DELTA).write()
+                places = places or _Places(model.graph, node)
+                _Chunks(model.graph, node, places).write()
             else:
                 raise ValueError(f"node {node.name!r} is a recurrence of the unknown kind {kind!r}")
         return ir.passes.PassResult(model, modified=bool(nodes))
@@ -52,15 +54,9 @@ class _Lowering:
         self.writer = Writer(graph, str(node.name))
         self.op = self.writer.op
         self.state, *self.given = (given(node, place) for place in range(len(node.inputs)))
-        self.length = self.op("Shape", self.given[0], start=1, end=2)
 
     def ints(self, *numbers: int) -> ir.Value:
         return self.writer.ints(*numbers)
-
-    def by_token(self, x: ir.Value) -> ir.Value:
-        """Bring the axis of tokens to the front: (batch, sequence, ...)."""
-        rank = len(x.shape) if x.shape is not None else 0
-        return self.op("Transpose", x, perm=[1, 0, *range(2, rank)])
 
     def row(self, x: ir.Value) -> ir.Value:
         return self.op("Unsqueeze", x, self.ints(-2))
@@ -130,35 +126,100 @@ class _Tokens(_Lowering):
         return [self.op("Transpose", x, perm=[1, 0, *range(2, rank)]) for x, rank in zip(inputs, ranks, strict=True)]
 
 
-class _Chunks(_Lowering):
-    """A Scan over chunks of up to `CHUNK` tokens.
+class _Places:
+    """What all recurrences of a graph share: how a text is cut into chunks, and masks of a chunk.
 
-    What is padded has keys and decays of zero, and leaves the state as it is. All values are of the shape (chunks,
-    batch, heads, tokens of a chunk, features).
+    Attributes:
+        length: Tokens, (1,).
+        size: Tokens of a chunk, (1,).
+        padding: Tokens that the last chunk lacks, (1,).
+        single: Whether there is one token.
+        causal: Whether a row is not before a column, (size, size).
+        one: The unit matrix.
+        below: For blocks of 1, 2, 4 ... tokens 1 where a row is in the second and a column in the first of two
+            neighbours, 0 elsewhere.
     """
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, *, delta: bool) -> None:
+    def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
+        """Write it before the first recurrence."""
+        self._writer = Writer(graph, "recurrence")
+        op, ints = self._writer.op, self._writer.ints
+        self.length = op("Shape", given(first, 1), start=1, end=2)
+        self.size = op("Min", self.length, ints(CHUNK))
+        behind = op("Sub", self.size, op("Mod", self.length, self.size))
+        self.padding = op("Mod", behind, self.size)
+        zero, one = (self._writer.number(number, ir.DataType.INT64) for number in (0, 1))
+        self.single = op("Equal", op("Squeeze", self.length), one)
+        places = op("Range", zero, op("Squeeze", self.size), one)
+        row, column = op("Unsqueeze", places, ints(-1)), op("Unsqueeze", places, ints(-2))
+        self.causal = op("GreaterOrEqual", row, column)
+        self.one = op("Cast", op("Equal", row, column), to=ir.DataType.FLOAT)
+        self.below = []
+        for size in (2**power for power in range(CHUNK.bit_length() - 1)):
+            blocks = [op("Div", place, ints(size)) for place in (row, column)]
+            pairs = [op("Div", place, ints(2 * size)) for place in (row, column)]
+            inside = op("And", op("Equal", *pairs), op("Greater", *blocks))
+            self.below.append(op("Cast", inside, to=ir.DataType.FLOAT))
+        graph.insert_before(first, self._writer.nodes)
+
+
+class _Chunks(_Lowering):
+    """A Scan over chunks of up to `CHUNK` tokens, and for a single token its arithmetic alone.
+
+    What is padded has keys and decays of zero, and leaves the state as it is. In chunks all values are of the shape
+    (chunks, batch, heads, tokens of a chunk, features).
+    """
+
+    def __init__(self, graph: ir.Graph, node: ir.Node, places: _Places) -> None:
         super().__init__(graph, node)
-        self._delta = delta
-        self._size = self.op("Min", self.length, self.ints(CHUNK))
-        behind = self.op("Sub", self._size, self.op("Mod", self.length, self._size))
-        self._pad = self.op("Mod", behind, self._size)
-        places = self.op("Range", self._scalar(0), self.op("Squeeze", self._size), self._scalar(1))
-        self._of_row, self._of_column = self.column(places), self.row(places)
+        self._places = places
+        self._delta = node.attributes[KIND].as_string() == DELTA
 
     def write(self) -> None:
         """Replace the placeholder."""
+        branches = {}
+        for name, results in (("then", self._token), ("else", self._chunks)):
+            self.writer = Writer(self.graph, f"{self.old.name}.{name}")
+            self.op = self.writer.op
+            branches[f"{name}_branch"] = ir.Graph([], results(), nodes=self.writer.nodes, name=self.writer.prefix)
+        self.writer = Writer(self.graph, str(self.old.name))
+        node = self.writer.node("If", [self._places.single], outputs=2)
+        node.attributes.update({name: ir.AttrGraph(name, branch) for name, branch in branches.items()})
+        self.replace(*node.outputs)
+
+    def _token(self) -> list[ir.Value]:
+        """Return y and the state of one token; all values are of the shape (batch, heads, keys or 1, values or 1).
+
+        Queries and keys read the state in one product: ``q S' = exp(g) q S + (q k) n`` for ``S' = exp(g) S + k n``.
+        """
+        q, k, v = (self.op("Transpose", x, perm=[0, 2, 1, 3]) for x in self.given[:3])
+        decay, *beta = (self.column(self.op("Transpose", x, perm=[0, 2, 1])) for x in self.given[3:])
+        decay, column = self.op("Exp", decay), self.op("Transpose", k, perm=[0, 1, 3, 2])
+        similar = self.op("MatMul", q, column)
+        if self._delta:
+            both = self.op("MatMul", self.op("Concat", q, k, axis=2), self.state)
+            read, known = (self.op("Slice", both, self.ints(at), self.ints(at + 1), self.ints(2)) for at in (0, 1))
+            new = self.op("Mul", beta[0], self.op("Sub", v, self.op("Mul", decay, known)))
+            more = self.op("Mul", column, new)
+        else:  # the state is turned
+            read = self.op("MatMul", self.state, self.op("Transpose", q, perm=[0, 1, 3, 2]))
+            read, new = self.op("Transpose", read, perm=[0, 1, 3, 2]), v
+            more = self.op("Mul", self.op("Transpose", v, perm=[0, 1, 3, 2]), k)
+        y = self.op("Add", self.op("Mul", decay, read), self.op("Mul", similar, new))
+        state = self.op("Add", self.op("Mul", self.state, decay), more)
+        return [self.op("Transpose", y, perm=[0, 2, 1, 3]), state]
+
+    def _chunks(self) -> list[ir.Value]:
+        """Return y and the state of any number of tokens."""
         q, k, v, g = (self._chunked(x) for x in self.given[:4])
         total = self.op("CumSum", g, self._scalar(3))
         last = self.op("Slice", total, self.ints(-1), self.ints(2**62), self.ints(3))
         between = self.op("Sub", self.column(total), self.row(total))
-        causal = self.op("GreaterOrEqual", self._of_row, self._of_column)
-        decay = self.op("Exp", self.op("Where", causal, between, self._number(_HIDDEN)))
+        decay = self.op("Exp", self.op("Where", self._places.causal, between, self._number(_HIDDEN)))
         scores = self.op("Mul", self._products(q, k), decay)
         grown = self.column(self.op("Exp", total))
         read = self.op("Mul", q, grown)
         remaining = self.column(self.op("Exp", self.op("Sub", last, total)))
-        written = self.op("Transpose", self.op("Mul", k, remaining), perm=[0, 1, 2, 4, 3])
         kept = self.column(self.op("Exp", last))
         if self._delta:
             beta = self.column(self._chunked(self.given[4]))
@@ -166,11 +227,13 @@ class _Chunks(_Lowering):
             solved = self._inverse(self.op("Mul", self._products(weighted, k), decay))
             new = self.op("MatMul", solved, self.op("Mul", v, beta))
             seen = self.op("MatMul", solved, self.op("Mul", weighted, grown))
+            written = self.op("Transpose", self.op("Mul", k, remaining), perm=[0, 1, 2, 4, 3])
             rows, state = self._corrected([read, written, kept, scores, new, seen])
         else:
-            rows, state = self._summed([read, kept, self.op("MatMul", written, v)])
+            turned = self.op("MatMul", self.op("Transpose", v, perm=[0, 1, 2, 4, 3]), self.op("Mul", k, remaining))
+            rows, state = self._summed([read, kept, turned])
             rows = self.op("Add", rows, self.op("MatMul", scores, v))
-        self.replace(self._joined(rows), state)
+        return [self._joined(rows), state]
 
     def _corrected(self, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
         """Scan with what is new less what the state says already."""
@@ -186,7 +249,7 @@ class _Chunks(_Lowering):
         """Scan with what is new as it is."""
         body = _Body(self, [4] * 4)
         state, read, kept, new = body.inputs
-        y = body.op("MatMul", read, state)
+        y = body.op("MatMul", read, body.op("Transpose", state, perm=[0, 1, 3, 2]))
         after = body.op("Add", body.op("Mul", state, kept), new)
         last, rows = self.scan(body, inputs, after, y)
         return rows, last
@@ -197,26 +260,12 @@ class _Chunks(_Lowering):
         Of blocks on the diagonal that are solved, two become one: [[A, 0], [L, C]] has the inverse [[A', 0],
         [-C' L A', C']]. Every block of an inverse is one of the whole inverse, so that nothing grows on the way.
         """
-        one = self.op("Cast", self.op("Equal", self._of_row, self._of_column), to=ir.DataType.FLOAT)
-        solved: ir.Value | None = None
-        size = 1
-        while size < CHUNK:
-            part = self.op("Mul", lower, self._below(size))
-            if solved is None:
-                solved = self.op("Sub", one, part)
-            else:
-                solved = self.op("Sub", solved, self.op("MatMul", self.op("MatMul", solved, part), solved))
-            size *= 2
-        if solved is None:
-            raise ValueError("a chunk has more than one token")
+        first, *others = self._places.below
+        solved = self.op("Sub", self._places.one, self.op("Mul", lower, first))
+        for below in others:
+            part = self.op("Mul", lower, below)
+            solved = self.op("Sub", solved, self.op("MatMul", self.op("MatMul", solved, part), solved))
         return solved
-
-    def _below(self, size: int) -> ir.Value:
-        """Return 1 where a row is in the second and a column in the first of two neighbouring blocks, 0 elsewhere."""
-        rows, columns = (self.op("Div", at, self.ints(size)) for at in (self._of_row, self._of_column))
-        pairs = (self.op("Div", at, self.ints(2 * size)) for at in (self._of_row, self._of_column))
-        inside = self.op("And", self.op("Equal", *pairs), self.op("Greater", rows, columns))
-        return self.op("Cast", inside, to=ir.DataType.FLOAT)
 
     def _products(self, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.op("MatMul", a, self.op("Transpose", b, perm=[0, 1, 2, 4, 3]))
@@ -226,15 +275,15 @@ class _Chunks(_Lowering):
         rank = 0 if x.shape is None else len(x.shape)
         sizes = [fixed_size(x, axis) for axis in range(2, rank)]
         before, behind = self.ints(*[0] * (rank + 1)), self.ints(*[0] * (rank - 2))
-        padded = self.op("Pad", x, self.op("Concat", before, self._pad, behind, axis=0))
-        shape = self.op("Concat", self.ints(0, -1), self._size, self.ints(*sizes), axis=0)
+        padded = self.op("Pad", x, self.op("Concat", before, self._places.padding, behind, axis=0))
+        shape = self.op("Concat", self.ints(0, -1), self._places.size, self.ints(*sizes), axis=0)
         return self.op("Transpose", self.op("Reshape", padded, shape), perm=[1, 0, 3, 2, 4][: rank + 1])
 
     def _joined(self, rows: ir.Value) -> ir.Value:
         """Return (batch, sequence, heads, features) of chunks."""
         sizes = [fixed_size(self.old.outputs[0], axis) for axis in (2, 3)]
         joined = self.op("Reshape", self.op("Transpose", rows, perm=[1, 0, 3, 2, 4]), self.ints(0, -1, *sizes))
-        return self.op("Slice", joined, self.ints(0), self.length, self.ints(1))
+        return self.op("Slice", joined, self.ints(0), self._places.length, self.ints(1))
 
     def _scalar(self, number: int) -> ir.Value:
         return self.writer.number(number, ir.DataType.INT64)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rankbook.calibration.checkpoint.format import open_checkpoint
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
+from rankbook.exporter.cache import parts_of
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
+from rankbook.exporter.repeat import Plan, UnlikeError
+from rankbook.exporter.skeleton import build
+from rankbook.exporter.trace import _traced
 from rankbook.tools.deploy.checks import check_cache
-from rankbook.tools.dev.family_models import tiny
+from rankbook.tools.dev import family_models
+from rankbook.tools.dev.family_models import FAMILIES, tiny
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
@@ -91,3 +98,37 @@ def test_padding_at_the_left_changes_nothing(tmp_path: Path) -> None:
     feeds = model.feeds(padded) | {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
     got = model.session.run(["logits"], {name: np.asarray(value) for name, value in feeds.items()})[0]
     assert error(got[:, -1], original.scores(tokens.numpy())[:, -1]) < TOLERANCE
+
+
+def test_blocks_with_states_are_copied_where_their_constants_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill, traced = family_models._fill, []
+    complete = Plan.complete
+
+    def alike(model: Any) -> None:
+        fill(model)
+        for block in model.model.layers[1:]:
+            block.conv.conv.load_state_dict(model.model.layers[1].conv.conv.state_dict())
+
+    def counting(plan: Plan, *given: Any) -> None:
+        complete(plan, *given)
+        traced.append(plan.traced)
+
+    layers = {"num_hidden_layers": 5, "layer_types": ["full_attention", *["conv"] * 4]}
+    monkeypatch.setitem(FAMILIES, "lfm2", {**FAMILIES["lfm2"], **layers})
+    monkeypatch.setattr(family_models, "_fill", alike)
+    monkeypatch.setattr(Plan, "complete", counting)
+    folder = checkpoint(tmp_path, "lfm2")
+    export(folder, tmp_path / "out")
+    assert traced == [3]
+    assert_continues(OrtModel(tmp_path / "out", threads=1), TorchModel(folder, threads=1))
+    plan = Plan.of(skeleton := build(open_checkpoint(folder), torch.float32))
+    assert plan is not None
+    with torch.no_grad():
+        skeleton.model.model.layers[4].conv.conv.weight[0] += 1
+    parts = [part for part in parts_of(skeleton) if part.layer < plan.traced]
+    with plan.shortened(skeleton.model):
+        model = _traced(skeleton, ExportOptions(), parts)
+    with pytest.raises(UnlikeError, match=r"layers.4.conv.conv.weight differ"):
+        plan.complete(model, skeleton)
