@@ -19,7 +19,8 @@ from rankbook.exporter.export import build_model
 from rankbook.exporter.options import ExportOptions
 from rankbook.exporter.refusal import NotExportableError
 
-_BLOCKS = 2
+_BLOCKS, _KINDS = 2, 4
+"""Fewest blocks, and most kinds of blocks, of the copy of a model that is tried."""
 
 
 def check_exportable(config: Any) -> str:
@@ -65,21 +66,34 @@ class _Blank(Checkpoint):
 
 
 def _shortened(config: Any) -> Any:
-    """Return a copy of a configuration with two blocks, and with the first two entries of every list of blocks."""
+    """Return a copy of a configuration with one block of every kind, and two at least.
+
+    Kinds are what differs in the lists that have an entry for each block. Where the configuration computes them (Jamba,
+    Bamba), there are as many blocks as it takes to meet each.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     for part in (config, text):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    if isinstance(layers, int) and layers > _BLOCKS:
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == layers:
-                setattr(text, name, _both_kinds(value))
-        text.num_hidden_layers = _BLOCKS
+    if not isinstance(layers, int) or layers <= _BLOCKS:
+        return config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == layers}
+    kept = sorted({0, *(place for values in lists.values() for place in _places(values))})
+    kept += [place for place in range(1, layers) if place not in kept][: max(0, _BLOCKS - len(kept))]
+    for name, values in lists.items():
+        setattr(text, name, [values[place] for place in sorted(kept)])
+    text.num_hidden_layers = len(kept)
+    if ids := getattr(text, "hybrid_layer_ids", None):  # of Zamba 2, beside the list of kinds
+        text.hybrid_layer_ids = [number for number, place in enumerate(sorted(kept)) if place in ids]
+    while not lists and text.num_hidden_layers < layers and set(getattr(text, "layer_types", None) or ()) != kinds:
+        text.num_hidden_layers += 1
     return config
 
 
-def _both_kinds(values: list[Any]) -> list[Any]:
-    """Return the first value and the next that differs from it."""
-    return [values[0], next((value for value in values if value != values[0]), values[1])]
+def _places(values: list[Any]) -> list[int]:
+    """Return where each kind comes first; of lists that give most blocks a value of their own, of two kinds."""
+    kinds = [value for place, value in enumerate(values) if value not in values[:place]]
+    return [values.index(kind) for kind in (kinds if len(kinds) <= _KINDS else kinds[:_BLOCKS])]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankbook.exporter.exportable import check_exportable
+from rankbook.exporter.exportable import _shortened, check_exportable
 from rankbook.tools import errors
 from tests.tiny import tiny_model, tiny_tokenizer, write_text
 from tests.tools.files import run_cli
@@ -43,6 +43,29 @@ def test_a_deep_model_is_judged_by_two_blocks() -> None:
     assert deep.num_hidden_layers == 40
     deep.layer_types = ["full_attention"] * 39 + ["indexed_attention"]
     assert "indexed_attention" in check_exportable(deep)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kinds"),
+    [
+        (config("jamba"), ["linear_attention"] * 4 + ["full_attention"]),
+        (config("bamba", attn_layer_indices=[2, 5]), ["linear_attention", "linear_attention", "full_attention"]),
+        (config("qwen3_next"), ["linear_attention", "full_attention"]),
+        (config("llama"), [None, None]),
+        (
+            config("nemotron_h", layers_block_type=["linear_attention", "moe"] * 4 + ["full_attention", "mlp"]),
+            ["linear_attention", "moe", "full_attention", "mlp"],
+        ),
+        (config("zamba2"), ["linear_attention", "hybrid"]),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_block_of_every_kind_is_tried(asked: Any, kinds: list[str | None]) -> None:
+    short = _shortened(asked)
+    assert (getattr(short, "layer_types", None) or [None, None]) == kinds
+    assert short.num_hidden_layers == len(kinds)
+    if asked.model_type == "zamba2":
+        assert short.hybrid_layer_ids == [1]
 
 
 def test_quantize_warns_or_refuses_and_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
