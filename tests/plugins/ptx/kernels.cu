@@ -30,6 +30,5 @@ template __global__ void sort_tokens<>(ExpertKernel);
 template __global__ void experts_down<Half>(ExpertKernel);
 template __global__ void experts_tile_mma<4, 2, Half>(ExpertKernel);
 template __global__ void experts_mma<4, 1, Half>(ExpertKernel);
-template __global__ void experts_down<Half>(ExpertKernel);
 
 }  // namespace rankbook::cuda
