@@ -26,7 +26,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test fuzz faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
+.PHONY: help demo test test-ecosystem fuzz faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,16 @@ fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each
 
 faults: $(VENV)/.dev  ## Kill quantize and export at FAULTS moments (50), fill the disk at half as many
 	RANKBOOK_FAULTS=$(FAULTS) $(BIN)/python -m pytest -q --timeout 7200 tests/faults
+
+# Each program of others in an environment of its own, with the versions that were tried: they pin what they need.
+ECOSYSTEM := build/ecosystem
+$(ECOSYSTEM)/%/.installed: tests/ecosystem/%.txt | $(VENV)/.created
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) -r $<
+	@touch $@
+
+test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM)/optimum/.installed $(ECOSYSTEM)/lm-eval/.installed  ## Optimum, lm-eval
+	$(BIN)/python -m pytest tests/ecosystem $(PYTEST_ARGS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
 GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py

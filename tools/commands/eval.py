@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from rankbook.calibration.device import DeviceOptions
+from rankbook.calibration.device import AUTO, DeviceOptions
 from rankbook.calibration.model.hub import HubOptions, at_revision
-from rankbook.calibration.option import argument, option, required
+from rankbook.calibration.option import argument, option
 from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
-from rankbook.tools.evaluate.options import EvalOptions
+from rankbook.tools.errors import UsageError
+from rankbook.tools.evaluate.options import EvalOptions, HarnessOptions
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table
 
+if TYPE_CHECKING:
+    from rankbook.tools.runtimes import LanguageModel
+
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(EvalOptions, KernelOptions, DeviceOptions, HubOptions, Common):
+class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, HubOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
         "Hugging Face model, GGUF, checkpoint; exported folder, .onnx or engine folder (exported with --logits all)",
         metavar="MODEL_OR_FILE",
     )
-    text: str = required(".txt, .jsonl, .json or a datasets name to evaluate on", metavar="FILE")
+    text: str | None = option(
+        None, ".txt, .jsonl, .json or a datasets name to evaluate on; or give --tasks", metavar="FILE"
+    )
     reference: str | None = option(None, "unquantized model for KL divergence and top-1 agreement", metavar="MODEL")
     activations: str | None = option(
         None,
@@ -37,30 +44,70 @@ class Eval(EvalOptions, KernelOptions, DeviceOptions, HubOptions, Common):
     )
     tokenizer: str | None = option(None, "take the tokenizer from this model", metavar="MODEL")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text is None and not self.tasks:
+            raise UsageError("--text is missing; give it, or --tasks of lm-evaluation-harness")
+        if self.tasks and (self.text or self.reference):
+            raise UsageError("--tasks bring their own texts; leave --text and --reference out")
+        if not self.tasks and (self.task_folder or self.limit or self.fewshot is not None):
+            raise UsageError("--task-folder, --limit and --fewshot belong to --tasks; leave them out")
+
 
 def run(options: Eval) -> Outcome:
     """Evaluate."""
+    return _tasks(options) if options.tasks else _text(options)
+
+
+def _tasks(options: Eval) -> Outcome:
+    """Run tasks of lm-evaluation-harness."""
+    from rankbook.tools.evaluate.harness import evaluate_tasks
+
+    console = Console(quiet=options.quiet)
+    with console.progress(f"evaluating {options.model}") as show:
+        show(0.0, "loading")
+        model = _open(options, options.device)
+        show(0.1, "tasks")
+        found = evaluate_tasks(model, options)
+    rows = [
+        (task, metric.removesuffix(",none"), value)
+        for task, metrics in found.items()
+        for metric, value in metrics.items()
+        if isinstance(value, (int, float))
+    ]
+    report = {"model": options.model, "kernels": model.kernels, "tasks": found}
+    return Outcome(report, [Table(options.model, ("task", "metric", "value"), rows)])
+
+
+def _open(options: Eval, device: str) -> LanguageModel:
+    """Open the model with the settings that were asked for."""
+    from rankbook.tools.runtimes import Setting, open_model
+
+    source, setting = at_revision(options.model, options.revision), Setting(options.threads, device=device)
+    model = open_model(source, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
+    if options.activations is not None or options.kv_bits is not None:
+        model.override(options.activations, options.kv_bits)
+    return model
+
+
+def _text(options: Eval) -> Outcome:
+    """Measure on a text."""
     from rankbook.calibration.text import read_text
     from rankbook.tools.evaluate.quality import evaluate
     from rankbook.tools.runtimes import Setting, find, open_model
 
     # A wrong path should not cost the time of loading a model.
-    text = read_text(options.text, chat=options.chat)
+    text = read_text(str(options.text), chat=options.chat)
     console = Console(quiet=options.quiet)
     with console.progress(f"evaluating {options.model}") as show:
         show(0.0, "loading")
-        setting = Setting(options.threads, device=options.device)
-        own = setting
-        source = at_revision(options.model, options.revision)
-        if options.reference is not None and not find(source, options.chosen_kernels())[0].devices:
-            own = Setting(options.threads)  # the device is that of the reference
-        model = open_model(source, options.chosen_kernels(), own, tokenizer=options.tokenizer)
-        if options.activations is not None or options.kv_bits is not None:
-            model.override(options.activations, options.kv_bits)
-        reference = None
-        if options.reference is not None:
-            reference = open_model(options.reference, setting=setting)
-        result = evaluate(model, text, options, reference=reference, progress=lambda fraction: show(fraction, None))
+        reference, device = options.reference, options.device
+        if reference is not None and not find(options.model, options.chosen_kernels())[0].devices:
+            device = AUTO  # the device is that of the reference
+        model, compared = _open(options, device), None
+        if reference is not None:
+            compared = open_model(reference, setting=Setting(options.threads, device=options.device))
+        result = evaluate(model, text, options, reference=compared, progress=lambda fraction: show(fraction, None))
     rows = [
         ("perplexity", result.perplexity),
         ("perplexity of the reference", result.reference_perplexity),

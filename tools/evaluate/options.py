@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rankbook.calibration.device import DeviceOptions
 from rankbook.calibration.option import Options, Seeded, Threaded, option
@@ -18,6 +19,16 @@ class EvalOptions(Options):
     )
     batch: int = option(1, "windows per call", metavar="N", least=1)
     chat: bool = option(False, "rows of the text hold chat 'messages': put them into the model's chat template")
+
+
+@dataclass(frozen=True)
+class HarnessOptions(Options):
+    """What of lm-evaluation-harness to run."""
+
+    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, in place of --text", metavar="TASK")
+    task_folder: Path | None = option(None, "folder with YAML files of further tasks", metavar="DIR")
+    limit: int | None = option(None, "documents of each task; all without it", metavar="N", least=1)
+    fewshot: int | None = option(None, "examples before each question; as the task says without it", metavar="N")
 
 
 @dataclass(frozen=True)
