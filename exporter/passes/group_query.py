@@ -9,6 +9,7 @@ import onnx_ir as ir
 from rankbook.exporter import cache_names
 from rankbook.exporter.cache_names import PAST
 from rankbook.exporter.passes.attention import is_attention
+from rankbook.exporter.passes.kv_cache import nearest_layer
 from rankbook.exporter.rewrite import Writer, fixed_size, float_attribute, given, producer, take_over
 from rankbook.plugins import attention
 
@@ -49,7 +50,7 @@ class GroupQueryAttention(ir.passes.InPlacePass):
         readers: dict[int, list[ir.Node]] = {}
         for node in model.graph:
             if is_attention(node):
-                readers.setdefault(_layer(given(node, 1)), []).append(node)
+                readers.setdefault(nearest_layer(given(node, 1)), []).append(node)
         tried = [self._fusion(model.graph, layer, nodes) for layer, nodes in readers.items()]
         fusions = [fusion for fusion in tried if fusion is not None]
         if self._masks_are_windows(fusions):
@@ -199,19 +200,6 @@ def _into_rows(node: ir.Node) -> ir.Node:
     if len(users) != 1 or users[0].op_type != "Reshape":
         raise _KeptError("its result is not brought into rows")
     return users[0]
-
-
-def _layer(keys: ir.Value) -> int:
-    """Return the number of the layer whose attention reads some keys: that of the nearest cache before them."""
-    near, seen = [keys], {keys}
-    for value in near:  # grows meanwhile
-        if str(value.name).startswith(PAST):
-            return cache_names.layer_of(str(value.name))
-        node = value.producer()
-        new = [item for item in (node.inputs if node else ()) if item is not None and item not in seen]
-        seen.update(new)
-        near += new
-    raise ValueError(f"{keys.name!r} does not depend on a cache")
 
 
 def _rotary(value: ir.Value) -> ir.Node | None:

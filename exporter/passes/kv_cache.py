@@ -6,7 +6,7 @@ from collections.abc import Iterable, MutableSequence
 
 import onnx_ir as ir
 
-from rankbook.exporter.cache_names import PAST, PRESENT
+from rankbook.exporter.cache_names import PAST, PRESENT, layer_of
 from rankbook.exporter.rewrite import Writer
 
 SCALE = "_scale"
@@ -21,6 +21,19 @@ _SMALLEST_WIDE = 1e-30
 def cache_layers(values: Iterable[ir.Value]) -> int:
     """Return of how many layers there are keys among the inputs or outputs of a graph."""
     return sum(str(value.name).startswith((PAST, PRESENT)) and str(value.name).endswith(".key") for value in values)
+
+
+def nearest_layer(keys: ir.Value) -> int:
+    """Return the number of the layer whose attention reads some keys: that of the nearest cache before them."""
+    near, seen = [keys], {keys}
+    for value in near:  # grows meanwhile
+        if str(value.name).startswith(PAST):
+            return layer_of(str(value.name))
+        node = value.producer()
+        new = [item for item in (node.inputs if node else ()) if item is not None and item not in seen]
+        seen.update(new)
+        near += new
+    raise ValueError(f"{keys.name!r} does not depend on a cache")
 
 
 class QuantizeCache(ir.passes.InPlacePass):

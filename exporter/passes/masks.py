@@ -8,9 +8,9 @@ import onnx_ir as ir
 
 from rankbook.exporter import cache_names
 from rankbook.exporter.passes.attention import is_attention
-from rankbook.exporter.passes.kv_cache import cache_layers
+from rankbook.exporter.passes.kv_cache import cache_layers, nearest_layer
 from rankbook.exporter.recurrence import RECURRENCE
-from rankbook.exporter.rewrite import TRACE_DOMAIN
+from rankbook.exporter.rewrite import TRACE_DOMAIN, given
 
 _STEPS = {"Add", "Cast", "Div", "Expand", "Max", "Mul", "Reshape", "Slice", "Unsqueeze"}
 """Operators between a softmax and the mask that was added to its scores."""
@@ -39,7 +39,7 @@ class CheckMasks(ir.passes.InPlacePass):
         """
         layers = cache_layers(model.graph.outputs)
         masked = sum(_is_masked(node) for node in model.graph)
-        if masked != layers:
+        if masked != layers and not _several(model.graph):
             raise ValueError(
                 f"{layers} layers keep keys and values and {masked} apply the mask in a known way: the exported model"
                 " would see tokens that it must not; evaluate the checkpoint in PyTorch"
@@ -71,6 +71,16 @@ def _moved(value: ir.Value | None) -> ir.Value | None:
     while value is not None and (node := value.producer()) is not None and node.op_type in _MOVES:
         value = node.inputs[0]
     return value
+
+
+def _several(graph: ir.Graph) -> bool:
+    """Return whether a cache is read by several attentions, each with a mask, and none is read by none (DiffLlama)."""
+    attentions = [node for node in graph if is_attention(node)]
+    if not attentions or [node for node in graph if _is_masked(node)] != attentions:
+        return False
+    read = {nearest_layer(given(node, 1)) for node in attentions}
+    names = (str(value.name) for value in graph.inputs)
+    return read == {cache_names.layer_of(name) for name in names if name.startswith(cache_names.PAST)}
 
 
 def _is_masked(node: ir.Node) -> bool:

@@ -31,6 +31,33 @@ def test_a_layer_without_the_mask_is_refused():
         CheckMasks()(model)
 
 
+def twice(second: str = "both0, both0, seen", third: str = "both1, both1, seen") -> ir.Model:
+    """Return two layers, of which the first has two attentions that read one cache, as in DiffLlama."""
+    parts = " ".join(f'both{i} = Concat <axis = 2> ("past_key_values.{i}.key", k)' for i in (0, 1))
+    pasts = ", ".join(f'float[b,2,p,16] "past_key_values.{i}.key"' for i in (0, 1))
+    return ir.from_onnx_text(f"""
+        <ir_version: 11, opset_import: ["" : 23]>
+        g (float[b,2,s,16] q, float[b,2,s,16] k, bool[b,1,s,t] seen, {pasts})
+            => (float[b,2,s,16] z, float[b,2,t,16] "present.0.key", float[b,2,t,16] "present.1.key")
+        {{
+            {parts} x = Attention (q, both0, both0, seen) y = Attention (x, {second}) z = Attention (y, {third})
+            "present.0.key" = Identity (both0) "present.1.key" = Identity (both1)
+        }}
+    """)
+
+
+def test_several_attentions_may_read_one_cache_if_each_has_the_mask():
+    assert not CheckMasks()(twice()).modified
+    with pytest.raises(ValueError, match="2 layers keep keys and values and 3 apply the mask"):
+        CheckMasks()(twice(third="both0, both0, seen"))
+    for change in ({"second": "both0, both0", "third": "both0, both0, seen"}, {"third": "both1, both1"}):
+        model = twice(**change)
+        extra = model.graph[2]
+        model.graph.insert_after(extra, ir.node("Attention", extra.inputs, name="again"))
+        with pytest.raises(ValueError, match="apply the mask in a known way"):
+            CheckMasks()(model)
+
+
 def continued(state: str = "past_state.0", conv: str = "past_conv.0") -> ir.Model:
     """Return a layer of which the recurrence continues ``state``, and the convolution ``conv``."""
     return ir.from_onnx_text(f"""
