@@ -28,7 +28,7 @@ def config(kind: str, **more: Any) -> Any:
     ("asked", "reason"),
     [
         (config("recurrent_gemma", **GEMMA), STATE),
-        (config("mpt", d_model=48, n_heads=4, n_layers=2, vocab_size=259), "cannot be traced"),
+        (config("minimax", **SIZES, **HEADS, num_local_experts=2), "cannot be traced"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
