@@ -87,16 +87,18 @@ template <typename X>
 RB_DEVICE float4 load_quad(const Matmul& m, int token, int k) {
   const int columns = m.weight.columns;
   const std::size_t first = static_cast<std::size_t>(token) * columns;
-  if (!std::is_same_v<X, AnyType> || m.type == DataType::kFloat32) {
-    return load_quad(static_cast<const float*>(m.x) + first, k, columns);
-  }
-  float values[4];
+  if constexpr (std::is_same_v<X, AnyType>) {
+    if (m.type != DataType::kFloat32) {
+      float values[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const std::uint16_t bits = k + i < columns ? load(static_cast<const std::uint16_t*>(m.x) + first + k + i) : std::uint16_t{0};
-    values[i] = m.type == DataType::kFloat16 ? Half::decode(bits) : BFloat::decode(bits);
+      for (int i = 0; i < 4; ++i) {
+        const std::uint16_t bits = k + i < columns ? load(static_cast<const std::uint16_t*>(m.x) + first + k + i) : std::uint16_t{0};
+        values[i] = m.type == DataType::kFloat16 ? Half::decode(bits) : BFloat::decode(bits);
+      }
+      return {values[0], values[1], values[2], values[3]};
+    }
   }
-  return {values[0], values[1], values[2], values[3]};
+  return load_quad(static_cast<const float*>(m.x) + first, k, columns);
 }
 
 // The most tokens for which there are registers.
