@@ -24,7 +24,7 @@ KEY = "RANKBOOK_API_KEY"
 class Serve(KernelOptions, Common):
     """Options of the verb."""
 
-    model: str = argument("folder exported with --graph static", metavar="MODEL")
+    model: str = argument("folder exported with --graph static, or an engine folder", metavar="MODEL")
     host: str = option("127.0.0.1", "address to listen at; any but this machine's own needs an API key", metavar="HOST")
     port: int = option(8000, "port to listen at", metavar="N", least=0)
     name: str | None = option(None, "how requests call the model; the folder's name if not given", metavar="NAME")
@@ -73,19 +73,14 @@ def prepare(options: Serve, key: str = "") -> Any:
         UsageError: A file without a cache of a fixed length, or no tokenizer.
     """
     from rankbook.tools.generation.settings import GenerationSettings
-    from rankbook.tools.runtimes.ort import OrtModel
     from rankbook.tools.serve.app import Limits, Served
     from rankbook.tools.serve.scheduler import Scheduler
-    from rankbook.tools.serve.slots import Slots
+    from rankbook.tools.serve.slots import slots_of
 
     model = open_model(options.model, options.chosen_kernels(), Setting(options.threads), tokenizer=options.tokenizer)
-    if not isinstance(model, OrtModel):
-        raise UsageError(
-            f"{model.name} cannot be served; export it with `rankbook export MODEL --graph static --max-context N`"
-        )
     if model.tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
-    slots = Slots(model, options.slots)
+    slots = slots_of(model, options.slots)
     settings = GenerationSettings.of(model.generation_config, model.tokenizer)
     scheduler = Scheduler(slots, model.tokenizer, settings, queue=options.queue)
     limits = Limits(options.max_body, options.max_new_tokens, slots.context)

@@ -73,8 +73,11 @@ class BoundSteps:
         self._bound: dict[str, Any] = {}
         self._found: Array = np.empty(0)
 
-    def run(self, tokens: Tokens, past: int) -> Array:
-        """Return what is wanted of tokens (batch, length) behind ``past`` positions; the next call may overwrite it."""
+    def run(self, tokens: Tokens, past: Any) -> Array:
+        """Return what is wanted of tokens (batch, length) behind ``past`` positions; the next call may overwrite it.
+
+        ``past`` is a number, or one for each row (batch,) where rows go their own pace (``write_indices``).
+        """
         import numpy as np
 
         batch, length = tokens.shape

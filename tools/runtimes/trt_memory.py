@@ -27,6 +27,13 @@ class Region(ABC):
     size: int
 
 
+class Part(Region):
+    """The end of a region, which lives as long as this."""
+
+    def __init__(self, whole: Region, offset: int) -> None:
+        self.whole, self.address, self.size = whole, whole.address + offset, whole.size - offset
+
+
 class DeviceMemory(ABC):
     """Device memory and one stream; `upload`, `download` and what an engine queues run there in order.
 

@@ -37,6 +37,7 @@ class EngineModel(LanguageModel):
     Attributes:
         manifest: What the engine folder says about itself.
         engine: The engine.
+        caches: Outputs that hold keys and values, by the input that they become.
     """
 
     def __init__(self, folder: Path, bindings: Any, memory: DeviceMemory, kernels: str) -> None:
@@ -61,13 +62,13 @@ class EngineModel(LanguageModel):
                 f"{folder} has no input_ids and logits, so it cannot be given text; build it from a file written by"
                 " `rankbook export` (with --inputs ids)"
             )
-        self._caches = {
+        self.caches = {
             name.replace(_PRESENT, _PAST, 1): name for name in self.engine.outputs if name.startswith(_PRESENT)
         }
         aliased = self.engine.aliased
-        self._swapped = {output: past for past, output in self._caches.items() if output not in aliased}
+        self._swapped = {output: past for past, output in self.caches.items() if output not in aliased}
         bounds = self.engine.profiles[0]
-        self._growing = {name for name in self._caches if bounds[name][0][2] != bounds[name][1][2]}
+        self._growing = {name for name in self.caches if bounds[name][0][2] != bounds[name][1][2]}
         self.engine.reserve(Plan(self._largest, self._swapped))
         self._host: dict[str, Array] = {}
         self._turned, self._steps = False, 0
@@ -191,6 +192,11 @@ class EngineModel(LanguageModel):
             return super().step_top(tokens, count)
         return self._step(tokens, self._rank)[..., :count]
 
+    @property
+    def in_place(self) -> bool:
+        """Whether all keys and values stay where they are."""
+        return bool(self.caches) and not self._growing and not self._swapped
+
     def _gives(self, count: int) -> bool:
         return set(TOP) <= set(self.engine.outputs) and count <= BEST
 
@@ -255,7 +261,7 @@ class EngineModel(LanguageModel):
                 (batch, length, vocabulary), when None.
         """
         uploads, count = self._prepare(rows)
-        host, wanted = self._wanted(count, ending)
+        host, wanted = self.wanted(count, ending)
         self.engine.run(uploads, wanted)
         self._turned ^= bool(self._swapped)
         found: Logits = host.astype("float32")  # a copy: the next call writes there
@@ -295,13 +301,13 @@ class EngineModel(LanguageModel):
         positions = np.minimum(lengths[:, None] + np.arange(ids.shape[1]), self.context - 1)
         values = {"input_ids": ids, "attention_mask": grown, "position_ids": positions}
         values |= {"write_indices": lengths, "lengths": count}
-        given = [name for name in self.engine.inputs if name not in self._caches]
+        given = [name for name in self.engine.inputs if name not in self.caches]
         shapes = {name: values[name].shape for name in given}
-        for name in self._caches:
+        for name in self.caches:
             _, heads, held, *size = self.engine.profiles[0][name][1]
             shapes[name] = (len(rows), heads, mask.shape[1] if name in self._growing else held, *size)
         self.engine.prepare(self.engine.choose(shapes), shapes, self._places())
-        uploads = {name: self._staged(name, values[name]) for name in given}
+        uploads = {name: self.staged(name, values[name]) for name in given}
         self._lengths, self._mask = lengths + count, grown
         return uploads, count
 
@@ -310,7 +316,7 @@ class EngineModel(LanguageModel):
             raise UsageError(f"{self.name}: a step comes after the start of a text")
         return self._lengths, self._mask
 
-    def _staged(self, name: str, values: Array) -> Array:
+    def staged(self, name: str, values: Array) -> Array:
         """Return an input in pinned memory; the same memory serves every call."""
         kind = self.engine.inputs[name]
         if name not in self._host:
@@ -320,7 +326,7 @@ class EngineModel(LanguageModel):
         flat[:] = values.reshape(-1)
         return flat.reshape(values.shape)
 
-    def _wanted(self, count: Array, ending: Sequence[int] | None) -> tuple[Array, list[Copy]]:
+    def wanted(self, count: Array, ending: Sequence[int] | None) -> tuple[Array, list[Copy]]:
         """Return host memory for the logits that `_call` is asked for, and what to copy there."""
         batch, length, words = self.engine.shape("logits")
         rows = range(batch) if ending is None else ending
@@ -354,7 +360,7 @@ class EngineModel(LanguageModel):
         """Positions that a profile holds."""
         if "attention_mask" in bounds and self._growing:
             return bounds["attention_mask"][1][1]
-        return min((bounds[name][1][2] for name in self._caches), default=bounds["input_ids"][1][1])
+        return min((bounds[name][1][2] for name in self.caches), default=bounds["input_ids"][1][1])
 
     def _largest(self, bounds: Bounds) -> Shapes:
         """Shapes that fit each other: behind the longest past of growing caches the longest prompt has no room."""

@@ -1,7 +1,8 @@
-"""Texts that each go their own pace: rows of a cache of a fixed length, written in place by ONNX Runtime."""
+"""Texts that each go their own pace: rows of a cache of a fixed length, written in place."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rankbook.tools.runtimes.ort_steps import BoundSteps, Where
 if TYPE_CHECKING:
     import numpy as np
 
-    from rankbook.tools.runtimes.base import Logits
+    from rankbook.tools.runtimes.base import LanguageModel, Logits
     from rankbook.tools.runtimes.ort import OrtModel
 
     Array = np.ndarray[Any, Any]
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _LOGITS = "logits"
 
 
-class Slots:
+class Slots(ABC):
     """The rows of the cache; a row holds one text, or none.
 
     A step computes the first rows up to the last one in use: a native kernel decodes each code once for up to 16
@@ -32,36 +33,11 @@ class Slots:
         context: Positions of a row.
     """
 
-    def __init__(self, model: OrtModel, count: int) -> None:
-        """Allocate the cache.
-
-        Args:
-            model: A file that was exported with ``--graph static``.
-            count: Rows.
-
-        Raises:
-            UsageError: It was exported otherwise, or holds states besides keys and values.
-        """
+    def __init__(self, count: int, context: int) -> None:
         import numpy as np
 
-        if not model.file.metadata.max_context:
-            raise UsageError(
-                f"{model.file.path} has a cache that grows, whose rows cannot go their own pace; export the checkpoint"
-                " with `rankbook export --graph static --max-context N`"
-            )
-        self.count, self.context = count, int(model.file.metadata.max_context)
-        self._model, types = model, model.file.input_types
-        self._where = Where(model.session, "cpu", types)
-        names = [past_of(name) for name in model.file.outputs]
-        caches = [name for name in names if name in types]
-        if states := [name for name in caches if is_state(name)]:
-            raise UsageError(f"{model.file.path} holds states ({states[0]}), which are not served yet; use `generate`")
+        self.count, self.context = count, context
         self._lengths = np.zeros(count, np.int64)
-        self._cache = {
-            name: np.zeros([count, *(int(size) for size in model.file.inputs[name][1:])], types[name])
-            for name in caches
-        }
-        self._steps: dict[tuple[int, int], BoundSteps] = {}
 
     def length(self, slot: int) -> int:
         """Return how many tokens a row holds."""
@@ -94,12 +70,77 @@ class Slots:
     def _run(self, begin: int, end: int, tokens: Array) -> Array:
         """Compute rows ``begin`` to ``end``; return their last logits (rows, vocabulary) in float32."""
         import numpy as np
+
+        past = np.minimum(self._lengths[begin:end], self.context - tokens.shape[1])  # idle rows have no room to need
+        return self._compute(begin, tokens, past)
+
+    @abstractmethod
+    def _compute(self, begin: int, tokens: Array, past: Array) -> Array:
+        """Do `_run` for tokens (rows, length) of the rows from ``begin`` on, behind ``past`` (rows,) positions."""
+
+
+class OrtSlots(Slots):
+    """Rows of a cache in ONNX Runtime on the CPU."""
+
+    def __init__(self, model: OrtModel, count: int) -> None:
+        """Allocate the cache.
+
+        Args:
+            model: A file that was exported with ``--graph static``.
+            count: Rows.
+
+        Raises:
+            UsageError: It was exported otherwise, or holds states besides keys and values.
+        """
+        import numpy as np
+
+        if not model.file.metadata.max_context:
+            raise UsageError(
+                f"{model.file.path} has a cache that grows, whose rows cannot go their own pace; export the checkpoint"
+                " with `rankbook export --graph static --max-context N`"
+            )
+        if model.cuda:
+            raise UsageError(f"{model.name} is not served on a GPU; build an engine, or give --kernels native")
+        super().__init__(count, int(model.file.metadata.max_context))
+        types = model.file.input_types
+        self._where = Where(model.session, "cpu", types)
+        names = [past_of(name) for name in model.file.outputs]
+        caches = [name for name in names if name in types]
+        if states := [name for name in caches if is_state(name)]:
+            raise UsageError(f"{model.file.path} holds states ({states[0]}), which are not served yet; use `generate`")
+        self._cache = {
+            name: np.zeros([count, *(int(size) for size in model.file.inputs[name][1:])], types[name])
+            for name in caches
+        }
+        self._steps: dict[tuple[int, int], BoundSteps] = {}
+
+    def _compute(self, begin: int, tokens: Array, past: Array) -> Array:
+        import numpy as np
         from onnxruntime import OrtValue
 
+        end = begin + len(tokens)
         if (begin, end) not in self._steps:
             # A slice of rows is one piece of memory: the same buffers serve every number of rows.
             cache = {name: OrtValue.ortvalue_from_numpy(value[begin:end]) for name, value in self._cache.items()}
             self._steps[begin, end] = BoundSteps(self._where, cache, self.context, _LOGITS)
-        past = np.minimum(self._lengths[begin:end], self.context - tokens.shape[1])  # idle rows have no room to need
         scores: Array = self._steps[begin, end].run(tokens, past)[:, -1].astype(np.float32)
         return scores
+
+
+def slots_of(model: LanguageModel, count: int) -> Slots:
+    """Return rows for the texts of a server.
+
+    Raises:
+        UsageError: The runtime has none, or the model's cache cannot be cut into them.
+    """
+    from rankbook.tools.runtimes.ort import OrtModel
+    from rankbook.tools.runtimes.trt_model import EngineModel
+    from rankbook.tools.serve.engine_slots import EngineSlots
+
+    if isinstance(model, OrtModel):
+        return OrtSlots(model, count)
+    if isinstance(model, EngineModel):
+        return EngineSlots(model, count)
+    raise UsageError(
+        f"{model.name} cannot be served; export it with `rankbook export MODEL --graph static --max-context N`"
+    )
