@@ -15,6 +15,7 @@ from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS, opened, re
 from rankbook.calibration.imports.base import Format, ImportRefusedError
 from rankbook.calibration.imports.formats import format_of
 from rankbook.calibration.model.completeness import check_complete
+from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.loading import auto_class
 from rankbook.calibration.model.packed_modules import CodebookLinear, replace_module
 from rankbook.calibration.model.source_config import read_config, stored_format
@@ -112,7 +113,7 @@ def _empty(location: str, config: Any) -> Any:
     from transformers import GenerationConfig
 
     with torch.device("meta"):
-        model = auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config, trust_remote_code=is_trusted())
     if file_of(location, "generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(location)
     return model

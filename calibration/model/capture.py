@@ -22,7 +22,7 @@ from rankbook.calibration.model.adapter import Blocks, ModelAdapter, adapter_of
 from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import PackedModule
 from rankbook.calibration.model.placement import CPU, Placement, Stream, batch_size, batches, in_float32, placed
-from rankbook.calibration.model.routed_inputs import RoutedInputs
+from rankbook.calibration.model.routed_inputs import RoutedInputs, inputs_of
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,12 @@ def collect(
     found = {name: matrix_of(name) for name in layers}
     modules: dict[str, Any] = {name: block.get_submodule(name) for name, matrix in found.items() if matrix is None}
     places = {name: (*matrix[0].rpartition(".")[::2], matrix[1]) for name, matrix in found.items() if matrix}
-    inputs = {owner: RoutedInputs(block.get_submodule(owner), device) for owner, _, _ in places.values()}
+    keepers: dict[int, tuple[nn.Module, RoutedInputs]] = {}
+    inputs: dict[tuple[str, str], RoutedInputs] = {}
+    for owner, matrix, _ in places.values():
+        if (owner, matrix) not in inputs:
+            noted, kept = inputs_of(block.get_submodule(owner), matrix, device)
+            inputs[owner, matrix] = keepers.setdefault(id(noted), (noted, kept))[1]
     statistics: dict[str, LayerStatistics] = {}
     owners: dict[str, str] = {}
     seen: list[tuple[Tensor, int, str]] = []
@@ -202,14 +207,13 @@ def collect(
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_pre_hook(functools.partial(observe, name), with_kwargs=True))
-        for owner, kept in inputs.items():
-            experts = block.get_submodule(owner)
-            hooks.enter_context(experts.register_forward_pre_hook(kept.note, with_kwargs=True))
+        for noted, kept in keepers.values():
+            hooks.enter_context(noted.register_forward_pre_hook(kept.note, with_kwargs=True))
         for batch in batches(stream, device):
             call(block, batch)
             seen.clear()
     held = {name: of(owners.get(name, name)) for name in modules}
-    return BlockStatistics(held, {name: (inputs[place[0]], *place[1:]) for name, place in places.items()})
+    return BlockStatistics(held, {name: (inputs[place[:2]], *place[1:]) for name, place in places.items()})
 
 
 @contextlib.contextmanager

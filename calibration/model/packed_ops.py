@@ -144,7 +144,7 @@ def _current(device: torch.device) -> Iterator[int]:
 
 @torch.library.custom_op("rankbook::product", mutates_args=())
 def _product(
-    x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activations: bool, numbers: Tensor | None
+    x: Tensor, tensors: list[Tensor], sizes: list[int], int8_activations: bool, numbers: Tensor | None = None
 ) -> Tensor:
     computes = kernels(x.device.type)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -172,7 +172,7 @@ def _(
     tensors: list[Tensor],  # noqa: ARG001
     sizes: list[int],
     int8_activations: bool,  # noqa: ARG001
-    numbers: Tensor | None,  # noqa: ARG001
+    numbers: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], sizes[1])
 

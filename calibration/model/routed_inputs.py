@@ -85,6 +85,34 @@ class RoutedInputs:
                 yield hidden[rows].to(self._device)
 
 
+class MatrixInputs(RoutedInputs):
+    """The inputs of one matrix of experts whose family computes them in its own way: they are kept as they enter it."""
+
+    def note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what a call of the matrix is given: rows (S, K), and the expert of each, (S,)."""
+        x, experts = (*args, *kwargs.values())
+        self._calls.append((_on_disk(x), experts.cpu()[:, None]))
+
+    def _own(self, matrix: str, expert: int) -> LayerStatistics:
+        found = LayerStatistics.empty(linears(self._module, matrix).columns(), self._device)
+        for x in self._inputs(expert):
+            found.update(x)
+        return found
+
+
+def inputs_of(module: Any, matrix: str, device: torch.device) -> tuple[nn.Module, RoutedInputs]:
+    """Return what keeps the inputs of a matrix of experts, and the module whose calls it notes.
+
+    Args:
+        module: Experts that were split.
+        matrix: Name of the matrix.
+        device: Where statistics are computed.
+    """
+    if hasattr(module, "expert_matrices"):
+        return getattr(module, matrix), MatrixInputs(module, device)
+    return module, RoutedInputs(module, device)
+
+
 def _on_disk(values: Tensor) -> Tensor:
     """Return values in a file without a name, which ends with the tensor."""
     array = values.detach().float().cpu().numpy()

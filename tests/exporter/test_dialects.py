@@ -252,7 +252,7 @@ def test_whole_zero_points_are_stored_as_integers():
 
 def test_an_unknown_dialect_is_refused_with_those_there_are(tmp_path):
     assert dialects.names() == ("rankbook", "dense", "ort", "qdq")
-    with pytest.raises(ValueError, match=r"'gguf' is not supported; choose one of rankbook, ort, qdq"):
+    with pytest.raises(ValueError, match=r"'gguf' is not supported; choose one of rankbook, dense, ort, qdq"):
         export(tmp_path, tmp_path / "out", ExportOptions(dialect="gguf"))
 
 

@@ -190,7 +190,9 @@ def test_end_tokens_and_search_settings_of_the_model(tmp_path):
 
 def test_a_long_context_is_not_reserved_as_a_whole(tmp_path):
     options, config = ExportOptions(graph="ort"), {"model_type": "qwen3", "max_position_embeddings": 131072}
-    write_genai_config(tmp_path, graph_of("input_ids"), config, options, with_library=False)
+    graph = graph_of("input_ids")
+    graph.metadata_props["rankbook.graph"] = "ort"
+    write_genai_config(tmp_path, graph, config, options, with_library=False)
     found = described(tmp_path)
     assert (found["model"]["context_length"], found["search"]["max_length"]) == (131072, 4096)
 

@@ -104,10 +104,10 @@ def half_inside(op: Op, want: Array) -> Array:
     """
     if op.dtype == "float32" or op.gather:
         terms = max(1.0, op.record.in_features / 128)
-        return np.full_like(want, 2e-6 * terms**0.5 * np.abs(want).max())
+        return np.full_like(want, 2e-6 * terms**0.5 * np.abs(want).max(initial=0.0))
     if op.contract.int8_activations:
         return float32_sums(op, want)
-    return np.full_like(want, 4e-3 * np.abs(want).max())
+    return np.full_like(want, 4e-3 * np.abs(want).max(initial=0.0))
 
 
 # ------------------------------------------------------------------------------------------------------------ runners

@@ -98,3 +98,31 @@ def test_matrices_of_few_experts_live_at_once(effort: str, tmp_path: Path, monke
     assert len(made) > most
     assert most <= of_attention + 2
     assert sum(experts.matrix_of(name) is not None for name in report.layers) == 2 * 2 * 4
+
+
+def test_experts_that_a_family_computes_by_itself_are_seen_by_matrix() -> None:
+    """DBRX: each matrix is given what it is called with; an expert's rows are those that were sent to it."""
+    from rankbook.calibration.model.adapter import adapter_of
+
+    model = random_model("dbrx")
+    make_plain(model)
+    blocks, ids = adapter_of(model).blocks(), torch.arange(400).view(4, 100) % 250
+    calls = capture.record_calls(model, blocks, ids)
+    stream = capture.first_inputs(model, blocks, ids, torch.float32)
+    one: Any = blocks.modules[0]
+    mlp = one.ffn.experts.mlp
+    names = [f"ffn.experts.mlp.{matrix}.{expert}" for matrix in ("w1", "v1", "w2") for expert in range(4)]
+    given: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    hooks = [
+        one.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: given[name].append(args[0]))
+        for name in names
+    ]
+    found = capture.collect(one, calls[0], stream.values, names)
+    for hook in hooks:
+        hook.remove()
+    assert len(mlp.w1) == 4
+    for name in names:
+        x = torch.cat(given[name])
+        assert len(x) >= x.shape[1], "no expert is filled up from the others"
+        torch.testing.assert_close(found[name].gram, x.T @ x, rtol=1e-4, atol=1e-4)
+    assert sum(len(torch.cat(given[name])) for name in names[:4]) == 2 * ids.numel()

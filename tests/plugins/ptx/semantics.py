@@ -132,13 +132,13 @@ class _Compiler:
 
     # ---- memory
 
-    def _memory_form(self) -> tuple[str, str, int]:
-        """Return space, type and number of elements of ld, st."""
+    def _memory_form(self, generic: str = "") -> tuple[str, str, int]:
+        """Return space, type and number of elements of ld, st; ``generic`` is the space of one that names none."""
         *rest, type_ = self.it.modifiers
-        space = next((m for m in rest if m in ("global", "shared", "local", "param")), None)
+        space = next((m for m in rest if m in ("global", "shared", "local", "param")), generic)
         count = next((int(m[1:]) for m in rest if m in ("v2", "v4")), 1)
         unknown = set(rest) - CACHE_HINTS - {space, f"v{count}"}
-        if space is None or unknown or type_ not in DTYPES:
+        if not space or unknown or type_ not in DTYPES:
             raise self.it.error(f"unknown form {sorted(map(str, unknown))}")
         return space, type_, count
 
@@ -158,7 +158,8 @@ class _Compiler:
         return load
 
     def _store(self) -> Step:
-        space, type_, _ = self._memory_form()
+        # A generic address of global memory is the same number; of another space it is out of range here.
+        space, type_, _ = self._memory_form("global")
         target, source = self.it.operands
         readers = [self.read(part, type_) for part in (source.parts or (source,))]
         address = self._address(target, space)
