@@ -114,8 +114,8 @@ def _empty(location: str, config: Any) -> Any:
 
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=is_trusted())
-    if file_of(location, "generation_config.json"):
-        model.generation_config = GenerationConfig.from_pretrained(location)
+    if path := file_of(location, "generation_config.json"):
+        model.generation_config = GenerationConfig.from_dict(read_json(path))
     return model
 
 

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(emulated.compiler() is None, reason="needs a compiler"),
 ]
-MOMENTS = int(os.environ.get("RANKBOOK_FAULTS", "5"))
+MOMENTS = int(os.environ.get("RANKBOOK_FAULTS", "3"))
 """Moments of each kind for each verb."""
 _SIGKILL = -9
 
