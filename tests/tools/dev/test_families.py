@@ -9,8 +9,9 @@ import pytest
 
 from rankbook.tools import errors
 from rankbook.tools.dev import families
+from rankbook.tools.dev.docs import ROOT
 from rankbook.tools.dev.families import Row
-from rankbook.tools.dev.family_models import MOST_USED
+from rankbook.tools.dev.family_models import FAMILIES, MOST_USED
 from tests import tiny
 
 
@@ -71,6 +72,6 @@ def test_steps_that_were_not_run_stay_as_they_are_known() -> None:
 
 
 def test_a_run_of_some_families_does_not_drop_the_others_from_the_document() -> None:
-    page = (families.ROOT / "docs" / "families.md").read_text()
-    assert families.without_result(page, families.FAMILIES) == []
-    assert len(families.without_result(page, ("llama", "qwen2"))) == len(families.FAMILIES) - 2
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert families.without_result(page, FAMILIES) == []
+    assert len(families.without_result(page, ("llama", "qwen2"))) == len(FAMILIES) - 2
