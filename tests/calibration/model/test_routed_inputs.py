@@ -88,12 +88,17 @@ def test_matrices_of_few_experts_live_at_once(effort: str, tmp_path: Path, monke
         most = max(most, sum(gram() is not None for gram in made))
         return solve(problem, *args)
 
+    gc.collect()
+    gc.freeze()  # what the process holds already is not gone through again at every layer
     monkeypatch.setattr(LayerStatistics, "empty", noted)
     monkeypatch.setattr(block, "solve_layer", counted)
     given = options(
         tmp_path, method="lcq", calib_sequences=2, calib_length=16, method_options={"effort": effort, "steps": 2}
     )
-    report = quantize_model(tmp_path / "model", tmp_path / "out", given)
+    try:
+        report = quantize_model(tmp_path / "model", tmp_path / "out", given)
+    finally:
+        gc.unfreeze()
     of_attention = 2  # query, key and value share one
     assert len(made) > most
     assert most <= of_attention + 2
