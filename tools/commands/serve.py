@@ -24,12 +24,18 @@ KEY = "RANKBOOK_API_KEY"
 class Serve(KernelOptions, Common):
     """Options of the verb."""
 
-    model: str = argument("folder exported with --graph static, or an engine folder", metavar="MODEL")
+    model: str = argument("folder exported with --graph ort or static, or an engine folder", metavar="MODEL")
     host: str = option("127.0.0.1", "address to listen at; any but this machine's own needs an API key", metavar="HOST")
     port: int = option(8000, "port to listen at", metavar="N", least=0)
     name: str | None = option(None, "how requests call the model; the folder's name if not given", metavar="NAME")
     tokenizer: str | None = option(None, "take the tokenizer from this model when MODEL has none", metavar="MODEL")
     slots: int = option(8, "texts that are decoded side by side", metavar="N", least=1)
+    max_context: int | None = option(
+        None,
+        "tokens of a text, its answer included; what the model holds, at most 4096, if not given",
+        metavar="N",
+        least=2,
+    )
     queue: int = option(64, "requests that may wait; further ones get status 429", metavar="N", least=1)
     max_new_tokens: int = option(
         1024, "most tokens of an answer, and what a chat without a limit gets", metavar="N", least=1
@@ -70,7 +76,7 @@ def prepare(options: Serve, key: str = "") -> Any:
     """Open the model and start decoding; return what `rankbook.tools.serve.app.create_app` takes.
 
     Raises:
-        UsageError: A file without a cache of a fixed length, or no tokenizer.
+        UsageError: A file whose cache is not written in place, or no tokenizer.
     """
     from rankbook.tools.generation.settings import GenerationSettings
     from rankbook.tools.serve.app import Limits, Served
@@ -80,7 +86,7 @@ def prepare(options: Serve, key: str = "") -> Any:
     model = open_model(options.model, options.chosen_kernels(), Setting(options.threads), tokenizer=options.tokenizer)
     if model.tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
-    slots = slots_of(model, options.slots)
+    slots = slots_of(model, options.slots, options.max_context)
     settings = GenerationSettings.of(model.generation_config, model.tokenizer)
     scheduler = Scheduler(slots, model.tokenizer, settings, queue=options.queue)
     limits = Limits(options.max_body, options.max_new_tokens, slots.context)

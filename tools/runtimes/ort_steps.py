@@ -76,12 +76,13 @@ class BoundSteps:
     def run(self, tokens: Tokens, past: Any) -> Array:
         """Return what is wanted of tokens (batch, length) behind ``past`` positions; the next call may overwrite it.
 
-        ``past`` is a number, or one for each row (batch,) where rows go their own pace (``write_indices``).
+        ``past`` is a number, or one for each row (batch,) where rows go their own pace.
         """
         import numpy as np
 
         batch, length = tokens.shape
-        end = past + length
+        own_pace = np.ndim(past) > 0
+        end = int(np.max(past)) + length
         known = bool(self._inputs) and self._inputs["input_ids"].shape == tokens.shape
         if not known:
             self._inputs = {
@@ -92,8 +93,12 @@ class BoundSteps:
         if "write_indices" in self._inputs:
             self._inputs["write_indices"][:] = past
         if "position_ids" in self._inputs:
-            self._inputs["position_ids"][:] = self._positions[past:end]
-        if self._mask is not None:
+            new = self._positions[:length]
+            self._inputs["position_ids"][:] = np.add.outer(past, new) if own_pace else past + new
+        if self._mask is not None and own_pace:
+            mask = self._positions[:end] < np.add(past, length)[:, None]
+            self._binding.bind_cpu_input("attention_mask", mask.astype(self._where.types["attention_mask"]))
+        elif self._mask is not None:
             kind, place = np.dtype(self._where.types["attention_mask"]).type, self._mask.data_ptr()
             self._binding.bind_input("attention_mask", self._where.device, 0, kind, (batch, end), place)
         if known:

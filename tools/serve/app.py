@@ -169,7 +169,6 @@ class _Texts:
     def __init__(self, served: Served, asked: Any, prompts: list[list[int]], most: int | None) -> None:
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop, limits = asyncio.get_running_loop(), served.limits
-        top = asked.logprobs if isinstance(asked, Completion) else asked.top_logprobs
 
         def deliver(index: int) -> Callable[[Piece], None]:
             def put(piece: Piece) -> None:
@@ -180,7 +179,7 @@ class _Texts:
 
         options = asked.generate_options(min(most or limits.max_new_tokens, limits.max_new_tokens))
         self._requests = [
-            scheduler.Request(ids, options, deliver(index), asked.stops, top or 0) for index, ids in enumerate(prompts)
+            scheduler.Request(ids, options, deliver(index), asked.stops, asked.top) for index, ids in enumerate(prompts)
         ]
         self._open = len(prompts)
         try:

@@ -111,6 +111,11 @@ class Completion(_Asked):
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
 
+    @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are told with each; None where no probability is asked for."""
+        return self.logprobs
+
 
 class _Part(BaseModel):
     type: Literal["text"]
@@ -137,6 +142,11 @@ class Chat(_Asked):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+
+    @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are told with each; None where no probability is asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def parse(kind: type[_Asked], body: bytes) -> Any:
@@ -215,7 +225,7 @@ class Writer:
     def _logprobs(self, pieces: Sequence[Any]) -> dict[str, Any] | None:
         asked: Any = self._asked
         told = [piece for piece in pieces if piece.token is not None]
-        if asked.logprobs is None or asked.logprobs is False:
+        if asked.top is None:
             return None
         if self._chat:
             return {"content": [self._entry(p.token, p.logprob, p.top) for p in told], "refusal": None}

@@ -34,7 +34,7 @@ class Piece:
     Attributes:
         text: New text, maybe empty.
         token: The token that was chosen, or None.
-        logprob: Its logarithmic probability.
+        logprob: Its logarithmic probability, 0 where the request does not ask for it.
         top: The most likely tokens with theirs, as many as were asked for.
         finish_reason: At the end ``stop``, ``length``, ``context``, ``cancelled`` or ``error``.
         message: Of an error.
@@ -56,7 +56,7 @@ class Request:
         ids: Tokens of the prompt.
         options: How.
         stop: Strings that end it.
-        top: How many of the most likely tokens are told with each.
+        top: How many of the most likely tokens are told with each, and its probability; None for neither.
         deliver: Called with each piece, in the scheduler's thread.
         cancelled: Set by whoever no longer wants it.
     """
@@ -65,7 +65,7 @@ class Request:
     options: GenerateOptions
     deliver: Callable[[Piece], None]
     stop: tuple[str, ...] = ()
-    top: int = 0
+    top: int | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -226,7 +226,8 @@ class Scheduler:
         row.produced += 1
         self.counters.tokens += 1
         text = row.stream.push(token)
-        logprob, top = _logprobs(scores, token, request.top)
+        # Over a large vocabulary this takes as long as a part of the step itself.
+        logprob, top = (0.0, ()) if request.top is None else _logprobs(scores, token, request.top)
         request.deliver(Piece(text, token, logprob, top))
         if row.stream.stopped:
             self._leave(slot, "stop")

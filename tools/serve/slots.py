@@ -1,13 +1,14 @@
-"""Texts that each go their own pace: rows of a cache of a fixed length, written in place."""
+"""Texts that each go their own pace: rows of a cache that is written in place."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rankbook.exporter.cache_names import is_state, past_of
 from rankbook.tools.errors import UsageError
+from rankbook.tools.runtimes.ort_memory import untouched
 from rankbook.tools.runtimes.ort_steps import BoundSteps, Where
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _LOGITS = "logits"
+CONTEXT = 4096
+"""Positions of a row where neither the file nor the user says how many."""
 
 
 class Slots(ABC):
@@ -82,37 +85,39 @@ class Slots(ABC):
 class OrtSlots(Slots):
     """Rows of a cache in ONNX Runtime on the CPU."""
 
-    def __init__(self, model: OrtModel, count: int) -> None:
-        """Allocate the cache.
+    def __init__(self, model: OrtModel, count: int, context: int | None) -> None:
+        """Allocate the cache; only what is written of it takes memory.
 
         Args:
-            model: A file that was exported with ``--graph static``.
+            model: A file whose cache is written in place, of ``--graph ort`` or ``static``.
             count: Rows.
+            context: Positions of a row; what the file or the model holds, at most `CONTEXT`, when None.
 
         Raises:
-            UsageError: It was exported otherwise, or holds states besides keys and values.
+            UsageError: It was exported otherwise, holds fewer positions, or states besides keys and values.
         """
-        import numpy as np
-
-        if not model.file.metadata.max_context:
+        if not model.file.metadata.in_place:
+            other = "static --max-context N" if model.file.metadata.graph == "ort" else "ort"
             raise UsageError(
-                f"{model.file.path} has a cache that grows, whose rows cannot go their own pace; export the checkpoint"
-                " with `rankbook export --graph static --max-context N`"
+                f"the cache of {model.file.path} is not written in place, so that its rows cannot go their own pace;"
+                f" export the checkpoint with `rankbook export --graph {other}`"
             )
         if model.cuda:
             raise UsageError(f"{model.name} is not served on a GPU; build an engine, or give --kernels native")
-        super().__init__(count, int(model.file.metadata.max_context))
+        super().__init__(count, _positions(model, context))
         types = model.file.input_types
         self._where = Where(model.session, "cpu", types)
         names = [past_of(name) for name in model.file.outputs]
         caches = [name for name in names if name in types]
         if states := [name for name in caches if is_state(name)]:
             raise UsageError(f"{model.file.path} holds states ({states[0]}), which are not served yet; use `generate`")
-        self._cache = {
-            name: np.zeros([count, *(int(size) for size in model.file.inputs[name][1:])], types[name])
-            for name in caches
-        }
+        self._cache = {name: untouched(self._shape(model.file.inputs[name]), types[name]) for name in caches}
         self._steps: dict[tuple[int, int], BoundSteps] = {}
+
+    def _shape(self, declared: Sequence[Any]) -> tuple[int, ...]:
+        """Return the shape of a cache (rows, heads, positions, size) of a file's input."""
+        _, heads, _, size = declared
+        return self.count, int(heads), self.context, int(size)
 
     def _compute(self, begin: int, tokens: Array, past: Array) -> Array:
         import numpy as np
@@ -127,8 +132,24 @@ class OrtSlots(Slots):
         return scores
 
 
-def slots_of(model: LanguageModel, count: int) -> Slots:
+def _positions(model: OrtModel, wanted: int | None) -> int:
+    """Return how many positions a row has."""
+    fixed = int(model.file.metadata.max_context or 0)
+    most = fixed or model.context
+    if wanted is not None and most is not None and wanted > most:
+        raise UsageError(f"--max-context {wanted}: {model.file.path} holds {most} positions; give at most that")
+    if fixed and wanted not in (None, fixed):
+        raise UsageError(f"--max-context {wanted}: the cache of {model.file.path} has {fixed} positions; leave it out")
+    return wanted or fixed or min(CONTEXT, most or CONTEXT)
+
+
+def slots_of(model: LanguageModel, count: int, context: int | None = None) -> Slots:
     """Return rows for the texts of a server.
+
+    Args:
+        model: The model, opened.
+        count: Rows.
+        context: Positions of a row, None for what the file or the model holds.
 
     Raises:
         UsageError: The runtime has none, or the model's cache cannot be cut into them.
@@ -138,9 +159,9 @@ def slots_of(model: LanguageModel, count: int) -> Slots:
     from rankbook.tools.serve.engine_slots import EngineSlots
 
     if isinstance(model, OrtModel):
-        return OrtSlots(model, count)
+        return OrtSlots(model, count, context)
     if isinstance(model, EngineModel):
+        if context not in (None, model.context):
+            raise UsageError(f"--max-context {context}: {model.name} was built for {model.context}; leave it out")
         return EngineSlots(model, count)
-    raise UsageError(
-        f"{model.name} cannot be served; export it with `rankbook export MODEL --graph static --max-context N`"
-    )
+    raise UsageError(f"{model.name} cannot be served; export it with `rankbook export MODEL --graph ort`")

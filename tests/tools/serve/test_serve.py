@@ -16,8 +16,10 @@ import pytest
 
 from rankbook.tools import errors
 from rankbook.tools.commands.serve import Serve, prepare
+from rankbook.tools.dev import serve_load
 from rankbook.tools.generation.loop import GenerateOptions, generate
 from rankbook.tools.runtimes import open_model
+from rankbook.tools.runtimes.ort import native_unavailable
 from tests.tiny import tiny_model, write_text
 from tests.tools.files import run_cli
 
@@ -36,7 +38,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny exported model with a chat template."""
     work = tmp_path_factory.mktemp("served")
-    tiny_model("llama", work / "model")
+    tiny_model("llama", work / "model", head_dim=16)  # which the attention of both graphs takes
     write_text(work / "text.txt")
     config = json.loads((work / "model" / "tokenizer_config.json").read_text())
     (work / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
@@ -88,7 +90,7 @@ class Server:
 
 
 def options(folder: Path, **more: Any) -> Serve:
-    return Serve(model=str(folder / "tiny"), **{"slots": 4, "queue": 40, "threads": 1, "no_native": True, **more})
+    return Serve(**{"model": str(folder / "tiny"), "slots": 4, "queue": 40, "threads": 1, "no_native": True, **more})
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +264,19 @@ def test_a_key_a_full_queue_and_a_long_body(folder: Path) -> None:
             assert running.result().usage.completion_tokens == waiting.result().usage.completion_tokens == 12
 
 
+def test_the_load_of_several_clients_is_measured(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"http://127.0.0.1:{server.port}/v1"
+    before = server.served.scheduler.counters.tokens
+    assert serve_load.main([url, "--clients", "1", "3", "--turns", "2", "--tokens", "5", "--json"]) == errors.OK
+    loads = json.loads(capsys.readouterr().out)
+    assert [load["clients"] for load in loads] == [1, 3]
+    assert loads[0]["speed"] == 1
+    assert loads[1]["speed"] == pytest.approx(loads[1]["tokens_per_second"] / loads[0]["tokens_per_second"])
+    assert server.served.scheduler.counters.tokens - before == (1 + 2 * (1 + 3)) * 5
+    assert serve_load.main(["http://127.0.0.1:1/v1"]) == errors.USAGE
+    assert "start `rankbook serve`" in capsys.readouterr().err
+
+
 def test_a_runtime_that_fails_is_said_to_everyone_and_the_server_goes_on(folder: Path) -> None:
     served = prepare(options(folder))
     step = served.scheduler._slots.step
@@ -273,8 +288,48 @@ def test_a_runtime_that_fails_is_said_to_everyone_and_the_server_goes_on(folder:
         assert server.client().completions.create(**{**GREEDY, "prompt": "a"}).usage.completion_tokens == 12
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["bodies", "native"])
+def grouped(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Server, str]]:
+    """A server of the graph made for ONNX Runtime, and the kernels it uses."""
+    if not request.param and (reason := native_unavailable()):
+        pytest.skip(reason)
+    if not (folder / "grouped").exists():
+        assert run_cli("export", folder / "q", "-o", folder / "grouped", "--graph", "ort", "--quiet") == 0
+    given = options(folder, model=str(folder / "grouped"), name="tiny", max_context=CONTEXT, no_native=request.param)
+    with Server(prepare(given)) as running:
+        yield running, "bodies" if request.param else "native"
+
+
+def test_rows_of_a_cache_that_is_made_longer_go_their_own_pace(grouped: tuple[Server, str], folder: Path) -> None:
+    """Texts of eight lengths share steps in the graph made for ONNX Runtime; each is what it would be alone."""
+    server, kernels = grouped
+    model = open_model(str(folder / "grouped"), kernels)
+    chosen = GenerateOptions(max_new_tokens=12, ignore_eos=True)
+    wanted = [generate(model, prompt, chosen).text for prompt in PROMPTS]
+
+    def ask(prompt: str) -> str:
+        text: str = server.client().completions.create(**{**GREEDY, "prompt": prompt}).choices[0].text
+        return text
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, PROMPTS)) == wanted
+    with pytest.raises(openai.BadRequestError, match="tokens and the context holds 96"):
+        ask("long " * 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "message"),
+    [("tiny", 95, "the cache of .* has 96"), ("tiny", 97, "holds 96"), ("grouped", 1 << 20, "give at most that")],
+)
+def test_a_length_that_the_file_does_not_hold_is_refused(name: str, context: int, message: str, folder: Path) -> None:
+    if not (folder / name).exists():
+        assert run_cli("export", folder / "q", "-o", folder / name, "--graph", "ort", "--quiet") == 0
+    with pytest.raises(errors.UsageError, match=message):
+        prepare(options(folder, model=str(folder / name), max_context=context))
+
+
 def test_what_cannot_be_served_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(errors.UsageError, match="--graph static"):
+    with pytest.raises(errors.UsageError, match="--graph ort"):
         prepare(replace(options(folder), model=str(folder / "q"), no_native=False))
     assert run_cli("serve", folder / "tiny", "--host", "0.0.0.0") == errors.USAGE
     assert "give an API key" in capsys.readouterr().err
