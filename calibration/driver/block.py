@@ -17,7 +17,7 @@ from rankbook.calibration.device import moved
 from rankbook.calibration.driver import scaling
 from rankbook.calibration.driver.allocation import Choice
 from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.report import Reporter, output_error
+from rankbook.calibration.driver.report import Errors, Reporter, output_errors
 from rankbook.calibration.driver.resume import BlockResult
 from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
@@ -123,15 +123,16 @@ class BlockSolver:
             if method.refine is not None and streams.targets is not None and records:
                 records = self._trained(site, streams, streams.targets, records)
                 errors = {
-                    name: output_error(self._problem(site, name, statistics), record)
+                    name: output_errors(self._problem(site, name, statistics), record)
                     for name, record in records.items()
                 }
         return BlockResult(
             {f"{prefix}{name}": CodebookLinear.from_record(record) for name, record in records.items()},
-            {f"{prefix}{name}": error for name, error in errors.items()},
+            {f"{prefix}{name}": error for name, (error, _) in errors.items()},
             {f"{prefix}{name}": tensor.to(self.dtype) for name, tensor in scaled.tensors.items()},
             [f"{prefix}{name}" for name in scaled.layers],
             [f"{prefix}{name}" for name in statistics.few_tokens()],
+            {f"{prefix}{name}": bare for name, (_, bare) in errors.items() if bare is not None},
         )
 
     def _trained(
@@ -153,7 +154,7 @@ class BlockSolver:
 
     def _closed_forms(
         self, site: Site, statistics: Mapping[str, LayerStatistics], share: float
-    ) -> dict[str, tuple[QuantizedLinear, float | None]]:
+    ) -> dict[str, tuple[QuantizedLinear, Errors]]:
         """Solve every layer, and measure its error while its statistics are at hand.
 
         On several devices as many are solved at once, each by itself, so that the result is the same.
@@ -162,7 +163,7 @@ class BlockSolver:
         for device in self.placement.devices:
             free.put(device)
 
-        def solve(position: int, name: str) -> tuple[QuantizedLinear, float | None]:
+        def solve(position: int, name: str) -> tuple[QuantizedLinear, Errors]:
             full, device = f"{site.prefix}{name}", free.get()
             self.reporter.tell(f"quantizing {full}", site.index, share * position / len(site.layers))
             chosen = self.options.of_layer(full)
@@ -172,7 +173,7 @@ class BlockSolver:
                 problem = self._problem(site, name, statistics)
                 given = moved(replace(problem, name=full), device)
                 record = moved(solve_layer(given, chosen), self.placement.device)
-                return record, output_error(problem, record)
+                return record, output_errors(problem, record)
             finally:
                 free.put(device)
 

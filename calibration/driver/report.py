@@ -15,6 +15,8 @@ from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins.layer_spec import LayerSpec
 
+Errors = tuple[float | None, float | None]
+"""Relative output errors of a layer: as it is, and without its error branch."""
 SKIPPED, OUTSIDE, GATE = "skipped by option", "outside the decoder blocks", "router or gate of experts"
 """Parts of the reasons in `QuantizeReport.left_alone` that are no surprise."""
 
@@ -79,10 +81,12 @@ class LayerReport:
     Attributes:
         spec: Shapes and types.
         error: Squared output error on the calibration inputs relative to the squared output, or None without inputs.
+        without_branch: The same of the layer without its error branch; None where there is none.
     """
 
     spec: LayerSpec
     error: float | None = None
+    without_branch: float | None = None
 
     @property
     def stored_bits(self) -> dict[str, int]:
@@ -91,7 +95,8 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of the manifest."""
-        return {"bits_per_weight": self.spec.bits_per_weight(), "stored_bits": self.stored_bits, "error": self.error}
+        entry = {"bits_per_weight": self.spec.bits_per_weight(), "stored_bits": self.stored_bits, "error": self.error}
+        return entry if self.without_branch is None else {**entry, "error_without_branch": self.without_branch}
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,12 @@ def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dic
         "stored_bits": bits,
         "bits_per_weight": bits / weights,
     }
+
+
+def output_errors(problem: LayerProblem, record: QuantizedLinear) -> Errors:
+    """Return `output_error` of a record, and without its error branch; None where there is none."""
+    bare = None if record.low_rank is None else output_error(problem, record.with_low_rank(None))
+    return output_error(problem, record), bare
 
 
 def output_error(problem: LayerProblem, record: QuantizedLinear) -> float | None:

@@ -33,6 +33,7 @@ class BlockResult:
         tensors: New values of other parameters of the block by full name (norms that carry an input scaling).
         scaled: Full names of the layers whose inputs are scaled.
         few_tokens: Full names of the layers of experts with shared statistics.
+        without_branch: The errors of layers with an error branch, without it.
     """
 
     layers: Mapping[str, CodebookLinear]
@@ -40,6 +41,7 @@ class BlockResult:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     scaled: Sequence[str] = ()
     few_tokens: Sequence[str] = ()
+    without_branch: Mapping[str, float] = field(default_factory=dict)
 
 
 class PartialState:
@@ -81,6 +83,7 @@ class PartialState:
             "tensors": list(result.tensors),
             "scaled": list(result.scaled),
             "few_tokens": list(result.few_tokens),
+            "without_branch": dict(result.without_branch),
         }
         metadata = {
             "layers": json.dumps(layers),
@@ -139,7 +142,8 @@ def _block(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockR
         layers[name] = CodebookLinear(spec, {part: tensors[f"{name}.{part}"] for part in spec.tensors()})
     others = json.loads(metadata["others"])
     changed = {name: tensors[name] for name in others["tensors"]}
-    return BlockResult(layers, json.loads(metadata["errors"]), changed, others["scaled"], others["few_tokens"])
+    errors, bare = json.loads(metadata["errors"]), others.get("without_branch", {})
+    return BlockResult(layers, errors, changed, others["scaled"], others["few_tokens"], bare)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

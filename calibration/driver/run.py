@@ -257,7 +257,7 @@ class _Run:
         self.scaled += result.scaled
         self.few_tokens += result.few_tokens
         for name, module in result.layers.items():
-            self.layers[name] = LayerReport(module.spec, result.errors[name])
+            self.layers[name] = LayerReport(module.spec, result.errors[name], result.without_branch.get(name))
 
     def specs(self) -> dict[str, LayerSpec]:
         """Return the specs of every packed layer by name."""

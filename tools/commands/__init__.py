@@ -9,7 +9,7 @@ from rankbook.tools.command import Command
 
 ORDER = (
     *("methods", "quantize", "import", "eval", "export", "build", "parity", "generate", "serve"),
-    *("bench", "inspect", "push", "doctor", "demo"),
+    *("bench", "inspect", "report", "push", "doctor", "demo"),
 )
 """The order of the help text; verbs that are not listed follow by name."""
 

@@ -27,7 +27,7 @@ def run(options: Demo) -> Outcome:
                 console.log(f"  {what}")
 
         report = demo.run(prepared, note)
-    lines = [f"> {report['generated']}", report["note"], f"{options.output / 'report.json'}"]
+    lines = [f"> {report['generated']}", report["note"], f"{options.output / 'report.html'}"]
     return Outcome(report, demo.tables(report), "\n".join(lines), report["passed"], options.output)
 
 

@@ -118,7 +118,8 @@ def _text(options: Eval) -> Outcome:
         ("seconds", result.seconds),
     ]
     table = Table(options.model, ("measure", "value"), [row for row in rows if row[1] is not None])
-    return Outcome({"model": options.model, **asdict(result)}, [table])
+    given = {"model": options.model, "text": options.text, "reference": options.reference, "kernels": model.kernels}
+    return Outcome({**given, **asdict(result)}, [table])
 
 
 COMMAND = Command(

@@ -42,6 +42,7 @@ class ParityReport(Depth):
     Attributes:
         model: The exported file.
         checkpoint: What it was compared with.
+        kernels: What computed packed layers in the file.
         tolerance: Largest relative difference that passes.
         tokens: Shape of the tokens compared, (batch, length).
         problems: What the file's structure violates; empty if it is in order.
@@ -63,6 +64,7 @@ class ParityReport(Depth):
     cached: Agreement | None = None
     operators: tuple[OperatorCheck, ...] = ()
     greedy: tuple[GreedyCheck, ...] = ()
+    kernels: str = ""
     passed: bool = False
 
 
@@ -204,6 +206,7 @@ def check(
         operators=operators,
         **vars(depth),
         greedy=greedy,
+        kernels=model.kernels,
         passed=all(verdicts) and not problems,
     )
 

@@ -18,6 +18,7 @@ from rankbook.calibration.driver.report import (
     Reporter,
     in_float,
     output_error,
+    output_errors,
     totals,
 )
 from rankbook.calibration.fitting.problem import LayerProblem
@@ -84,3 +85,20 @@ def test_the_error_of_an_output_is_relative_to_it() -> None:
     problem = LayerProblem("layer", record.weight() * 1.1, None, statistics)
     assert output_error(problem, record) == pytest.approx((0.1 / 1.1) ** 2, rel=1e-3)
     assert output_error(replace(problem, statistics=LayerStatistics.unseen(48)), record) is None
+
+
+def test_errors_are_also_those_without_the_branch() -> None:
+    record = random_record(rank=2)
+    statistics = LayerStatistics.empty(48)
+    statistics.update(torch.randn(64, 48))
+    problem = LayerProblem("layer", record.weight(with_low_rank=True) * 1.1, None, statistics)
+    error, bare = output_errors(problem, record)
+    assert error == output_error(problem, record) == pytest.approx((0.1 / 1.1) ** 2, rel=1e-3)
+    assert bare == output_error(problem, replace(record, low_rank=None))
+    assert bare is not None
+    assert error is not None
+    assert bare > error
+    assert LayerReport(record.spec(), error, bare).to_json()["error_without_branch"] == bare
+    plain = record.with_low_rank(None)
+    assert output_errors(problem, plain) == (bare, None)
+    assert "error_without_branch" not in LayerReport(plain.spec(), bare).to_json()

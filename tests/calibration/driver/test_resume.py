@@ -20,7 +20,7 @@ def saved(folder: Path) -> tuple[PartialState, CodebookLinear]:
     """Save one block of one layer."""
     state = PartialState(folder / "out", {}, resume=False)
     layer = CodebookLinear.from_record(random_record(bias=True, rank=2))
-    state.save(0, BlockResult({"a.b": layer}, {"a.b": 0.5}, {"a.norm": torch.ones(3)}, ["a.b"]))
+    state.save(0, BlockResult({"a.b": layer}, {"a.b": 0.5}, {"a.norm": torch.ones(3)}, ["a.b"], [], {"a.b": 0.75}))
     return state, layer
 
 
@@ -29,7 +29,8 @@ def test_a_block_comes_back(tmp_path: Path) -> None:
     found = state.load(0)
     assert found.layers["a.b"].spec == layer.spec
     assert all(torch.equal(t, layer.packed()[name]) for name, t in found.layers["a.b"].packed().items())
-    assert (found.errors, list(found.tensors), found.scaled) == ({"a.b": 0.5}, ["a.norm"], ["a.b"])
+    assert (found.errors, found.without_branch) == ({"a.b": 0.5}, {"a.b": 0.75})
+    assert (list(found.tensors), found.scaled) == (["a.norm"], ["a.b"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The page that `rankbook report` writes: what runs say about themselves, side by side, in one HTML file."""
