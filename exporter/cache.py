@@ -15,7 +15,8 @@ from rankbook.exporter import cache_names, refusal
 if TYPE_CHECKING:
     from rankbook.exporter.skeleton import Skeleton
 
-_BATCH, _SEQUENCE = 2, 3
+BATCH, SEQUENCE = 2, 3
+"""Sizes of the tokens that a model is called with to find out what it does."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,31 @@ def parts_of(skeleton: Skeleton) -> list[Part]:
     Raises:
         NotExportableError: The model cannot be run, or keeps something else.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model, adapter = skeleton.model, adapter_of(skeleton.model)
+    config = skeleton.model.config
     try:
-        cache = adapter.new_cache()
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
-            model(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                position_ids=torch.arange(_SEQUENCE).expand(_BATCH, -1),
-                use_cache=True,
-                **{adapter.cache_argument: cache},
-            )
-        return [part for layer, kept in enumerate(cache.layers) for part in _parts(model.config, layer, kept)]
+        cache = called(skeleton, input_ids=torch.zeros(BATCH, SEQUENCE, dtype=torch.int64))
+        return [part for layer, kept in enumerate(cache.layers) for part in _parts(config, layer, kept)]
     except refusal.NotExportableError:
         raise
     except refusal.TRACE_ERRORS as error:
-        raise refusal.traced(model.config, error) from error
+        raise refusal.traced(config, error) from error
+
+
+def called(skeleton: Skeleton, **tokens: Tensor) -> Any:
+    """Call a model with tokens, without computing anything; return its cache."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    adapter = adapter_of(skeleton.model)
+    cache = adapter.new_cache()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        skeleton.model(
+            **tokens,
+            attention_mask=torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
+            position_ids=torch.arange(SEQUENCE).expand(BATCH, -1),
+            use_cache=True,
+            **{adapter.cache_argument: cache},
+        )
+    return cache
 
 
 def _parts(config: Any, layer: int, kept: Any) -> Iterator[Part]:

@@ -44,9 +44,7 @@ class _Asked:
 @functools.lru_cache
 def _check(asked: _Asked) -> str:
     try:
-        shapes = {name: tensor.shape for name, tensor in skeleton.empty_model(asked.config).named_parameters()}
-        checkpoint = _Blank(Path(), {}, {}, {}, dict.fromkeys(shapes, ""), shapes=shapes)
-        build_model(checkpoint, ExportOptions(), asked.config)
+        build_model(_blank(asked.config), ExportOptions(), asked.config)
     except NotExportableError as error:
         return error.reason
     except ValueError as error:  # of the passes
@@ -63,6 +61,11 @@ class _Blank(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         """Return ones."""
         return torch.ones(()).expand(self.shapes[name])
+
+
+def _blank(config: Any) -> Checkpoint:
+    shapes = {name: tensor.shape for name, tensor in skeleton.empty_model(config).named_parameters()}
+    return _Blank(Path(), {}, {}, {}, dict.fromkeys(shapes, ""), shapes=shapes)
 
 
 def _shortened(config: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.exporter import attention, recurrence, refusal, static
+from rankbook.exporter import attention, embedded, recurrence, refusal, static
 from rankbook.exporter import cache_names as names
 from rankbook.exporter.cache import Part, parts_of, tensors_of, traced_cache
 from rankbook.exporter.functions import OPSET
@@ -134,8 +134,8 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
     """Return the graph of a skeleton; its large weights are still missing.
 
     Raises:
-        ValueError: Embedded tokens are asked of a model that gives images positions of their own, or a cache of a fixed
-            length of one whose attention is its own code.
+        ValueError: Embedded tokens are asked of a model that gives images positions of their own or needs the numbers
+            of tokens, or a cache of a fixed length of one whose attention is its own code.
         NotExportableError: torch cannot trace the model; the message says where.
     """
     config, adapter = skeleton.model.config, adapter_of(skeleton.model)
@@ -153,6 +153,8 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
         )
     with _quiet():
         parts = parts_of(skeleton)
+        if options.inputs == "embeds":
+            embedded.require(skeleton)
     if fixed and (states := sum(not part.grows for part in parts)):
         raise ValueError(
             f"a model of type {config.model_type!r} keeps {states} states of convolutions and recurrences, which"

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rankbook.calibration.model import packed_ops
+from rankbook.calibration.model.packed_modules import CodebookLinear
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the fused parameters as transformers marks them; experts have one of the first two, and the last."""
@@ -25,15 +28,51 @@ _MATRIX = re.compile(rf"(.+\.(?:{'|'.join((*MATRICES, *_OTHERS))}))\.(\d+)")
 
 
 class ExpertMatrices(nn.ModuleList):
-    """The same matrix of every expert, as linear layers."""
+    """The same matrix of every expert, as linear layers; where kernels compute packed ones, one call for all."""
+
+    def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
+        """Hold the layers, in the order of the experts."""
+        super().__init__(layers)
+        self._stack: dict[str, Tensor] = {}
+        self._parts: list[dict[str, Tensor]] = []
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         """Return each row of x (S, K) times the matrix of its expert, (S, N); experts (S,) are their numbers."""
+        if self._stacked(x):
+            spec: Any = self[0].spec
+            return packed_ops.product(x, self._stack, spec, numbers=experts)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=len(self)).tolist()
         rows = zip(self, torch.split(x[order], counts), strict=True)
         parts = [layer(chunk) for layer, chunk in rows if len(chunk)]
         return torch.cat(parts or [self[0](x)])[order.argsort()]
+
+    def _stacked(self, x: Tensor) -> bool:
+        """Return whether kernels compute all layers at once, applied to x; stack their constants for them.
+
+        Not where something watches or changes what enters or leaves one of them, nor where they are stored in several
+        forms.
+        """
+        layers = [layer for layer in self if isinstance(layer, CodebookLinear)]
+        if len(layers) != len(self) or not layers or not layers[0].served(x):
+            return False
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+            return False
+        if len(self._parts) != len(layers) or any(
+            part is not layer._constants for part, layer in zip(self._parts, layers, strict=True)
+        ):
+            if any(layer.spec != layers[0].spec or not layer.served(x) for layer in layers):
+                return False
+            names = layers[0]._constants
+            self._stack = {name: torch.stack([layer._constants[name] for layer in layers]) for name in names}
+            self._parts = [layer.share(self._stack, number) for number, layer in enumerate(layers)]
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertMatrices:
+        """Move the layers; their stack is made again where it is asked for."""
+        self._stack, self._parts = {}, []
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def columns(self) -> int:
         """Return the inputs of each."""

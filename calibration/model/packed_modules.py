@@ -100,6 +100,16 @@ class PackedModule(nn.Module):
             self._constants = constants
         return bool(self._constants)
 
+    def share(self, stack: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """Take the constants of the kernels from a stack of those of several layers, so that memory holds them once.
+
+        Returns:
+            The constants, this layer's own dict: another one once the stack is not what the layer computes with.
+        """
+        self._constants = {name: tensor[number] for name, tensor in stack.items()}
+        self.codes = self._constants["codes"].view(torch.uint8)
+        return self._constants
+
     def _weight_for(self, x: Tensor) -> Tensor:
         """Return the decoded weight for x, kept from now on where decoding it again would be a detour to the host."""
         device = self.get_buffer("codes").device

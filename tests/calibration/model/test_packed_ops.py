@@ -6,12 +6,14 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from rankbook.calibration.model import packed_ops
+from rankbook.calibration.model.experts import ExpertMatrices
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
     CodebookLinear,
@@ -62,6 +64,47 @@ def test_embedding_and_tied_output_layer_share_the_constants() -> None:
     torch.testing.assert_close(rows, TABLE.weight().half()[ids] * 3, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(scores, TABLE.weight().sum(1)[None], rtol=1e-4, atol=1e-3)
     assert torch.equal(embedding.state_dict()["codes"], TABLE.pack()["codes"])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_experts_are_one_call_where_nothing_watches_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [random_record(40, 96, bits=4, group=48, bias=True, rank=3, seed=seed) for seed in range(3)]
+    layers = ExpertMatrices(CodebookLinear.from_record(record) for record in records)
+    stored = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    x, numbers, calls = torch.randn(5, 96), torch.tensor([2, 0, 2, 1, 0]), []
+    weights = [record.weight(with_low_rank=True) for record in records]
+    want = torch.stack(
+        [
+            nn.functional.linear(row, weights[number], records[number].bias)
+            for row, number in zip(x, numbers.tolist(), strict=True)
+        ]
+    )
+    product = packed_ops.product
+
+    def counted(*given: Any, **more: Any) -> torch.Tensor:
+        calls.append(more)
+        return product(*given, **more)
+
+    monkeypatch.setattr(packed_ops, "product", counted)
+
+    def computed(held: ExpertMatrices) -> int:
+        calls.clear()
+        torch.testing.assert_close(held(x, numbers), want, rtol=1e-5, atol=1e-4)
+        return len(calls)
+
+    assert [computed(layers), computed(layers), computed(copy.deepcopy(layers))] == [1, 1, 1]
+    assert layers[1].get_buffer("codes").data_ptr() == layers._stack["codes"][1].data_ptr()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in layers.state_dict().items())
+    seen: list[torch.Size] = []
+    with layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape)):
+        assert computed(layers) == len(layers)
+    assert seen == [(2, 96)]
+    layers.load_state_dict({name: stored[name.replace("1.", "2.", 1)] for name in stored})
+    want[3] = nn.functional.linear(x[3], weights[2], records[2].bias)
+    assert computed(layers.double().float()) == 1
+    layers[2] = CodebookLinear.from_record(random_record(40, 96, bits=4, group=48, planes=1))
+    layers(x, numbers)
+    assert calls[-1] == {}
 
 
 @pytest.mark.usefixtures("kernels")
