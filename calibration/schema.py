@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -65,7 +66,7 @@ def mismatch(value: Any, hint: Any, name: str) -> str:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             return _wrong(value, dict, name)
-        hints = get_type_hints(hint)
+        hints = _hints(hint)
         held = [item.name for item in fields(hint) if item.name in value]
         return _first(mismatch(value[key], hints[key], f"{name}.{key}") for key in held)
     container = origin or hint
@@ -84,6 +85,10 @@ def mismatch(value: Any, hint: Any, name: str) -> str:
     if items is None:
         return _wrong(value, container, name)
     return _first(mismatch(item, kind, f"{name}.{key}") for key, item in items)
+
+
+_hints = cache(get_type_hints)
+"""They are evaluated anew at each call, which is most of the time of a check."""
 
 
 def _first(found: Iterable[str]) -> str:

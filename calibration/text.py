@@ -158,6 +158,8 @@ def _list(path: Path) -> Iterator[tuple[str, Any]]:
         content = stream.read()
     try:
         found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply; {_KINDS}") from error
     except ValueError as error:
         if str(error).startswith("Extra data"):  # lines of JSON under another name
             yield from _lines(path)
@@ -172,6 +174,8 @@ def _list(path: Path) -> Iterator[tuple[str, Any]]:
 def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply; each line must be an object with 'text'") from error
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}); each line must be an object") from error
 

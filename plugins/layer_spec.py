@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 from rankbook.plugins import forms, layout
@@ -103,7 +104,7 @@ class LayerSpec:
         needed = [key for key, field in keys.items() if field.default is dataclasses.MISSING]
         if missing := [key for key in needed if key not in entry]:
             raise ValueError(f"layer {name!r} lacks fields: {', '.join(missing)}")
-        types = get_type_hints(cls)
+        types = _types(cls)
         try:
             return cls(**{keys[key].name: _typed(key, value, types[keys[key].name]) for key, value in entry.items()})
         except ValueError as error:
@@ -244,6 +245,10 @@ def allowed_groups(in_features: int) -> list[int]:
     """Return the group sizes for rows of ``in_features``: divisors, multiples of 16 up to 256, and the whole row."""
     sizes = [g for g in range(MIN_GROUP, MAX_GROUP + 1, GROUP_MULTIPLE) if in_features % g == 0]
     return sizes if in_features in sizes else [*sizes, in_features]
+
+
+_types = cache(get_type_hints)
+"""They are evaluated anew at each call."""
 
 
 def _typed(key: str, value: object, kind: type) -> Any:

@@ -54,6 +54,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"{error.filename} does not exist; check the path", USAGE
     if isinstance(error, (ValueError, OSError)):
         return _first_lines(str(error)) or type(error).__name__, USAGE
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
+        return f"{error}: a link leads to itself; replace it by the file", USAGE
     if isinstance(error, MemoryError):
         return "out of memory; use fewer calibration sequences or a shorter context", CHECK_FAILED
     if out_of_memory(error):

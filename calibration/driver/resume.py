@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.checkpoint.integrity import read_layers
 from rankbook.calibration.model.packed_modules import CodebookLinear
-from rankbook.calibration.schema import read_object
+from rankbook.calibration.schema import mismatch, read_object
 
 _STATE, _TOKENS = "state.json", "tokens.safetensors"
 
@@ -99,19 +100,20 @@ class PartialState:
         Raises:
             ValueError: Its file is damaged.
         """
-        try:
-            with safe_open(self._path(index), framework="pt") as stream:
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-                return _block(tensors, stream.metadata())
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._path(index)} is damaged ({error}); start again without --resume") from error
+        with _reading(self._path(index)) as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+            return _block(tensors, stream.metadata())
 
     def tokens(self) -> tuple[Tensor, str] | None:
-        """Return the calibration tokens (sequences, length) of the interrupted run and their description, if stored."""
+        """Return the calibration tokens (sequences, length) of the interrupted run and their description, if stored.
+
+        Raises:
+            ValueError: Their file is damaged.
+        """
         path = self.folder / _TOKENS
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as stream:
+        with _reading(path) as stream:
             return stream.get_tensor("tokens").long(), str(stream.metadata()["description"])
 
     def save_tokens(self, tokens: Tensor, description: str) -> None:
@@ -136,13 +138,36 @@ class PartialState:
         temporary.replace(path)
 
 
+@dataclass(frozen=True)
+class _Others:
+    """Types of what else is in a file's metadata."""
+
+    tensors: list[str]
+    scaled: list[str]
+    few_tokens: list[str]
+    without_branch: dict[str, float]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a file of the state; whatever is wrong with its content is one sentence."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            yield stream
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+
+
 def _block(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockResult:
     layers = {}
     for name, spec in read_layers(json.loads(metadata["layers"]), "the list of layers").items():
         layers[name] = CodebookLinear(spec, {part: tensors[f"{name}.{part}"] for part in spec.tensors()})
-    others = json.loads(metadata["others"])
+    errors, others = json.loads(metadata["errors"]), json.loads(metadata["others"])
+    wrong = mismatch(errors, dict[str, float | None], "errors") or mismatch(others, _Others, "others")
+    if wrong:
+        raise ValueError(wrong)
     changed = {name: tensors[name] for name in others["tensors"]}
-    errors, bare = json.loads(metadata["errors"]), others.get("without_branch", {})
+    bare = others.get("without_branch", {})
     return BlockResult(layers, errors, changed, others["scaled"], others["few_tokens"], bare)
 
 

@@ -5,8 +5,9 @@ Letters of shapes: N out features, K in features, G groups of a row.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,21 @@ WIDE = 8
 
 class ImportRefusedError(ValueError):
     """A layer that a record cannot hold without a change; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a reader of a format stumbles over in damaged files into one sentence.
+
+    Raises:
+        ImportRefusedError: The block raised; what it refused itself passes as it is.
+    """
+    try:
+        yield
+    except ImportRefusedError:
+        raise
+    except (AttributeError, ArithmeticError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ImportRefusedError(f"{what} is not as the format has it ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS, opened, read_json, tensor_names
-from rankbook.calibration.imports.base import Format, ImportRefusedError
+from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS, member, opened, read_json, tensor_names
+from rankbook.calibration.imports.base import Format, ImportRefusedError, refusing
 from rankbook.calibration.imports.formats import format_of
 from rankbook.calibration.model.completeness import check_complete
 from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.loading import auto_class
 from rankbook.calibration.model.packed_modules import CodebookLinear, replace_module
-from rankbook.calibration.model.source_config import read_config, stored_format
+from rankbook.calibration.model.source_config import check_sizes, read_config, stored_format
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import file_of
 
 
@@ -97,10 +98,11 @@ def load_folder(location: str) -> tuple[Any, Format, Mapping[str, Any]]:
 
 def _load(location: str, config: Any, form: Format, entry: Mapping[str, Any]) -> Any:
     stored = Stored.of(location, form)
-    form.check(entry)
+    check_entry(form, entry)
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
             part.__dict__.pop(name, None)
+    check_sizes(location, config, sum(path.stat().st_size for path in {*stored.files.values()}))
     model = _empty(location, config)
     _fill(location, model, stored)
     for name in stored.layers:
@@ -109,11 +111,21 @@ def _load(location: str, config: Any, form: Format, entry: Mapping[str, Any]) ->
 
 
 def _empty(location: str, config: Any) -> Any:
-    """Return the model of a configuration without memory for its weights."""
+    """Return the model of a configuration without memory for its weights.
+
+    Raises:
+        ValueError: The configuration is damaged.
+    """
     from transformers import GenerationConfig
 
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=is_trusted())
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, trust_remote_code=is_trusted())
+    except ImportError:
+        raise
+    except Exception as error:  # each class of models takes its configuration apart in its own way
+        kind = type(error).__name__
+        raise ValueError(f"{location}: its config.json describes no model ({kind}: {error}); copy it again") from error
     if path := file_of(location, "generation_config.json"):
         model.generation_config = GenerationConfig.from_dict(read_json(path))
     return model
@@ -144,17 +156,12 @@ def _pack(model: Any, name: str, form: Format, stored: Stored, entry: Mapping[st
         raise ImportRefusedError(
             f"{type(model).__name__} has no layer {name}; experts that are stored one by one cannot be imported yet"
         ) from error
-    tensors = stored.layer(name)
-    try:
-        record = form.record(tensors, entry)
-    except ValueError as error:
-        raise ImportRefusedError(f"layer {name}: {error}") from error
+    record, bias = read_layer(name, form, stored, entry)
     if (record.out_features, record.in_features) != (linear.out_features, linear.in_features):
         raise ImportRefusedError(
             f"layer {name} has {record.out_features} x {record.in_features} weights, and config.json asks for"
             f" {linear.out_features} x {linear.in_features}"
         )
-    bias = tensors.get("bias")
     if bias is not None and linear.bias is None and bool(bias.any()):
         raise ImportRefusedError(f"layer {name} has a bias, and the model of config.json has none there")
     if bias is None and linear.bias is not None:
@@ -164,12 +171,40 @@ def _pack(model: Any, name: str, form: Format, stored: Stored, entry: Mapping[st
     replace_module(model, name, CodebookLinear.from_record(record, model.dtype))
 
 
+def check_entry(form: Format, entry: Mapping[str, Any]) -> None:
+    """Check what config.json says of a format.
+
+    Raises:
+        ImportRefusedError: It is damaged, or no layer could be imported with it.
+    """
+    with refusing("its quantization_config"):
+        form.check(entry)
+
+
+def read_layer(
+    name: str, form: Format, stored: Stored, entry: Mapping[str, Any]
+) -> tuple[QuantizedLinear, Tensor | None]:
+    """Return the record of a layer, and its bias.
+
+    Raises:
+        ImportRefusedError: Its tensors are damaged, or no record can hold them.
+    """
+    tensors = stored.layer(name)
+    try:
+        with refusing("what is stored"):
+            return form.record(tensors, entry), tensors.get("bias")
+    except ImportRefusedError as error:
+        raise ImportRefusedError(f"layer {name}: {error}") from error
+
+
 def _files(location: str) -> Iterator[tuple[str, Path]]:
     if single := file_of(location, WEIGHTS):
         yield from ((name, single) for name in tensor_names(single))
     elif index := file_of(location, INDEX):
         shards: dict[str, Path] = {}
-        for name, file in read_json(index)["weight_map"].items():
+        for name, file in member(read_json(index), "weight_map", index).items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{index} names {file!r:.200}, which is not a file of this folder; download it again")
             if file not in shards and (path := file_of(location, file)):
                 shards[file] = path
             if file not in shards:

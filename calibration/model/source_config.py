@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ _TOOLS = {
 _IMPORTED = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "auto-round")
 """Those that `rankbook.calibration.imports` reads."""
 
+_COUNT = re.compile(r"(layers?|blocks|depth|experts|heads)$|^(num|n)_|_size$|_dim$")
+"""Names of fields that say how many or how large something is."""
+
 
 def read_config(location: str, *, quantized: bool = False) -> Any:
     """Return the configuration of a model that can be loaded without other libraries than torch.
@@ -43,7 +47,7 @@ def read_config(location: str, *, quantized: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=is_trusted())
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # each class of configuration has its own checks, with errors of many types
         reason = code_refused(location) if asks_for_code(error) else error
         raise ValueError(f"{location} cannot be loaded as a causal language model: {reason}") from error
     for part in _parts(config):
@@ -56,6 +60,32 @@ def read_config(location: str, *, quantized: bool = False) -> Any:
     if not quantized and isinstance(entry, dict) and entry.get("quant_method") in _DEQUANTIZED:
         entry["dequantize"] = True
     return config
+
+
+def check_sizes(location: str, config: Any, weights: int) -> None:
+    """Check a configuration against the bytes of its weights before anything of its sizes is made.
+
+    Every layer and every row of the embeddings takes at least a bit of the files.
+
+    Args:
+        location: Folder or Hugging Face id, for the message.
+        config: Of the model.
+        weights: Bytes of all files of weights.
+
+    Raises:
+        ValueError: It asks for more than they can hold.
+    """
+    for part in _parts(config):
+        given = {key: value for key, value in vars(part).items() if isinstance(value, int)}
+        counts = {key: value for key, value in given.items() if _COUNT.search(key)}
+        rows, columns = given.get("vocab_size", 0), given.get("hidden_size", 0)
+        asked = {**counts, f"vocab_size x hidden_size ({rows} x {columns})": rows * columns}
+        for key, value in asked.items():
+            if value > 8 * weights:
+                raise ValueError(
+                    f"{location}: its config.json asks for {key} = {value}, and its weights have {weights} bytes; one"
+                    " of them is damaged, copy the model again"
+                )
 
 
 def stored_format(config: Any) -> Mapping[str, Any] | None:

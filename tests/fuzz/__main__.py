@@ -27,11 +27,17 @@ def main() -> int:
         for name in names:
             print(f"{name}: {try_one(name, given.number)}")
         return 0
-    results = [run(name, seconds=given.seconds, inputs=given.inputs, begin=given.begin) for name in names]
-    for result in results:
-        print(f"{result.target}: {result.inputs} inputs, {result.refused} refused, {len(result.failures)} failures")
+    results = []
+    for name in names:
+        result = run(name, seconds=given.seconds, inputs=given.inputs, begin=given.begin)
+        results.append(result)
+        each = result.seconds / max(result.inputs, 1) * 1e3
+        print(
+            f"{result.target}: {result.inputs} inputs of {each:.1f} ms, the slowest {result.slowest * 1e3:.0f} ms;"
+            f" {result.refused} refused, {len(result.failures)} failures"
+        )
         for failure in result.failures[:20]:
-            print(f"  {failure}")
+            print(f"  {failure}", flush=True)
     if given.output:
         given.output.write_text(json.dumps([asdict(result) for result in results], indent=1))
     return 1 if any(result.failures for result in results) else 0

@@ -35,6 +35,18 @@ def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
     return content
 
 
+def replace_file(path: Path, outside: Path, rng: random.Random) -> None:
+    """Put nothing, a folder, or a link out of the folder or to itself in the place of a file."""
+    path.unlink()
+    match rng.randrange(4):
+        case 0:
+            path.mkdir()
+        case 1:
+            path.symlink_to(outside / "nothing")
+        case 2:
+            path.symlink_to(path.name)
+
+
 def _bytes(content: bytes, rng: random.Random) -> bytes:
     data, place = bytearray(content), rng.randrange(len(content) + 1)
     match rng.randrange(7):
@@ -67,6 +79,11 @@ def _json(content: bytes, rng: random.Random) -> bytes:
     return json.dumps(_value(value, rng)).encode()
 
 
+def _text(text: str, rng: random.Random) -> str:
+    """Change a text that may be JSON itself, as the metadata of a file are."""
+    return _json(text.encode(), rng).decode(errors="replace") if text[:1] in "{[" else rng.choice(("", "x", text * 2))
+
+
 def _value(value: Any, rng: random.Random) -> Any:
     """Return a JSON value of which one part, at any depth, is another one."""
     places = [*_places(value)]
@@ -83,6 +100,8 @@ def _value(value: Any, rng: random.Random) -> Any:
             holder[key] = copy.deepcopy(other.get(at) if isinstance(other, dict) else other[at : at + 1])
         case 3 if isinstance(holder[key], int):
             holder[key] += rng.choice((-1, 1, 2, 2**32))
+        case 4 if isinstance(holder[key], str):
+            holder[key] = _text(holder[key], rng)
         case _:
             holder[key] = rng.choice(HOSTILE)
     return value
@@ -105,8 +124,23 @@ def _safetensors(content: bytes, rng: random.Random) -> bytes:
     if len(content) < 8 or rng.random() < 0.2:  # the tensors themselves
         return _bytes(content, rng)
     size = int.from_bytes(content[:8], "little")
-    header = _json(content[8 : 8 + size], rng)
+    header = _header(content[8 : 8 + size], rng)
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
+
+
+def _header(content: bytes, rng: random.Random) -> bytes:
+    """Change the header, or of it only the metadata: they are looked at only where the tensors are well."""
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return _json(content, rng)
+    metadata = whole.get("__metadata__") if isinstance(whole, dict) else None
+    texts = [key for key, text in metadata.items() if isinstance(text, str)] if isinstance(metadata, dict) else []
+    if not texts or not isinstance(metadata, dict) or rng.random() < 0.5:
+        return _json(content, rng)
+    key = rng.choice(texts)
+    metadata[key] = _text(metadata[key], rng)
+    return json.dumps(whole).encode()
 
 
 def _onnx(content: bytes, rng: random.Random) -> bytes:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.calibration.checkpoint.writing import write
 from tests.tools.files import chain_model
+
+FIXTURES = Path(__file__).parents[1] / "calibration" / "imports" / "fixtures"
+FOREIGN = ("gptq", "awq", "bitsandbytes-nf4", "compressed-nvfp4")
 
 
 @dataclass(frozen=True)
@@ -130,14 +137,74 @@ def _make_state(folder: Path) -> None:
     state = PartialState(folder / "out", {"bits": 3, "model": {"hash": "0"}}, resume=False)
     layers = {"a.b": CodebookLinear.from_record(random_record(32, 64, bits=3, group=32, seed=0))}
     state.save(0, BlockResult(layers, {"a.b": 0.1}, {"a.norm": torch.ones(4)}, ["a.b"], []))
+    state.save_tokens(torch.ones(2, 4, dtype=torch.int32), "a text")
 
 
 def _load_state(folder: Path) -> None:
     from rankbook.calibration.driver.resume import PartialState
 
     state = PartialState(folder / "out", {"bits": 3, "model": {"hash": "0"}}, resume=True)
+    state.tokens()
     for index in range(min(state.finished(), 2)):
         state.load(index)
+
+
+def _make_import(folder: Path, name: str) -> None:
+    shutil.copytree(FIXTURES / name, folder, ignore=shutil.ignore_patterns("expected.json"), dirs_exist_ok=True)
+
+
+def _load_import(folder: Path) -> None:
+    """Read every quantized layer of another tool's folder, without a model to put it into."""
+    from rankbook.calibration.checkpoint.integrity import read_json
+    from rankbook.calibration.imports.folder import Stored, check_entry, read_layer
+    from rankbook.calibration.imports.formats import format_of
+
+    entry = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(entry, dict):  # the configuration's own class refuses it
+        return
+    form = format_of(str(folder), entry)
+    stored = Stored.of(str(folder), form)
+    check_entry(form, entry)
+    stored.others()
+    for name in stored.layers:
+        read_layer(name, form, stored, entry)
+
+
+def _load_foreign(folder: Path) -> None:
+    from rankbook.calibration.imports.folder import load_folder
+
+    load_folder(str(folder))
+
+
+def _make_texts(folder: Path) -> None:
+    rows = [{"text": "a text"}, {"text": "another", "id": 3}]
+    (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "list.json").write_text(json.dumps(rows))
+    (folder / "plain.txt").write_text("a text with words\n" * 20)
+
+
+def _load_texts(folder: Path) -> None:
+    from rankbook.calibration.text import read_text
+
+    for name in ("lines.jsonl", "list.json", "plain.txt"):
+        for chat in (False, True):
+            with suppress(ValueError):
+                deque(read_text(folder / name, chat=chat).rows(), maxlen=0)
+
+
+def _make_settings(folder: Path) -> None:
+    settings = {
+        **{"eos_token_id": [1, 2], "stop_strings": ["x"], "bad_words_ids": [[1, 2]], "suppress_tokens": [3]},
+        **{"forced_bos_token_id": 1, "forced_eos_token_id": [2], "do_sample": True, "temperature": 0.5, "top_k": 40},
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+
+def _load_settings(folder: Path) -> None:
+    from rankbook.tools.generation.settings import GenerationSettings, read_settings
+
+    settings = GenerationSettings.of(read_settings(folder), None)
+    _ = settings.restricts, settings.advice()
 
 
 def _make_config(folder: Path) -> None:
@@ -145,13 +212,19 @@ def _make_config(folder: Path) -> None:
     (folder / "run.toml").write_text('bits = 3\n[quantize]\nmethod = "lcq"\ncalib = "a.txt"\n')
 
 
-def _load_config(folder: Path) -> None:
-    from rankbook.tools import config, flags
+@cache
+def _flags() -> dict[str, dict[str, Any]]:
+    from rankbook.tools import flags
     from rankbook.tools.commands import discover
 
-    known = {name: flags.flags_of(command.options) for name, command in discover().items()}
+    return {name: flags.flags_of(command.options) for name, command in discover().items()}
+
+
+def _load_config(folder: Path) -> None:
+    from rankbook.tools import config
+
     for name in ("run.yaml", "run.toml"):
-        config.select(config.read(folder / name), "quantize", known, name)
+        config.select(config.read(folder / name), "quantize", _flags(), name)
 
 
 def _make_log(folder: Path) -> None:
@@ -170,14 +243,22 @@ def _load_log(folder: Path) -> None:
     read(folder / "build.log")
 
 
+def _make_checkpoint(folder: Path) -> None:
+    write(folder / "q", forms=("plain", "8 bits", "fp32 params", "fp16 branch"))  # few: each input reads all
+
+
 TARGETS = {
-    "checkpoint": Target(lambda folder: write(folder / "q"), lambda folder: _load_checkpoint(folder / "q")),
-    "inspect-checkpoint": Target(lambda folder: write(folder / "q"), partial(_inspect, name="q")),
+    "checkpoint": Target(_make_checkpoint, lambda folder: _load_checkpoint(folder / "q")),
+    "inspect-checkpoint": Target(_make_checkpoint, partial(_inspect, name="q")),
     "exported": Target(lambda folder: chain_model(folder, nodes=2), _load_exported),
     "model": Target(_make_model, _inspect),
     "gguf": Target(_make_gguf, partial(_inspect, name="model.gguf")),
     "engine": Target(_make_engine, _load_engine),
     "resume": Target(_make_state, _load_state),
     "config": Target(_make_config, _load_config),
+    "texts": Target(_make_texts, _load_texts),
+    "generation": Target(_make_settings, _load_settings),
+    **{f"import-{name}": Target(partial(_make_import, name=name), _load_import) for name in FOREIGN},
+    "import-model": Target(partial(_make_import, name="awq"), _load_foreign),
     "engine-log": Target(_make_log, _load_log),
 }

@@ -80,7 +80,7 @@ class GenerationSettings:
                 forced_last=next(iter(last), None),
                 suggested=_suggested(given),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"the model's generation_config.json is damaged ({error}); copy the model again") from None
 
     def allow(self, scores: Logits, before: Sequence[int], produced: int, *, last: bool) -> Logits:

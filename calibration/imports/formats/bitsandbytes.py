@@ -39,7 +39,7 @@ def record(tensors: Mapping[str, Tensor], _: Mapping[str, object]) -> QuantizedL
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).reshape(rows, columns)
     scales = tensors["weight.absmax"].flatten()
     if "weight.nested_absmax" in tensors:
-        outer = tensors["weight.nested_absmax"].repeat_interleave(int(state["nested_blocksize"]))[: scales.numel()]
+        outer = tensors["weight.nested_absmax"][torch.arange(scales.numel()) // int(state["nested_blocksize"])]
         scales = tensors["weight.nested_quant_map"][scales.long()] * outer + float(state["nested_offset"])
     values = tensors["weight.quant_map"].double() * _SHIFT
     high = values.half()

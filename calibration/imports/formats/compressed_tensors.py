@@ -44,8 +44,10 @@ def record(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> QuantizedLine
         return e2m1(codes, scales.float() / tensors["weight_global_scale"].float(), METHOD)
     rows, columns = tensors["weight_shape"].tolist()
     bits = next((b for b in range(2, 9) if -(-columns * b // 32) == packed.shape[1]), None)
-    if bits is None:
-        raise ImportRefusedError(f"weight_packed {tuple(packed.shape)} is no dense packing of {columns} inputs")
+    if bits is None or packed.shape[0] != rows:
+        raise ImportRefusedError(
+            f"weight_packed {tuple(packed.shape)} is no dense packing of {rows} x {columns} weights"
+        )
     scales = scales.reshape(rows, -1) if scales.numel() > 1 else scales.reshape(1, 1).expand(rows, 1)
     check_order(tensors, "weight_g_idx", columns, scales.shape[1])
     zeros: Tensor | int = 1 << (bits - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from tests.calibration.records import FORMS, random_record
 
 
-def write(folder: Path, shard_bytes: int = ck.SHARD_BYTES, seed: int = 0) -> dict[str, QuantizedLinear]:
-    """Write one layer of every form, one that shares another's tensors, and two plain tensors."""
-    records = {f"blocks.{i}.linear": random_record(seed=seed, **form) for i, form in enumerate(FORMS.values())}
+def write(
+    folder: Path, shard_bytes: int = ck.SHARD_BYTES, seed: int = 0, forms: Iterable[str] = tuple(FORMS)
+) -> dict[str, QuantizedLinear]:
+    """Write one layer of every form (or of some), one that shares another's tensors, and two plain tensors."""
+    records = {f"blocks.{i}.linear": random_record(seed=seed, **FORMS[form]) for i, form in enumerate(forms)}
     layers = {name: record.spec() for name, record in records.items()}
     first = "blocks.0.linear"
     layers["head"] = records[first].spec(shared_with=first)
