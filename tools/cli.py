@@ -21,6 +21,7 @@ from rankbook.tools.command import Command, Outcome
 from rankbook.tools.commands import discover
 from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import Flag
+from rankbook.tools.report import plain, printable, to_json
 
 DESCRIPTION = "Quantize LLMs with low-rank codebooks, export one ONNX file, run it and check it everywhere."
 EPILOG = """exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 missing dependency or device
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         message, code = errors.describe(error)
-        print(f"rankbook: error: {message}", file=sys.stderr)
+        print(f"rankbook: error: {printable(message)}", file=sys.stderr)
         return code
 
 
@@ -173,22 +174,20 @@ def _notes() -> Iterator[list[str]]:
                 show(message, category, *rest, **more)
             elif str(message) not in notes:
                 notes.append(str(message))
-                print(f"rankbook: note: {message}", file=sys.stderr)
+                print(f"rankbook: note: {printable(str(message))}", file=sys.stderr)
 
         warnings.showwarning = keep
         yield notes
 
 
 def _print(outcome: Outcome, notes: list[str], *, as_json: bool) -> None:
-    from rankbook.tools.report import plain, to_json
-
     if as_json:
         print(to_json({**plain(outcome.report), "notes": notes} if notes else outcome.report))
         return
     for table in outcome.tables:
         table.show(sys.stdout)
     if outcome.text:
-        print(outcome.text)
+        print(printable(outcome.text))
 
 
 if __name__ == "__main__":

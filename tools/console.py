@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rankbook.calibration.memory import peak_rss_bytes
+from rankbook.tools.report import printable
 
 Progress = Callable[[float, "str | None"], None]
 """Shows how far a step is: the fraction done, 0 to 1, and what is being done (or None)."""
@@ -23,7 +24,7 @@ class Console:
     def log(self, message: str) -> None:
         """Print a line on stderr."""
         if not self.quiet:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def progress(self, description: str) -> Iterator[Progress]:
@@ -39,7 +40,7 @@ class Console:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # of names in a model
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -51,7 +52,7 @@ class Console:
             task = bars.add_task(description, total=1.0, rss="")
 
             def update(fraction: float, what: str | None) -> None:
-                text = f"{description}: {what}" if what else description
+                text = printable(f"{description}: {what}" if what else description)
                 bars.update(task, completed=fraction, description=text, rss=f"{peak_rss_bytes() / 1e9:.2f} GB")
 
             yield update

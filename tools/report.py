@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -41,6 +42,15 @@ class Table:
         Console(file=file, width=width, highlight=False, markup=False).print(table)
 
 
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it, or cannot show: control characters, directions, halves of characters."""
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal may be given it: names in files from strangers may hold commands for it."""
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def cell(value: object) -> str:
     """Format one cell: four significant digits for floats, nothing for None."""
     if value is None:
@@ -49,7 +59,7 @@ def cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return str(value)
+    return printable(str(value))
 
 
 def plain(value: Any) -> Any:

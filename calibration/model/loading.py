@@ -15,7 +15,7 @@ from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpo
 from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
 from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.gguf_file import read_once
-from rankbook.calibration.model.source_config import read_config
+from rankbook.calibration.model.source_config import check_sizes, read_config
 from rankbook.calibration.model.tokenizer import read_tokenizer
 from rankbook.calibration.notes import note
 from rankbook.calibration.source import LOADABLE, Kind, Source, fetched, file_of, identify
@@ -112,6 +112,8 @@ def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
         extra |= {"gguf_file": found.gguf, "dtype": dtype or torch.float32}
     else:  # no pickled weights: they can run code
         config = read_config(found.location)
+        if weights := sum(path.stat().st_size for path in Path(found.location).glob("*.safetensors")):
+            check_sizes(found.location, config, weights)
         renaming = unwrapping(found.location, stored_names(found.location)) or None
         extra |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "key_mapping": renaming}
     try:

@@ -26,8 +26,8 @@ _TOOLS = {
 _IMPORTED = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "auto-round")
 """Those that `rankbook.calibration.imports` reads."""
 
-_COUNT = re.compile(r"(layers?|blocks|depth|experts|heads)$|^(num|n)_|_size$|_dim$")
-"""Names of fields that say how many or how large something is."""
+_COUNT = re.compile(r"(layers?|blocks|depth|experts)$")
+"""Names of fields that say how many modules there are."""
 
 
 def read_config(location: str, *, quantized: bool = False) -> Any:
@@ -75,17 +75,18 @@ def check_sizes(location: str, config: Any, weights: int) -> None:
     Raises:
         ValueError: It asks for more than they can hold.
     """
-    for part in _parts(config):
-        given = {key: value for key, value in vars(part).items() if isinstance(value, int)}
-        counts = {key: value for key, value in given.items() if _COUNT.search(key)}
-        rows, columns = given.get("vocab_size", 0), given.get("hidden_size", 0)
-        asked = {**counts, f"vocab_size x hidden_size ({rows} x {columns})": rows * columns}
-        for key, value in asked.items():
-            if value > 8 * weights:
-                raise ValueError(
-                    f"{location}: its config.json asks for {key} = {value}, and its weights have {weights} bytes; one"
-                    " of them is damaged, copy the model again"
-                )
+    counts = ((key, value) for part in _parts(config) for key, value in vars(part).items() if _COUNT.search(key))
+    asked = {key: value for key, value in counts if isinstance(value, int)}
+    text = config.get_text_config()
+    rows, columns = getattr(text, "vocab_size", None), getattr(text, "hidden_size", None)
+    if isinstance(rows, int) and isinstance(columns, int):
+        asked[f"vocab_size x hidden_size ({rows} x {columns})"] = rows * columns
+    for key, value in asked.items():
+        if value > 8 * weights:
+            raise ValueError(
+                f"{location}: its config.json asks for {key} = {value}, and its weights have {weights} bytes; one of"
+                " them is damaged, copy the model again"
+            )
 
 
 def stored_format(config: Any) -> Mapping[str, Any] | None:

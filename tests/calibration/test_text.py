@@ -31,6 +31,7 @@ def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("a.txt", b"a\0b", "holds zero bytes"),
         ("a.jsonl", b"{", "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 3000, "line 1 is nested too deeply"),
         ("a.jsonl", b'{"body": 1}', "line 1 has no field 'text'"),
         ("a.jsonl", b'{"messages": []}', "--calib-chat"),
         ("a.pdf", b"", "is a .pdf file, not text"),
@@ -40,6 +41,12 @@ def test_what_is_no_text_is_said_before_a_model_is_loaded(name: str, content: by
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_text(tmp_path / name)
+
+
+def test_a_list_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 3000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is nested too deeply"):
+        whole(tmp_path / "a.json")
 
 
 def test_pieces_are_the_text_and_end_between_words() -> None:

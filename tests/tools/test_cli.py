@@ -120,6 +120,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, said, capsys, tmp_path
         (ImportError("cannot import name 'a' from 'onnx' (x.py)", name="onnx"), 3, "another version of the package"),
         (OSError(errno.ENOSPC, "No space left on device", "out/model.onnx"), 2, "disk is full while writing out/model"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.txt"), 2, "a.txt does not exist"),
+        (RuntimeError("Symlink loop from '/a'"), 2, "a link leads to itself"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("a\n\nb"), 1, "RuntimeError: a b; run again with --debug"),
@@ -130,6 +131,13 @@ def test_every_error_has_a_sentence_and_a_code(error, code, said):
     assert exit_code == code
     assert said in message
     assert "\n" not in message
+
+
+def test_errors_and_notes_give_the_terminal_no_commands(tmp_path, capsys):
+    assert run_cli("inspect", tmp_path / "a\x1b[2Jb") == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert r"a\x1b[2Jb" in said
 
 
 def test_debug_shows_the_traceback(tmp_path):

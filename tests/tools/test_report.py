@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankbook.tools.report import Table, megabytes, plain
+from rankbook.tools.report import Table, megabytes, plain, printable
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,13 @@ def test_a_table_is_the_same_in_markdown_and_on_the_terminal():
 def test_sizes():
     assert megabytes(512) == "512 B"
     assert megabytes(2_500_000) == "2.50 MB"
+
+
+def test_names_give_a_terminal_no_commands():
+    hostile = "a\x1b[2J\x07\u202eb\ud800\x9bc"
+    assert printable(hostile) == r"a\x1b[2J\x07\u202eb\ud800\x9bc"
+    assert printable("línea 1\n\tlinea 2 漢字") == "línea 1\n\tlinea 2 漢字"
+    stream = io.StringIO()
+    Table("title", ("name",), [(hostile,)]).show(stream)
+    assert "\x1b" not in stream.getvalue()
+    assert r"\x1b[2J" in stream.getvalue()

@@ -14,6 +14,7 @@ from rankbook.tools.console import Console
 from rankbook.tools.generation.loop import GenerateOptions, generate
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.kernel_options import KernelOptions
+from rankbook.tools.report import printable
 from rankbook.tools.runtimes import Setting, open_model
 
 _WHY = {
@@ -46,7 +47,7 @@ def run(options: Generate) -> Outcome:
 
     def show(piece: str) -> None:
         if not options.json:
-            print(piece, end="", flush=True)
+            print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
     result = generate(model, prompt, options, show=show)
     if not options.json:

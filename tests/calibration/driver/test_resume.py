@@ -40,7 +40,11 @@ def test_a_block_comes_back(tmp_path: Path) -> None:
         lambda tensors, notes: notes.update(layers="["),
         lambda tensors, notes: notes.update(layers="[]"),
         lambda tensors, notes: notes.update(layers=json.dumps({"a.b": {"bits": 3}})),
+        lambda tensors, notes: notes.update(layers="[" * 3000),
+        lambda tensors, notes: notes.update(errors="[" * 3000),
+        lambda tensors, notes: notes.update(errors='{"a.b": "0.5"}'),
         lambda tensors, notes: notes.update(others="3"),
+        lambda tensors, notes: notes.update(others='{"tensors": [], "scaled": [3], "few_tokens": []}'),
         lambda tensors, notes: tensors.pop("a.b.step"),
         lambda tensors, notes: tensors["a.b.step"].fill_(torch.nan),
         lambda tensors, notes: tensors.update({"a.b.codes": torch.zeros(3)}),
@@ -56,3 +60,16 @@ def test_a_damaged_block_is_named(tmp_path: Path, damage: Any) -> None:
     save_file(tensors, path, metadata=notes)
     with pytest.raises(ValueError, match=r"block-00000.safetensors is damaged .*start again without --resume"):
         state.load(0)
+
+
+@pytest.mark.parametrize("content", [b"", b'\x08\0\0\0\0\0\0\0{"a": 1}', "no description", "other tensors"])
+def test_damaged_tokens_are_named(content: bytes | str, tmp_path: Path) -> None:
+    state, _ = saved(tmp_path)
+    path = state.folder / "tokens.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        name, metadata = ("tokens", {}) if content == "no description" else ("codes", {"description": "a"})
+        save_file({name: torch.ones(1, 2)}, path, metadata)
+    with pytest.raises(ValueError, match=r"tokens.safetensors is damaged .*start again without --resume"):
+        state.tokens()

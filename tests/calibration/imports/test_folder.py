@@ -54,6 +54,10 @@ Q = "model.layers.0.self_attn.q_proj"
         ("awq", {}, {"model.norm.weight": None}, "lacks 1 tensor .model.norm.weight"),
         ("awq", {}, {f"{Q}.scales": torch.full((1, 32), torch.inf, dtype=torch.half)}, "NaN or infinity"),
         ("compressed-mxfp4", {}, {f"{Q}.weight_scale": torch.full((32, 1), 255, dtype=torch.uint8)}, "NaN in E8M0"),
+        ("awq", {}, {f"{Q}.scales": None}, "q_proj: what is stored is not as the format has it .KeyError"),
+        ("gptq", {}, {f"{Q}.scales": torch.ones(4)}, "is not as the format has it .ValueError"),
+        ("compressed-w4", {"config_groups": 3}, {}, "its quantization_config is not as the format has it"),
+        ("compressed-w4", {}, {f"{Q}.weight_shape": torch.tensor([2**40, 32])}, "no dense packing of 1099511627776"),
         ("awq", {}, {"model.layers.0.mlp.experts.0.up_proj.qweight": torch.ones(2, 2)}, "experts that are stored one"),
     ],
 )  # fmt: skip
@@ -74,6 +78,31 @@ def test_rounding_of_inputs_is_said_to_be_left_out(tmp_path: Path) -> None:
     groups = {"g": {"targets": ["Linear"], "input_activations": {"num_bits": 8}, "weights": {}}}
     source = changed("compressed-w8", tmp_path / "source", {"config_groups": groups})
     with pytest.warns(Note, match="rounds the inputs of its layers as well"):
+        import_model(source, tmp_path / "q")
+
+
+def test_shards_lie_in_the_folder(tmp_path: Path) -> None:
+    source = changed("awq", tmp_path / "source", {})
+    (source / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {f"{Q}.qweight": "../other.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"names '\.\./other\.safetensors', which is not a file of this folder"):
+        import_model(source, tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 2**31, "asks for num_hidden_layers = 2147483648"),
+        ("vocab_size", 2**31, "asks for vocab_size x hidden_size"),
+        ("num_attention_heads", 0, "describes no model|cannot be loaded"),
+    ],
+)
+def test_a_damaged_configuration_is_refused(field: str, value: int, message: str, tmp_path: Path) -> None:
+    source = changed("awq", tmp_path / "source", {})
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {field: value}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
         import_model(source, tmp_path / "q")
 
 

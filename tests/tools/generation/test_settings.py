@@ -57,5 +57,6 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[1]")
     with pytest.raises(SchemaError, match="holds a list, not a JSON object"):
         read_settings(tmp_path)
-    with pytest.raises(UsageError, match=r"generation_config\.json is damaged"):
-        GenerationSettings.of({"eos_token_id": "x"}, None)
+    for wrong in ("x", float("inf"), float("nan"), [[1]]):
+        with pytest.raises(UsageError, match=r"generation_config\.json is damaged"):
+            GenerationSettings.of({"eos_token_id": wrong}, None)
