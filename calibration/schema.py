@@ -87,8 +87,10 @@ def mismatch(value: Any, hint: Any, name: str) -> str:
     return _first(mismatch(item, kind, f"{name}.{key}") for key, item in items)
 
 
-_hints = cache(get_type_hints)
-"""They are evaluated anew at each call, which is most of the time of a check."""
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return the type hints of a class: each call of `get_type_hints` evaluates them anew, most of a check's time."""
+    return get_type_hints(kind)
 
 
 def _first(found: Iterable[str]) -> str:

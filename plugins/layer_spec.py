@@ -247,8 +247,9 @@ def allowed_groups(in_features: int) -> list[int]:
     return sizes if in_features in sizes else [*sizes, in_features]
 
 
-_types = cache(get_type_hints)
-"""They are evaluated anew at each call."""
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _typed(key: str, value: object, kind: type) -> Any:
