@@ -66,7 +66,8 @@ def mismatch(value: Any, hint: Any, name: str) -> str:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             return _wrong(value, dict, name)
-        hints = _hints(hint)
+        kind: Any = hint
+        hints = _hints(kind)
         held = [item.name for item in fields(hint) if item.name in value]
         return _first(mismatch(value[key], hints[key], f"{name}.{key}") for key in held)
     container = origin or hint

@@ -104,7 +104,8 @@ class LayerSpec:
         needed = [key for key, field in keys.items() if field.default is dataclasses.MISSING]
         if missing := [key for key in needed if key not in entry]:
             raise ValueError(f"layer {name!r} lacks fields: {', '.join(missing)}")
-        types = _types(cls)
+        kind: Any = cls
+        types = _types(kind)
         try:
             return cls(**{keys[key].name: _typed(key, value, types[keys[key].name]) for key, value in entry.items()})
         except ValueError as error:
