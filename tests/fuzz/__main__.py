@@ -17,12 +17,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="for each target")
     parser.add_argument("--inputs", type=int, default=sys.maxsize, help="at most, for each target")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="these alone")
+    parser.add_argument("--target", action="append", metavar="NAME", help="this one alone; may be given again")
     parser.add_argument("--begin", type=int, default=0, help="number of the first input")
     parser.add_argument("--number", type=int, help="this input alone, with a traceback")
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--native", action="store_true", help="models for the native library in place of loaders")
     given = parser.parse_args()
     names = given.target or list(TARGETS)
+    if given.native:
+        from tests.fuzz.native import NATIVE
+
+        TARGETS.update(NATIVE)
+        names = given.target or list(NATIVE)
     if given.number is not None:
         for name in names:
             print(f"{name}: {try_one(name, given.number)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import struct
 from collections.abc import Callable
@@ -150,6 +151,10 @@ def _onnx(content: bytes, rng: random.Random) -> bytes:
         model.ParseFromString(content)
     except Exception:
         return _bytes(content, rng)
+    inside = [tensor for tensor in _tensors(model) if tensor.raw_data and not tensor.external_data]
+    if inside and rng.random() < 0.3:
+        _reshape(rng.choice(inside), rng)
+        return model.SerializeToString()
     message: Any = model
     for _ in range(rng.randrange(1, 9)):
         below = [item for field, held in message.ListFields() if field.message_type for item in _items(held)]
@@ -165,6 +170,34 @@ def _onnx(content: bytes, rng: random.Random) -> bytes:
     else:
         _change_scalars(message, field, held, rng)
     return model.SerializeToString()
+
+
+def _tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    attributes = (item for node in model.graph.node for item in node.attribute)
+    return [*model.graph.initializer, *(item.t for item in attributes if item.HasField("t"))]
+
+
+def _reshape(tensor: onnx.TensorProto, rng: random.Random) -> None:
+    """Give a tensor other sizes or another type, and as many elements as they say: a file that ONNX Runtime opens."""
+    dims, kind = list(tensor.dims), tensor.data_type
+    match rng.randrange(6):
+        case 0:
+            kind = rng.choice((1, 2, 3, 6, 7, 10, 11, 16))  # of the usual types
+        case 1:
+            rng.shuffle(dims)
+        case 2 if dims:
+            del dims[rng.randrange(len(dims))]
+        case 3:
+            dims.insert(rng.randrange(len(dims) + 1), rng.choice((1, 2)))
+        case _ if dims:
+            at = rng.randrange(len(dims))
+            dims[at] = rng.choice((0, 1, 2, 32, dims[at] - 1, dims[at] + 1, 2 * dims[at]))
+    size = math.prod(dims) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    if not 0 <= size < 1 << 20:  # another change has been here
+        return
+    held = tensor.raw_data or b"\0"
+    tensor.CopyFrom(onnx.TensorProto(name=tensor.name, dims=dims, data_type=kind))
+    tensor.raw_data = (held * (size // len(held) + 1))[:size]
 
 
 def _items(held: Any) -> list[Any]:
