@@ -26,6 +26,7 @@ from rankbook.calibration.checkpoint.format import (
     open_checkpoint,
 )
 from rankbook.calibration.checkpoint.integrity import check_tensors, read_layers, tensor_names
+from rankbook.calibration.memory import relieve
 from rankbook.calibration.model import experts
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.completeness import check_complete
@@ -111,6 +112,7 @@ class QuantizerPart:
             if isinstance(module, PackedModule):
                 module.compute_dtype = model.dtype
                 _check_values(name, module)
+                relieve()
         config = self.quantization_config
         settings.install(model, {"activations": config.activations, "kv_bits": config.kv_bits})
         return model

@@ -34,6 +34,8 @@ BLOCK = 32
 """Inputs covered by one block of ``bits`` words per row."""
 
 _WORD_BYTES = 4
+_AT_ONCE = 1 << 20
+"""Codes unpacked at a time: what is made of them on the way stays in the cache of the processor."""
 
 UInt8Array = npt.NDArray[np.uint8]
 Int8Array = npt.NDArray[np.int8]
@@ -91,13 +93,18 @@ def unpack_codes(packed: UInt8Array, rows: int, columns: int) -> UInt8Array:
             f"packed codes have shape {packed.shape}, which does not belong to a ({rows}, {columns}) matrix"
         )
     panels, blocks, bits, _, _ = packed.shape
-    words = packed.transpose(0, 3, 1, 2, 4)  # (panels, 32, blocks, bits, 4)
-    if bits == 3:
-        codes = _unpack_bytes_3(words)
-    else:
-        shifts = (np.arange(8 // bits) * bits).astype(np.uint8)
-        codes = (words[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return np.ascontiguousarray(codes.reshape(panels * PANEL, blocks * BLOCK)[:rows, :columns])
+    codes = np.empty((panels * PANEL, columns), np.uint8)
+    some = max(1, _AT_ONCE // (PANEL * BLOCK * blocks))
+    for begin in range(0, panels, some):
+        words = packed[begin : begin + some].transpose(0, 3, 1, 2, 4)  # (panels, 32, blocks, bits, 4)
+        if bits == 3:
+            found = _unpack_bytes_3(words)
+        else:
+            shifts = (np.arange(8 // bits) * bits).astype(np.uint8)
+            found = (words[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+        part = codes[begin * PANEL : (begin + some) * PANEL]
+        part[:] = found.reshape(len(part), blocks * BLOCK)[:, :columns]
+    return codes[:rows]
 
 
 def pack_rows(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:

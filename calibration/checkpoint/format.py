@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch import Tensor
 from rankbook.calibration.checkpoint.card import write_checkpoint_card
 from rankbook.calibration.checkpoint.extras import settle_tokenizer
 from rankbook.calibration.checkpoint.files import sha256_file
-from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.integrity import (
+    INDEX,
     check_files,
     check_tensors,
     member,
@@ -31,8 +32,11 @@ from rankbook.calibration.checkpoint.integrity import (
     read_json,
     read_layers,
     tensor_files,
+    tensor_names,
 )
+from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.output import replaced_folder
+from rankbook.calibration.memory import relieve
 from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
@@ -258,10 +262,20 @@ def check_version(version: object, where: Path | str) -> None:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_torch_state_dict(plain, folder, max_shard_size=shard_bytes)
+    split = split_torch_state_dict_into_shards(plain, max_shard_size=shard_bytes)
+    held: dict[str, str] = {}
+    for file, names in split.filename_to_tensors.items():  # one by one: what is mapped is let go of in between
+        pattern = file.replace(".safetensors", "{suffix}.safetensors")
+        shard = {name: plain[name] for name in names}
+        save_torch_state_dict(shard, folder, filename_pattern=pattern, max_shard_size=sys.maxsize)
+        held |= dict.fromkeys(tensor_names(folder / file), file)
+        relieve()
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": held}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

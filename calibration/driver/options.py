@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.device import DeviceOptions
+from rankbook.calibration.memory import MemoryOptions
 from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, near, option
 from rankbook.calibration.settings import (
     ACTIVATION_FORMATS,
@@ -53,7 +54,7 @@ def group_size(text: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class QuantizeOptions(Seeded, DeviceOptions):
+class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     """Options of a run. ``None`` means the method's own default; `method_config` hands them to the method.
 
     Raises:
@@ -336,7 +337,7 @@ def _methods() -> Mapping[str, Method]:
     return METHODS
 
 
-_PLACES = ("device", "device_memory", "devices")
+_PLACES = ("device", "device_memory", "devices", "memory_limit")
 """Options that say where a run computes; devices differ in the order of sums, and in no more."""
 _FIELD = {"weight_format": "format", "branch_passes": "passes"}
 """Options whose name differs from the field of the methods' configs."""

@@ -35,7 +35,7 @@ from rankbook.calibration.driver.report import (
 from rankbook.calibration.driver.resume import PartialState
 from rankbook.calibration.driver.selection import Selection, select
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.memory import peak_rss_bytes
+from rankbook.calibration.memory import limited, peak_rss_bytes, relieve
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
 from rankbook.calibration.model.loading import load_model, model_hash, resolve, source_folder
@@ -91,9 +91,9 @@ def quantize_model(
         OSError: Writing failed; an earlier result is untouched.
     """
     start = time.monotonic()
-    with locked(Path(output_dir)) as output:
+    with limited(options.memory_limit), locked(Path(output_dir)) as output:
         check_replaceable(output, MANIFEST)
-        placement = options.placement()
+        placement = replace(options.placement(), folder=output.parent)
         model, tokenizer = _load_original(source)
         run = _Run.prepare(model, options, placement, progress)
         if begin is not None:
@@ -202,6 +202,7 @@ class _Run:
             held = [stream.values for stream in (streams.inputs, streams.targets) if stream is not None]
             with self.placement.enough_memory(site.prefix[:-1], block, held):
                 self._block(site, streams, solver, state, solve=index >= finished)
+            relieve()
         packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
         self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
 

@@ -23,11 +23,15 @@ def damped_gram(gram: Tensor, damping: float = _DAMPING) -> Tensor:
 
     Inputs that never were active get the mean energy, so that their weights are simply rounded.
     """
-    gram = gram.float()
-    diagonal = gram.diagonal()
+    result = gram.to(torch.float32, copy=True)
+    result.diagonal().add_(_added(result.diagonal(), damping))
+    return result
+
+
+def _added(diagonal: Tensor, damping: float) -> Tensor:
+    """Return what damping adds to the diagonal (K,) of a Gram matrix."""
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    dead = diagonal <= 0
-    return gram + torch.diag(torch.where(dead, mean, torch.zeros_like(mean)) + damping * mean)
+    return torch.where(diagonal <= 0, mean, torch.zeros_like(mean)) + damping * mean
 
 
 def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
@@ -41,7 +45,9 @@ def scaled_gram(problem: LayerProblem, damping: float) -> Tensor:
     mean = gram.diagonal().mean()
     if problem.statistics.tokens == 0 or float(mean) <= 0:
         return torch.eye(problem.weight.shape[1], device=gram.device)
-    return damped_gram(gram / mean, damping)
+    scaled = gram / mean
+    scaled.diagonal().add_(_added(scaled.diagonal(), damping))
+    return scaled
 
 
 @dataclass(frozen=True)
@@ -69,15 +75,24 @@ def plan(gram: Tensor, damping: float = _DAMPING, *, by_energy: bool = True) -> 
 
 
 def inverse_factor(gram: Tensor, order: Tensor, damping: float = _DAMPING) -> Tensor:
-    """Return the upper Cholesky factor (K, K) of the inverse Gram matrix in the given column order."""
-    ordered = damped_gram(gram, damping)[order][:, order]
+    """Return the upper Cholesky factor (K, K) of the inverse Gram matrix in the given column order.
+
+    Besides the given matrix, two of its size are in memory at a time: those of wide layers are large.
+    """
+    added = _added(gram.diagonal().float(), damping)[order]
     for extra in (0.0, 0.1, 1.0):
-        lower, failed = torch.linalg.cholesky_ex(damped_gram(ordered, extra) if extra else ordered)
+        ordered = gram[order[:, None], order].float()
+        ordered.diagonal().add_(added)
+        if extra:
+            ordered.diagonal().add_(_added(ordered.diagonal(), extra))
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(ordered)
+        del ordered
         if not int(failed):
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not int(failed):
-                return upper
+                return factor
     raise ValueError("the Gram matrix of the inputs cannot be inverted; it holds NaN or infinity")
 
 

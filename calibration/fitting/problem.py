@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.memory import relieve
 from rankbook.calibration.record.finite import is_finite
 
 
@@ -75,4 +76,5 @@ class BlockProblem:
         """Return inputs and targets of some sequences (batch,), float32 on the block's device."""
         found = (values[index.to(values.device)] for values in (self.inputs, self.targets))
         given, wanted = (values.to(self.device, torch.float32) for values in found)
+        relieve()
         return given, wanted

@@ -89,4 +89,7 @@ def nearest(values: Tensor, codebooks: Tensor) -> Tensor:
 
 def lookup(codebooks: Tensor, codes: Tensor) -> Tensor:
     """Return the codebook entries (G, group, N) of codes (G, group, N) in codebooks (G, L, N)."""
-    return codebooks.gather(1, codes.long())
+    values = codebooks.new_empty(codes.shape)
+    for some, chosen, found in zip(codebooks, codes, values, strict=True):  # indexes take eight bytes each
+        torch.gather(some, 0, chosen.long(), out=found)
+    return values

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.device import DeviceError, resolve
+from rankbook.calibration.memory import beyond_share, relieve
 from rankbook.calibration.model.packed_modules import PackedModule
 
 CPU = torch.device("cpu")
@@ -31,10 +36,12 @@ class Placement:
     Attributes:
         devices: Where layers are solved; the first one holds the block, its statistics and its training.
         room: Bytes of the first one for activations, or None where nothing limits them.
+        folder: Where activations wait that are too much for a limit of memory; the system's temporary one for None.
     """
 
     devices: tuple[torch.device, ...] = (CPU,)
     room: int | None = None
+    folder: Path | None = None
 
     @classmethod
     def of(cls, name: str, indexes: tuple[int, ...] = (), gigabytes: float | None = None) -> Placement:
@@ -69,8 +76,18 @@ class Placement:
         return replace(self, room=None if self.room is None else self.room // streams)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return room for activations: on the device if it suffices, else in (for CUDA: pinned) host memory."""
-        if self.room is None or math.prod(shape) * dtype.itemsize <= self.room:
+        """Return room for activations: on the device if it suffices, else in (for CUDA: pinned) host memory.
+
+        What takes too much of a limit of the host's memory is in a file without a name, which ends with the tensor.
+
+        Raises:
+            OSError: The disk has no room for it.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        fits = self.room is None or size <= self.room
+        if (not fits or self.device == CPU) and beyond_share(size):
+            return _in_file(shape, dtype, self.folder)
+        if fits:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
@@ -129,6 +146,7 @@ class Stream:
         if peak > torch.finfo(self.values.dtype).max:
             self.values = self._as(torch.float32).values
         self.values[begin : begin + len(batch)].copy_(batch)
+        relieve()
 
     def _as(self, dtype: torch.dtype) -> Stream:
         return Stream(self.placement.empty(tuple(self.values.shape), dtype).copy_(self.values), self.placement)
@@ -138,6 +156,15 @@ def batches(values: Tensor, device: torch.device = CPU) -> Iterator[Tensor]:
     """Yield values (sequences, length, ...), some sequences at a time, float32 on a device."""
     for batch in torch.split(values, batch_size(values)):
         yield batch.to(device, torch.float32)
+        relieve()
+
+
+def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a signal once the file is mapped
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
 
 
 def batch_size(stream: Tensor) -> int:
@@ -187,6 +214,7 @@ def placed(
                 # A second handle on the data: were it freed, new values could come to lie at the same address.
                 held.append((tensors, name, tensor, twin.data))
                 tensors[name] = twin
+    relieve()
     try:
         yield
     finally:

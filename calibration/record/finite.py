@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.memory import relieve
+
 _CHUNK = 1 << 22
 
 
@@ -29,3 +31,4 @@ def check_parameters(module: nn.Module, prefix: str, *, recurse: bool = True) ->
             raise ValueError(
                 f"{prefix}{name} holds NaN or infinity; the model is damaged: download or convert it again"
             )
+        relieve()

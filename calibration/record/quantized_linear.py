@@ -20,6 +20,8 @@ from rankbook.plugins.layer_spec import LayerSpec, check_group
 
 __all__ = ["LEVEL_LIMIT", "Factor", "GroupParams", "LowRank", "QuantizedLinear"]
 
+_AT_ONCE = 1 << 22
+"""Weights decoded at a time."""
 LEVEL_LIMIT = {2: 64, 3: 64, 4: 64, 8: 128}
 """Integer levels lie in [-limit, limit - 1]: 7 bits are exact in every kernel, 8-bit codes need all 256 levels."""
 
@@ -218,10 +220,16 @@ class QuantizedLinear:
 
     def weight(self, *, with_low_rank: bool = False) -> Tensor:
         """Return the decoded weight, float32 (N, K), optionally with the error branch folded in."""
-        grouped = self.codes.view(self.out_features, -1, self.group).long()
-        weight = self.codebooks().gather(2, grouped).view(self.out_features, self.in_features)
+        grouped = self.codes.view(self.out_features, -1, self.group)
+        books = self.codebooks()
+        weight = books.new_empty(grouped.shape)
+        some = max(1, _AT_ONCE // self.in_features)
+        for begin in range(0, self.out_features, some):  # indexes take eight bytes each
+            part = slice(begin, begin + some)
+            torch.gather(books[part], 2, grouped[part].long(), out=weight[part])
+        weight = weight.view(self.out_features, self.in_features)
         if with_low_rank and self.low_rank is not None:
-            weight = weight + self.low_rank.dense()
+            weight += self.low_rank.dense()
         return weight
 
     def with_low_rank(self, low_rank: LowRank | None) -> QuantizedLinear:

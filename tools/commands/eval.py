@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.device import AUTO, DeviceOptions
+from rankbook.calibration.memory import MemoryOptions, limited
 from rankbook.calibration.model.hub import HubOptions, at_revision
 from rankbook.calibration.option import argument, option
 from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, HubOptions, Common):
+class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, MemoryOptions, HubOptions, Common):
     """Options of the verb."""
 
     model: str = argument(
@@ -56,7 +57,12 @@ class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, HubOptions
 
 def run(options: Eval) -> Outcome:
     """Evaluate."""
-    return _tasks(options) if options.tasks else _text(options)
+    from rankbook.tools.runtimes import find
+
+    if options.memory_limit and not find(options.model, options.chosen_kernels())[0].devices:
+        raise UsageError("--memory-limit is for models that PyTorch runs; ONNX Runtime maps its files by itself")
+    with limited(options.memory_limit):
+        return _tasks(options) if options.tasks else _text(options)
 
 
 def _tasks(options: Eval) -> Outcome:

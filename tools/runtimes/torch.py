@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,12 +33,17 @@ class TorchModel(LanguageModel):
     def __init__(self, source: str | Path, *, threads: int | None = None, device: str = AUTO) -> None:
         """Load a model; packed layers keep their decoded weights, so that a step costs what it costs densely.
 
+        Under a limit of memory (`rankbook.calibration.memory.limited`) weights stay in their files: each call decodes
+        or widens one block after the other.
+
         Raises:
             ValueError: There is no model, or it cannot be read.
             DeviceError: The device is not there.
         """
         import torch
 
+        from rankbook.calibration.memory import limit
+        from rankbook.calibration.model.by_block import by_block
         from rankbook.calibration.model.loading import load_model
         from rankbook.calibration.model.packed_modules import materialize_all
 
@@ -45,9 +51,14 @@ class TorchModel(LanguageModel):
 
         if threads:
             torch.set_num_threads(threads)
-        self.model, self.tokenizer = load_model(source, torch.float32)
-        self.model.to(self.device)
-        materialize_all(self.model)
+        if limit() is None:
+            self.model, self.tokenizer = load_model(source, torch.float32)
+            self.model.to(self.device)
+            materialize_all(self.model)
+        else:
+            self.model, self.tokenizer = load_model(source)
+            self._by_block = ExitStack()
+            self._by_block.enter_context(by_block(self.model, self.device))
         self.name = f"torch {source}"
         self._source = Path(source)
         self._text: Any = None
