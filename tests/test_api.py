@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,18 @@ from rankbook.tools.runtimes import trt
 from tests.processes import run_python
 from tests.tiny import tiny_model, write_text
 
-VERBS = ("quantize", "export", "load", "open_model", "parity", "evaluate", "generate", "inspect", "build")
+VERBS = (
+    "quantize",
+    "export",
+    "load",
+    "open_model",
+    "parity",
+    "evaluate",
+    "generate",
+    "inspect",
+    "import_model",
+    "build",
+)
 """Functions in the order in which their examples use what earlier ones wrote."""
 
 
@@ -47,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("api")
     tiny_model("llama", folder / "model")
     write_text(folder / "text.txt")
+    shutil.copytree(Path(__file__).parent / "calibration/imports/fixtures/awq", folder / "model-awq")
     return folder
 
 

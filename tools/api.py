@@ -6,6 +6,8 @@ from rankbook.calibration.driver import run
 from rankbook.calibration.driver.options import QuantizeOptions as QuantizeOptions
 from rankbook.calibration.driver.report import QuantizeReport as QuantizeReport
 from rankbook.calibration.evaluate import EvalResult as EvalResult
+from rankbook.calibration.imports.run import ImportReport as ImportReport
+from rankbook.calibration.imports.run import import_model as import_model
 from rankbook.calibration.methods import METHODS as METHODS
 from rankbook.calibration.model import loading
 from rankbook.exporter.export import ExportReport as ExportReport

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,108 @@ def refusing(what: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """What a layer of another tool is made of: codes, and the numbers by which they become weights.
+
+    Without levels the weight is ``plane * (code - zero)``, with one plane; with levels it is the sum over planes of
+    ``plane * level[code]``, plus the offset where the planes are one more than the levels.
+
+    Attributes:
+        codes: (N, K) uint8, below ``2**bits``.
+        bits: 2 to 8.
+        planes: Coefficients (N, G) of each plane in any floating dtype, then the offset if there is one.
+        method: What the record says that it was made with.
+        zeros: (N, G) integers, or one for all.
+        levels: (P, 2**b) int8 or float16, or None.
+        octaves: Whether the coefficients are powers of two, which 8 bits may hold.
+    """
+
+    codes: Tensor
+    bits: int
+    planes: Sequence[Tensor]
+    method: str
+    zeros: Tensor | int = 0
+    levels: Tensor | None = None
+    octaves: bool = False
+
+    @classmethod
+    def joined(cls, parts: Sequence[Numbers]) -> Numbers:
+        """Put the rows of layers below each other: the matrices of experts, gate and up.
+
+        Raises:
+            ImportRefusedError: They differ in bits, groups or levels.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        shapes = {(p.bits, p.method, p.codes.shape[1], *(plane.shape[1] for plane in p.planes)) for p in parts}
+        levels = {None if part.levels is None else tuple(part.levels.flatten().tolist()) for part in parts}
+        if len(shapes) > 1 or len(levels) > 1:
+            raise ImportRefusedError(
+                "it is quantized in another way than the matrices that lie in one tensor of the model with it; experts"
+                " of one block need the same bits and groups"
+            )
+        zeros: Tensor | int = first.zeros
+        if any(isinstance(part.zeros, Tensor) or part.zeros != zeros for part in parts):
+            each = (torch.as_tensor(part.zeros).expand(part.planes[0].shape) for part in parts)
+            zeros = torch.cat(list(each))
+        planes = [torch.cat(list(plane)) for plane in zip(*(part.planes for part in parts), strict=True)]
+        octaves = all(part.octaves for part in parts)
+        codes = torch.cat([part.codes for part in parts])
+        return replace(first, codes=codes, planes=planes, zeros=zeros, octaves=octaves)
+
+    def ordered(self, rows: Tensor) -> Numbers:
+        """Return the same with rows in another order, int64 (N,)."""
+        zeros = self.zeros[rows] if isinstance(self.zeros, Tensor) else self.zeros
+        return replace(self, codes=self.codes[rows], planes=[plane[rows] for plane in self.planes], zeros=zeros)
+
+    def record(self) -> QuantizedLinear:
+        """Return the record, whose decoded float32 weight is exactly the definition's; see `records`."""
+        return self.records(1)[0]
+
+    def records(self, count: int) -> list[QuantizedLinear]:
+        """Return the records of ``count`` layers whose rows lie below each other, all stored in one form.
+
+        One zero point for all groups goes into the levels, and coefficients stay in 16 bits where float16 holds every
+        one. Others become offsets: ``scale * zero`` has more digits than float16 and is stored in float32.
+
+        Raises:
+            ImportRefusedError: Scales that are not finite, or groups that do not cut the rows evenly.
+        """
+        codes, levels, planes = self._by_levels()
+        groups = [_regrouped(plane.double(), codes.shape[1]) for plane in planes]
+        params = exact_params(torch.stack(list(torch.stack(groups, -1).chunk(count))), octaves=self.octaves)
+        return [
+            QuantizedLinear(
+                codes=part.contiguous(),
+                bits=int(math.log2(levels.shape[1])),
+                levels=levels.clone(),  # tensors that two layers hold would be stored once
+                params=held,
+                has_offset=len(planes) > len(levels),
+                method=self.method,
+            )
+            for part, held in zip(codes.chunk(count), params, strict=True)
+        ]
+
+    def _by_levels(self) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Return codes, levels and planes of the record."""
+        if self.levels is not None:
+            return self.codes, self.levels, self.planes
+        codes, zeros, scales = self.codes, self.zeros, self.planes[0].double()
+        width = self.bits if self.bits in layout.BITS else WIDE
+        limit = LEVEL_LIMIT[width]
+        if isinstance(zeros, Tensor) and bool((zeros == zeros.flatten()[0]).all()):
+            zeros = int(zeros.flatten()[0])
+        if isinstance(zeros, int) and -limit <= -zeros and (1 << self.bits) - 1 - zeros <= limit - 1:
+            if width == WIDE:  # every int8 is a level
+                codes, zeros = (codes.short() - zeros + limit).to(torch.uint8), limit
+            return codes, (torch.arange(1 << width) - zeros).to(torch.int8)[None], [scales]
+        first = limit if width == WIDE else 0
+        levels = (torch.arange(1 << width) - first).to(torch.int8)[None]
+        return codes, levels, [scales, -scales * (zeros - first)]
+
+
+@dataclass(frozen=True)
 class Format:
     """How another tool stores layers: one module of `formats` that ends in ``FORMAT = Format(...)``.
 
@@ -52,87 +154,41 @@ class Format:
         title: What people call it.
         claims: Whether the quantization entry of a config.json is of this format.
         mark: Last part of the names by which its layers are known: a layer is what has ``<layer>.<mark>``.
-        record: ``record(tensors, entry)`` returns the record of one layer, without its bias, from its tensors by the
-            rest of their names and the quantization entry of config.json.
+        numbers: ``numbers(tensors, entry)`` returns what one layer is made of, from its tensors by the rest of their
+            names and the quantization entry of config.json.
         check: ``check(entry)`` raises `ImportRefusedError` for what no layer of the checkpoint could be imported with.
+        joint: What stands between the name of a layer and the rest; ``_`` for parameters of experts.
     """
 
     name: str
     title: str
     claims: Callable[[Mapping[str, object]], bool]
     mark: str
-    record: Callable[[Mapping[str, Tensor], Mapping[str, object]], QuantizedLinear]
+    numbers: Callable[[Mapping[str, Tensor], Mapping[str, object]], Numbers]
     check: Callable[[Mapping[str, object]], None] = lambda _: None
+    joint: str = "."
 
 
-def affine(codes: Tensor, bits: int, scales: Tensor, zeros: Tensor | int, method: str) -> QuantizedLinear:
-    """Return the record of ``weight = scale * (code - zero)``, whose decoded float32 weight is exactly that.
-
-    One zero point for all groups goes into the levels, and scales stay in 16 bits where float16 holds them. Others
-    become offsets: ``scale * zero`` has more digits than float16 and is stored in float32.
+def exact_params(values: Tensor, *, octaves: bool = False) -> list[GroupParams]:
+    """Return the numbers of groups of layers (E, N, G, Q) in the smallest form that holds each of them exactly.
 
     Args:
-        codes: (N, K) uint8, below ``2**bits``.
-        bits: 2 to 8.
-        scales: (N, G) of any floating dtype.
-        zeros: (N, G) integers, or one for all.
-        method: What the record says that it was made with.
+        values: In any dtype.
+        octaves: They are powers of two: 8 bits hold them where those of a panel of 32 rows lie within seven octaves.
 
     Raises:
-        ImportRefusedError: Scales that are not finite, or groups that do not cut the rows evenly.
-    """
-    width = bits if bits in layout.BITS else WIDE
-    if isinstance(zeros, Tensor) and bool((zeros == zeros.flatten()[0]).all()):
-        zeros = int(zeros.flatten()[0])
-    scales, limit = scales.double(), LEVEL_LIMIT[width]
-    if isinstance(zeros, int) and -limit <= -zeros and (1 << bits) - 1 - zeros <= limit - 1:
-        if width == WIDE:  # every int8 is a level
-            codes, zeros = (codes.short() - zeros + limit).to(torch.uint8), limit
-        levels = torch.arange(1 << width) - zeros
-        return table(codes, levels.to(torch.int8)[None], [scales], method)
-    first = limit if width == WIDE else 0
-    levels = (torch.arange(1 << width) - first).to(torch.int8)[None]
-    return table(codes, levels, [scales, -scales * (zeros - first)], method, has_offset=True)
-
-
-def table(
-    codes: Tensor, levels: Tensor, planes: list[Tensor], method: str, *, has_offset: bool = False
-) -> QuantizedLinear:
-    """Return the record of codes that pick from levels, in which every number is what it was.
-
-    Args:
-        codes: (N, K) uint8.
-        levels: (P, 2**b) int8 or float16.
-        planes: Coefficients (N, G) of each plane, then the offset if there is one.
-        method: What the record says that it was made with.
-        has_offset: Whether the last plane is the offset.
-
-    Raises:
-        ImportRefusedError: See `affine`.
-    """
-    params = torch.stack([_regrouped(plane, codes.shape[1]) for plane in planes], -1)
-    return QuantizedLinear(
-        codes=codes.contiguous(),
-        bits=int(math.log2(levels.shape[1])),
-        levels=levels,
-        params=exact_params(params),
-        has_offset=has_offset,
-        method=method,
-    )
-
-
-def exact_params(values: Tensor) -> GroupParams:
-    """Return the numbers of groups (N, G, Q) in the smallest floating-point form that holds each of them exactly.
-
-    Raises:
-        ImportRefusedError: float32 does not, or they are not finite.
+        ImportRefusedError: float32 does not hold them, or they are not finite.
     """
     if not is_finite(values):
         raise ImportRefusedError("its scales hold NaN or infinity; the checkpoint is damaged, download it again")
+    if octaves:
+        small = [GroupParams.powers_of_two(part.log2()) for part in values]
+        if all(torch.equal(held.dense().double(), part.double()) for held, part in zip(small, values, strict=True)):
+            return small
     for dtype in (torch.float16, torch.float32):
         stored = values.to(dtype)
         if torch.equal(stored.double(), values.double()):
-            return GroupParams(values=stored.contiguous())
+            return [GroupParams(values=part.contiguous()) for part in stored]
     raise ImportRefusedError("float32 does not hold its scales exactly; dequantize it with its own tool")
 
 
@@ -143,8 +199,18 @@ def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:
         packed: (A, B) int32 or uint8.
         bits: 1 to 8.
         count: Integers of a row; what is left of it is padding.
+
+    Raises:
+        ImportRefusedError: The rows are too short, or no integers.
     """
+    if packed.dtype not in (torch.int32, torch.uint8) or packed.ndim != 2:
+        raise ImportRefusedError(f"its codes are {packed.dtype} {tuple(packed.shape)}, not packed integers in int32")
     stream = np.unpackbits(np.ascontiguousarray(packed.cpu().numpy()).view(np.uint8), axis=1, bitorder="little")
+    if stream.shape[1] < count * bits:
+        raise ImportRefusedError(
+            f"its codes {tuple(packed.shape)} hold {stream.shape[1] // bits} integers of {bits} bits a row, not"
+            f" {count}; the checkpoint is damaged, or its configuration is another's"
+        )
     stream = stream[:, : count * bits].reshape(len(stream), count, bits)
     return torch.from_numpy(np.packbits(stream, axis=2, bitorder="little")[..., 0])
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS, member, opened, read_json, tensor_names
-from rankbook.calibration.imports.base import Format, ImportRefusedError, refusing
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, refusing
 from rankbook.calibration.imports.formats import format_of
+from rankbook.calibration.imports.packing import check_parts, pack
+from rankbook.calibration.imports.places import Place, Places
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.completeness import check_complete
 from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.loading import auto_class
-from rankbook.calibration.model.packed_modules import CodebookLinear, replace_module
-from rankbook.calibration.model.source_config import check_sizes, read_config, stored_format
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.model.packed_modules import packed_modules
+from rankbook.calibration.model.plain import make_plain, restore
+from rankbook.calibration.model.source_config import check_sizes, entry_beside, read_config, stored_format
 from rankbook.calibration.source import file_of
+
+Read = tuple[Numbers, "Tensor | None"]
+"""What a layer is made of, and its bias."""
+
+_NOT_OWN = ("weight", "bias", "input_scale", "k_scale", "v_scale")
+"""Parts of quantized layers that other modules have too."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,12 @@ class Stored:
 
     Attributes:
         files: File of each tensor by name.
+        joint: What stands between the name of a layer and the rest.
         layers: For each quantized layer, the rest of the names of its tensors.
     """
 
     files: Mapping[str, Path]
+    joint: str
     layers: Mapping[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -43,16 +54,24 @@ class Stored:
             ValueError: There are no safetensors, or no layer of the format.
         """
         files = dict(_files(location))
-        ends = f".{form.mark}"
+        ends = f"{form.joint}{form.mark}"
         layers: dict[str, list[str]] = {name.removesuffix(ends): [] for name in files if name.endswith(ends)}
         if not layers:
             raise ValueError(f"{location} says that it is {form.title}, but none of its tensors is named *{ends}")
+        others = []
         for name in files:
-            parts = name.split(".")
-            for cut in range(1, len(parts)):
-                if (layer := ".".join(parts[:cut])) in layers:
-                    layers[layer].append(".".join(parts[cut:]))
-        return cls(files, layers)
+            parts = name.split(form.joint)
+            heads = [form.joint.join(parts[:cut]) for cut in range(1, len(parts))]
+            for layer in heads:
+                if layer in layers:
+                    layers[layer].append(name.removeprefix(f"{layer}{form.joint}"))
+            if layers.keys().isdisjoint(heads):
+                others.append(name)
+        own = {part for parts in layers.values() for part in parts} - {*_NOT_OWN}
+        for layer, _, part in (name.rpartition(form.joint) for name in others):
+            if part in own:
+                raise ImportRefusedError(f"layer {layer} lacks {form.mark}; download the checkpoint again")
+        return cls(files, form.joint, layers)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Return tensors by name; each file is opened once."""
@@ -67,12 +86,12 @@ class Stored:
 
     def layer(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a quantized layer by the rest of their names."""
-        found = self.read([f"{name}.{part}" for part in self.layers[name]])
-        return {part: found[f"{name}.{part}"] for part in self.layers[name]}
+        found = self.read([f"{name}{self.joint}{part}" for part in self.layers[name]])
+        return {part: found[f"{name}{self.joint}{part}"] for part in self.layers[name]}
 
     def others(self) -> dict[str, Tensor]:
         """Return the tensors outside of quantized layers."""
-        inside = {f"{layer}.{part}" for layer, parts in self.layers.items() for part in parts}
+        inside = {f"{layer}{self.joint}{part}" for layer, parts in self.layers.items() for part in parts}
         return self.read([name for name in self.files if name not in inside])
 
 
@@ -83,7 +102,7 @@ def load_folder(location: str) -> tuple[Any, Format, Mapping[str, Any]]:
         ValueError: It is not quantized, or in a way that cannot be imported; the message names the first layer.
     """
     config = read_config(location, quantized=True)
-    entry = stored_format(config)
+    entry = stored_format(config) or entry_beside(location)
     if entry is None:
         raise ValueError(
             f"{location} is not quantized: its config.json has no quantization_config; `rankbook quantize`"
@@ -104,9 +123,17 @@ def _load(location: str, config: Any, form: Format, entry: Mapping[str, Any]) ->
             part.__dict__.pop(name, None)
     check_sizes(location, config, sum(path.stat().st_size for path in {*stored.files.values()}))
     model = _empty(location, config)
-    _fill(location, model, stored)
+    adapter_of(model).unify_experts()
+    places = Places(model)
+    targets: dict[str, dict[Place, str]] = defaultdict(dict)
     for name in stored.layers:
-        _pack(model, name, form, stored, entry)
+        place = places.of_layer(name)
+        targets[place.target][place] = name
+    _fill(location, model, places.others(stored.others()), targets)
+    found = make_plain(model)
+    for target, layers in targets.items():
+        _put(model, target, layers, lambda name: read_layer(name, form, stored, entry))
+    restore(model, found, packed_modules(model))
     return model.eval().requires_grad_(False)
 
 
@@ -131,44 +158,48 @@ def _empty(location: str, config: Any) -> Any:
     return model
 
 
-def _fill(location: str, model: Any, stored: Stored) -> None:
-    """Give a model the tensors that are not of quantized layers."""
+def _fill(location: str, model: Any, tensors: dict[str, Tensor], packed: Collection[str]) -> None:
+    """Give a model the tensors that are not of quantized layers; ``packed`` are the names of those that are."""
+    names = {*model.state_dict()}
+    if odd := [name for name in names & {*tensors} if tensors[name].dtype.itemsize == 1]:
+        raise ImportRefusedError(
+            f"{odd[0]} is stored as {tensors[odd[0]].dtype} without the scales of the format beside it; a folder of"
+            " mixed formats cannot be imported"
+        )
     try:
-        info = model.load_state_dict(stored.others(), strict=False, assign=True)
+        info = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{location} does not fit its config.json: {error}") from error
     if any(parameter.is_meta for parameter in model.get_output_embeddings().parameters()):
         model.tie_weights()
     left = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    missing = [name for name in info.missing_keys if name in left and name.rpartition(".")[0] not in stored.layers]
+    missing = [name for name in info.missing_keys if name in left and not _belongs(name, packed)]
     check_complete(location, model, {"missing_keys": missing, "unexpected_keys": info.unexpected_keys})
 
 
-def _pack(model: Any, name: str, form: Format, stored: Stored, entry: Mapping[str, Any]) -> None:
-    """Put the record of a layer in its place.
+def _belongs(name: str, packed: Collection[str]) -> bool:
+    """Return whether a tensor of the model is the weight or bias of a packed layer or of packed experts."""
+    return not {name, name.rpartition(".")[0], name.removesuffix("_bias")}.isdisjoint(packed)
 
-    Raises:
-        ImportRefusedError: There is no such place, or the record cannot hold the layer.
-    """
+
+def _put(model: Any, target: str, layers: Mapping[Place, str], read: Callable[[str], Read]) -> None:
+    """Put what the layers of a folder hold for one layer, or one matrix of experts, of the model in its place."""
+    order = sorted(layers, key=lambda place: (place.expert or 0, place.part))
+    check_parts(model, target, order)
+    found = [read(layers[place]) for place in order]
     try:
-        linear = model.get_submodule(name)
-    except AttributeError as error:
-        raise ImportRefusedError(
-            f"{type(model).__name__} has no layer {name}; experts that are stored one by one cannot be imported yet"
-        ) from error
-    record, bias = read_layer(name, form, stored, entry)
-    if (record.out_features, record.in_features) != (linear.out_features, linear.in_features):
-        raise ImportRefusedError(
-            f"layer {name} has {record.out_features} x {record.in_features} weights, and config.json asks for"
-            f" {linear.out_features} x {linear.in_features}"
-        )
-    if bias is not None and linear.bias is None and bool(bias.any()):
-        raise ImportRefusedError(f"layer {name} has a bias, and the model of config.json has none there")
-    if bias is None and linear.bias is not None:
-        raise ImportRefusedError(f"the bias of layer {name} is missing")
-    # AutoGPTQ stores zeros where a model has no bias.
-    record = replace(record, bias=None if linear.bias is None else bias)
-    replace_module(model, name, CodebookLinear.from_record(record, model.dtype))
+        with refusing("what is stored"):
+            numbers = Numbers.joined([each for each, _ in found])
+            biases = [bias.flatten() for _, bias in found if bias is not None]
+            if biases and len(biases) < len(found):
+                raise ImportRefusedError("some of the parts that lie in it have a bias, and others have none")
+            bias = torch.cat(biases) if biases else None
+            if order[0].interleaved:
+                rows = torch.arange(len(numbers.codes)).view(len(order) // 2, 2, -1).transpose(1, 2).flatten()
+                numbers, bias = numbers.ordered(rows), None if bias is None else bias[rows]
+            pack(model, target, numbers, bias)
+    except ImportRefusedError as error:
+        raise ImportRefusedError(f"layer {target}: {error}") from error
 
 
 def check_entry(form: Format, entry: Mapping[str, Any]) -> None:
@@ -181,18 +212,16 @@ def check_entry(form: Format, entry: Mapping[str, Any]) -> None:
         form.check(entry)
 
 
-def read_layer(
-    name: str, form: Format, stored: Stored, entry: Mapping[str, Any]
-) -> tuple[QuantizedLinear, Tensor | None]:
-    """Return the record of a layer, and its bias.
+def read_layer(name: str, form: Format, stored: Stored, entry: Mapping[str, Any]) -> Read:
+    """Return what a layer is made of, and its bias.
 
     Raises:
-        ImportRefusedError: Its tensors are damaged, or no record can hold them.
+        ImportRefusedError: Its tensors are damaged, or of another layout.
     """
     tensors = stored.layer(name)
     try:
         with refusing("what is stored"):
-            return form.record(tensors, entry), tensors.get("bias")
+            return form.numbers(tensors, entry), tensors.get("bias")
     except ImportRefusedError as error:
         raise ImportRefusedError(f"layer {name}: {error}") from error
 

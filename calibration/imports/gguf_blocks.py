@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rankbook.calibration.imports.base import affine, table
+from rankbook.calibration.imports.base import Numbers
+from rankbook.calibration.imports.floats import TWICE_E2M1
 from rankbook.calibration.record.codebooks import affine_levels, symmetric_levels
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins import layout
 
 Bytes = NDArray[Any]
@@ -36,6 +36,7 @@ class BlockType:
         read: The function of the module docstring.
         zero: The code whose weight is zero, where a group has no offset.
         levels: Values of the codes where they are no integers in a row; empty elsewhere.
+        octaves: Whether scales are powers of two.
     """
 
     bits: int
@@ -43,21 +44,23 @@ class BlockType:
     read: Callable[[Bytes], Parts]
     zero: int = 0
     levels: tuple[int, ...] = ()
+    octaves: bool = False
 
-    def record(self, data: Bytes, columns: int, method: str) -> QuantizedLinear:
-        """Return the record of rows of blocks (N, bytes of a row) with K = ``columns`` weights."""
+    def numbers(self, data: Bytes, columns: int, method: str) -> Numbers:
+        """Return what rows of blocks (N, bytes of a row) with K = ``columns`` weights are made of."""
         rows = len(data)
         codes, scales, offsets = self.read(np.ascontiguousarray(data).reshape(-1, self.size))
         integers = torch.from_numpy(np.ascontiguousarray(codes.astype(np.uint8))).view(rows, columns)
-        steps = torch.from_numpy(scales).view(rows, -1)
+        planes = [torch.from_numpy(each).view(rows, -1) for each in (scales, offsets) if each is not None]
         if self.levels:
-            return table(integers, torch.tensor([self.levels], dtype=torch.float16), [steps], method)
+            levels = torch.tensor([self.levels], dtype=torch.float16)
+            return Numbers(integers, self.bits, planes, method, levels=levels, octaves=self.octaves)
         if offsets is None:
-            return affine(integers, self.bits, steps, self.zero, method)
+            return Numbers(integers, self.bits, planes, method, zeros=self.zero)
         narrow = self.bits in layout.BITS
         levels = affine_levels(self.bits) if narrow else symmetric_levels(8)
         integers = integers if narrow else integers + 128
-        return table(integers, levels, [steps, torch.from_numpy(offsets).view(rows, -1)], method, has_offset=True)
+        return Numbers(integers, self.bits if narrow else 8, planes, method, levels=levels)
 
 
 def _half(data: Bytes, at: int) -> Floats:
@@ -138,6 +141,15 @@ def _q3_k(data: Bytes) -> Parts:
     return codes, _half(data, 108) * ((low | high << 4).astype(np.int16) - 32), None
 
 
+def _iq4_xs(data: Bytes) -> Parts:
+    scales = _spread(data[:, 4:8], 1, 4) | _spread(data[:, 2:4], 1, 2) << 4
+    return _nibbles(data[:, 8:], 16), _half(data, 0) * (scales.astype(np.int16) - 32), None
+
+
+def _mxfp4(data: Bytes) -> Parts:
+    return _nibbles(data[:, 1:], 16), np.exp2(data[:, :1].astype(np.float64) - 128), None  # levels are doubled
+
+
 TYPES: Mapping[str, BlockType] = {
     "Q4_0": BlockType(4, 18, _q4_0, zero=8),
     "Q4_1": BlockType(4, 20, _q4_1),
@@ -145,6 +157,8 @@ TYPES: Mapping[str, BlockType] = {
     "Q5_1": BlockType(5, 24, _q5_1),
     "Q8_0": BlockType(8, 34, _q8_0, zero=128),
     "IQ4_NL": BlockType(4, 18, _q4_0, levels=_IQ4_NL),
+    "IQ4_XS": BlockType(4, 136, _iq4_xs, levels=_IQ4_NL),
+    "MXFP4": BlockType(4, 17, _mxfp4, levels=TWICE_E2M1, octaves=True),
     "Q2_K": BlockType(2, 84, _q2_k),
     "Q3_K": BlockType(3, 110, _q3_k, zero=4),
     "Q4_K": BlockType(4, 144, _q4_k),

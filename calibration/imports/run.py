@@ -65,6 +65,10 @@ class ImportReport:
 def import_model(source: str | Path, output_dir: str | Path) -> ImportReport:
     """Write the checkpoint of a model that another tool has quantized: codes, scales and tables as they are.
 
+    >>> report = rankbook.import_model("model-awq", "imported")
+    >>> report.format, len(report.layers)
+    ('awq', 7)
+
     Args:
         source: Hugging Face folder or id, GGUF file or a folder with one.
         output_dir: Folder of the result; an earlier checkpoint there is replaced when the new one is complete.

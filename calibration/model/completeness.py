@@ -115,7 +115,10 @@ def _changes_result(name: str, model: nn.Module) -> bool:
 def _cause(missing: list[str], left: list[str], model: nn.Module) -> str:
     """Say what has most likely gone wrong."""
     if codes := [name for name in left if name.rpartition(".")[2] in _CODES]:
-        return f"Names such as {codes[0]} are written by quantizers: give the model before it was quantized"
+        return (
+            f"Names such as {codes[0]} are written by quantizers: give the model before it was"
+            " quantized, or take it over with `rankbook import`"
+        )
     if missing and all(name.startswith("lm_head.") for name in missing):
         return (
             "The output layer is not stored and config.json does not tie it to the embedding: set tie_word_embeddings"

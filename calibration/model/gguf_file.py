@@ -34,6 +34,21 @@ def read_once() -> Iterator[None]:
         library.GGUFReader, library.get_tensor_name_map = reader, name_map
 
 
+def expert_sizes(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Return the inner sizes of experts that a file names and transformers leaves at the default of their family."""
+    import gguf
+
+    library: Any = gguf
+    fields = library.GGUFReader(path).fields
+    family = bytes(fields["general.architecture"].parts[-1]).decode()
+    names = {"moe_intermediate_size": "expert_feed_forward_length"}
+    names["shared_expert_intermediate_size"] = "expert_shared_feed_forward_length"
+    found = {name: fields.get(f"{family}.{key}") for name, key in names.items()}
+    if family not in ("qwen2moe", "qwen3moe"):
+        return {}
+    return {name: int(field.parts[-1][0]) for name, field in found.items() if field is not None}
+
+
 def _parsed(kind: Any, known: dict[str, Any], path: os.PathLike[str] | str, mode: str = "r") -> Any:
     """Return the reader of a file, the same for the same one."""
     if mode != "r":

@@ -14,7 +14,7 @@ from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
 from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
 from rankbook.calibration.model.custom_code import is_trusted
-from rankbook.calibration.model.gguf_file import read_once
+from rankbook.calibration.model.gguf_file import expert_sizes, read_once
 from rankbook.calibration.model.source_config import check_sizes, read_config
 from rankbook.calibration.model.tokenizer import read_tokenizer
 from rankbook.calibration.notes import note
@@ -117,6 +117,7 @@ def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
         renaming = unwrapping(found.location, stored_names(found.location)) or None
         extra |= {"config": config, "dtype": dtype or "auto", "use_safetensors": True, "key_mapping": renaming}
     try:
+        extra |= expert_sizes(found.path) if found.gguf else {}
         model, info = auto_class(config).from_pretrained(found.location, **extra)
     except CheckpointError:
         raise

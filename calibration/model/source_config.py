@@ -7,8 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rankbook.calibration.checkpoint.format import QUANT_METHOD
+from rankbook.calibration.checkpoint.integrity import read_json
 from rankbook.calibration.model.custom_code import asks_for_code, code_refused, is_trusted
+from rankbook.calibration.source import file_of
 
+BESIDE = "hf_quant_config.json"
+"""The file of ModelOpt that says what older versions leave out of config.json."""
 _ATTENTION = (None, "sdpa", "eager")
 """Kinds of attention that need nothing but torch."""
 _DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
@@ -23,7 +27,7 @@ _TOOLS = {
     "modelopt": "NVIDIA ModelOpt",
 }
 """What people call the tools, by ``quant_method``."""
-_IMPORTED = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "auto-round")
+_IMPORTED = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "auto-round", "modelopt", *("fp8", "mxfp4"))
 """Those that `rankbook.calibration.imports` reads."""
 
 _COUNT = re.compile(r"(layers?|blocks|depth|experts)$")
@@ -57,6 +61,8 @@ def read_config(location: str, *, quantized: bool = False) -> Any:
             if not quantized and isinstance(entry := getattr(part, name, None), Mapping):
                 _check_stored_format(location, name, entry)
     entry = getattr(config, "quantization_config", None)
+    if not quantized and entry is None and (beside := entry_beside(location)):
+        _check_stored_format(location, BESIDE, beside)
     if not quantized and isinstance(entry, dict) and entry.get("quant_method") in _DEQUANTIZED:
         entry["dequantize"] = True
     return config
@@ -99,6 +105,12 @@ def stored_format(config: Any) -> Mapping[str, Any] | None:
     return None
 
 
+def entry_beside(location: str) -> Mapping[str, Any] | None:
+    """Return what ModelOpt's own file says of quantized weights, where a folder or model id has it."""
+    path = file_of(location, BESIDE)
+    return None if path is None else {"quant_method": "modelopt", **read_json(path).get("quantization", {})}
+
+
 def _parts(config: Any) -> Iterator[Any]:
     """Yield a configuration and those inside it (text, vision)."""
     yield config
@@ -109,6 +121,8 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def _check_stored_format(location: str, name: str, entry: Mapping[str, Any]) -> None:
     method = entry.get("quant_method") or ("compressed-tensors" if name == "compression_config" else None)
+    method = method or entry.get("quant_library")  # of ModelOpt, which also writes modelopt_fp4
+    method = "modelopt" if str(method).startswith("modelopt") else method
     if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
         method = "bitsandbytes"
     if method in (QUANT_METHOD, *_DEQUANTIZED):
@@ -116,8 +130,10 @@ def _check_stored_format(location: str, name: str, entry: Mapping[str, Any]) -> 
     bits = entry.get("bits") or {True: 4}.get(bool(entry.get("load_in_4bit")), entry.get("w_bit"))
     width = f" to {bits} bits" if isinstance(bits, int) else ""
     taken = f"`rankbook import {location} -o DIR` takes it over as it is; or " if method in _IMPORTED else ""
+    place = BESIDE if name == BESIDE else f"{name} in its config.json"
+    tool = _TOOLS.get(str(method), f"{method!r}")
     raise ValueError(
-        f"{location} is quantized already{width}, by {_TOOLS.get(str(method), f'{method!r}')} (see {name} in its"
-        f" config.json), so a second quantization would start from its errors; {taken}give the model that it was made"
-        " from (its model card names it), or dequantize it with that tool and save it as bf16"
+        f"{location} is quantized already{width}, by {tool} (see {place}), so a second"
+        f" quantization would start from its errors; {taken}give the model that it was made from (its model card"
+        " names it), or dequantize it with that tool and save it as bf16"
     )

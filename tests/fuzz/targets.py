@@ -156,6 +156,7 @@ def _make_import(folder: Path, name: str) -> None:
 def _load_import(folder: Path) -> None:
     """Read every quantized layer of another tool's folder, without a model to put it into."""
     from rankbook.calibration.checkpoint.integrity import read_json
+    from rankbook.calibration.imports.base import refusing
     from rankbook.calibration.imports.folder import Stored, check_entry, read_layer
     from rankbook.calibration.imports.formats import format_of
 
@@ -167,7 +168,9 @@ def _load_import(folder: Path) -> None:
     check_entry(form, entry)
     stored.others()
     for name in stored.layers:
-        read_layer(name, form, stored, entry)
+        numbers, _ = read_layer(name, form, stored, entry)
+        with refusing("what is stored"):
+            numbers.record()
 
 
 def _load_foreign(folder: Path) -> None:

@@ -22,7 +22,8 @@ class Import(Common):
     """Options of the verb."""
 
     source: str = argument(
-        "Hugging Face folder or id that GPTQ, AWQ, AutoRound, LLM Compressor or bitsandbytes has written, or GGUF",
+        "Hugging Face folder or id that GPTQ, AWQ, AutoRound, LLM Compressor, ModelOpt or bitsandbytes has written,"
+        " one in FP8 or MXFP4, or GGUF",
         metavar="SOURCE",
         group=WHERE,
     )

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, ImportRefusedError
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers
 from rankbook.calibration.imports.formats import awq, gptq
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
 _LESS_ONE = {"auto_round:auto_gptq": True, "auto_round:gptqmodel": False, "auto_round": False}
 """Whether a packing in GPTQ's layout stores zero points less one."""
@@ -23,8 +22,8 @@ def check(entry: Mapping[str, object]) -> None:
         raise ImportRefusedError(f"packing_format {packing!r} is not known; import reads {known}")
 
 
-def record(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> QuantizedLinear:
-    """Return the record of a layer in the layout that ``packing_format`` names."""
+def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> Numbers:
+    """Return a layer in the layout that ``packing_format`` names."""
     packing = str(entry.get("packing_format"))
     if packing == _AWQ:
         return awq.of_layout(tensors, "auto-round")
@@ -32,5 +31,5 @@ def record(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> Quanti
 
 
 FORMAT = Format(
-    "auto-round", "AutoRound", lambda entry: entry.get("quant_method") == "auto-round", "qweight", record, check
+    "auto-round", "AutoRound", lambda entry: entry.get("quant_method") == "auto-round", "qweight", numbers, check
 )

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, ImportRefusedError, table
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _SHIFT = 2.0**10
@@ -27,8 +26,8 @@ def check(entry: Mapping[str, object]) -> None:
         )
 
 
-def record(tensors: Mapping[str, Tensor], _: Mapping[str, object]) -> QuantizedLinear:
-    """Return the record of a layer of ``weight`` (N K / 2, 1) uint8 and the state beside it.
+def numbers(tensors: Mapping[str, Tensor], _: Mapping[str, object]) -> Numbers:
+    """Return a layer of ``weight`` (N K / 2, 1) uint8 and the state beside it.
 
     The table's values have float32's digits, which two planes of float16 levels hold to the last one or two.
     Blocks may run over the ends of rows: a group is what lies in one row and one block.
@@ -47,7 +46,7 @@ def record(tensors: Mapping[str, Tensor], _: Mapping[str, object]) -> QuantizedL
     group = math.gcd(columns, block)
     scales = scales.double()[torch.arange(0, rows * columns, group) // block].view(rows, -1)
     planes = [scales / _SHIFT, scales / _SHIFT**2]
-    return table(codes, torch.stack([high, low]), planes, f"bnb-{state['quant_type']}")
+    return Numbers(codes, 4, planes, f"bnb-{state['quant_type']}", levels=torch.stack([high, low]))
 
 
 def _state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -63,6 +62,6 @@ FORMAT = Format(
     "bitsandbytes (NF4, FP4)",
     lambda entry: entry.get("quant_method") == "bitsandbytes" or bool(entry.get("load_in_4bit")),
     "weight.absmax",
-    record,
+    numbers,
     check,
 )

@@ -1,4 +1,4 @@
-"""compressed-tensors (LLM Compressor): packed integers of 2 to 8 bits, NVFP4 and MXFP4."""
+"""compressed-tensors (LLM Compressor): packed and plain integers, FP8, NVFP4 and MXFP4."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, ImportRefusedError, affine, check_order, unpacked
-from rankbook.calibration.imports.fp4 import e2m1, mxfp4
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, check_order, unpacked
+from rankbook.calibration.imports.floats import e2m1, e4m3, mxfp4, scales_of_rows
 from rankbook.calibration.notes import note
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
-FORMATS = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+FORMATS = (
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+)
 """Formats of layers that can be imported."""
 METHOD = "compressed-tensors"
 
@@ -23,37 +29,65 @@ def check(entry: Mapping[str, Any]) -> None:
     for name in ("transform_config", "sparsity_config"):
         if (held := entry.get(name)) and held.get("config_groups", held.get("format") not in (None, "dense")):
             raise ImportRefusedError(f"its {name} changes what the layers compute besides their weights")
-    found = {str(group.get("format") or entry.get("format")) for group in _groups(entry)}
+    named = {str(group.get("format") or entry.get("format")) for group in _groups(entry)}
+    found = named - {"mixed-precision"}  # each group has a format of its own then
     if unknown := sorted(found - {*FORMATS}):
         raise ImportRefusedError(f"format {', '.join(unknown)} is not known; import reads {', '.join(FORMATS)}")
     if any(group.get("input_activations") for group in _groups(entry)):
         note("the source rounds the inputs of its layers as well; the weights alone are imported")
+    if entry.get("kv_cache_scheme"):
+        note("the source rounds its cache as well; the weights alone are imported (--kv-bits rounds it anew)")
 
 
-def record(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> QuantizedLinear:
-    """Return the record of a layer of ``weight_packed`` and ``weight_scale``.
+def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Numbers:
+    """Return a layer of ``weight_scale`` and ``weight_packed`` or, one element for each weight, ``weight``.
 
-    Integers are ``weight_packed`` (N, K b / 32) int32 with zero points (N b / 32, G), both shifted by ``2**(b - 1)``;
-    FP4 is ``weight_packed`` (N, K / 2) uint8, with scales (N, G) in E4M3 over a global one, or in E8M0.
+    Integers are ``weight_packed`` (N, K b / 32) int32 with zero points (N b / 32, G), both shifted by ``2**(b - 1)``,
+    or ``weight`` (N, K) int8 with zero points (N, G); FP4 is ``weight_packed`` (N, K / 2) uint8, with scales (N, G) in
+    E4M3 over a global one, or in E8M0; FP8 is ``weight`` in E4M3.
     """
-    packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+    scales = tensors["weight_scale"]
+    if "weight_packed" not in tensors:
+        return _plain(tensors, scales, entry)
+    packed = tensors["weight_packed"]
     if packed.dtype == torch.uint8:
         codes = unpacked(packed, 4, 2 * packed.shape[1])
         if "weight_global_scale" not in tensors:
             return mxfp4(codes, scales, METHOD)
         return e2m1(codes, scales.float() / tensors["weight_global_scale"].float(), METHOD)
     rows, columns = tensors["weight_shape"].tolist()
-    bits = next((b for b in range(2, 9) if -(-columns * b // 32) == packed.shape[1]), None)
+    widths = {int(bits) for group in _groups(entry) if (bits := (group.get("weights") or {}).get("num_bits"))}
+    bits = next((b for b in sorted(widths or range(2, 9)) if -(-columns * b // 32) == packed.shape[1]), None)
     if bits is None or packed.shape[0] != rows:
-        raise ImportRefusedError(
-            f"weight_packed {tuple(packed.shape)} is no dense packing of {rows} x {columns} weights"
-        )
-    scales = scales.reshape(rows, -1) if scales.numel() > 1 else scales.reshape(1, 1).expand(rows, 1)
+        raise ImportRefusedError(f"weight_packed {tuple(packed.shape)} is no dense packing of {rows} x {columns}")
+    scales = scales_of_rows(scales, torch.Size((rows, columns)), None)
     check_order(tensors, "weight_g_idx", columns, scales.shape[1])
     zeros: Tensor | int = 1 << (bits - 1)
     if "weight_zero_point" in tensors:
         zeros = unpacked(tensors["weight_zero_point"].T, bits, rows).T.int()
-    return affine(unpacked(packed, bits, columns), bits, scales, zeros, METHOD)
+    return Numbers(unpacked(packed, bits, columns), bits, [scales], METHOD, zeros=zeros)
+
+
+def _plain(tensors: Mapping[str, Tensor], scales: Tensor, entry: Mapping[str, Any]) -> Numbers:
+    """Return a layer of one element for each weight."""
+    weight = tensors.get("weight")
+    if weight is None:
+        raise ImportRefusedError("it has weight_scale, and neither weight_packed nor weight; download it again")
+    if weight.dtype != torch.int8:
+        return e4m3(weight, scales, _block(entry), METHOD)
+    zeros: Tensor | int = 128
+    scales = scales_of_rows(scales, weight.shape, None)
+    check_order(tensors, "weight_g_idx", weight.shape[1], scales.shape[1])
+    if "weight_zero_point" in tensors:
+        zeros = scales_of_rows(tensors["weight_zero_point"].int() + 128, weight.shape, None)
+    return Numbers((weight.short() + 128).to(torch.uint8), 8, [scales], METHOD, zeros=zeros)
+
+
+def _block(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the block that scales are of, where one is named."""
+    shapes = [(group.get("weights") or {}).get("block_structure") for group in _groups(entry)]
+    found = {tuple(shape) for shape in shapes if isinstance(shape, list)}
+    return (int(next(iter(found))[0]), int(next(iter(found))[1])) if len(found) == 1 else None
 
 
 def _groups(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -65,7 +99,7 @@ FORMAT = Format(
     METHOD,
     "compressed-tensors (LLM Compressor)",
     lambda entry: entry.get("quant_method") == METHOD,
-    "weight_packed",
-    record,
+    "weight_scale",
+    numbers,
     check,
 )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, ImportRefusedError, affine, check_order, unpacked
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, check_order, unpacked
 
 
 def check(entry: Mapping[str, object]) -> None:
@@ -20,16 +18,16 @@ def check(entry: Mapping[str, object]) -> None:
         )
 
 
-def record(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> QuantizedLinear:
-    """Return the record of a layer of ``qweight`` (K b / 32, N), ``qzeros`` (G, N b / 32), ``scales`` (G, N).
+def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> Numbers:
+    """Return a layer of ``qweight`` (K b / 32, N), ``qzeros`` (G, N b / 32), ``scales`` (G, N).
 
     The first version of the format stores zero points less one (0 as the largest code), the second as they are.
     """
     return of_layout(tensors, less_one=entry.get("checkpoint_format") != "gptq_v2", method="gptq")
 
 
-def of_layout(tensors: Mapping[str, Tensor], *, less_one: bool, method: str) -> QuantizedLinear:
-    """Return the record of tensors in this layout; ``less_one`` says how zero points are stored."""
+def of_layout(tensors: Mapping[str, Tensor], *, less_one: bool, method: str) -> Numbers:
+    """Return a layer of tensors in this layout; ``less_one`` says how zero points are stored."""
     codes, zeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
     groups, rows = scales.shape
     bits = 32 * zeros.shape[1] // rows
@@ -40,9 +38,9 @@ def of_layout(tensors: Mapping[str, Tensor], *, less_one: bool, method: str) -> 
     points = unpacked(zeros, bits, rows).T.int()
     if less_one:
         points = (points + 1) & ((1 << bits) - 1)
-    return affine(unpacked(codes.T, bits, columns), bits, scales.T, points.to(torch.int32), method)
+    return Numbers(unpacked(codes.T, bits, columns), bits, [scales.T], method, zeros=points)
 
 
 FORMAT = Format(
-    "gptq", "GPTQ (GPTQModel, AutoGPTQ)", lambda entry: entry.get("quant_method") == "gptq", "qweight", record, check
+    "gptq", "GPTQ (GPTQModel, AutoGPTQ)", lambda entry: entry.get("quant_method") == "gptq", "qweight", numbers, check
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankbook.calibration.imports.base import ImportRefusedError, affine, check_order, exact_params, table, unpacked
+from rankbook.calibration.imports.base import ImportRefusedError, Numbers, check_order, exact_params, unpacked
 
 
 def random_layer(bits: int, rows: int, columns: int, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def random_layer(bits: int, rows: int, columns: int, group: int) -> tuple[torch.
 def test_a_record_decodes_to_the_weights_of_the_definition(bits: int, zero: str) -> None:
     codes, scales, zeros = random_layer(bits, 40, 64, 16)
     point = torch.full_like(zeros, (1 << bits) - 1) if zero == "one" else zeros
-    record = affine(codes, bits, scales, point, "test")
+    record = Numbers(codes, bits, [scales], "test", zeros=point).record()
     exact = scales.double().repeat_interleave(16, 1) * (codes.double() - point.double().repeat_interleave(16, 1))
     assert torch.equal(record.weight().double(), exact)
     if bits < 8:  # the levels of 8 bits reach to -128
@@ -31,17 +31,17 @@ def test_a_record_decodes_to_the_weights_of_the_definition(bits: int, zero: str)
 
 def test_scales_of_bfloat16_stay_exact() -> None:
     codes, scales, _ = random_layer(4, 32, 32, 32)
-    small = affine(codes, 4, scales.bfloat16(), 8, "test")
+    small = Numbers(codes, 4, [scales.bfloat16()], "test", zeros=8).record()
     assert small.params.form.name == "FLOAT16"
     tiny = (scales.float() * 1e-6).bfloat16()  # below what float16 holds
-    record = affine(codes, 4, tiny, 8, "test")
+    record = Numbers(codes, 4, [tiny], "test", zeros=8).record()
     assert record.params.form.name == "FLOAT32"
     assert torch.equal(record.weight().double(), tiny.double() * (codes.double() - 8))
 
 
 def test_groups_beyond_those_of_a_record_are_cut() -> None:
     codes, scales, _ = random_layer(4, 32, 1024, 512)
-    record = affine(codes, 4, scales, 8, "test")
+    record = Numbers(codes, 4, [scales], "test", zeros=8).record()
     assert record.group == 256
     assert torch.equal(record.weight(), (codes.float() - 8) * scales.float().repeat_interleave(512, 1))
 
@@ -50,12 +50,12 @@ def test_groups_beyond_those_of_a_record_are_cut() -> None:
 def test_groups_that_no_record_has_are_refused(columns: int, groups: int, message: str) -> None:
     codes, levels = torch.zeros(32, columns, dtype=torch.uint8), torch.arange(16).to(torch.int8)[None]
     with pytest.raises(ImportRefusedError, match=message):
-        table(codes, levels, [torch.ones(32, groups)], "test")
+        Numbers(codes, 4, [torch.ones(32, groups)], "test", levels=levels).record()
 
 
 def test_what_float32_does_not_hold_is_refused() -> None:
     with pytest.raises(ImportRefusedError, match="float32 does not hold"):
-        exact_params(torch.full((1, 1, 1), 1 + 2.0**-40, dtype=torch.float64))
+        exact_params(torch.full((1, 1, 1, 1), 1 + 2.0**-40, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])

@@ -43,10 +43,11 @@ Q = "model.layers.0.self_attn.q_proj"
     ("name", "entry", "tensors", "message"),
     [
         ("gptq", {"checkpoint_format": "marlin"}, {}, "layout of one kernel"),
-        ("awq", {"version": "gemv"}, {}, "take a 'gemm' checkpoint"),
+        ("awq", {"version": "gemv_fast"}, {}, "take a 'gemm' or 'gemv' checkpoint"),
+        ("awq", {"version": "gemv"}, {}, "not in the layout of AutoAWQ's gemv"),
         ("awq", {"bits": 3}, {}, "its layout has 4"),
         ("auto-round", {"packing_format": "auto_round:fp8"}, {}, "packing_format 'auto_round:fp8' is not known"),
-        ("compressed-w4", {"format": "float-quantized", "config_groups": {"a": {}}}, {}, "float-quantized is not"),
+        ("compressed-w4", {"format": "marlin-24", "config_groups": {"a": {}}}, {}, "marlin-24 is not"),
         ("compressed-w4", {"transform_config": {"config_groups": {"u": {}}}}, {}, "transform_config changes"),
         ("bitsandbytes-nf4", {"load_in_8bit": True}, {}, "LLM.int8"),
         ("gptq", {"quant_method": "quip"}, {}, "'quip'; what can be imported is.*GPTQ"),
@@ -58,7 +59,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ("gptq", {}, {f"{Q}.scales": torch.ones(4)}, "is not as the format has it .ValueError"),
         ("compressed-w4", {"config_groups": 3}, {}, "its quantization_config is not as the format has it"),
         ("compressed-w4", {}, {f"{Q}.weight_shape": torch.tensor([2**40, 32])}, "no dense packing of 1099511627776"),
-        ("awq", {}, {"model.layers.0.mlp.experts.0.up_proj.qweight": torch.ones(2, 2)}, "experts that are stored one"),
+        ("awq", {}, {"model.layers.0.mlp.experts.0.up_proj.qweight": torch.ones(2, 2)}, "no layer model.*experts.0.up"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_refused(
