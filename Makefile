@@ -116,7 +116,8 @@ $(ECOSYSTEM)/%/.installed: tests/ecosystem/%.txt | $(VENV)/.created
 	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) -r $<
 	@touch $@
 
-test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM)/optimum/.installed $(ECOSYSTEM)/lm-eval/.installed  ## Optimum, lm-eval
+ECOSYSTEM_ENVS := $(patsubst tests/ecosystem/%.txt,$(ECOSYSTEM)/%/.installed,$(wildcard tests/ecosystem/*.txt))
+test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM_ENVS)  ## Optimum, lm-eval, compressed-tensors
 	$(BIN)/python -m pytest tests/ecosystem $(PYTEST_ARGS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.

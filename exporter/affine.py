@@ -48,8 +48,8 @@ class AffineLayer:
         """
         if spec.planes != 1:
             raise NotAffineError(
-                f"its codebooks have rank {spec.planes}; affine codes have rank 1: use --dialect rankbook, or quantize"
-                " with --method rtn (or another affine method)"
+                f"its codebooks have rank {spec.planes}; affine codes have rank 1: export to ONNX with --dialect"
+                " rankbook, or quantize with --method rtn (or another affine method)"
             )
         levels = read("levels").double()[0]
         low = levels.min()
@@ -61,8 +61,8 @@ class AffineLayer:
         # Exact: levels are small integers or float16 numbers, and evenly spaced ones are multiples of one number.
         if not torch.equal(integers, integers.round()) or integers.max() >= 1 << spec.bits:
             raise NotAffineError(
-                "its levels were learned or are not evenly spaced; use --dialect rankbook, or quantize with"
-                " --method rtn --weight-format affine or symmetric (or another affine method)"
+                "its levels were learned or are not evenly spaced; export to ONNX with --dialect rankbook, or"
+                " quantize with --method rtn --weight-format affine or symmetric (or another affine method)"
             )
         return cls(spec, read, float(low / unit), float(unit), integers.to(torch.uint8))
 
@@ -80,9 +80,11 @@ class AffineLayer:
         """
         scales = self._params[..., 0].double() * self.unit
         if self.spec.has_offset and bool(((scales == 0) & (self._params[..., 1] != 0)).any()):
-            raise NotAffineError("a group has a scale of zero and an offset; use --dialect rankbook for this model")
+            raise NotAffineError(
+                "a group has a scale of zero and an offset; export this model to ONNX with --dialect rankbook"
+            )
         if bool((scales < 0).any()):
-            raise NotAffineError("a group has a negative scale; use --dialect rankbook for this model")
+            raise NotAffineError("a group has a negative scale; export this model to ONNX with --dialect rankbook")
         return scales.float()
 
     def zeros(self) -> Tensor:
@@ -98,3 +100,11 @@ class AffineLayer:
         """Coefficient and offset of each group, (N, G, 1 or 2)."""
         names = ("params", "step", "base")
         return GroupParams.unpack({name: self.read(name) for name in names}, self.spec).dense()
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Pack uint8 values below ``2**bits`` (..., n) into bytes (..., n * bits / 8), the first ones in the low bits."""
+    per_byte = 8 // bits
+    parts = values.reshape(*values.shape[:-1], -1, per_byte)
+    shifts = torch.arange(per_byte) * bits
+    return (parts.to(torch.int32) << shifts).sum(-1).to(torch.uint8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 TRACE_ERRORS = (
@@ -21,6 +23,15 @@ class NotExportableError(ValueError):
             f"a model of type {config.model_type!r} cannot be exported: {reason}; its checkpoint runs in PyTorch only"
         )
         self.reason = reason
+
+
+def by_reason(refused: Mapping[str, str]) -> str:
+    """Say why layers are refused: each reason once, with a layer as an example."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, reason in refused.items():
+        names[reason].append(name)
+    more = {reason: f" and {len(found) - 1} more" if len(found) > 1 else "" for reason, found in names.items()}
+    return "; ".join(f"{found[0]}{more[reason]}: {reason}" for reason, found in names.items())
 
 
 def traced(config: Any, error: BaseException) -> NotExportableError:

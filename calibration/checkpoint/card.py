@@ -45,6 +45,20 @@ rankbook generate FOLDER --prompt "Once upon a time"
 
 `model.onnx` is one file with the operators of its packed layers as functions of standard ONNX.
 """
+_SERVED = """
+```sh
+vllm serve FOLDER
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+transformers needs the package compressed-tensors; rankbook is not needed.
+"""
 _GENAI = """
 ONNX Runtime GenAI runs the folder as it is (`pip install onnxruntime-genai`):
 
@@ -82,6 +96,13 @@ def write_export_card(
     """Write the card of an exported folder in place of its checkpoint's; ``settings`` say what the file is."""
     usage = _EXPORTED + (_GENAI if (folder / GENAI_CONFIG).is_file() else "")
     _write(folder, f"{_title(manifest)}, ONNX", {**_facts(layers, manifest), **settings}, usage)
+
+
+def write_served_card(
+    folder: Path, layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any], settings: Mapping[str, str]
+) -> None:
+    """Write the card of a folder in a format that others read; see `write_export_card`."""
+    _write(folder, _title(manifest), {**_facts(layers, manifest), **settings}, _SERVED)
 
 
 def spread(layers: Iterable[LayerSpec], name: str) -> str:

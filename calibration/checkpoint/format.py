@@ -163,10 +163,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
         OSError: Writing failed (disk full, no permission).
     """
     with replaced_folder(folder, MANIFEST) as temporary:
-        try:
-            _write_tensors(temporary, {**parts.tensors, **guard(parts.layers)}, shard_bytes)
-        except SafetensorError as error:  # the library wraps the system's error in its own type
-            raise OSError(f"writing the weights of {folder} failed ({error}); the folder is as it was") from error
+        write_tensors(temporary, {**parts.tensors, **guard(parts.layers)}, shard_bytes)
         quantization = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -261,7 +258,12 @@ def check_version(version: object, where: Path | str) -> None:
         )
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write model.safetensors, or shards of it with an index.
+
+    Raises:
+        OSError: Writing failed (disk full, no permission).
+    """
     from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -270,7 +272,10 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
     for file, names in split.filename_to_tensors.items():  # one by one: what is mapped is let go of in between
         pattern = file.replace(".safetensors", "{suffix}.safetensors")
         shard = {name: plain[name] for name in names}
-        save_torch_state_dict(shard, folder, filename_pattern=pattern, max_shard_size=sys.maxsize)
+        try:
+            save_torch_state_dict(shard, folder, filename_pattern=pattern, max_shard_size=sys.maxsize)
+        except SafetensorError as error:  # the library wraps the system's error in its own type
+            raise OSError(f"writing the weights of {folder} failed ({error}); nothing was replaced") from error
         held |= dict.fromkeys(tensor_names(folder / file), file)
         relieve()
     if split.is_sharded:

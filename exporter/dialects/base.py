@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from rankbook.calibration.activations.inputs import StaticRange
 from rankbook.calibration.record import halves
 from rankbook.calibration.record.group_params import GroupParams
 from rankbook.calibration.record.quantized_linear import Factor
+from rankbook.exporter.refusal import by_reason
 from rankbook.exporter.rewrite import Writer, lazy_tensor
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
@@ -150,18 +150,14 @@ def check_layers(dialect: Dialect, layers: Iterable[PackedLayer]) -> None:
         DialectError: It cannot; each reason is given once, with a layer as an example.
         NotHeldError: Activations are float16, which does not hold a layer's weights.
     """
-    reasons: Counter[str] = Counter()
-    example: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for layer in layers:
         if layer.dtype == torch.float16:
             _check_half(layer)
         if reason := _no_experts(dialect, layer) or dialect.refuse(layer):
-            reasons[reason] += 1
-            example.setdefault(reason, layer.name)
-    if reasons:
-        others = {reason: f" and {count - 1} more" if count > 1 else "" for reason, count in reasons.items()}
-        told = "; ".join(f"{example[reason]}{more}: {reason}" for reason, more in others.items())
-        raise DialectError(f"dialect {dialect.name!r} cannot express this checkpoint: {told}")
+            refused[layer.name] = reason
+    if refused:
+        raise DialectError(f"dialect {dialect.name!r} cannot express this checkpoint: {by_reason(refused)}")
 
 
 def _no_experts(dialect: Dialect, layer: PackedLayer) -> str:

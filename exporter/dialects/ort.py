@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from rankbook.exporter.affine import AffineLayer, NotAffineError
+from rankbook.exporter.affine import AffineLayer, NotAffineError, pack_bits
 from rankbook.exporter.dialects import rankbook
 from rankbook.exporter.dialects.base import Dialect, LayerWriter, PackedLayer
 from rankbook.plugins.contract import STOCK_DOMAIN
@@ -118,14 +118,6 @@ def _zero_points(writer: LayerWriter, load: Callable[[], Tensor], shape: tuple[i
 def _whole(zeros: Tensor, bits: int) -> bool:
     """Return whether zero points are integers of ``bits``."""
     return bool((zeros == zeros.round()).all() and (zeros >= 0).all() and (zeros < 1 << bits).all())
-
-
-def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Pack uint8 values below ``2**bits`` (..., n) into bytes (..., n * bits / 8), the first ones in the low bits."""
-    per_byte = 8 // bits
-    parts = values.reshape(*values.shape[:-1], -1, per_byte)
-    shifts = torch.arange(per_byte) * bits
-    return (parts.to(torch.int32) << shifts).sum(-1).to(torch.uint8)
 
 
 DIALECT = Dialect("ort", "MatMulNBits of ONNX Runtime", refuse, lower)

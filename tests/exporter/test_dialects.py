@@ -19,10 +19,10 @@ from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.record.halves import NotHeldError
 from rankbook.calibration.record.quantized_linear import Factor, GroupParams, LowRank, QuantizedLinear
 from rankbook.exporter import dialects
-from rankbook.exporter.affine import AffineLayer, NotAffineError
+from rankbook.exporter.affine import AffineLayer, NotAffineError, pack_bits
 from rankbook.exporter.conform import check_model
 from rankbook.exporter.dialects.base import DialectError, LayerWriter, PackedLayer, check_layers
-from rankbook.exporter.dialects.ort import block_size, pack_bits
+from rankbook.exporter.dialects.ort import block_size
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.tools.runtimes import ort
 from tests.calibration.records import random_record

@@ -1,4 +1,4 @@
-"""``rankbook export``: a checkpoint to one ONNX file."""
+"""``rankbook export``: a checkpoint to one ONNX file, or to a folder that vLLM serves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankbook.calibration.model.hub import CodeOptions
-from rankbook.calibration.option import WHERE, argument, option, required
+from rankbook.calibration.option import WHERE, argument, described, option, required
 from rankbook.exporter.options import ExportOptions
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
@@ -15,6 +15,9 @@ from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import absolute
 from rankbook.tools.report import Table, megabytes
 
+ONNX, COMPRESSED = "onnx", "compressed-tensors"
+_KEPT = ("dtype", "weights_only")
+"""Options of the file that other formats have too."""
 _SHARE = {"trace": (0.0, 0.5), "write": (0.5, 0.9), "check": (0.9, 1.0)}
 """Part of the bar that each stage of the exporter takes."""
 
@@ -27,20 +30,59 @@ class Export(ExportOptions, CodeOptions, Common):
         "folder written by `rankbook quantize`", metavar="CHECKPOINT", parse=absolute, group=WHERE
     )
     output: Path = required("folder for model.onnx and its data", metavar="DIR", flags=("-o", "--output"), group=WHERE)
+    format: str = option(
+        ONNX,
+        "onnx, or a Hugging Face folder that transformers and vLLM read: compressed-tensors (integers of 4 or 8 bits;"
+        " learned codebooks and error branches are refused); of the options below it takes --dtype and --weights-only",
+        choices=(ONNX, COMPRESSED),
+        group=WHERE,
+    )
     overwrite: bool = option(False, "replace an exported model that is already there", group=WHERE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format == ONNX:
+            return
+        for item in described(ExportOptions):
+            if item.name not in _KEPT and getattr(self, item.name) != item.default:
+                flag = item.name.replace("_", "-")
+                raise UsageError(f"--{flag} is about an ONNX file; leave it out of --format {self.format}")
 
 
 def run(options: Export) -> Outcome:
     """Export."""
     output: Path = options.output
-    if (output / "model.onnx").is_file() and not options.overwrite:
+    if (output / ("model.onnx" if options.format == ONNX else "config.json")).is_file() and not options.overwrite:
         raise UsageError(f"{output} holds a model already; give another folder, or --overwrite to replace it")
     import torch
 
-    from rankbook.exporter.export import export
-
     if options.threads:
         torch.set_num_threads(options.threads)
+    return _onnx(options) if options.format == ONNX else _compressed(options)
+
+
+def _compressed(options: Export) -> Outcome:
+    """Write a folder in the format compressed-tensors."""
+    from rankbook.exporter.compressed_tensors import export_compressed_tensors
+    from rankbook.exporter.export import DTYPES
+
+    dtype = DTYPES[options.dtype]
+    report = export_compressed_tensors(options.checkpoint, options.output, dtype, weights_only=options.weights_only)
+    rows: list[tuple[str, object]] = [
+        ("weights", megabytes(report.data_bytes)),
+        *[(f"layers of {scheme}", count) for scheme, count in report.schemes.items()],
+        ("written decoded", ", ".join(report.decoded) or "none"),
+        ("everything else", report.dtype),
+        ("seconds", report.seconds),
+    ]
+    return Outcome(report, [Table("model", ("property", "value"), rows)], report.folder, config_folder=options.output)
+
+
+def _onnx(options: Export) -> Outcome:
+    """Write an ONNX file."""
+    from rankbook.exporter.export import export
+
+    output: Path = options.output
     console = Console(quiet=options.quiet)
     with console.progress("exporting") as show:
 
@@ -78,7 +120,7 @@ def _kept(layers: Mapping[str, str]) -> Table:
 
 COMMAND = Command(
     name="export",
-    summary="export a checkpoint to one ONNX file that every runtime reads",
+    summary="export a checkpoint to one ONNX file that every runtime reads, or for vLLM",
     example="rankbook export q -o onnx",
     options=Export,
     run=run,
