@@ -87,3 +87,11 @@ def to_json(value: Any) -> str:
 def megabytes(size: float) -> str:
     """Format a size in bytes."""
     return f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{int(size)} B"
+
+
+def duration(seconds: float) -> str:
+    """Format a time span to one digit more than it is known."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"

@@ -46,7 +46,7 @@ _MOST_PLANES = 3
 """Planes that are tried where the options name no number."""
 _SKETCH = 128
 """Random directions in which the inputs' second moment is remembered."""
-_SEQUENCES = 4
+SEQUENCES = 4
 """Calibration windows for the backward pass."""
 _ROWS = 128
 """Rows of a layer that are looked at, evenly spaced."""
@@ -123,9 +123,17 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
     """
     if options.target_bits is None:
         raise ValueError("allocation needs target_bits")
+    together = by_choice(candidates(model, names, tokens, options))
+    weights = sum(model.get_submodule(name).weight.numel() for name in names)
+    solution = choose({name: cost for name, (_, cost) in together.items()}, options.target_bits * weights, weights)
+    return {member: solution[name] for name, (members, _) in together.items() for member in members}
+
+
+def candidates(model: Any, names: Sequence[str], tokens: Tensor, options: QuantizeOptions) -> dict[str, Candidates]:
+    """Return what each choice that the options leave costs each layer; arguments as of `allocate`."""
     layers = {name: model.get_submodule(name) for name in names}
     spectra = "branch" in options.allocate and not _shaped(options)
-    sensitive = sensitivities(model, layers, tokens[:_SEQUENCES], options.seed, spectra=spectra)
+    sensitive = sensitivities(model, layers, tokens[:SEQUENCES], options.seed, spectra=spectra)
     found: dict[str, Candidates] = {}
     possible = {item: item.applied(options) for item in choices(options)}
     corners: dict[Choice, LayerSpec] = {}
@@ -137,15 +145,16 @@ def allocate(model: Any, names: Sequence[str], tokens: Tensor, options: Quantize
         rows, columns = weight.shape
         stored = {item: stored_bits(rows, columns, corners[_kind(item)], chosen) for item, chosen in possible.items()}
         found[name] = Candidates(harms(weight, sensitive[name], options.group(columns), possible), stored)
-    weights = sum(module.weight.numel() for module in layers.values())
-    groups = {name: [name] for name in names if not matrix_of(name)} | stacks(names)
-    together = {name: _together(found, members) for name, members in groups.items()}
-    solution = choose(together, options.target_bits * weights, weights)
-    return {member: solution[name] for name, members in groups.items() for member in members}
+    return found
+
+
+def by_choice(found: Mapping[str, Candidates]) -> dict[str, tuple[list[str], Candidates]]:
+    """Return the layers for which one choice is made, and what it costs: the experts of one matrix belong together."""
+    groups = {name: [name] for name in found if not matrix_of(name)} | stacks(found)
+    return {name: (members, _together(found, members)) for name, members in groups.items()}
 
 
 def _together(found: Mapping[str, Candidates], names: Sequence[str]) -> Candidates:
-    """Return what a choice costs several layers for which one choice is made: the experts of one matrix."""
     harm, stored = ([getattr(found[name], part) for name in names] for part in ("harm", "stored"))
     return Candidates(*({item: sum(each[item] for each in all_) for item in all_[0]} for all_ in (harm, stored)))
 

@@ -52,6 +52,7 @@ class Plan:
         left_alone: Names of weights that stay as they are, with the reason.
         specs: What each layer will get; empty where only a summary was asked for.
         memory: Bytes that the run will hold, by part; the same.
+        seconds: About how long its blocks will take, see `rankbook.calibration.driver.trial`; None there too.
     """
 
     layers: int
@@ -59,6 +60,7 @@ class Plan:
     left_alone: Mapping[str, str]
     specs: Mapping[str, LayerSpec] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
+    seconds: float | None = None
 
     def reasons(self) -> dict[str, list[str]]:
         """Return the names of what is left alone by reason."""

@@ -34,6 +34,7 @@ from rankbook.calibration.driver.report import (
 )
 from rankbook.calibration.driver.resume import PartialState
 from rankbook.calibration.driver.selection import Selection, select
+from rankbook.calibration.driver.trial import seconds
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.memory import limited, peak_rss_bytes, relieve
 from rankbook.calibration.model import capture
@@ -118,7 +119,9 @@ def quantize_model(
 
 
 def plan(source: str | Path, options: QuantizeOptions) -> tuple[Any, Plan]:
-    """Return the configuration of a model and what `quantize_model` would do to it, from a small piece of each layer.
+    """Return the configuration of a model and what `quantize_model` would do to it.
+
+    What layers get follows from a small piece of each, how long it takes from trying one block.
 
     Raises:
         ValueError: Options that do not fit the model.
@@ -127,7 +130,8 @@ def plan(source: str | Path, options: QuantizeOptions) -> tuple[Any, Plan]:
     run = _Run.prepare(model, options, Placement(), None)
     specs = planned_specs(model, run.selection.names(run.blocks), options)
     held = memory(model, run.blocks.modules, run.adapter.hidden_size, options)
-    return model.config, replace(run.plan(), specs=specs, memory=held)
+    spent = seconds(run.adapter, run.selection.layers, options, options.placement())
+    return model.config, replace(run.plan(), specs=specs, memory=held, seconds=spent)
 
 
 @dataclass

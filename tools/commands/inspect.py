@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
+from rankbook.tools.errors import UsageError
 from rankbook.tools.report import Table, plain
 
 if TYPE_CHECKING:
@@ -25,16 +26,52 @@ class Inspect(Common):
     path: Path = argument(
         "checkpoint, exported folder, .onnx file, engine folder, Hugging Face folder or GGUF", metavar="ANY"
     )
+    sensitivity: bool = option(
+        False,
+        "of a model that is not quantized: what rounding each layer alone to 2, 3, 4 or 8 bits does to its output, from"
+        " one backward pass; the layers that deserve bits come first",
+    )
+    calib: str | None = option(
+        None, "text for --sensitivity, as in `quantize`; sampled from the model without it", metavar="FILE"
+    )
     verify: bool = option(True, "read the weights and compare their SHA-256 with what was written")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calib is not None and not self.sensitivity:
+            raise UsageError("--calib is the text of --sensitivity; give that too")
 
 
 def run(options: Inspect) -> Outcome:
     """Describe it."""
+    if options.sensitivity:
+        return _sensitivity(options)
     from rankbook.tools.inspect.inspection import inspect
 
     found = inspect(options.path, verify=options.verify)
     report = {**plain(found), "bits_per_weight": found.bits_per_weight}
     return Outcome(report=report, tables=[_table(found)], text=_summary(found))
+
+
+def _sensitivity(options: Inspect) -> Outcome:
+    """Say which layers deserve bits."""
+    import torch
+
+    from rankbook.calibration.driver.sensitivity import layer_sensitivities
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    found = layer_sensitivities(options.path, calib=options.calib, seed=options.seed)
+    found.sort(key=lambda layer: -layer.gain(3, 4))
+    widths = list(found[0].harm)
+    columns = ("layer", "weights", *(f"{bits} bits" for bits in widths), "3 to 4 bits gains")
+    rows = [[layer.name, layer.weights, *layer.harm.values(), layer.gain(3, 4)] for layer in found]
+    title = "divergence of the output, nats per token, where one layer is rounded; gains for a million stored bits"
+    layers = [{**plain(layer), "gain_3_to_4": layer.gain(3, 4)} for layer in found]
+    text = "the sum over layers is what rounding all of them does; `quantize --target-bits` spends a budget so"
+    return Outcome(
+        {"kind": "sensitivity", "path": str(options.path), "layers": layers}, [Table(title, columns, rows)], text
+    )
 
 
 def _table(found: Inspection) -> Table:

@@ -20,7 +20,7 @@ from rankbook.calibration.source import MANIFEST
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
-from rankbook.tools.report import Table, megabytes
+from rankbook.tools.report import Table, duration, megabytes
 
 if TYPE_CHECKING:
     from rankbook.calibration.driver.report import Plan, Progress, QuantizeReport
@@ -41,7 +41,10 @@ class Quantize(QuantizeOptions, HubOptions, Common):
     resume: bool = option(False, "go on at the last finished block of an earlier run", group=WHERE)
     overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
     dry_run: bool = option(
-        False, "say what each layer would get, sizes, memory, and whether it can be exported; end", group=WHERE
+        False,
+        "say what each layer would get, sizes, memory, about how long it takes (one block is tried), and whether it can"
+        " be exported; end",
+        group=WHERE,
     )
     require_export: bool = option(False, "refuse a model that `rankbook export` cannot write", group=WHERE)
 
@@ -125,6 +128,9 @@ def _dry(planned: Plan, reason: str) -> Outcome:
     total = bits / sum(spec.weights for spec in planned.specs.values())
     rows += [("stored bits per weight", total), ("packed layers", megabytes(round(bits / 8)))]
     rows += [(f"memory: {part}", megabytes(size)) for part, size in planned.memory.items()]
+    if planned.seconds is not None:
+        text = "an estimate from one block; without reading, writing, sampled text and embeddings"
+        rows.append(("time of the blocks", f"about {duration(planned.seconds)} ({text})"))
     columns = ("layers", "method", "bits", "N x K", "group", "rank", "error rank", "stored bits/weight")
     each = [
         [

@@ -46,6 +46,9 @@ def test_the_command_line_shows_it(source: Path, tmp_path: Path, capsys: pytest.
     found = stdout_json(capsys)
     assert found["specs"]["model.layers.0.mlp.down_proj"]["bits"] == 8
     assert 4 < found["bits_per_weight"] < 9
+    assert 0 < found["seconds"] < 60
     assert not (tmp_path / "q").exists()
     assert run_cli("quantize", *where, "--quiet") == 0
-    assert "48 x 80" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "48 x 80" in shown
+    assert "an estimate from one block" in shown
