@@ -7,6 +7,7 @@ element by element, and asks whether the sequence has one token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,17 +55,56 @@ def attend(
     if kwargs.get("position_bias") is not None:
         raise ValueError("attention with position_bias cannot be exported to the ONNX Attention operator")
     sinks = kwargs.get("s_aux")
+    return _node((query, key, value), attention_mask, scaling, softcap, sinks).transpose(1, 2).contiguous(), None
+
+
+def _node(
+    given: tuple[Tensor, Tensor, Tensor],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return the result (batch, heads, sequence, size) of an Attention node with queries, keys and values."""
+    query, key, value = given
     softcap = 0.0 if softcap is None else float(softcap)
     if value.shape[-1] == query.shape[-1] and sinks is None:
-        output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0]
-    else:  # of which torch takes the result to be of the size of queries
-        attributes = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
-        given, shape = [query, key, value, attention_mask], [*query.shape[:-1], value.shape[-1]]
-        kind, version = "Attention", 23
-        if sinks is not None:
-            given, kind, version = [*given, sinks.to(query.dtype)], f"{TRACE_DOMAIN}::{SINKS}", 1
-        output = torch.onnx.ops.symbolic(kind, given, attributes, dtype=query.dtype, shape=shape, version=version)
-    return output.transpose(1, 2).contiguous(), None
+        same: Tensor = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling, softcap=softcap)[0]
+        return same
+    # Of these torch takes the result to be of the size of queries.
+    attributes = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": softcap}
+    inputs, kind, version = [*given, attention_mask], "Attention", 23
+    if sinks is not None:
+        inputs, kind, version = [*inputs, sinks.to(query.dtype)], f"{TRACE_DOMAIN}::{SINKS}", 1
+    shape = [*query.shape[:-1], value.shape[-1]]
+    output: Tensor = torch.onnx.ops.symbolic(kind, inputs, attributes, dtype=query.dtype, shape=shape, version=version)
+    return output
+
+
+def replace_own(model: nn.Module) -> bool:
+    """Have attention of a model's own code computed by `attend`, where it is a method that is given all it needs.
+
+    Returns:
+        Whether it is; the model then wants the masks of `IMPLEMENTATION`.
+    """
+    adapter = adapter_of(model)
+    method = adapter.attention_method
+    modules: list[Any] = [module for module in model.modules() if method and hasattr(module, method)]
+    for module, window in zip(modules, adapter.windows() if modules else [], strict=True):
+        scaling = 1 / float(getattr(module, "scale_attn", 1.0))
+        setattr(module, method, functools.partial(_attend_within, scaling=scaling, window=window))
+    return bool(modules)
+
+
+def _attend_within(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, scaling: float, window: int
+) -> tuple[Tensor, None]:
+    """Return the attention output (batch, heads, sequence, size); a query sees ``window`` keys, itself included."""
+    if window > 0:
+        place = torch.arange(key.shape[2], dtype=torch.float32)  # TensorRT has no maximum of integers
+        own = torch.where(attention_mask, place, -1.0).amax(-1, keepdim=True)  # the last key that a query sees
+        attention_mask = attention_mask & (place > own - window)
+    return _node((query.to(value.dtype), key, value), attention_mask, scaling), None
 
 
 def mask(

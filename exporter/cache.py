@@ -107,7 +107,8 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
     """Return a cache of transformers that holds the parts; every layer keeps all positions.
 
     Also one with a sliding window: its mask hides the older ones, and the cache of all layers has one length. The cache
-    has an attribute ``asked``, the recurrent state that a layer asked for last.
+    has attributes ``asked``, the recurrent state that a layer asked for last, and ``real``: whether a token is one,
+    (batch, sequence), where padding may come behind a text; None where it comes first.
     """
     from transformers import DynamicCache
     from transformers import cache_utils as known
@@ -116,6 +117,7 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
         """Notes which state was asked for: some functions that continue it are not given it."""
 
         asked: Tensor | None = None
+        real: Tensor | None = None
 
         def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
             self.asked = super().get_recurrent_state(layer_idx, state_idx)
@@ -151,6 +153,8 @@ def tensors_of(cache: Any, parts: Sequence[Part]) -> list[Tensor]:
 class _States:
     """States of one layer, as a trace sees them: never written in place, and zero where a text begins."""
 
+    lengths: Tensor | None = None
+    """Real tokens of each row (batch,), where padding may come behind them; without, padding is at the left."""
     conv_states: dict[int, Tensor | None]
     recurrent_states: dict[int, Tensor | None]
 
@@ -164,7 +168,12 @@ class _States:
         if past is None:
             raise ValueError("a layer has a convolution that it had not when its cache was looked at")
         both = torch.cat([past, conv_states.to(past.dtype)], -1)
-        self.conv_states = {0: both[..., -past.shape[-1] :]}
+        width = past.shape[-1]
+        if self.lengths is None:
+            self.conv_states = {0: both[..., -width:]}
+        else:
+            place = (self.lengths[:, None] + torch.arange(width))[:, None].expand(-1, past.shape[1], -1)
+            self.conv_states = {0: both.gather(2, place)}
         return both
 
     def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -42,13 +42,20 @@ Its inputs are the state (batch, features, states), x and dt (batch, sequence, f
 
 @contextlib.contextmanager
 def traceable(model: nn.Module, cache: Any) -> Iterator[None]:
-    """Put placeholders in the places of the recurrent functions of a model, which continue the states of a cache."""
+    """Put placeholders in the places of the recurrent functions of a model, which continue the states of a cache.
+
+    Padding that the cache knows of (`rankbook.exporter.cache.traced_cache`) leaves a state as it is; of padding that
+    comes first the model's own code makes the inputs zero.
+    """
+    real = cache.real
     functions: dict[str, Callable[..., Any]] = {
-        "torch_chunk_gated_delta_rule": _delta_rule,
-        "chunk_kimi_delta_attention": _delta_rule,
-        "mamba2_chunk_scan": _chunk_scan,
-        "mamba_selective_scan": functools.partial(_selective_scan, cache),
+        "torch_chunk_gated_delta_rule": functools.partial(_delta_rule, real=real),
+        "chunk_kimi_delta_attention": functools.partial(_delta_rule, real=real),
+        "mamba2_chunk_scan": functools.partial(_chunk_scan, real=real),
+        "mamba_selective_scan": functools.partial(_selective_scan, cache, real=real),
     }
+    if real is not None:
+        functions["create_recurrent_attention_mask"] = lambda *_, **__: None
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -67,6 +74,7 @@ def _delta_rule(
     beta: Tensor,
     *,
     initial_state: Tensor,
+    real: Tensor | None,
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -76,12 +84,17 @@ def _delta_rule(
     if use_qk_l2norm_in_kernel:
         rows = [item * torch.rsqrt((item * item).sum(-1, keepdim=True) + 1e-6) for item in rows]
     scaled = rows[0] * query.shape[-1] ** -0.5
-    y, state = _node(DELTA, initial_state, [scaled, rows[1], value, g, beta], value.shape)
+    steps = [_at_tokens(item, real) for item in (g, beta)]
+    y, state = _node(DELTA, initial_state, [scaled, rows[1], value, *steps], value.shape)
     return y.to(query.dtype), state
 
 
 def _chunk_scan(
-    *rows: Tensor, initial_states: Tensor, dt_limit: tuple[float, float] = (0.0, float("inf")), **more: Any
+    *rows: Tensor,
+    initial_states: Tensor,
+    real: Tensor | None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **more: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return y (batch, sequence, heads, size) and the new state (batch, heads, size, states) of Mamba 2.
 
@@ -92,6 +105,7 @@ def _chunk_scan(
     step = _step(dt, more.get("dt_bias"), more)
     if tuple(dt_limit) != (0.0, float("inf")):
         step = torch.clamp(step, *dt_limit)
+    step = _at_tokens(step, real)
     x, repeats = x.float(), x.shape[2] // b.shape[2]
     inputs = [_repeated(c, repeats), _repeated(b, repeats), x * step[..., None], a.float() * step]
     y, state = _node(GATED, initial_states, inputs, x.shape)
@@ -99,7 +113,7 @@ def _chunk_scan(
     return (y if skip is None else y + x * skip[:, None]), state
 
 
-def _selective_scan(cache: Any, *rows: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+def _selective_scan(cache: Any, *rows: Tensor, real: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
     """Return y (batch, features, sequence) and the new state of Mamba, whose function is not given the last one.
 
     The arguments that have an order are x and dt (batch, features, sequence), A (features, states), B and C (batch,
@@ -109,6 +123,7 @@ def _selective_scan(cache: Any, *rows: Tensor, **more: Any) -> tuple[Tensor, Ten
     bias = more.get("delta_bias")
     step = _step(dt, None if bias is None else bias[:, None], more)
     turned = [item.transpose(1, 2) for item in (x, step, b, c)]
+    turned[1] = _at_tokens(turned[1], real)
     y, state = _node(SELECTIVE, cache.asked, [*turned[:2], a, *turned[2:]], turned[0].shape)
     y, skip, gate = y.transpose(1, 2), more.get("D"), more.get("z")
     y = y if skip is None else y + x.float() * skip[:, None]
@@ -119,6 +134,11 @@ def _step(dt: Tensor, bias: Tensor | None, more: Mapping[str, Any]) -> Tensor:
     """Return sizes of steps in float32."""
     step = dt.float() if bias is None else dt.float() + bias.float()
     return nn.functional.softplus(step) if more.get("dt_softplus") or more.get("delta_softplus") else step
+
+
+def _at_tokens(x: Tensor, real: Tensor | None) -> Tensor:
+    """Return x (batch, sequence, ...) with zeros at padding: nothing decays there, and nothing is new."""
+    return x if real is None else x * real.reshape(*real.shape, *[1] * (x.ndim - 2))
 
 
 def _repeated(x: Tensor, count: int) -> Tensor:

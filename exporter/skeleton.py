@@ -192,7 +192,8 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
     except refusal.TRACE_ERRORS as error:
         raise refusal.traced(text, error) from error
     if not through_interface:
-        model.config._attn_implementation = attention.ADDITIVE
+        own = attention.replace_own(model)
+        model.config._attn_implementation = attention.IMPLEMENTATION if own else attention.ADDITIVE
     adapter = adapter_of(model)
     adapter.keep_frequencies()
     adapter.unify_experts()

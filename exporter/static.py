@@ -2,7 +2,8 @@
 
 A row of the batch lies in its cache without gaps: the token at position ``p`` of its text is at slot ``p``. Padding
 comes last in a row, is written behind its tokens, and later tokens overwrite it before a query looks so far; so a mask
-of slots alone hides it, and no mask of padding goes into the graph.
+of slots alone hides it, and no mask of padding goes into the graph. States of convolutions and recurrences have one
+size anyway; they are what they were behind the last real token of a row.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ SCATTER = "Scatter"
 
 
 class FixedLayer:
-    """Keys and values of one layer, (batch, heads, slots, size) each; what transformers asks of a layer of a cache."""
+    """Keys and values of one layer, (batch, heads, slots, size) each, with rows filled up to ``start`` (batch,)."""
 
     is_sliding = is_compileable = False
-    is_initialized = True
-
-    def __init__(self, keys: Tensor, values: Tensor, start: Tensor) -> None:
-        """Hold buffers whose rows are filled up to ``start`` (batch,)."""
-        self.keys, self.values, self._start = keys, values, start
+    keys: Tensor
+    values: Tensor
+    start: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new keys and values (batch, heads, sequence, size) into the slots from ``start``; return all."""
@@ -39,22 +38,27 @@ class FixedLayer:
 
     def get_seq_length(self) -> Tensor:
         """Return the tokens in each row, (batch, 1); code that wants one number for all rows fails on it."""
-        return self._start[:, None]
+        return self.start[:, None]
 
     def _write(self, past: Tensor, new: Tensor) -> Tensor:
         name = f"{TRACE_DOMAIN}::{SCATTER}"
         written: Tensor = torch.onnx.ops.symbolic(
-            name, (past, new, self._start), dtype=past.dtype, shape=past.shape, version=1
+            name, (past, new, self.start), dtype=past.dtype, shape=past.shape, version=1
         )
         return written
 
 
-def fixed_cache(cache: Any, start: Tensor) -> Any:
-    """Return a cache whose layers of keys and values are buffers, with rows filled up to ``start`` (batch,)."""
-    from transformers.cache_utils import DynamicLayer
+def fix_cache(cache: Any, start: Tensor, lengths: Tensor, sequence: int) -> None:
+    """Make the tensors of a traced cache buffers whose rows are filled up to ``start`` (batch,).
 
-    kind = type(FixedLayer.__name__, (FixedLayer, DynamicLayer), {})  # transformers asks for a class of its own
-    cache.layers = [
-        kind(layer.keys, layer.values, start) if layer.keys is not None else layer for layer in cache.layers
-    ]
-    return cache
+    Of ``sequence`` new tokens the first ``lengths`` (batch,) of each row are real.
+    """
+    cache.real = torch.arange(sequence) < lengths[:, None]
+    for place, layer in enumerate(cache.layers):
+        layer.lengths = lengths
+        if getattr(layer, "keys", None) is not None:
+            kind: Any = type(
+                FixedLayer.__name__, (FixedLayer, type(layer)), {}
+            )  # transformers asks for its own classes
+            fixed = cache.layers[place] = kind.__new__(kind)
+            vars(fixed).update(vars(layer), start=start)

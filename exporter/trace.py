@@ -84,10 +84,13 @@ class _StaticLM(_CausalLM):
 
     def forward(self, tokens: Tensor, write_indices: Tensor, lengths: Tensor, past: list[Tensor]) -> tuple[Any, ...]:
         """Return what `_run` does for rows of ``lengths`` (batch,) real tokens behind ``write_indices`` (batch,)."""
-        positions = write_indices[:, None] + torch.arange(tokens.shape[1])
+        batch, length = tokens.shape[:2]
+        positions = write_indices[:, None] + torch.arange(length)
+        held = [tensor.shape[2] for part, tensor in zip(self.parts, past, strict=True) if part.grows]
         # For models that count positions in it. Attention has no need of it, see `rankbook.exporter.attention.mask`.
-        mask = torch.ones(tokens.shape[0], past[0].shape[2], dtype=torch.int64)
-        cache = static.fixed_cache(traced_cache(self.adapter, self.parts, past), write_indices)
+        mask = torch.ones(batch, held[0] if held else length, dtype=torch.int64)
+        cache = traced_cache(self.adapter, self.parts, past)
+        static.fix_cache(cache, write_indices, lengths, length)
         return self._run(tokens, mask, positions, cache, (lengths - 1).clamp_min(0))
 
 
@@ -146,7 +149,7 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
             "positions of images have three parts in this model, and one in the file; export with --inputs ids"
         )
     fixed = options.graph == "static"
-    if fixed and config._attn_implementation == attention.ADDITIVE:
+    if fixed and config._attn_implementation == attention.ADDITIVE and not adapter.sees_by_mask:
         raise ValueError(
             f"a model of type {config.model_type!r} computes attention in code of its own, which may take the end of"
             " the cache for the end of the text; export with --graph standard"
@@ -155,11 +158,6 @@ def trace(skeleton: Skeleton, options: ExportOptions) -> ir.Model:
         parts = parts_of(skeleton)
         if options.inputs == "embeds":
             embedded.require(skeleton)
-    if fixed and (states := sum(not part.grows for part in parts)):
-        raise ValueError(
-            f"a model of type {config.model_type!r} keeps {states} states of convolutions and recurrences, which"
-            " padding behind a text would change; export with --graph standard"
-        )
     if (plan := Plan.of(skeleton)) is not None:
         with contextlib.suppress(UnlikeError, refusal.NotExportableError):
             with plan.shortened(skeleton.model):

@@ -75,6 +75,10 @@ class ModelAdapter:
         towers: How the names of modules begin that are not part of the language model.
         language: Where models with towers keep their language model; its own name for the same modules is ``model.``.
         hidden: Name of the blocks' argument that is the hidden state, where it is not the first positional one.
+        attention_method: Name of the method of attention modules that computes attention of queries, keys and values
+            (batch, heads, sequence, size) with a mask, in code of the model's own; it divides scores by ``scale_attn``.
+        sees_by_mask: Whether attention in code of the model's own sees a key by the mask alone, wherever among the keys
+            the text ends.
         model: The model.
         config: Configuration of its language model.
     """
@@ -83,6 +87,8 @@ class ModelAdapter:
     towers: ClassVar[tuple[str, ...]] = ("vision", "visual", "audio")
     language: ClassVar[str] = "model.language_model."
     hidden: ClassVar[str] = "hidden_states"
+    attention_method: ClassVar[str] = ""
+    sees_by_mask: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         self.model = model

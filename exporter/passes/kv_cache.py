@@ -48,13 +48,17 @@ class QuantizeCache(ir.passes.InPlacePass):
         """Change the model in place.
 
         Raises:
-            ValueError: A cache tensor is not joined with new keys or values in one node.
+            ValueError: There are no keys and values, or they are not joined with new ones in one node.
         """
         graph = model.graph
         scales: dict[str, tuple[ir.Value, ir.Value]] = {}
         for past in list(graph.inputs):
             if (past.name or "").startswith(PAST):
                 scales[str(past.name)] = _quantize(graph, past)
+        if not scales:
+            raise ValueError(
+                "the model keeps no keys and values that --kv int8 could store in 8 bits; export with --kv float"
+            )
         _insert(graph.inputs, {name: pair[0] for name, pair in scales.items()})
         _insert(graph.outputs, {name.replace(PAST, PRESENT): pair[1] for name, pair in scales.items()})
         return ir.passes.PassResult(model, modified=bool(scales))

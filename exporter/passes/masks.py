@@ -14,7 +14,7 @@ from rankbook.exporter.rewrite import TRACE_DOMAIN, given
 
 _STEPS = {"Add", "Cast", "Div", "Expand", "Max", "Mul", "Reshape", "Slice", "Unsqueeze"}
 """Operators between a softmax and the mask that was added to its scores."""
-_MOVES = {"Cast", "Slice", "Transpose"}
+_MOVES = {"Cast", "GatherElements", "Slice", "Transpose"}
 """Operators between a state and what continues it."""
 _LOW = -1e4
 """A number below this hides what it is added to; half the lowest float16 is -32752."""

@@ -25,7 +25,8 @@ class ScatterCache(ir.passes.InPlacePass):
             writer = Writer(graph, str(node.outputs[0].name))
             written = writer.op("TensorScatter", *node.inputs, axis=2, mode="linear")
             writer.replace(node, {node.outputs[0]: written})
-        for value in [value for value in graph.inputs if value.name == "lengths" and not value.consumers()]:
+        rows = [value for value in graph.inputs if value.name in ("write_indices", "lengths")]
+        for value in [value for value in rows if not value.consumers()]:
             graph.inputs.remove(value)
         return ir.passes.PassResult(model, modified=True)
 

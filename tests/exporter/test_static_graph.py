@@ -10,13 +10,18 @@ import numpy as np
 import onnx
 import pytest
 
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.model.families.masked import Masked
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
 from rankbook.tools import errors
+from rankbook.tools.dev.family_models import tiny
 from rankbook.tools.runtimes import open_model
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
+from tests.tiny import write_text
 from tests.tools.files import run_cli, stdout_json
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
@@ -69,19 +74,25 @@ def test_a_llama_writes_its_cache_in_place(work: Path, expected: Any) -> None:
     assert file.inputs["past_key_values.1.value"] == file.outputs["present.1.value"] == ["batch", 2, CONTEXT, 16]
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "opt", "gpt_neo"])
 def test_families(family: str, tmp_path: Path) -> None:
-    """Windows and a softcap, packed query, key and value, learned positions."""
+    """Windows and a softcap, packed query, key and value, learned positions, attention of its own with local layers."""
     checkpoint = make_checkpoint(tmp_path, family, **FAMILY_OPTIONS.get(family, {"bits": 4}))
     export(checkpoint, tmp_path / "out", ExportOptions(logits="all", graph="static", max_context=CONTEXT))
     check(tmp_path / "out", TorchModel(checkpoint).logits(TOKENS))
 
 
-def test_attention_of_its_own_is_refused(tmp_path: Path) -> None:
-    """GPT-Neo's local layers count from the end of the keys, which is not the end of the text here."""
-    checkpoint = make_checkpoint(tmp_path, "gpt_neo", bits=4)
-    with pytest.raises(ValueError, match=r"'gpt_neo' computes attention in code of its own.*--graph standard"):
-        export(checkpoint, tmp_path / "out", ExportOptions(graph="static"))
+def test_attention_of_its_own_that_sees_by_the_mask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLOOM's biases; of a family that nobody vouches for, keys may be counted from the end of the cache."""
+    tiny("bloom", tmp_path / "model")
+    how = QuantizeOptions(method="rtn", bits=4, group_size=16, calib=str(write_text(tmp_path / "text.txt")))
+    quantize_model(tmp_path / "model", tmp_path / "checkpoint", how)
+    chosen = ExportOptions(logits="all", graph="static", max_context=CONTEXT)
+    export(tmp_path / "checkpoint", tmp_path / "out", chosen)
+    check(tmp_path / "out", TorchModel(tmp_path / "checkpoint").logits(TOKENS))
+    monkeypatch.setattr(Masked, "sees_by_mask", False)
+    with pytest.raises(ValueError, match=r"'bloom' computes attention in code of its own.*--graph standard"):
+        export(tmp_path / "checkpoint", tmp_path / "no", chosen)
 
 
 def test_a_text_sees_nothing_of_the_text_before(work: Path, expected: Any) -> None:

@@ -56,7 +56,7 @@ def _tables(report: EngineReport) -> tuple[Table, ...]:
         *((f"kernels a call, {name}", _counts(kinds)) for name, kinds in report.kernels.items()),
         ("a decode step must move", ", ".join(f"{name} {megabytes(size)}" for name, size in report.step_bytes.items())),
         ("plugin layers", report.plugin_layers or "none: the function bodies are built"),
-        ("plugins", report.plugin_form),
+        *([("plugins", report.plugin_form)] if report.plugin_form else []),
         ("build time", f"{report.seconds:.1f} s"),
     ]
     checks = [(check.name, "ok" if check.passed else "FAILED", check.detail) for check in report.checks]

@@ -95,12 +95,13 @@ def check_cache(model: ExportedModel) -> None:
     """Refuse a cache that TensorRT cannot write in place, or that `rankbook.tools.runtimes.trt_model` cannot keep.
 
     Raises:
-        UsageError: It is of a fixed length and holds codes, or has states of convolutions and recurrences.
+        UsageError: It is of a fixed length and holds codes, or grows beside states of convolutions and recurrences.
     """
-    if states := sum(map(cache_names.is_state, model.inputs)):
+    states = sum(map(cache_names.is_state, model.inputs))
+    if states and not model.metadata.max_context:
         raise UsageError(
-            f"{model.path} keeps {states} states of convolutions and recurrences, and engines serve keys and values"
-            " only: they pad texts on the right, which would change a state; run the file in ONNX Runtime"
+            f"{model.path} keeps {states} states of convolutions and recurrences, which padding on the right would"
+            " change, and engines pad texts so; export with --graph static, whose states end with the text"
         )
     if model.metadata.max_context and model.metadata.kv != "float":
         raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,7 +95,8 @@ def build(
         kept = graph == model.path or options.keep_files
         places = {
             "source": _final(model.path, folder, output),
-            "graph": _final(graph, folder, output) if kept else None,
+            # Its commands run in the folder, wherever that is by then.
+            "graph": (graph.relative_to(folder) if graph.is_relative_to(folder) else graph) if kept else None,
         }
         report = _report(model, options, profiles, {**result, **places}, log, sha256_file(folder / ENGINE_NAME))
         (folder / ENGINE_MANIFEST).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
@@ -194,8 +196,8 @@ def _written(proto: onnx.ModelProto, model: ExportedModel, target: Path) -> Path
     for name, file in model.data_files.items():
         link = target.parent / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(file)
+        if not link.exists():  # within the folder, which may be moved, by the way from one to the other
+            link.symlink_to(os.path.relpath(file, link.parent) if file.is_relative_to(target.parent) else file)
     return target
 
 
@@ -258,7 +260,7 @@ def _report(
             *(verify_cache(model, found, log) if options.target == "rtx" else ()),
         ),
         self_contained=options.self_contained,
-        plugin_form=options.form(),
+        plugin_form=options.form() if result["plugin_layers"] else "",
         commands=_commands(result["graph"], options, profiles),
         seconds=result["seconds"],
     )

@@ -16,7 +16,7 @@ class Build:
     """What to build.
 
     Attributes:
-        graph: The ONNX file.
+        graph: The ONNX file, as it is named in the folder of the engine.
         engine: Where the engine goes.
         target: ``rtx`` or ``trt``.
         capabilities: Compute capabilities, rtx only, e.g. ``SM86``.
@@ -76,6 +76,7 @@ def polygraphy(build: Build) -> str:
 def script(commands: Mapping[str, str]) -> str:
     """Return a shell script of commands by the names of their tools."""
     lines = ["#!/bin/sh", "# The engine of this folder, built without rankbook; run one of them.", ""]
+    lines += ['cd "$(dirname "$0")" || exit', ""]
     for name, command in commands.items():
         lines += [f"# {name}", command, ""]
     return "\n".join(lines)

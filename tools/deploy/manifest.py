@@ -51,12 +51,12 @@ class EngineReport:
         constant_bytes: Bytes of the engine's constants by element type.
         layers: Engine layers by kind, over all profiles.
         kernels: Kernels that a call starts, by profile (`rankbook.tools.deploy.step`).
-        step_bytes: What decoding a token must move: weights, the whole cache, outputs.
+        step_bytes: What decoding a token must move: weights, the whole cache, states if there are any, outputs.
         profiles: Smallest, typical and largest shape of each input, by profile.
         checks: What was verified.
         self_contained: Whether the engine holds the plugin library.
-        plugin_form: Where the kernels are, for people.
-        commands: The same build with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
+        plugin_form: Where the kernels of plugin layers are, for people; empty without such layers.
+        commands: The same build in this folder, with trtexec (TensorRT-RTX: tensorrt_rtx) and with polygraphy.
         seconds: Wall time of the child process.
     """
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rankbook.exporter.cache_names import PAST, PRESENT
+from rankbook.exporter.cache_names import PAST, PRESENT, is_past, is_present, is_state
 from rankbook.tools.deploy.engine_log import EngineLog, Kernel
 from rankbook.tools.deploy.profiles import Shapes
 
@@ -66,11 +66,13 @@ def step_bytes(model: ExportedModel, shapes: Shapes) -> dict[str, int]:
     def moved(name: str, shape: Sequence[int]) -> int:
         return math.prod(shape) * element_bits(types[name]) // 8
 
-    cache = {name: [1, *bounds[2][1:]] for name, bounds in shapes.items() if name.startswith(PAST)}
-    given = {name: _ones(size) for name, size in model.outputs.items() if not name.startswith(PRESENT)}
+    kept = {name: [1, *bounds[2][1:]] for name, bounds in shapes.items() if is_past(name)}
+    given = {name: _ones(size) for name, size in model.outputs.items() if not is_present(name)}
+    states = sum(moved(*item) for item in kept.items() if is_state(item[0]))
     return {
         "weights": model.stored_bytes - _rows_not_read(model),
-        "cache": sum(moved(*item) for item in cache.items()),
+        "cache": sum(moved(*item) for item in kept.items() if not is_state(item[0])),
+        **({"states": 2 * states} if states else {}),  # each is read and written
         "outputs": sum(moved(*item) for item in given.items()),
     }
 

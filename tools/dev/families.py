@@ -26,8 +26,8 @@ from rankbook.tools.dev.family_models import FAMILIES, MOST_USED, tiny
 from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, describe
 from rankbook.tools.report import Table
 
-SERVED = ("standard", "ort", "fp16")
-"""Exports that are compared with PyTorch: the two graphs in float32, and the standard one in half precision."""
+SERVED = ("standard", "ort", "static", "fp16")
+"""Exports that are compared with PyTorch: the three graphs in float32, and the standard one in half precision."""
 DEPLOYED = ("genai", "engine")
 """What else a checkpoint can be asked for: ONNX Runtime GenAI with the file of ``ort``, compared too, and an engine."""
 _WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil strong tea in old pots".split()

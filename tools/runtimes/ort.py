@@ -223,8 +223,13 @@ class OrtModel(FileModel):
         return best
 
     def _reset(self, batch: int) -> None:
+        import numpy as np
+
         if self._fixed and self._cache and next(iter(self._cache.values())).shape()[0] == batch:
-            self._length = 0  # no query sees what another text left in the buffers
+            self._length = 0  # no query sees what another text left in the buffers; a state would go on
+            for name in filter(is_state, self._cache):
+                value = self._cache[name]
+                value.update_inplace(np.zeros(value.shape(), self._types[name]))
             return
         super()._reset(batch)
         self._held, self._steps = self._fixed, {}

@@ -63,8 +63,8 @@ class BoundSteps:
         self._outputs = {name: outputs[name] for name in cache}
         states = {name: value for name, value in cache.items() if is_state(name)}
         self._spare = {name: self._placed(np.empty(value.shape(), types[name])) for name, value in states.items()}
-        for name, value in cache.items():
-            self._bind(name, value, self._spare.get(name, value))
+        for name in cache.keys() - states.keys():
+            self._bind(name, cache[name], cache[name])
         batch = next(iter(cache.values())).shape()[0]
         self._positions = np.arange(held)
         self._mask = self._placed(np.ones(batch * held, types["attention_mask"])) if "attention_mask" in types else None
@@ -90,6 +90,8 @@ class BoundSteps:
                 for name, kind in self._types.items()
             }
         self._inputs["input_ids"][:] = tokens
+        for name, value in self._spare.items():  # other steps on the same cache leave states elsewhere
+            self._bind(name, self._cache[name], value)
         if "write_indices" in self._inputs:
             self._inputs["write_indices"][:] = past
         if "position_ids" in self._inputs:
@@ -109,7 +111,6 @@ class BoundSteps:
             self._run_first()
         for name, value in self._spare.items():
             self._cache[name], self._spare[name] = value, self._cache[name]
-            self._bind(name, value, self._spare[name])
         return self._found
 
     def _bind(self, name: str, read: Any, written: Any) -> None:

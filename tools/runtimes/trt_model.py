@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankbook.exporter import cache_names
 from rankbook.exporter.options import BEST
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-_PAST, _PRESENT = "past_key_values", "present"
 _COMPILED = (1, 64)
 """Steps after which TensorRT-RTX has compiled the kernels of both profiles, and those that it makes meanwhile."""
 
@@ -31,13 +31,13 @@ _COMPILED = (1, 64)
 class EngineModel(LanguageModel):
     """An engine of `rankbook build`, with caches of a fixed length that are written in place or with growing ones.
 
-    A cache that the library does not write in place is read from one piece of memory and written to another; the two
-    change places.
+    A cache that the library does not write in place, and every state of a convolution or recurrence, is read from one
+    piece of memory and written to another; the two change places.
 
     Attributes:
         manifest: What the engine folder says about itself.
         engine: The engine.
-        caches: Outputs that hold keys and values, by the input that they become.
+        caches: Outputs that hold keys, values and states, by the input that they become.
     """
 
     def __init__(self, folder: Path, bindings: Any, memory: DeviceMemory, kernels: str) -> None:
@@ -62,9 +62,7 @@ class EngineModel(LanguageModel):
                 f"{folder} has no input_ids and logits, so it cannot be given text; build it from a file written by"
                 " `rankbook export` (with --inputs ids)"
             )
-        self.caches = {
-            name.replace(_PRESENT, _PAST, 1): name for name in self.engine.outputs if name.startswith(_PRESENT)
-        }
+        self.caches = {cache_names.past_of(name): name for name in self.engine.outputs if cache_names.is_present(name)}
         aliased = self.engine.aliased
         self._swapped = {output: past for past, output in self.caches.items() if output not in aliased}
         bounds = self.engine.profiles[0]
@@ -213,6 +211,11 @@ class EngineModel(LanguageModel):
         import numpy as np
 
         self._lengths, self._mask = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
+        places = self._places()
+        for name in filter(cache_names.is_state, self.caches):
+            shape = (batch, *self.engine.profiles[0][name][1][1:])
+            zeros = self.staged(name, np.zeros(shape, self.engine.inputs[name]))
+            self.engine.memory.upload(places.get(name) or self.engine.region(name), zeros)
 
     def _step(self, tokens: Sequence[int], call: Callable[..., Array]) -> Array:
         """Append a token to every text, see `_extend`."""
@@ -360,7 +363,8 @@ class EngineModel(LanguageModel):
         """Positions that a profile holds."""
         if "attention_mask" in bounds and self._growing:
             return bounds["attention_mask"][1][1]
-        return min((bounds[name][1][2] for name in self.caches), default=bounds["input_ids"][1][1])
+        slots = [bounds[name][1][2] for name in self.caches if not cache_names.is_state(name)]
+        return min(slots, default=int(self.manifest.metadata.max_context or bounds["input_ids"][1][1]))
 
     def _largest(self, bounds: Bounds) -> Shapes:
         """Shapes that fit each other: behind the longest past of growing caches the longest prompt has no room."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rankbook.exporter.cache_names import is_state
 from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes.trt_memory import Part
 from rankbook.tools.serve.slots import Slots
@@ -32,6 +33,11 @@ class EngineSlots(Slots):
         super().__init__(count, model.context)
         self._model = model
         self._parts: dict[tuple[str, int], Part] = {}
+        if any(map(is_state, model.caches)):
+            raise UsageError(
+                f"{model.name} keeps states of convolutions and recurrences, whose rows change places at every call;"
+                " serve the exported file in ONNX Runtime, or give the engine to generate"
+            )
         if not model.in_place:
             raise UsageError(
                 f"{model.name} has caches that are not written in place; build it from a checkpoint, or from a file of"

@@ -15,6 +15,7 @@ class Mpt(ModelAdapter):
     """The bias of a key follows from its distance to the last one."""
 
     families = ("mpt",)
+    sees_by_mask = True
 
     def make_traceable(self) -> None:
         """Compute biases from the keys there are: transformers cuts them out of those of the longest text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,7 +76,9 @@ def test_a_graph_whose_functions_the_parser_refuses_is_inlined(tmp_path, capsys)
     out = tmp_path / "engine"
     flags = ["--compute-capability", "86", "--no-plugins", "--keep-files", "--json", "--quiet"]
     assert run_cli("build", path, "-o", out, *flags) == 0
-    assert "inlined.onnx" in stdout_json(capsys)["commands"]["polygraphy"]
+    report = stdout_json(capsys)
+    assert " inlined.onnx " in report["commands"]["polygraphy"]
+    assert (report["plugin_layers"], report["plugin_form"]) == (0, ""), "no plugins, so nothing of where they are"
     assert (out / "inlined.onnx").is_file()
     assert (out / "build.log").is_file()
 
@@ -175,7 +178,9 @@ def test_inlined_bodies_compute_the_same_and_have_unique_names(tmp_path):
     assert not graph.functions
     x = np.random.default_rng(0).standard_normal((1, 2, 64)).astype(np.float32)
     first = ort.session(path).run(None, {"x0": x})[0]
-    second = ort.session(inlined.read_bytes(), data_folder=path.parent).run(None, {"x0": x})[0]
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert (moved / "model.onnx.data").readlink() == Path("onnx/model.onnx.data")
+    second = ort.session((moved / inlined.name).read_bytes(), data_folder=moved / "onnx").run(None, {"x0": x})[0]
     np.testing.assert_array_equal(first, second)
 
 
