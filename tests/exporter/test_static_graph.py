@@ -10,18 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
-from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.families.masked import Masked
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
 from rankbook.tools import errors
-from rankbook.tools.dev.family_models import tiny
 from rankbook.tools.runtimes import open_model
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
-from tests.tiny import write_text
 from tests.tools.files import run_cli, stdout_json
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
@@ -84,15 +80,13 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 def test_attention_of_its_own_that_sees_by_the_mask_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BLOOM's biases; of a family that nobody vouches for, keys may be counted from the end of the cache."""
-    tiny("bloom", tmp_path / "model")
-    how = QuantizeOptions(method="rtn", bits=4, group_size=16, calib=str(write_text(tmp_path / "text.txt")))
-    quantize_model(tmp_path / "model", tmp_path / "checkpoint", how)
+    checkpoint = make_checkpoint(tmp_path, "bloom", bits=4)
     chosen = ExportOptions(logits="all", graph="static", max_context=CONTEXT)
-    export(tmp_path / "checkpoint", tmp_path / "out", chosen)
-    check(tmp_path / "out", TorchModel(tmp_path / "checkpoint").logits(TOKENS))
+    export(checkpoint, tmp_path / "out", chosen)
+    check(tmp_path / "out", TorchModel(checkpoint).logits(TOKENS))
     monkeypatch.setattr(Masked, "sees_by_mask", False)
     with pytest.raises(ValueError, match=r"'bloom' computes attention in code of its own.*--graph standard"):
-        export(tmp_path / "checkpoint", tmp_path / "no", chosen)
+        export(checkpoint, tmp_path / "no", chosen)
 
 
 def test_a_text_sees_nothing_of_the_text_before(work: Path, expected: Any) -> None:

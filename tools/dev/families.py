@@ -55,6 +55,7 @@ class Row:
         kept: Why layers of the export ``ort`` keep the standard attention, by number.
         reasons: Why a step ended, by step.
         seconds: Wall time.
+        engine: What the builder made of attention.
     """
 
     family: str
@@ -66,6 +67,7 @@ class Row:
     kept: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    engine: str = ""
 
     @property
     def wrong(self) -> bool:
@@ -209,14 +211,20 @@ def _genai(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
 
 def _engine(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     """Build an engine of TensorRT-RTX, which takes no GPU; so none has run it."""
+    from rankbook.exporter.cache_names import PAST
     from rankbook.tools.deploy.engine import build
     from rankbook.tools.deploy.options import BuildOptions
+    from rankbook.tools.deploy.step import ATTENTION
 
     row.passed[name] = False
     options = BuildOptions(compute_capability=("SM86",), max_sequence=32, max_context=64, no_plugins=True)
-    row.passed[name] = build(checkpoint, folder / name, options).passed
-    if not row.passed[name]:
-        row.reasons[name] = "the engine does not pass its checks"
+    report = build(checkpoint, folder / name, options)
+    row.passed[name] = report.passed
+    if not report.passed:
+        row.reasons[name] = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.passed)
+    layers = sum(item["name"].startswith(PAST) and item["name"].endswith(".key") for item in report.inputs)
+    fused = report.kernels["decode"].get(ATTENTION[0], 0)
+    row.engine = "fused" if fused >= layers > 0 else f"{fused} of {layers} fused" if layers else "no attention"
 
 
 def _child(family: str, folder: Path, steps: Sequence[str]) -> None:
@@ -263,6 +271,7 @@ def _join(row: Row, before: Row, steps: Sequence[str]) -> None:
         row.passed |= {name: before.passed[name]} if name in before.passed else {}
         row.reasons |= {name: before.reasons[name]} if name in before.reasons else {}
         row.kept = before.kept if name == "ort" else row.kept
+        row.engine = before.engine if name == "engine" else row.engine
 
 
 def _load() -> None:
@@ -285,6 +294,8 @@ def document(rows: Mapping[str, Row]) -> str:
     """Return docs/families.md."""
     found = [rows[family] for family in FAMILIES if family in rows]
     served, wrong = (sum(getattr(row, name) for row in found) for name in ("served", "wrong"))
+    tried = [row for row in found if "static" in row.passed]
+    fixed = sum(row.passed["static"] for row in tried)
     missing = [f"`{family}`" for family in FAMILIES if family not in rows]
     said = sum(bool(row.cannot_export or "quantize" in row.reasons) for row in found)
     columns = ("family", "packed", "reload", *SERVED, *DEPLOYED, "why not")
@@ -295,12 +306,16 @@ def document(rows: Mapping[str, Row]) -> str:
         " used, windows shorter than the text), quantized with RTN at 4 bits in groups of 32. *Packed* is the share of"
         " the weights in the blocks; *reload* compares the checkpoint with the original model that has the decoded"
         " weights; the other columns are the larger of the differences of logits between PyTorch and ONNX Runtime,"
-        " without and with a cache, relative to the largest logit: `export`, `export --graph ort`, `export --dtype"
-        " fp16`, and the file of `--graph ort` in ONNX Runtime GenAI. *Engine* is `rankbook build` for SM86 without"
-        " plugins: whether TensorRT-RTX builds it; no GPU has run it. `*` is a file in which layers keep the standard"
-        " attention, since ONNX Runtime's operator cannot express theirs; `-` was not reached.",
-        f"Of {len(found)} families {served} pass quantize, reload, export and parity on both graphs; {said} are refused"
-        f" by `quantize`, or said by it not to be exportable, before it begins; {wrong} give wrong numbers.",
+        " without and with a cache, relative to the largest logit: `export`, `export --graph ort`, `export --graph"
+        " static`, `export --dtype fp16`, and the file of `--graph ort` in ONNX Runtime GenAI. *Engine* is `rankbook"
+        " build` (the static graph in fp16) for SM86 without plugins, built by TensorRT-RTX and run by no GPU yet:"
+        " *fused* has a fused attention kernel for every layer with keys and values, and writes each cache in place;"
+        " others say how many. `*` is a file in which layers keep the standard attention, since ONNX Runtime's operator"
+        " cannot express theirs; `-` was not reached.",
+        f"Of {len(found)} families {served} pass quantize, reload, export and parity on the graphs `standard` and"
+        f" `ort`, and {fixed} of the {len(tried)} that were tried on it do so on `static`; {said} are refused by"
+        " `quantize`, or said by it not to be exportable, before it begins;"
+        f" {wrong} give wrong numbers.",
         *([f"Not run: {', '.join(missing)}."] if missing else []),
         Table("", columns, [_cells(row) for row in found]).markdown(),
     ]
@@ -320,7 +335,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _verdict(row: Row, name: str) -> str:
     error = row.errors.get(name)
     if error is None and row.passed.get(name):
-        return "built"
+        return row.engine or "built"
     if error is None:
         return "-" if name not in row.passed and (name in DEPLOYED or not row.cannot_export) else _REFUSED
     mark = " *" if row.kept and name == "ort" else ""

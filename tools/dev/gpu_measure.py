@@ -30,6 +30,8 @@ SHAPES = ((4096, 4096), (4096, 14336), (8192, 28672))
 FORMS = ((1, 0), (2, 0), (1, 32))
 """Planes and branch rank of the layers that are timed."""
 GROUP = 128
+EXPERTS = 5
+"""Layers of the stacks that are checked; no row is sent to the last one."""
 _FP16 = 16
 _RELATIVE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error allowed, as a share of the largest output. The cases of tests/ops have narrower bounds."""
@@ -52,9 +54,9 @@ def spec_of(layer: Layer) -> LayerSpec:
     )
 
 
-def random_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
+def random_tensors(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """Return random packed tensors of a layer."""
-    generator = _generator(device, 0)
+    generator = _generator(device, seed)
     found = {}
     for name, part in spec.tensors().items():
         low, high = {"codes": (0, 256), "levels": (-63, 64)}.get(name, (-127, 128))
@@ -88,7 +90,7 @@ class Check:
 def checks(
     device: torch.device, tokens: Sequence[int] = (1, 7, 16, 17, 70), bits: Sequence[int] = BITS
 ) -> Iterator[Check]:
-    """Compare every width, with one plane and with two and a branch: every type of x, int8 activations, rows."""
+    """Compare every width, with one plane and with two and a branch: types of x, int8 activations, rows, experts."""
     for width, (planes, rank, group), count in product(bits, ((1, 0, 64), (2, 5, 32)), tokens):
         spec = spec_of(Layer(70, 640, width, planes, group, rank))
         packed = random_tensors(spec, device)
@@ -105,6 +107,25 @@ def checks(
         ids = torch.arange(count) % spec.out_features
         y, want = packed_ops.rows(ids.to(device), held, spec), record.weight().double()[ids]
         yield Check(f"{name}, rows", _error(y, want), _RELATIVE[torch.float32])
+        yield from _expert_checks(spec, name, count, device)
+
+
+def _expert_checks(spec: LayerSpec, name: str, count: int, device: torch.device) -> Iterator[Check]:
+    """Compare rows of x times a stack of layers, each row with the layer that its number says."""
+    layers = [random_tensors(spec, device, seed) for seed in range(EXPERTS)]
+    held = packed_ops.constants(spec, {part: torch.stack([layer[part] for layer in layers]) for part in layers[0]})
+    weights = [_record(spec, layer).weight(with_low_rank=True).double() for layer in layers]
+    numbers = torch.randint(0, EXPERTS - 1, (count,), generator=torch.Generator().manual_seed(count))
+    chosen = numbers.to(device)
+    for dtype in packed_ops.TYPES:
+        x = _activations(count, spec.in_features, device, dtype)
+        y, rows = packed_ops.product(x, held, spec, numbers=chosen), x.cpu().double()
+        want = torch.stack([row @ weights[number].T for row, number in zip(rows, numbers.tolist(), strict=True)])
+        yield Check(f"{name}, {str(dtype).removeprefix('torch.')}, experts", _error(y, want), _RELATIVE[dtype])
+    x = _activations(count, spec.in_features, device, torch.float32)
+    y = packed_ops.product(x, held, spec, int8_activations=True, numbers=chosen)
+    wanted = torch.stack([_definition(spec, packed_ops.constants(spec, layer), x) for layer in layers])
+    yield Check(f"{name}, int8, experts", _error(y, wanted[numbers, torch.arange(count)]), _INT8)
 
 
 def _error(y: Tensor, want: Tensor) -> float:

@@ -31,7 +31,7 @@ def kernels() -> Iterator[None]:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_right_results_pass_and_wrong_ones_do_not(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(gpu_measure.checks(CPU, (1, 17), (bits,)))
-    assert len(found) == 2 * 2 * 5  # forms, tokens, types, int8 and rows
+    assert len(found) == 2 * 2 * 9  # forms, tokens, types, int8 and rows, and of experts types and int8
     assert len({check.name for check in found}) == len(found)
     assert [check.name for check in found if not check.passed] == []
     assert max(check.error for check in found) > 0
