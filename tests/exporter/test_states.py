@@ -20,11 +20,15 @@ from rankbook.exporter.repeat import Plan, UnlikeError
 from rankbook.exporter.skeleton import build
 from rankbook.exporter.trace import _traced
 from rankbook.tools.deploy.checks import check_cache
+from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.dev import family_models
 from rankbook.tools.dev.family_models import FAMILIES, tiny
 from rankbook.tools.errors import UsageError
+from rankbook.tools.runtimes import open_model
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
+from rankbook.tools.serve.slots import slots_of
+from tests import tensorrt_stand_in as stand_in
 from tests.tiny import write_text
 
 # float32 sums in another order; 1e-6 is typical.
@@ -82,8 +86,8 @@ def assert_padding_behind_a_text_changes_nothing(folder: Path, original: TorchMo
         found = dict(zip(model.file.outputs, model.session.run(None, feeds), strict=True))
         past = {past_of(name): found[name] for name in model.file.outputs if is_present(name)}
         filled = filled + lengths
-        for row in np.flatnonzero(lengths):
-            assert error(found["logits"][row, 0], want[row, filled[row] - 1]) < TOLERANCE
+        for ended in np.flatnonzero(lengths):
+            assert error(found["logits"][ended, 0], want[ended, filled[ended] - 1]) < TOLERANCE
     for text in (0, 1, 0):
         for count in (9, 10):  # a state is in one piece of memory or in the other
             assert error(model.start(tokens[text : text + 1, :count]), want[text, count - 1]) < TOLERANCE
@@ -120,6 +124,25 @@ def test_states_are_inputs_and_outputs(family: str, tmp_path: Path) -> None:
     if family == "falcon_h1":  # states change places where keys and values are written in place
         export(folder, tmp_path / "ort", ExportOptions(graph="ort"))
         assert_continues(OrtModel(tmp_path / "ort", threads=1), original)
+
+
+def test_engines_keep_states_from_call_to_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of two lengths side by side, in pieces of 8 tokens; the next ones begin where others have left states."""
+    folder, tokens = checkpoint(tmp_path, "lfm2"), np.random.default_rng(1).integers(0, 250, (2, 24))
+    export(folder, tmp_path / "static", ExportOptions(graph="static", max_context=32))
+    options = BuildOptions(max_batch=2, max_sequence=8)
+    engine = stand_in.build(stand_in.install(monkeypatch), tmp_path / "static", tmp_path / "engine", options)
+    model, want = open_model(engine), TorchModel(folder, threads=1).scores(tokens)
+    for texts in ((0, 1), (1, 0)):
+        held = [19, 5]
+        found = model.start_batch([tokens[text, :count] for text, count in zip(texts, held, strict=True)])
+        for _ in range(4):
+            for row, (text, count) in enumerate(zip(texts, held, strict=True)):
+                assert error(found[row], want[text, count - 1]) < TOLERANCE
+            found = model.step_batch([tokens[text, count] for text, count in zip(texts, held, strict=True)])
+            held = [count + 1 for count in held]
+    with pytest.raises(UsageError, match="states of convolutions and recurrences"):
+        slots_of(model, 2)
 
 
 def test_padding_at_the_left_changes_nothing(tmp_path: Path) -> None:

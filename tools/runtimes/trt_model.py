@@ -216,6 +216,7 @@ class EngineModel(LanguageModel):
             shape = (batch, *self.engine.profiles[0][name][1][1:])
             zeros = self.staged(name, np.zeros(shape, self.engine.inputs[name]))
             self.engine.memory.upload(places.get(name) or self.engine.region(name), zeros)
+        self.engine.memory.finish()  # before another profile is chosen
 
     def _step(self, tokens: Sequence[int], call: Callable[..., Array]) -> Array:
         """Append a token to every text, see `_extend`."""
