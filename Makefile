@@ -26,7 +26,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo test test-ecosystem fuzz faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
+.PHONY: help demo docs-site test test-ecosystem fuzz faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,10 @@ native-all: $(VENV)/.tools
 # In a process for each usable core (tests/conftest.py); PYTEST_ARGS=-n0 runs them in one.
 test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+docs-site: $(VENV)/.dev  ## Build the documents as a site in build/site/html
+	$(INSTALL) '.[docs]'
+	PYTHONPATH=.pkg $(BIN)/python -m rankbook.tools.dev.site
 
 fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each (600)
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import re
 import shutil
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def test_the_examples_do_what_they_say() -> None:
         assert example.examples, f"{subject.__name__} has no example"
         said: list[str] = []
         assert runner.run(example, out=said.append).failed == 0, "".join(said)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_block_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "python-api.md").read_text("utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(block.replace('"checkpoint"', '"page-checkpoint"').replace('"onnx"', '"page-onnx"'), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("model.layers.0.self_attn.q_proj ")
+    assert len(lines) >= 14 + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -68,3 +69,31 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def sentences() -> list[str]:
+    """Return the strings of the package, with ``...`` in place of what is filled in."""
+    files = (path for part in ("calibration", "exporter", "plugins", "tools") for path in (ROOT / part).rglob("*.py"))
+    found = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (str(item.value) if isinstance(item, ast.Constant) else "..." for item in node.values)
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [text.replace("`", "") for text in found if len(text) > 15]
+
+
+def unknown(headings: list[str]) -> list[str]:
+    """Return the messages that no string of the package has."""
+    said = sentences()
+    patterns = {text: re.compile(".*?".join(map(re.escape, text.split("...")))) for text in headings}
+    return [text for text, pattern in patterns.items() if not any(map(pattern.search, said))]
+
+
+def test_the_messages_that_are_explained_are_messages_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    headings = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    assert len(headings) == page.count("\n### ") > 30
+    assert unknown([*headings, "a message that ... nobody says"]) == ["a message that ... nobody says"]

@@ -78,13 +78,15 @@ def test_every_imported_library_is_declared() -> None:
     declared = requirement_names(table["dependencies"])
     for extra in set(table["optional-dependencies"]) - {"test", "dev"}:
         declared |= requirement_names(table["optional-dependencies"][extra])
+    for_developers = set().union(*(requirement_names(table["optional-dependencies"][name]) for name in ("test", "dev")))
     undeclared = {}
     for path in (path for part in PARTS for path in (ROOT / part).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - NOT_DECLARED - {"rankbook"}:
-                if DISTRIBUTIONS.get(name, name).lower().replace("_", "-") not in declared:
+                also = for_developers if path.relative_to(ROOT).parts[:2] == ("tools", "dev") else set()
+                if DISTRIBUTIONS.get(name, name).lower().replace("_", "-") not in declared | also:
                     undeclared[name] = str(path.relative_to(ROOT))
     assert not undeclared
 
@@ -93,7 +95,7 @@ def test_every_declared_library_is_pinned_for_ci() -> None:
     """constraints.txt pins the core dependencies and the extras that CI installs."""
     table = project()
     wanted = requirement_names(table["dependencies"])
-    for extra in ("cpu", "demo", "test", "dev"):
+    for extra in ("cpu", "demo", "test", "dev", "docs"):
         wanted |= requirement_names(table["optional-dependencies"][extra])
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = requirement_names([line for line in lines if "==" in line and not line.startswith("#")])
@@ -122,6 +124,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert {name for name in names if name.endswith((".py", ".typed"))} == wanted | own
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"rankbook", "rankbook-transformers.pth"}
+    assert "rankbook/tools/page/page.html" in names
     assert [name for name in names if "csrc" in name or "test" in name or "__pycache__" in name] == []
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

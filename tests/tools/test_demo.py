@@ -54,6 +54,9 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path, capsys):
         assert report["greedy"] is None
     assert report["stages"][0]["name"] == "quantize"
     assert all(stage["seconds"] > 0 and stage["peak_rss_bytes"] > 50e6 for stage in report["stages"])
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for words in ("Rankbook demo", "error branch of rank 4", "cached decoding", "checks of", "rankbook quantize"):
+        assert words in page
     table = (tmp_path / "demo" / "report.md").read_text()
     for words in (
         "stored bits per weight",

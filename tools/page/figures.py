@@ -96,20 +96,20 @@ def _logarithmic(axes: Any, *which: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def accuracy(points: Mapping[str, Points], base: float | None, label: str) -> str:
+def accuracy(points: Mapping[str, Points], base: float | None) -> str:
     """Perplexity over stored bits: a mark for each run, by its letter, and the line that no run lies below.
 
     Args:
         points: (stored bits per weight, perplexity) by the run's letter.
         base: Perplexity of the unquantized model, or None.
-        label: What the perplexity was measured on.
     """
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         every = [point for given in points.values() for point in given]
         front = pareto(every)
-        axes.plot(*zip(*front, strict=True), color=_INK, linewidth=1, alpha=0.6, linestyle="--", label="Pareto line")
+        if len(front) > 1:
+            axes.plot(*zip(*front, strict=True), "--", color=_INK, linewidth=1, alpha=0.6, label="Pareto line")
         for index, (letter, given) in enumerate(points.items()):
             axes.plot(*zip(*given, strict=True), "o", color=_series(index), markersize=7)
             for point in given:
@@ -119,8 +119,9 @@ def accuracy(points: Mapping[str, Points], base: float | None, label: str) -> st
         axes.margins(0.12)
         if max(value for _, value in every) > 3 * min(value for _, value in every):
             _logarithmic(axes, "y")
-        axes.set(xlabel="stored bits per weight of quantized layers", ylabel=f"perplexity on {short(label)}")
-        axes.legend()
+        axes.set(xlabel="stored bits per weight of quantized layers", ylabel="perplexity")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
 
     return draw(paint)
 

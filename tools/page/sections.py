@@ -174,7 +174,7 @@ def _perplexities(on: str, found: Sequence[tuple[Run, Evaluation]]) -> Iterator[
             points.setdefault(run.letter, []).append((stored, result.perplexity))
     base = next((r.reference_perplexity for _, r in found if _finite(r.reference_perplexity)), None)
     if points:
-        yield Figure(figures.accuracy(points, base, on), f"On {on}. Lower and further left is better.")
+        yield Figure(figures.accuracy(points, base), f"On {on}. Lower and further left is better.")
     rows = [(run.letter, r.model, r.kernels, bits(run), _shown(r.perplexity), *_compared(r)) for run, r in found]
     names = ("run", "model", "runtime", "stored bits", "perplexity", "unquantized", "KL, nats", "same likeliest token")
     yield Table(f"On {on}", names, rows)

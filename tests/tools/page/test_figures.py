@@ -19,7 +19,7 @@ ERRORS: dict[str, dict[int, tuple[float | None, float | None]]] = {
 def pictures() -> dict[str, str]:
     points = {"A": [(3.0, 20.0)], "B": [(4.0, 15.0)], "C": [(4.5, 90.0)]}
     return {
-        "accuracy": figures.accuracy(points, 14.0, "<i>text</i>, 4 x 32 tokens"),
+        "accuracy": figures.accuracy(points, 14.0),
         "errors": figures.layer_errors(ERRORS),
         "spectrum": figures.error_spectrum(Spectrum("a", [1.0, 0.5, 0.0], [0.5, 0.2, 0.0], [0.9], 1)),
         "branch": figures.error_spectrum(Spectrum("a", None, None, [0.9, 0.4], 2)),
@@ -64,10 +64,15 @@ def test_colours_are_those_of_the_page(drawn):
 def test_text_is_shown_as_it_is(drawn):
     texts = ["".join(item.itertext()) for svg in drawn.values() for item in ET.fromstring(svg).iter("text")]
     assert "<b>$x$&" in texts
-    assert "perplexity on <i>text</i>, 4 x 32 tokens" in texts
     assert {"A", "B", "C", "unquantized model", "Pareto line", "rank 1", "plane 1"} <= set(texts)
     assert figures.short("a\x1b\nb") == "a??b"
     assert figures.short("x" * 50) == "..." + "x" * 28
+
+
+def test_one_point_is_no_line():
+    texts = [item.text for item in ET.fromstring(figures.accuracy({"A": [(3.0, 20.0)]}, None)).iter("text")]
+    assert "A" in texts
+    assert "Pareto line" not in texts
 
 
 def test_the_same_is_drawn_in_the_same_bytes(drawn):

@@ -82,7 +82,14 @@ def test_everything_of_two_runs_side_by_side(made, tmp_path, capsys):
     assert all(heading in page.texts for heading in HEADINGS)
     for words in (
         *("Two runs", "2 runs from 3 folders and 4 reports", "rtn 3 bits", "error branch of rank 4", "rtn 4 bits"),
-        *("Pareto line", "unquantized model", "text.txt, 4 x 32 tokens", "up_proj", "without the branch", "rank 4"),
+        *(
+            "unquantized model",
+            "Lower and further left",
+            "text.txt, 4 x 32 tokens",
+            "up_proj",
+            "without the branch",
+            "rank 4",
+        ),
         *("plane 1", "error branch", "100.0 tokens/s", "cached decoding", "a CPU", "rankbook quantize --config"),
         *("rankbook eval", "method: rtn", "B: no ONNX file was given", "A: no engine was given", "transformers"),
     ):
