@@ -26,7 +26,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo docs-site test test-ecosystem fuzz faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
+.PHONY: help demo docs-site test test-ecosystem fuzz fuzz-native faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,11 @@ docs-site: $(VENV)/.dev  ## Build the documents as a site in build/site/html
 
 fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each (600)
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+# ONNX Runtime's library is built with the address and the undefined-behaviour sanitizer for it (build/sanitized).
+fuzz-native: $(VENV)/.dev native-cpu  ## Give damaged models to the native library under sanitizers, FUZZ_SECONDS for each
+	PYTHONPATH=.pkg:. $(BIN)/python -m tests.plugins.sanitized \
+		"import sys; from tests.fuzz.__main__ import main; sys.argv[1:] = ['--native', '--seconds', '$(FUZZ_SECONDS)']; sys.exit(main())"
 
 faults: $(VENV)/.dev  ## Kill quantize and export at FAULTS moments (50), fill the disk at half as many
 	RANKBOOK_FAULTS=$(FAULTS) $(BIN)/python -m pytest -q --timeout 7200 tests/faults

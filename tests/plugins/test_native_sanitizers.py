@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.plugins.toolchain import build, build_check, ort_headers, output, tool
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.plugins import sanitized
+from tests.plugins.toolchain import build_check, tool
 
 
 @pytest.mark.slow
@@ -38,31 +36,12 @@ def test_what_reads_a_file_is_clean(tmp_path: Path) -> None:
 
     The address sanitizer sees reads of heap memory beyond what ONNX Runtime took for a constant.
     """
-    compiler, headers = tool("c++") or tool("g++"), ort_headers()
-    if compiler is None or headers is None:
-        pytest.skip("a C++ compiler and ONNX Runtime's headers are needed: make native gets them")
-    # Python itself is not built with it; beside the C++ runtime, or the sanitizer does not find what throws exceptions.
-    names = ("libasan.so", "libstdc++.so")
-    preloaded = [output(compiler, f"-print-file-name={name}").strip() for name in names]
-    if not all(Path(path).is_file() for path in preloaded):
-        pytest.skip("the compiler has no address sanitizer")
-    options = ["-DRANKBOOK_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS=-O0", "-DRANKBOOK_CUDA=OFF"]
-    folder = build(tmp_path, *options, f"-DONNXRUNTIME_INCLUDE_DIR={headers}", target="rankbook_ort")
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_native_forms.py", "test_native_rows.py")]
-    code = (
-        "import sys, pytest, pathlib; from rankbook.plugins import library;"
-        f"library._FOLDER = pathlib.Path({str(folder)!r});"
-        f"sys.exit(pytest.main(['-q', '-x', '-s', '-p', 'no:cacheprovider', '-k', 'not instruction_set', *{tests!r}]))"
-    )
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(preloaded),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python never frees some of its memory
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        "RANKBOOK_NATIVE_ISA": "portable",
-    }
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    if reason := sanitized.unavailable():
+        pytest.skip(reason)
+    here, fuzz = Path(__file__).parent, Path(__file__).parents[1] / "fuzz"
+    tests = [str(here / "test_native_forms.py"), str(here / "test_native_rows.py"), str(fuzz / "test_native.py")]
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-k", "not instruction_set"]
+    done = sanitized.run(f"import sys, pytest; sys.exit(pytest.main({[*options, *tests]!r}))", tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -38,6 +38,29 @@ def test_outputs_hold_the_configuration_that_made_them(work):
     assert f"checkpoint: {work / 'q'}" in (work / "onnx" / "rankbook-export.yaml").read_text()
 
 
+def test_the_same_seed_gives_the_same_bytes(work, tmp_path):
+    """A second run of both verbs; what tells of the run (times, paths) is in files of its own and in the manifest."""
+    how = ["--bits", 3, "--rank", 2, "--effort", "fast", "--error-branch", "lqer", "--error-rank", 4]
+    calib = ["--calib", work / "text.txt", "--calib-sequences", 4, "--calib-length", 64]
+    assert run_cli("quantize", work / "model", *how, *calib, "-o", tmp_path / "q", "--quiet") == 0
+    assert run_cli("export", work / "q", "-o", tmp_path / "onnx", "--logits", "all", "--quiet") == 0
+    for folder, least in (("q", 3), ("onnx", 4)):
+        names = {
+            path.name
+            for path in (work / folder).iterdir()
+            if path.suffix in (".safetensors", ".json", ".onnx", ".data")
+        }
+        names -= {"rankbook.json"}
+        assert len(names) >= least
+        assert [
+            name for name in names if (work / folder / name).read_bytes() != (tmp_path / folder / name).read_bytes()
+        ] == []
+    first, second = (json.loads((place / "q" / "rankbook.json").read_text())["files"] for place in (work, tmp_path))
+    assert {name: item for name, item in first.items() if name != "README.md"} == {
+        name: item for name, item in second.items() if name != "README.md"
+    }
+
+
 @pytest.mark.parametrize("verb", ["quantize", "export"])
 def test_a_finished_output_is_not_replaced_unasked(verb, work, capsys):
     source, output = (work / "model", work / "q") if verb == "quantize" else (work / "q", work / "onnx")
