@@ -27,7 +27,7 @@ def write(folder: Path) -> None:
     """Write a checkpoint, the file exported from it, and the logits that PyTorch computes."""
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
-        tiny_model("llama", **_SIZES, **_TOKENS).save_pretrained(work / "model")
+        tiny_model("llama", None, seed=0, **_SIZES, **_TOKENS).save_pretrained(work / "model")
         how = ["--bits", "3", "--rank", "2", "--effort", "fast", "--error-branch", "lqer", "--error-rank", "4"]
         for words in (
             ["quantize", str(work / "model"), *how, "-o", str(work / "checkpoint")],

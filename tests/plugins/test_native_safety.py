@@ -26,7 +26,7 @@ CALLERS, SESSIONS, CALLS = 8, 16, 20
 def subject(**entries: str) -> tuple[Any, Any]:
     """Return a session of a node of two products, and its input."""
     ops = draw_several(CASE, 2)
-    return ort_session(model_of(ops), str(library.library("ort")), **entries), {"x": ops[0].x}
+    return ort_session(model_of(ops), str(library.library("ort")), threads=2, **entries), {"x": ops[0].x}
 
 
 def same(one: list[Array], other: list[Array]) -> bool:
