@@ -142,7 +142,13 @@ class Threaded(Options):
 def choose(name: str, value: object, allowed: Collection[object]) -> None:
     """Raise a `ValueError` unless ``value`` is among those allowed."""
     if value not in allowed:
-        raise ValueError(f"{name} {value!r} is not supported; choose one of {', '.join(map(str, allowed))}")
+        raise ValueError(f"{name} {value!r} is not supported; choose one of {listed(value, allowed)}")
+
+
+def listed(value: object, allowed: Iterable[object]) -> str:
+    """Return the values allowed, and those that ``value`` may have been meant for."""
+    names = [str(item) for item in allowed]
+    return ", ".join(names) + near(str(value), names)
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -42,10 +42,10 @@ def parses(command: str) -> str:
         return ""
     parser, known = cli._build_parser(discover(), words)
     try:
-        _, unknown = parser.parse_known_args(words)
+        parsed, unknown = parser.parse_known_args(words)
     except Exception as error:
         return str(error)
-    return cli._not_a_flag(unknown, words[0], known) if unknown else ""
+    return cli._not_a_flag(unknown, words[0], known, vars(parsed)) if unknown else ""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from rankbook.calibration.model.custom_code import trusted_code
@@ -88,11 +88,14 @@ def _run(arguments: list[str]) -> int:
     commands = discover()
     verb = next((word for word in arguments if not word.startswith("-")), None)
     if verb is not None and verb not in commands:
-        raise UsageError(f"verb: invalid choice: {verb!r}; choose one of {', '.join(commands)}{near(verb, commands)}")
+        if later := next((word for word in arguments if word in commands), None):
+            raise UsageError(f"{arguments[0]} stands before the verb, which comes first: rankbook {later} ...")
+        meant = near(verb, [*commands, "--help"])
+        raise UsageError(f"verb: invalid choice: {verb!r}; choose one of {', '.join(commands)}{meant}")
     parser, known = _build_parser(commands, arguments)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise UsageError(_not_a_flag(unknown, verb, known))
+        raise UsageError(_not_a_flag(unknown, verb, known, vars(parsed)))
     given = vars(parsed)
     if given.pop("verb", None) is None or verb is None:
         parser.print_help()
@@ -138,7 +141,9 @@ def _build_parser(
     return parser, known
 
 
-def _not_a_flag(unknown: Sequence[str], verb: str | None, known: dict[str, dict[str, Flag]]) -> str:
+def _not_a_flag(
+    unknown: Sequence[str], verb: str | None, known: dict[str, dict[str, Flag]], given: Mapping[str, Any]
+) -> str:
     """Say which of the words that no flag takes is wrong, and what may have been meant."""
     wrong = next((word.partition("=")[0] for word in unknown if word.startswith("-")), unknown[0])
     flags_of = {name: [text for flag in items.values() for text in flag.flags] for name, items in known.items()}
@@ -146,6 +151,9 @@ def _not_a_flag(unknown: Sequence[str], verb: str | None, known: dict[str, dict[
     mine = flags_of.get(verb or "", ["--version"])
     meant = f"; it is a flag of {', '.join(others)}" if others else near(wrong, [*mine, "--help"])
     command = f"rankbook {verb}" if verb else "rankbook"
+    missing = [flag.shown for flag in known.get(verb or "", {}).values() if flag.lacks(given)]
+    if missing and not wrong.startswith("-"):
+        meant = f"; did you mean {missing[0]} {wrong}?"
     what = f"{wrong} is not a flag of" if wrong.startswith("-") else f"{wrong!r} is one argument too many for"
     return f"{what} `{command}`; `{command} --help` shows what is allowed{meant}"
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.calibration import option
-from rankbook.calibration.option import Described
+from rankbook.calibration.option import Described, listed
 from rankbook.tools.errors import UsageError
 
 _ORDER = (option.WHERE, option.WHAT, option.EFFORT, "")
 _LAST = (option.ADVANCED, option.COMMON)
+_NUMBERS = {int: "whole number", float: "number"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Flag:
         """Whether it is given without a value."""
         return self.option.kind is bool
 
+    def lacks(self, given: Mapping[str, Any]) -> bool:
+        """Return whether it is a flag that must be given, and is not."""
+        return bool(self.flags) and self.option.default is MISSING and self.option.name not in given
+
     def parse(self, text: str) -> Any:
         """Turn the text of one value into the value.
 
@@ -66,10 +71,10 @@ class Flag:
         try:
             value = about.parse(text) if about.parse else _pair(text) if kind is dict else kind(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            said = f"{text!r} is not a {_NUMBERS[kind]}" if kind in _NUMBERS and not about.parse else str(error)
+            raise argparse.ArgumentTypeError(said) from None
         if about.choices is not None and value not in about.choices:
-            allowed = [str(choice) for choice in about.choices]
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; choose one of {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r}; choose one of {listed(text, about.choices)}")
         return value
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
