@@ -139,7 +139,8 @@ def export(
     report = progress or (lambda *_: None)
     with_library = wants_library(options)
     with replaced_folder(output, MODEL) as folder:
-        checkpoint = _with_settings(language_view(open_checkpoint(checkpoint_dir, verify=True)), options)
+        opened = language_view(open_checkpoint(checkpoint_dir, verify=True))
+        checkpoint = _with_settings(opened.for_operators(), options)
         report("trace", 0, 1)
         model = build_model(checkpoint, options)
         digest = external.write(model, folder / DATA, lambda done, total: report("write", done, total))

@@ -116,6 +116,15 @@ PARAMS: Mapping[Form, Mapping[str, PartForm]] = {
     },
 }
 """Parts of the group parameters in each form."""
+COMPACT: Mapping[str, Mapping[str, PartForm]] = {
+    "zeros": {
+        "params": PartForm(("NP", "G", 1, layout.PANEL), "int8"),
+        "step": PartForm(("NP", "G", 1, layout.PANEL), "float16"),
+        "base": PartForm((1, 1, 1, 1), "float32", 0),
+    },
+    "e4m3": PARAMS[Form.INT8],
+}
+"""Parts of the group parameters as checkpoints alone hold them (`LayerSpec.compact`)."""
 FACTORS: Mapping[Form, Mapping[str, PartForm]] = {
     Form.INT8: {
         "down": PartForm(("R", "K"), "int8"),

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from rankbook.plugins import forms, layout
-from rankbook.plugins.forms import CONSTANTS, FACTORS, PARAMS, Form, PartForm, TensorSpec
+from rankbook.plugins.forms import COMPACT, CONSTANTS, FACTORS, PARAMS, Form, PartForm, TensorSpec
 
 KINDS = ("linear", "embedding")
 """``y = x @ W.T + bias``, or a lookup of rows of W."""
@@ -51,6 +51,9 @@ class LayerSpec:
         factors: Form of the factors of the error branch.
         scale: Factor on the rows an embedding returns (Gemma multiplies them by ``sqrt(hidden)``).
         shared_with: Name of the layer that holds the tensors, empty if it holds its own (tied embeddings).
+        compact: How a checkpoint holds parameters that operators take in float32, one of `forms.COMPACT`: ``zeros`` are
+            a float16 scale and an int8 zero point of each group, ``e4m3`` are 8-bit floats with one factor for a
+            panel; empty where it holds them as operators take them.
 
     Raises:
         ValueError: At construction, for a field of another type or out of its range; the message names what is allowed.
@@ -71,10 +74,11 @@ class LayerSpec:
     factors: Form = Form.INT8
     scale: float = 1.0
     shared_with: str = ""
+    compact: str = ""
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[Any, ...]] = {"kind": KINDS, "bits": layout.BITS, "level_dtype": LEVEL_DTYPES}
-        allowed["bias"] = ("", *BIAS_DTYPES)
+        allowed["bias"], allowed["compact"] = ("", *BIAS_DTYPES), ("", *COMPACT)
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(repr, values))}")
@@ -84,6 +88,8 @@ class LayerSpec:
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{_KEYS.get(name, name)} is {getattr(self, name)}; allowed are {low} to {high}")
         check_group(self.in_features, self.group)
+        if self.compact and (self.params is not Form.FLOAT32 or (self.compact == "zeros") != self.has_offset):
+            raise ValueError(f"compact is {self.compact!r}, which is for other group parameters; the file is damaged")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale is {self.scale}; it must be finite")
 
@@ -171,6 +177,10 @@ class LayerSpec:
             **{"Q": self.planes + self.has_offset, "R": self.branch_rank},
         }
 
+    def wide(self) -> LayerSpec:
+        """Return the layer with parameters as operators take them."""
+        return dataclasses.replace(self, compact="")
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Return every packed tensor by name, as checkpoints and torch modules hold them; none of a shared layer."""
         if self.shared_with:
@@ -178,7 +188,7 @@ class LayerSpec:
         parts = {
             "codes": PartForm(CONSTANTS["codes"][0].shape, "uint8"),
             "levels": PartForm(("P", "L"), self.level_dtype),
-            **PARAMS[self.params],
+            **(COMPACT[self.compact] if self.compact else PARAMS[self.params]),
             **({"bias": PartForm(("N",), self.bias)} if self.bias else {}),
             **(FACTORS[self.factors] if self.branch_rank else {}),
         }

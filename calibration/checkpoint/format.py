@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from rankbook.calibration.checkpoint.integrity import (
 from rankbook.calibration.checkpoint.integrity import CheckpointError as CheckpointError
 from rankbook.calibration.checkpoint.output import replaced_folder
 from rankbook.calibration.memory import relieve
+from rankbook.calibration.record.compact import widened
 from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.source import MANIFEST as MANIFEST
@@ -44,10 +45,10 @@ from rankbook.calibration.source import is_checkpoint as is_checkpoint
 from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the checkpoint format that is written."""
-READABLE = (1, 2)
-"""Versions that are read: the first had no `guard`."""
+READABLE = (1, 2, 3)
+"""Versions that are read: the first had no `guard`, the second no compact parameters."""
 QUANT_METHOD = "rankbook"
 """Value of ``quant_method`` in config.json."""
 SHARD_BYTES = 2 << 30
@@ -66,6 +67,7 @@ class Checkpoint:
         files: File of each tensor by the tensor's full name.
         stored_names: Name under which a file holds a tensor, where that is another one, see
             `rankbook.calibration.model.language`.
+        compact: Of layers whose parameters are stored compactly, the entries as they are stored, see `for_operators`.
     """
 
     folder: Path
@@ -74,6 +76,12 @@ class Checkpoint:
     layers: Mapping[str, LayerSpec]
     files: Mapping[str, str]
     stored_names: Mapping[str, str] = field(default_factory=dict)
+    compact: Mapping[str, LayerSpec] = field(default_factory=dict)
+
+    def for_operators(self) -> Checkpoint:
+        """Return the checkpoint with parameters as operators take them: `part` decodes what is stored compactly."""
+        compact = {name: spec for name, spec in self.layers.items() if spec.compact and not spec.shared_with}
+        return replace(self, layers={name: spec.wide() for name, spec in self.layers.items()}, compact=compact)
 
     def record(self, name: str) -> QuantizedLinear:
         """Return the record of a packed layer.
@@ -99,6 +107,10 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, its file is damaged, or it is not what the layer's entry says.
         """
+        if name in self.compact and part in ("params", "step", "base"):
+            stored = replace(self, layers=self.compact, compact={})
+            held = {each: stored.part(name, each) for each in ("params", "step", "base")}
+            return widened(held, self.compact[name])[part]
         tensor = self.tensor(f"{name}.{part}")
         try:
             self.layers[name].tensors()[part].check(f"{name}.{part}", tensor)

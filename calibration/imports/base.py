@@ -58,6 +58,7 @@ class Numbers:
         zeros: (N, G) integers, or one for all.
         levels: (P, 2**b) int8 or float16, or None.
         octaves: Whether the coefficients are powers of two, which 8 bits may hold.
+        factors: (N,) float32 that the one plane, of numbers in E4M3, is multiplied by; or None.
     """
 
     codes: Tensor
@@ -67,6 +68,7 @@ class Numbers:
     zeros: Tensor | int = 0
     levels: Tensor | None = None
     octaves: bool = False
+    factors: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Numbers]) -> Numbers:
@@ -92,12 +94,18 @@ class Numbers:
         planes = [torch.cat(list(plane)) for plane in zip(*(part.planes for part in parts), strict=True)]
         octaves = all(part.octaves for part in parts)
         codes = torch.cat([part.codes for part in parts])
-        return replace(first, codes=codes, planes=planes, zeros=zeros, octaves=octaves)
+        factors = [part.factors for part in parts if part.factors is not None]
+        if factors and len(factors) < len(parts):
+            raise ImportRefusedError("some of the parts that lie in it have a factor for their scales, and others none")
+        whole = torch.cat(factors) if factors else None
+        return replace(first, codes=codes, planes=planes, zeros=zeros, octaves=octaves, factors=whole)
 
     def ordered(self, rows: Tensor) -> Numbers:
         """Return the same with rows in another order, int64 (N,)."""
         zeros = self.zeros[rows] if isinstance(self.zeros, Tensor) else self.zeros
-        return replace(self, codes=self.codes[rows], planes=[plane[rows] for plane in self.planes], zeros=zeros)
+        factors = None if self.factors is None else self.factors[rows]
+        planes = [plane[rows] for plane in self.planes]
+        return replace(self, codes=self.codes[rows], planes=planes, zeros=zeros, factors=factors)
 
     def record(self) -> QuantizedLinear:
         """Return the record, whose decoded float32 weight is exactly the definition's; see `records`."""
@@ -107,14 +115,21 @@ class Numbers:
         """Return the records of ``count`` layers whose rows lie below each other, all stored in one form.
 
         One zero point for all groups goes into the levels, and coefficients stay in 16 bits where float16 holds every
-        one. Others become offsets: ``scale * zero`` has more digits than float16 and is stored in float32.
+        one. Others stay in 8 bits beside a scale in float16; with other scales they become offsets in float32. So do
+        scales in E4M3 if each panel of 32 rows has one factor.
 
         Raises:
             ImportRefusedError: Scales that are not finite, or groups that do not cut the rows evenly.
         """
-        codes, levels, planes = self._by_levels()
+        codes, levels, planes, zeros = self._by_levels()
         groups = [_regrouped(plane.double(), codes.shape[1]) for plane in planes]
-        params = exact_params(torch.stack(list(torch.stack(groups, -1).chunk(count))), octaves=self.octaves)
+        params = None
+        if zeros is not None:
+            params = _zero_points(groups[0], _regrouped(zeros, codes.shape[1]), count)
+        elif self.factors is not None:
+            params = _e4m3_scales(groups[0], self.factors, count)
+            groups = [(groups[0].float() * self.factors[:, None]).double()]
+        params = params or exact_params(torch.stack(list(torch.stack(groups, -1).chunk(count))), octaves=self.octaves)
         return [
             QuantizedLinear(
                 codes=part.contiguous(),
@@ -127,10 +142,10 @@ class Numbers:
             for part, held in zip(codes.chunk(count), params, strict=True)
         ]
 
-    def _by_levels(self) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Return codes, levels and planes of the record."""
+    def _by_levels(self) -> tuple[Tensor, Tensor, Sequence[Tensor], Tensor | None]:
+        """Return codes, levels and planes of the record, and the zero points that its offset is made of."""
         if self.levels is not None:
-            return self.codes, self.levels, self.planes
+            return self.codes, self.levels, self.planes, None
         codes, zeros, scales = self.codes, self.zeros, self.planes[0].double()
         width = self.bits if self.bits in layout.BITS else WIDE
         limit = LEVEL_LIMIT[width]
@@ -139,10 +154,11 @@ class Numbers:
         if isinstance(zeros, int) and -limit <= -zeros and (1 << self.bits) - 1 - zeros <= limit - 1:
             if width == WIDE:  # every int8 is a level
                 codes, zeros = (codes.short() - zeros + limit).to(torch.uint8), limit
-            return codes, (torch.arange(1 << width) - zeros).to(torch.int8)[None], [scales]
+            return codes, (torch.arange(1 << width) - zeros).to(torch.int8)[None], [scales], None
         first = limit if width == WIDE else 0
         levels = (torch.arange(1 << width) - first).to(torch.int8)[None]
-        return codes, levels, [scales, -scales * (zeros - first)]
+        points = torch.as_tensor(zeros - first).expand(scales.shape)
+        return codes, levels, [scales, -scales * points], points
 
 
 @dataclass(frozen=True)
@@ -190,6 +206,29 @@ def exact_params(values: Tensor, *, octaves: bool = False) -> list[GroupParams]:
         if torch.equal(stored.double(), values.double()):
             return [GroupParams(values=part.contiguous()) for part in stored]
     raise ImportRefusedError("float32 does not hold its scales exactly; dequantize it with its own tool")
+
+
+def _zero_points(scales: Tensor, points: Tensor, count: int) -> list[GroupParams] | None:
+    """Return scales and zero points (N, G) of layers below each other; None where float16 does not hold the scales."""
+    stored, small = scales.half()[..., None], points.to(torch.int8)[..., None]
+    if not torch.equal(stored[..., 0].double(), scales) or not torch.equal(small[..., 0].double(), points.double()):
+        return None
+    pairs = zip(small.chunk(count), stored.chunk(count), strict=True)
+    return [GroupParams(zero.contiguous(), values=scale.contiguous(), compact="zeros") for zero, scale in pairs]
+
+
+def _e4m3_scales(scales: Tensor, factors: Tensor, count: int) -> list[GroupParams] | None:
+    """Return scales (N, G) in E4M3 with factors (N,); None where they are others, or a panel has more than one."""
+    stored = scales.to(torch.float8_e4m3fn)
+    if not torch.equal(stored.double(), scales) or not is_finite(stored):
+        return None
+    found = []
+    for part, own in zip(stored.view(torch.int8).chunk(count), factors.chunk(count), strict=True):
+        step = own[:: layout.PANEL, None].contiguous()
+        if not torch.equal(step.repeat_interleave(layout.PANEL, 0)[: len(own), 0], own):
+            return None
+        found.append(GroupParams(part[..., None].contiguous(), step, torch.zeros_like(step), compact="e4m3"))
+    return found
 
 
 def unpacked(packed: Tensor, bits: int, count: int) -> Tensor:

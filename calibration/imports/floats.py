@@ -18,12 +18,17 @@ _NAN_E4M3 = 127
 """The code of NaN in E4M3 without its sign; there is no infinity."""
 
 
-def e2m1(codes: Tensor, scales: Tensor, method: str) -> Numbers:
-    """Return a layer of codes (N, K) of E2M1 with scales (N, G) float32 for blocks of 16 or 32.
+def nvfp4(codes: Tensor, scales: Tensor, factor: Tensor | float, method: str) -> Numbers:
+    """Return a layer of codes (N, K) of E2M1 with scales (N, G) for blocks of 16, and what they are multiplied by.
 
-    NVFP4's scales are E4M3 numbers times one number of the tensor; the products have float32's digits.
+    Args:
+        codes: (N, K) uint8.
+        scales: In E4M3, or in float32 where the factor was applied in another way.
+        factor: One number of the tensor, float32. The products with it have float32's digits.
+        method: What the record says that it was made with.
     """
-    return Numbers(codes, 4, [scales.double() / 2], method, levels=_LEVELS)
+    factors = (torch.as_tensor(factor).float().reshape(-1)[:1] / 2).expand(len(codes))  # levels are doubled
+    return Numbers(codes, 4, [scales.float()], method, levels=_LEVELS, factors=factors)
 
 
 def mxfp4(codes: Tensor, exponents: Tensor, method: str) -> Numbers:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rankbook.calibration.record.compact import widened
 from rankbook.plugins import cuda_abi, library
 from rankbook.plugins.contract import CUDA_COLUMNS, CUDA_PLANES
 from rankbook.plugins.layer_spec import LayerSpec
@@ -78,7 +79,7 @@ def constants(spec: LayerSpec, packed: Mapping[str, Tensor]) -> dict[str, Tensor
     They share memory with the packed tensors where the bytes are the same; codes are those of `layout.to_carrier`.
     Packed tensors may be stacks of experts, with one axis more in front.
     """
-    found = {name: tensor.contiguous() for name, tensor in packed.items()}
+    found = {name: tensor.contiguous() for name, tensor in widened(packed, spec).items()}
     levels, bias = found["levels"].to(torch.float16), found.get("bias")
     ones = torch.ones_like(levels[..., :1, :])
     found["levels"] = torch.cat([levels, ones], -2) if spec.has_offset else levels

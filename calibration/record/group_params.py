@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rankbook.calibration.record import halves
+from rankbook.calibration.record.compact import decoded
 from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins import layout
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
+
+_TENSORS = ("codes", "step", "base", "values")
+"""Fields that are tensors, in order."""
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,29 @@ class GroupParams:
 
     Either in 8 bits, ``codes * step + base`` with one step and base per panel of 32 rows and plane (double
     quantization: LCQ section on per-group parameters; QLoRA, Dettmers et al. 2023, section 3), or plain
-    floating-point ``values``.
+    floating-point ``values``; or compact, see `rankbook.calibration.record.compact`.
 
     Attributes:
         codes: (N, G, Q) int8, or None.
         step: (ceil(N / 32), Q) float32, or None.
         base: (ceil(N / 32), Q) float32, or None.
         values: (N, G, Q) float16 or float32, or None.
+        compact: Empty; ``zeros``, where ``values`` (N, G, 1) float16 are scales and ``codes`` (N, G, 1) int8 zero
+            points; or ``e4m3``, where ``codes`` are 8-bit floats, multiplied by ``step``.
     """
 
     codes: Tensor | None = None
     step: Tensor | None = None
     base: Tensor | None = None
     values: Tensor | None = None
+    compact: str = ""
 
     def __post_init__(self) -> None:
+        if self.compact == "zeros" and self.values is not None and self.codes is not None:
+            check_tensor("scales", self.values, (torch.float16,), 3)
+            check_finite("scales", self.values)
+            check_tensor("zero points", self.codes, (torch.int8,), 3)
+            return
         if (self.values is None) == (self.codes is None):
             raise ValueError("group parameters need either codes with step and base, or values; give exactly one form")
         if self.values is not None:
@@ -46,6 +58,8 @@ class GroupParams:
         if stored is None or step is None or base is None:
             raise ValueError("8-bit group parameters need codes, step and base")
         check_tensor("group codes", stored, (torch.int8,), 3)
+        if self.compact:
+            check_finite("scales", stored.view(torch.float8_e4m3fn))
         want = (layout.ceil_div(stored.shape[0], layout.PANEL), stored.shape[2])
         for name, tensor in (("step", step), ("base", base)):
             check_tensor(f"group {name}", tensor, (torch.float32,), 2)
@@ -104,41 +118,59 @@ class GroupParams:
         Raises:
             ValueError: No parts, or parts in different forms.
         """
+        parts = [part.wide() for part in parts]
         names = {tuple(part.held()) for part in parts}
         if len(names) != 1:
             raise ValueError("group parameters can be joined only if all hold 8-bit codes or all hold values")
-        return cls(**{name: torch.cat([part.held()[name] for part in parts], axis) for name in names.pop()})
+        whole = {name: torch.cat([part.held()[name] for part in parts], axis) for name in names.pop()}
+        return cls.of(whole)
 
     def planes(self, first: int, stop: int | None) -> GroupParams:
         """Return some of the planes."""
-        return GroupParams(**{name: tensor[..., first:stop] for name, tensor in self.held().items()})
+        return GroupParams.of({name: tensor[..., first:stop] for name, tensor in self.wide().held().items()})
+
+    @classmethod
+    def of(cls, held: Mapping[str, Tensor]) -> GroupParams:
+        """Return parameters from their tensors by field, those that are not compact."""
+        return cls(held.get("codes"), held.get("step"), held.get("base"), held.get("values"))
+
+    def wide(self) -> GroupParams:
+        """Return the same numbers as operators take them."""
+        return GroupParams(values=self.dense()) if self.compact else self
 
     def held(self) -> dict[str, Tensor]:
         """Return the tensors of the form that it has, by field."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        return {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], spec: LayerSpec) -> GroupParams:
         """Undo `pack`: the parameters of a layer from its packed ``params``, ``step`` and ``base``."""
-        if spec.params is not Form.INT8:
+        if spec.compact == "zeros":
+            codes, values = (_unpack_rows(tensors[name], spec) for name in ("params", "step"))
+            return cls(codes, values=values, compact=spec.compact)
+        if spec.params is not Form.INT8 and not spec.compact:
             return cls(values=_unpack_rows(tensors["step"], spec))
         step, base = (tensors[name][:, 0, :, 0].contiguous() for name in ("step", "base"))
-        return cls(_unpack_rows(tensors["params"], spec), step, base)
+        return cls(_unpack_rows(tensors["params"], spec), step, base, compact=spec.compact)
 
     @property
     def form(self) -> Form:
-        """How they are stored."""
+        """How operators take them."""
+        if self.compact:
+            return Form.FLOAT32
         return Form.INT8 if self.values is None else Form(8 * self.values.element_size())
 
     @property
     def shape(self) -> torch.Size:
         """(N, G, Q)."""
-        stored = self.codes if self.values is None else self.values
-        return stored.shape  # type: ignore[union-attr]
+        stored: Tensor = self.codes if self.values is None else self.values  # type: ignore[assignment]
+        return torch.Size((*stored.shape[:2], 2)) if self.compact == "zeros" else stored.shape
 
     def dense(self) -> Tensor:
         """Return the parameters as float32 (N, G, Q), exactly what every runtime computes."""
+        if self.compact and self.codes is not None:
+            step = self.values if self.step is None else _per_row(self.step, self.codes)
+            return decoded(self.compact, self.codes, step, axis=2)  # type: ignore[arg-type]
         if self.values is not None:
             return self.values.float()
         stored, step, base = self.codes, self.step, self.base
@@ -152,7 +184,8 @@ class GroupParams:
         if self.codes is not None and self.step is not None and self.base is not None:
             codes = torch.from_numpy(layout.pack_rows(self.codes.cpu().numpy()))
             return {"params": codes, "step": self.step[:, None, :, None], "base": self.base[:, None, :, None]}
-        return {"step": torch.from_numpy(layout.pack_rows(self.values.cpu().numpy()))}  # type: ignore[union-attr]
+        rows = {"step": self.values, "params": self.codes}
+        return {name: torch.from_numpy(layout.pack_rows(t.cpu().numpy())) for name, t in rows.items() if t is not None}
 
 
 def _unpack_rows(packed: Tensor, spec: LayerSpec) -> Tensor:

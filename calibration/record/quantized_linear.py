@@ -248,6 +248,7 @@ class QuantizedLinear:
             planes=self.planes,
             has_offset=self.has_offset,
             params=self.params.form,
+            compact=self.params.compact,
             level_dtype=_dtype_name(self.levels),
             bias="" if self.bias is None else _dtype_name(self.bias),
             branch_rank=0 if self.low_rank is None else self.low_rank.branch_rank,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, check_order, unpacked
-from rankbook.calibration.imports.floats import e2m1, e4m3, mxfp4, scales_of_rows
+from rankbook.calibration.imports.floats import e4m3, mxfp4, nvfp4, scales_of_rows
 from rankbook.calibration.notes import note
 
 FORMATS = (
@@ -54,7 +54,8 @@ def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Numbers:
         codes = unpacked(packed, 4, 2 * packed.shape[1])
         if "weight_global_scale" not in tensors:
             return mxfp4(codes, scales, METHOD)
-        return e2m1(codes, scales.float() / tensors["weight_global_scale"].float(), METHOD)
+        scales = scales.float() / tensors["weight_global_scale"].float()  # no product: it may round otherwise
+        return nvfp4(codes, scales, 1.0, METHOD)
     rows, columns = tensors["weight_shape"].tolist()
     widths = {int(bits) for group in _groups(entry) if (bits := (group.get("weights") or {}).get("num_bits"))}
     bits = next((b for b in sorted(widths or range(2, 9)) if -(-columns * b // 32) == packed.shape[1]), None)

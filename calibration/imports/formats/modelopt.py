@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, unpacked
-from rankbook.calibration.imports.floats import e2m1, e4m3, mxfp4, scales_of_rows
+from rankbook.calibration.imports.floats import e4m3, mxfp4, nvfp4, scales_of_rows
 from rankbook.calibration.notes import note
 
 METHOD = "modelopt"
@@ -55,7 +55,7 @@ def numbers(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> Numbers:
     if scales.dtype == torch.float8_e4m3fn:
         if second is None:
             raise ImportRefusedError("it has scales in E4M3 and no weight_scale_2; download it again")
-        return e2m1(unpacked(weight, 4, 2 * weight.shape[1]), scales.float() * second.float(), METHOD)
+        return nvfp4(unpacked(weight, 4, 2 * weight.shape[1]), scales, second, METHOD)
     if scales.dtype == torch.uint8:
         return mxfp4(unpacked(weight, 4, 2 * weight.shape[1]), scales.reshape(len(weight), -1), METHOD)
     if second is not None:
