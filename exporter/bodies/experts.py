@@ -48,14 +48,35 @@ def one(member: Operator) -> onnx.FunctionProto:
     return writer.named(f"{PRODUCT}{member.name}", [*member.input_names(), *_SIZES], ["y"])
 
 
-def _turn(member: Operator, chosen: str, sizes: list[str]) -> onnx.GraphProto:
-    """Return the body of the loop: the rows of one expert, put into y."""
-    nodes: list[onnx.NodeProto] = []
+class Turn:
+    """Writes the body of a loop over experts.
 
-    def node(op_type: str, *inputs: str, output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+    ``turn``, ``on_before`` and ``y_before`` go in, ``on_after`` and ``y_after`` come out.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+
+    def node(self, op_type: str, *inputs: str, output: str, **attributes: Any) -> str:
+        """Add a node; return the name of what it gives."""
+        self._nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
         return output
 
+    def graph(self) -> onnx.GraphProto:
+        """Return the body."""
+        inputs = [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on_before", TensorProto.BOOL, []),
+            onnx.ValueInfoProto(name="y_before"),
+        ]
+        on = helper.make_tensor_value_info("on_after", TensorProto.BOOL, [])
+        return helper.make_graph(self._nodes, "turn", inputs, [on, onnx.ValueInfoProto(name="y_after")])
+
+
+def _turn(member: Operator, chosen: str, sizes: list[str]) -> onnx.GraphProto:
+    """Return the body of the loop: the rows of one expert, put into y."""
+    turn = Turn()
+    node = turn.node
     expert = node("Gather", chosen, "turn", output="expert", axis=0)
     where = node("NonZero", node("Equal", NUMBERS, expert, output="is_its"), output="where")
     rows = node("Transpose", where, output="rows", perm=[1, 0])
@@ -64,10 +85,4 @@ def _turn(member: Operator, chosen: str, sizes: list[str]) -> onnx.GraphProto:
     part = node(f"{PRODUCT}{member.name}", x, *constants, *sizes, output="its_y", domain=contract.DOMAIN)
     node("ScatterND", "y_before", rows, part, output="y_after")
     node("Identity", "on_before", output="on_after")
-    inputs = [
-        helper.make_tensor_value_info("turn", TensorProto.INT64, []),
-        helper.make_tensor_value_info("on_before", TensorProto.BOOL, []),
-        onnx.ValueInfoProto(name="y_before"),
-    ]
-    outputs = [helper.make_tensor_value_info("on_after", TensorProto.BOOL, []), onnx.ValueInfoProto(name="y_after")]
-    return helper.make_graph(nodes, "turn", inputs, outputs)
+    return turn.graph()

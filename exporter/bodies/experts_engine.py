@@ -10,7 +10,6 @@ behind the Gather of one expert.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -65,12 +64,8 @@ def functions(operator: Operator, words: Collection[str]) -> list[onnx.FunctionP
 
 def _turn(member: Operator, one: str, sizes: list[str]) -> onnx.GraphProto:
     """Return the body of the loop: the product of one expert, put into those rows of y that are its own."""
-    nodes: list[onnx.NodeProto] = []
-
-    def node(op_type: str, *inputs: str, output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
-        return output
-
+    turn = experts.Turn()
+    node = turn.node
     expert = node("Gather", "order", "turn", output="expert", axis=0)
     node("Constant", output="one", value_ints=[1])
     mask = node("Unsqueeze", node("Equal", NUMBERS, expert, output="is_its"), "one", output="mask")
@@ -79,13 +74,7 @@ def _turn(member: Operator, one: str, sizes: list[str]) -> onnx.GraphProto:
     node("Where", mask, part, "y_before", output="y_after")
     once = node("Squeeze", "one", output="once")
     node("Less", node("Add", "turn", once, output="next"), "chosen", output="on_after")
-    inputs = [
-        helper.make_tensor_value_info("turn", TensorProto.INT64, []),
-        helper.make_tensor_value_info("on_before", TensorProto.BOOL, []),
-        onnx.ValueInfoProto(name="y_before"),
-    ]
-    outputs = [helper.make_tensor_value_info("on_after", TensorProto.BOOL, []), onnx.ValueInfoProto(name="y_after")]
-    return helper.make_graph(nodes, "turn", inputs, outputs)
+    return turn.graph()
 
 
 class _WordWriter(FunctionWriter):
