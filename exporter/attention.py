@@ -23,6 +23,8 @@ IMPLEMENTATION = "rankbook_export"
 """Name under which `register` makes `attend` and `mask` known to transformers."""
 ADDITIVE = "rankbook_export_additive"
 """Name of `additive_mask`, for models with an attention of their own, which add the mask to their scores."""
+_KNOWN = ("s_aux", "position_ids", "cache_position")
+"""Tensors that models may give to an attention beside the mask: sinks, and what the mask holds already."""
 SINKS = "SinkAttention"
 """Placeholder of an Attention with a fifth input: for each head a score to which no key and no value belongs."""
 
@@ -52,8 +54,8 @@ def attend(
     Raises:
         ValueError: The model asks for something that the ONNX operator cannot do.
     """
-    if kwargs.get("position_bias") is not None:
-        raise ValueError("attention with position_bias cannot be exported to the ONNX Attention operator")
+    if others := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _KNOWN]:
+        raise ValueError(f"attention with {others[0]} cannot be exported to the ONNX Attention operator")
     sinks = kwargs.get("s_aux")
     return _node((query, key, value), attention_mask, scaling, softcap, sinks).transpose(1, 2).contiguous(), None
 

@@ -181,7 +181,8 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
         raise refusal.NotExportableError(text, "transformers has no class for it alone")
     if stored is not None:
         heads = {name.rpartition(".")[0] for name in kind._tied_weights_keys or {}}
-        config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in stored)
+        weights = (name for name in stored if not name.endswith(".bias"))  # which is no part of what is tied
+        config.tie_word_embeddings = not any(name.rpartition(".")[0] in heads for name in weights)
     through_interface = kind._can_set_attn_implementation()
     chosen = {"attn_implementation": attention.IMPLEMENTATION if through_interface else "eager"}
     if kind._can_set_experts_implementation():  # of experts in float; packed ones have a node

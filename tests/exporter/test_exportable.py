@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rankbook.exporter import attention
 from rankbook.exporter.exportable import _shortened, check_exportable
+from rankbook.exporter.skeleton import empty_model
 from rankbook.tools import errors
+from rankbook.tools.dev.family_models import configuration
 from tests.tiny import tiny_model, tiny_tokenizer, write_text
 from tests.tools.files import run_cli
 
@@ -34,6 +37,18 @@ def config(kind: str, **more: Any) -> Any:
 )
 def test_what_is_not_served_is_said(asked: Any, reason: str) -> None:
     assert reason in check_exportable(asked)
+
+
+def test_attention_is_given_nothing_that_the_operator_would_leave_out() -> None:
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="attention with indices cannot be exported"):
+        attention.attend(torch.nn.Module(), x, x, x, None, indices=torch.zeros(1, 3, 2))
+
+
+def test_an_output_layer_of_which_the_bias_alone_is_stored_is_tied() -> None:
+    stored = {"model.embeddings.tok_embeddings.weight", "decoder.bias"}
+    model = empty_model(configuration("modernbert-decoder"), stored=stored)
+    assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight
 
 
 def test_a_deep_model_is_judged_by_two_blocks() -> None:
