@@ -4,8 +4,9 @@
 each wave starts with a table, for which memory does not wait, since codes are prefetched, and with an access to memory;
 the error branch is a kernel of its own, and from 17 tokens on blocks that share tiles leave sums for another kernel to
 add up. From sm_90 on the kernels behind the first start early: what they do up to where they need the others' results
-takes no time of its own. **Arithmetic, never measured.** What it takes on trust, beside what `roofline` does, are the
-constants of this file, and that blocks of two kernels run side by side wherever their registers allow it.
+takes no time of its own. `roofline` prints the tables. **Arithmetic, never measured.** What it takes on trust, beside
+what `roofline` does, are the constants of this file, and that blocks of two kernels run side by side wherever their
+registers allow it.
 """
 
 from __future__ import annotations
@@ -341,9 +342,10 @@ def compiled(path: Path, architecture: int) -> tuple[dict[Key, sass.LoopCost], d
     Raises:
         MissingError: cuobjdump is not installed.
     """
-    costs = roofline.costs_of(sass.functions(path, architecture, roofline.KERNELS))
     names = registers(path, architecture).items()
-    return costs, {key: count for name, count in names if "6BFloat" not in name and (key := roofline.key_of(name))}
+    return roofline.costs(path, architecture), {
+        key: count for name, count in names if "6BFloat" not in name and (key := roofline.key_of(name))
+    }
 
 
 LAYERS = tuple(Layer(*sizes) for sizes in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 14336), (28672, 8192)))

@@ -9,6 +9,7 @@ below about 2048 x 2048), occupancy, dependencies between instructions, caches.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -227,6 +228,16 @@ def costs_of(code: dict[str, list[sass.Instruction]]) -> dict[Key, sass.LoopCost
 KERNELS = r"decode_mma.*4HalfE|decode_int8|prefill_mma.*4HalfE|experts_mma.*4HalfE"
 
 
+@functools.cache
+def costs(path: Path, architecture: int) -> dict[Key, sass.LoopCost]:
+    """Return `costs_of` a library's kernels for one architecture, empty if it holds none: read once in a process.
+
+    Raises:
+        MissingError: cuobjdump is not installed.
+    """
+    return costs_of(sass.functions(path, architecture, KERNELS))
+
+
 def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decode], list[Prefill]]:
     """Predict every kernel of the library on every GPU that it holds code for.
 
@@ -235,16 +246,16 @@ def predict(path: Path, groups: tuple[int, ...] = (64, 128)) -> tuple[list[Decod
     """
     decodes, prefills = [], []
     for architecture in sorted({gpu.code for gpu in GPUS}):
-        costs = costs_of(sass.functions(path, architecture, KERNELS))
+        found = costs(path, architecture)
         for gpu in (gpu for gpu in GPUS if gpu.code == architecture):
             for bits, planes, group, tokens in product((2, 3, 4), (1, 2), groups, TOKENS):
                 keys = {"fp16": (8 * ((tokens + 7) // 8), 0), "int8": int8_kernel(bits, group, tokens)}
                 decodes += [
                     decode(gpu, cost, bits, planes, group, tokens, activations)
                     for activations, key in keys.items()
-                    if (cost := costs.get((activations, bits, planes, *key))) is not None
+                    if (cost := found.get((activations, bits, planes, *key))) is not None
                 ]
-            for (kind, bits, planes, _, _), cost in sorted(costs.items()):
+            for (kind, bits, planes, _, _), cost in sorted(found.items()):
                 if kind == "prefill" and bits < 8:
                     prefills += [prefill(gpu, cost, bits, planes, group) for group in groups]
     return decodes, prefills

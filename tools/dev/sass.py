@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,11 +140,18 @@ def functions(library: Path, architecture: int, names: str = "") -> dict[str, li
         MissingError: cuobjdump is not installed.
     """
     command = [str(tool("cuobjdump")), "-sass", "-arch", f"sm_{architecture}", str(library)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # 150 MB of text, read as it comes
+        found = _parse(process.stdout or (), architecture, names)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return found
+
+
+def _parse(lines: Iterable[str], architecture: int, names: str) -> dict[str, list[Instruction]]:
     found: dict[str, list[Instruction]] = {}
     current: list[Instruction] | None = None
     wanted = False
-    for line in text.splitlines():
+    for line in lines:
         if "/*" not in line:
             if arch := _ARCHITECTURE.match(line):
                 wanted = int(arch[1]) == architecture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from rankbook.plugins import library
 from rankbook.tools.dev import roofline, sass
 from rankbook.tools.errors import CommandError
 
@@ -120,17 +117,3 @@ def test_a_missing_tool_or_library_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sass, "tool", missing)
     assert roofline.main(["--library", str(tmp_path / "x.so")]) == 3
     assert "cuobjdump is not installed" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(library.unavailable("trt") is not None, reason=str(library.unavailable("trt")))
-def test_the_built_library_is_described(tmp_path, capsys):
-    try:
-        sass.tool("cuobjdump")
-    except CommandError as error:
-        pytest.skip(str(error))
-    assert roofline.main(["--json", str(tmp_path / "roofline.json")]) == 0
-    out = capsys.readouterr().out
-    assert "Predicted, not measured" in out
-    assert "| 3, 2, 64 |" in out
-    content = json.loads((tmp_path / "roofline.json").read_text())
-    assert {item["tokens"] for item in content["decode"]} == set(roofline.TOKENS)
