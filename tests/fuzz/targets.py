@@ -232,8 +232,10 @@ def _load_config(folder: Path) -> None:
 
 def _make_log(folder: Path) -> None:
     lines = [
-        "[V] Name: __myl_Move_0x1, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1,8], Format/Datatype: Half }],"
-        " Outputs: [ { Name: y, Dimensions: [1,8], Format/Datatype: Half }], TacticName: t, StreamId: 0, Metadata: ",
+        "VERBOSE Name: __myl_Move_myl0_1, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [1,8], Datatype: Half }],"
+        " Constants: [ { Name: c_myl0_2, Dimensions: [2,8], Datatype: Int8 }],"
+        " Outputs: [ { Name: y, Dimensions: [1,8], Datatype: Half }], TacticName: t, StreamId: 0, Metadata: ",
+        " Name: x, IOMode: Input, DataType: Float, Dimensions: [-1,64]",
         "[I] [MS] Total Weights Memory: 4096 bytes",
         "[V] Input: input_ids, Dimensions: [1,1]",
     ]

@@ -22,14 +22,17 @@ _ELEMENT_BITS = {
 }
 _MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 _LAYER = re.compile(r"^(?:\w+ )?Name: (?P<name>[^,]+), LayerType: (?P<kind>\w+)", re.MULTILINE)
-_PARTS = re.compile(r"Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?\})\]")
-_TENSOR = re.compile(r"\{ Name: (?P<name>[^,]+), Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)")
+_TENSOR = re.compile(
+    r"\{ Name: (?P<name>(?:(?!\{ Name: )[^,])+), Dimensions: \[(?P<shape>[-\d,]*)\]"
+    r"(?:(?!\{ Name: ).)*?Datatype: (?P<dtype>\w+)"
+)
+"""No attempt goes beyond the next beginning, so that the time is linear in the line, whatever stands in it."""
 _GRAPH = re.compile(r"_myl(\d+)_\d+$")
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _UPDATE = re.compile(r"^(?:\w+ )?KVCACHE_UPDATE (\S+)")
 _NO_KERNELS = {"signal", "wait", "shape_call"}
 """Kinds of engine layers that start nothing on the GPU: they order streams, or compute sizes on the host."""
-_IO = re.compile(r"Name: (?P<name>[^,]+), IOMode: (?P<mode>Input|Output), DataType: (?P<dtype>\w+)")
+_IO = re.compile(r"Name: (?P<name>(?:(?!Name: )[^,])+), IOMode: (?P<mode>Input|Output), DataType: (?P<dtype>\w+)")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _read_line(line: str, log: EngineLog) -> None:
             log.activation_bytes = max(log.activation_bytes, size)
     elif layer := _LAYER.match(line):
         log.layers[layer["kind"]] += 1
-        if parts := _PARTS.search(line):
+        if parts := _parts(line):
             for tensor in _TENSOR.finditer(parts["constants"]):
                 _add_constant(tensor, log)
             if layer["kind"] not in _NO_KERNELS:
@@ -124,7 +127,19 @@ def _read_line(line: str, log: EngineLog) -> None:
             names.append(port["name"])
 
 
-def _add_kernel(line: str, name: str, parts: re.Match[str], log: EngineLog) -> None:
+def _parts(line: str) -> dict[str, str]:
+    """Return what a layer's line says of its inputs, constants and outputs; nothing where one of them is missing."""
+    ends = {"inputs": "], Constants: [", "constants": "], Outputs: [", "outputs": "}]"}
+    _, _, rest = line.partition("Inputs: [")
+    found = {}
+    for name, end in ends.items():
+        found[name], there, rest = rest.partition(end)
+        if not there:
+            return {}
+    return found | {"outputs": found["outputs"] + "}"}
+
+
+def _add_kernel(line: str, name: str, parts: Mapping[str, str], log: EngineLog) -> None:
     found = _GRAPH.search(name)
     graph = int(found[1]) if found else 0
     if profile := _PROFILE.search(line):

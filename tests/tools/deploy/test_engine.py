@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,26 @@ def test_profiles_follow_the_names_of_the_inputs():
 def test_limits_that_make_no_sense_are_refused(limits):
     with pytest.raises(ValueError, match=r"at least 1|raise --max-context"):
         Limits(**limits)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Name: x" * 60_000,
+        "Name: a, LayerType: kgen, " + "Inputs: [ { Name: x], Constants: [" * 12_000,
+        "Name: a, LayerType: kgen, Inputs: [], Constants: ["
+        + "{ Name: x, Dimensions: [1] " * 16_000
+        + "], Outputs: [}]",
+        "Name: a, LayerType: kgen, Inputs: [], Constants: [" + "{ Name: x" * 45_000 + "], Outputs: [}]",
+    ],
+    ids=["ports", "parts", "tensors", "names"],
+)
+def test_no_line_of_a_log_takes_longer_than_it_is_long(line: str, tmp_path):
+    """420 KB took 28 s and more: each beginning was tried to the end of the line."""
+    (tmp_path / "build.log").write_text(line + "\n")
+    start = time.process_time()
+    engine_log.read(tmp_path / "build.log")
+    assert time.process_time() - start < 2
 
 
 def test_the_log_is_read_line_by_line(tmp_path):
