@@ -60,16 +60,22 @@ def _parsed(kind: Any, known: dict[str, Any], path: os.PathLike[str] | str, mode
 
 
 def _fast(reader: Any) -> Any:
-    """Return a reader that parses a plain array: each part of a `numpy.memmap` costs as much again."""
+    """Return a reader that parses a plain array: each part of a `numpy.memmap` costs as much again.
+
+    It ends where the file ends: gguf itself goes on with empty elements for as many as an array claims to have.
+    """
 
     class Reader(reader):  # type: ignore[misc]
         data: Any
 
-        def _get(self, *args: Any, **kwargs: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
             import numpy as np
 
             if type(self.data) is not np.ndarray:
                 self.data = self.data.view(np.ndarray)
-            return super()._get(*args, **kwargs)
+            found = super()._get(offset, dtype, count, *args, **kwargs)
+            if len(found) < int(count):
+                raise ValueError(f"the file ends within a field at byte {offset}; it is truncated or damaged")
+            return found
 
     return Reader

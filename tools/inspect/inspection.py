@@ -276,10 +276,14 @@ def _gguf(path: Path) -> Inspection:
 
     if find_spec("gguf") is None:
         raise MissingError(f"{path} is a GGUF file and the package gguf is not installed: pip install gguf")
-    from gguf import GGUFReader
+    import gguf
 
+    from rankbook.calibration.model.gguf_file import read_once
+
+    library: Any = gguf
     try:
-        reader = GGUFReader(path)
+        with read_once():
+            reader = library.GGUFReader(path)
     except ValueError as error:
         raise UsageError(f"{path} is not a readable GGUF file: {error}") from None
     layers = []

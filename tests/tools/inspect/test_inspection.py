@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 
 import onnx
 import pytest
@@ -69,3 +71,15 @@ def test_an_engine_without_its_description_is_refused(tmp_path, capsys):
     (tmp_path / "model.engine").write_bytes(b"x")
     assert run_cli("inspect", tmp_path / "model.engine") == errors.USAGE
     assert "engine.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [0, 4, 8])
+def test_a_gguf_file_that_claims_more_than_it_holds_is_refused_soon(kind: int, tmp_path):
+    """An array of 2**40 elements in a file of 97 bytes: gguf would look at each of them."""
+    name = struct.pack("<Q", 1) + b"a"
+    array = struct.pack("<IIQ", 9, kind, 2**40)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + name + array + bytes(48))
+    start = time.process_time()
+    with pytest.raises(errors.UsageError, match=r"ends within a field|is damaged"):
+        inspect(tmp_path / "a.gguf")
+    assert time.process_time() - start < 5
