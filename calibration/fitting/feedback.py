@@ -132,9 +132,9 @@ def _assign_block(
     for place, column in enumerate(columns):
         index = group_of[column]
         value = work[column]
-        rank = rounding.search(value[None, None], bounds[index][None])[0]
-        ranks[column] = rank[0]
-        error = (value - codebooks[index].gather(0, rank.long())[0]) / factor[column, column]
+        rank = rounding.search_column(value, bounds[index])
+        ranks[column] = rank
+        error = (value - codebooks[index].gather(0, rank.long()[None])[0]) / factor[column, column]
         errors[place] = error
         rest = slice(column + 1, columns.stop)
         work[rest].addr_(factor[column, rest], error, alpha=-1)

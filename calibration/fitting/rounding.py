@@ -11,6 +11,8 @@ from torch import Tensor
 
 _COMPARE_LEVELS = 16
 """Up to this many levels a search compares with every midpoint; above, it bisects with gathers."""
+_AT_ONCE = 1 << 17
+"""Weights whose cells are searched at a time: they stay in the cache of a core meanwhile."""
 
 
 def to_groups(weight: Tensor, group: int) -> Tensor:
@@ -55,12 +57,26 @@ def search(values: Tensor, bounds: Tensor) -> Tensor:
     cells = bounds.shape[1]
     if cells + 1 > _COMPARE_LEVELS:
         return _bisect(values, bounds)
-    ranks = torch.gt(values, bounds[:, :1]).view(torch.uint8)
-    above = torch.empty_like(values, dtype=torch.bool)
-    for cell in range(1, cells):
-        torch.gt(values, bounds[:, cell : cell + 1], out=above)
-        ranks.add_(above.view(torch.uint8))
+    ranks = torch.empty_like(values, dtype=torch.uint8)
+    groups = max(1, _AT_ONCE // values[0].numel())
+    for some, edges, found in zip(*(torch.split(all_, groups) for all_ in (values, bounds, ranks)), strict=True):
+        # PyTorch compares with vector instructions only where the result is of the type of the values.
+        count = torch.gt(some, edges[:, :1], out=torch.empty_like(some))
+        above = torch.empty_like(some)
+        for cell in range(1, cells):
+            count += torch.gt(some, edges[:, cell : cell + 1], out=above)
+        found.copy_(count)
     return ranks
+
+
+def search_column(values: Tensor, bounds: Tensor) -> Tensor:
+    """`search` for one weight of each row: values (N,), bounds (L - 1, N), ranks (N,) uint8.
+
+    All boundaries are compared at once: for so few values the calls cost more than the comparisons.
+    """
+    if len(bounds) + 1 > _COMPARE_LEVELS:
+        return _bisect(values[None, None], bounds[None])[0, 0]
+    return torch.gt(values, bounds).view(torch.uint8).sum(0, dtype=torch.uint8)
 
 
 def _bisect(values: Tensor, bounds: Tensor) -> Tensor:

@@ -33,6 +33,17 @@ def test_nearest_is_the_brute_force_nearest(levels: int, seed: int, in_order: bo
     torch.testing.assert_close((values - found).abs(), best, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("groups", "levels"), [(3, 8), (40, 4), (2, 32)])
+def test_searches_count_the_boundaries_below(groups: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    values = torch.randn(groups, 16, 300, generator=generator)
+    bounds = torch.randn(groups, levels - 1, 300, generator=generator).sort(1).values
+    values[:, 0] = bounds[:, 0]  # a value on a boundary belongs to the lower cell
+    want = (values[:, :, None] > bounds[:, None]).sum(2)
+    assert torch.equal(rounding.search(values, bounds).long(), want)
+    assert torch.equal(rounding.search_column(values[0, 3], bounds[0]).long(), want[0, 3])
+
+
 def test_a_tie_goes_to_the_smaller_level() -> None:
     codebooks = torch.tensor([0.0, 1.0, 2.0, 3.0])[None, :, None]
     assert rounding.nearest(torch.tensor([[[0.5], [2.5]]]), codebooks).flatten().tolist() == [0, 2]

@@ -29,5 +29,16 @@ def test_a_model_in_shards_is_one_that_loads(tmp_path: Path, monkeypatch: pytest
 
 
 def test_time_is_said_by_weights() -> None:
-    row = scale.Row("7B", 4, 2_000_000_000, "quantize rtn", 10.0, 3_000_000_000, 4_000_000_000)
-    assert scale.table([row]).splitlines()[-1] == "| 7B, 4 blocks | quantize rtn | 10 | 5 | 3.00 | 4.00 |"
+    row = scale.Row("7B", 4, 2_000_000_000, "quantize rtn", 10.0, 9.0, 3_000_000_000, 4_000_000_000, "4GiB")
+    line = "| 7B, 4 of 32 blocks | 4.00 | quantize rtn | 4GiB | 3.00 | 9 | 4 | 30 (extrapolated) |"
+    assert scale.table([row]).splitlines()[-1] == line
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "_VOCABULARY", 300)
+    monkeypatch.setitem(scale.SIZES, "0.1B", TINY)
+    assert scale.main(["--sizes", "0.1B", "--runs", "--kill-after", "1", "--threads", "1", "-o", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["verb"] for row in rows] == ["quantize rtn, killed after 1 blocks", "quantize rtn, resumed to 2 blocks"]
+    assert all(row["peak_rss_bytes"] > 0 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "text.txt"}
