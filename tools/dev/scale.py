@@ -195,6 +195,7 @@ class Measured:
                 self.note(f"quantize rtn, {what} {blocks} blocks", time.monotonic() - begin, cpu, peak, self._limit)
         finally:
             shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
+            out.with_name(f".{out.name}.rankbook-lock").unlink(missing_ok=True)
 
 
 def _until(state: Path, blocks: int, words: Sequence[str]) -> tuple[float, int]:
