@@ -11,7 +11,7 @@ from torch import Tensor
 
 _COMPARE_LEVELS = 16
 """Up to this many levels a search compares with every midpoint; above, it bisects with gathers."""
-_AT_ONCE = 1 << 17
+_AT_ONCE = 1 << 15
 """Weights whose cells are searched at a time: they stay in the cache of a core meanwhile."""
 
 
