@@ -1,8 +1,9 @@
-"""Sessions of the native library among threads, processes and each other."""
+"""Sessions of the native library among threads, processes and each other; how the built files are hardened."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from rankbook.plugins import library
 from tests.ops.cases import Array, Case
 from tests.ops.runners import built, ort_session
 from tests.plugins.merged_ops import draw_several, model_of
+from tests.plugins.toolchain import output, required_tool
 
 CASE = Case(bits=3, out_features=96, in_features=128, rank=4, bias=True, tokens=(2, 3))
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,3 +100,19 @@ def test_a_library_that_is_registered_twice_is_refused_and_harms_nobody() -> Non
         twice()
     assert same(session.run(None, feeds), wanted)
     assert same(subject()[0].run(None, feeds), wanted)
+
+
+@pytest.mark.parametrize("name", ["ort", "ort-cuda", "trt"])
+def test_built_files_are_hardened(name: str) -> None:
+    """Tables of addresses are read-only once it is loaded, no memory is both written and run, stacks are watched."""
+    if reason := library.unavailable(name):
+        pytest.skip(reason)
+    path, readelf = library.library(name), required_tool("readelf")
+    segments, dynamic = output(readelf, "-lW", path), output(readelf, "-dW", path)
+    assert "GNU_RELRO" in segments
+    assert re.search(r"GNU_STACK .* RW +0x", segments), "the stack may be run"
+    assert not re.search(r"LOAD .* RWE ", segments), "memory is both written and run"
+    assert re.search(r"FLAGS.*NOW", dynamic), "addresses are looked up late, so their table stays writable"
+    assert "TEXTREL" not in dynamic
+    symbols = output(required_tool("nm"), "-D", "--undefined-only", path)
+    assert "__stack_chk_fail" in symbols, "stacks are not watched"
