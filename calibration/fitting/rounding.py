@@ -41,7 +41,8 @@ def sort_codebooks(codebooks: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def midpoints(codebooks: Tensor) -> Tensor:
     """Return the cell boundaries (G, L - 1, N) of sorted codebooks (G, L, N)."""
-    return (codebooks[:, 1:] + codebooks[:, :-1]) * 0.5
+    # Codebooks made by einsum have their levels innermost, and strided boundaries are compared one by one.
+    return ((codebooks[:, 1:] + codebooks[:, :-1]) * 0.5).contiguous()
 
 
 def search(values: Tensor, bounds: Tensor) -> Tensor:
