@@ -38,6 +38,8 @@ from rankbook.calibration.model.packed_modules import (
     packed_modules,
     replace_module,
 )
+from rankbook.calibration.record.compact import widened
+from rankbook.calibration.record.finite import is_finite
 from rankbook.plugins.layer_spec import LayerSpec
 
 
@@ -227,6 +229,8 @@ def _check_values(name: str, module: PackedModule) -> None:
             )
         except ValueError as error:
             raise CheckpointError(str(error)) from error
+    if module.spec.compact and not is_finite(widened(module.packed(), module.spec)["step"]):
+        raise CheckpointError(f"{name}.params times {name}.step is NaN or infinity; write or copy the checkpoint again")
 
 
 def _dense(module: Any, dtype: torch.dtype) -> nn.Module:

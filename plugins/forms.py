@@ -122,7 +122,7 @@ COMPACT: Mapping[str, Mapping[str, PartForm]] = {
         "step": PartForm(("NP", "G", 1, layout.PANEL), "float16"),
         "base": PartForm((1, 1, 1, 1), "float32", 0),
     },
-    "e4m3": PARAMS[Form.INT8],
+    "e4m3": {**PARAMS[Form.INT8], "base": PartForm(("NP", 1, "Q", 1), "float32", 0)},
 }
 """Parts of the group parameters as checkpoints alone hold them (`LayerSpec.compact`)."""
 FACTORS: Mapping[Form, Mapping[str, PartForm]] = {

@@ -110,8 +110,9 @@ class Checkpoint:
         if name in self.compact and part in ("params", "step", "base"):
             stored = replace(self, layers=self.compact, compact={})
             held = {each: stored.part(name, each) for each in ("params", "step", "base")}
-            return widened(held, self.compact[name])[part]
-        tensor = self.tensor(f"{name}.{part}")
+            tensor = widened(held, self.compact[name])[part]
+        else:
+            tensor = self.tensor(f"{name}.{part}")
         try:
             self.layers[name].tensors()[part].check(f"{name}.{part}", tensor)
         except ValueError as error:
@@ -171,11 +172,13 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
     """Write a checkpoint as a whole: ``folder`` holds the complete new one afterwards, or what it held before.
 
     Raises:
+        CheckpointError: Tensors of packed layers are not among those given, or share memory.
         FileExistsError: ``folder`` exists and is no checkpoint.
         OSError: Writing failed (disk full, no permission).
     """
     with replaced_folder(folder, MANIFEST) as temporary:
         write_tensors(temporary, {**parts.tensors, **guard(parts.layers)}, shard_bytes)
+        check_tensors(temporary, parts.layers, tensor_files(temporary))  # of tensors that share memory one is written
         quantization = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -265,7 +268,7 @@ def check_version(version: object, where: Path | str) -> None:
     """
     if version not in READABLE:
         raise CheckpointError(
-            f"{where} has format version {version!r}; this rankbook reads versions {' and '.join(map(str, READABLE))}:"
+            f"{where} has format version {version!r}; this rankbook reads versions {', '.join(map(str, READABLE))}:"
             " quantize the model again, or install the version of rankbook that wrote it"
         )
 

@@ -21,10 +21,13 @@ def checkpoint_parts(
     """Gather what the checkpoint holds; tied weights are stored once, other files of the source's folder go along."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
+    packed = {f"{name}.{part}" for name, spec in specs.items() for part in spec.tensors()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor
+        elif name in packed:  # layers are read one by one: each has its own, such as levels that are the same for all
+            tensors[name] = tensor.clone()
     config = json.loads(model.config.to_json_string())
     config.setdefault("architectures", [type(model).__name__])
     if (

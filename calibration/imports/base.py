@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import is_finite
 from rankbook.calibration.record.group_params import GroupParams
 from rankbook.calibration.record.quantized_linear import LEVEL_LIMIT, QuantizedLinear
@@ -183,6 +184,14 @@ class Format:
     numbers: Callable[[Mapping[str, Tensor], Mapping[str, object]], Numbers]
     check: Callable[[Mapping[str, object]], None] = lambda _: None
     joint: str = "."
+
+
+def say_rounding(*, inputs: bool, cache: bool = False) -> None:
+    """Say what of a source is not taken over: that it rounds the inputs of its layers, or its cache."""
+    if inputs:
+        note("the source rounds the inputs of its layers as well; the weights alone are imported")
+    if cache:
+        note("the source rounds its cache as well; the weights alone are imported (--kv-bits rounds it anew)")
 
 
 def exact_params(values: Tensor, *, octaves: bool = False) -> list[GroupParams]:

@@ -26,8 +26,17 @@ def nvfp4(codes: Tensor, scales: Tensor, factor: Tensor | float, method: str) ->
         scales: In E4M3, or in float32 where the factor was applied in another way.
         factor: One number of the tensor, float32. The products with it have float32's digits.
         method: What the record says that it was made with.
+
+    Raises:
+        ImportRefusedError: Several factors.
     """
-    factors = (torch.as_tensor(factor).float().reshape(-1)[:1] / 2).expand(len(codes))  # levels are doubled
+    one = torch.as_tensor(factor).float()
+    if one.numel() != 1:
+        raise ImportRefusedError(
+            f"its scale of the whole tensor is {tuple(one.shape)}, one for each of several layers that lie in it, and"
+            " which rows are whose is not said; export them apart with the tool that wrote them"
+        )
+    factors = (one.reshape(1) / 2).expand(len(codes))  # levels are doubled
     return Numbers(codes, 4, [scales.float()], method, levels=_LEVELS, factors=factors)
 
 
@@ -47,7 +56,7 @@ def exponents_of(stored: Tensor) -> Tensor:
     Raises:
         ImportRefusedError: Another dtype, or one of them is E8M0's NaN.
     """
-    if stored.element_size() != 1 or stored.dtype in (torch.int8, torch.float8_e4m3fn):
+    if stored.dtype not in (torch.uint8, torch.float8_e8m0fnu):
         raise ImportRefusedError(f"its scales are {stored.dtype}; those of MX formats are exponents in uint8 (E8M0)")
     exponents = stored.view(torch.uint8)
     if bool((exponents == _NAN).any()):

@@ -47,6 +47,11 @@ class GroupParams:
             check_tensor("scales", self.values, (torch.float16,), 3)
             check_finite("scales", self.values)
             check_tensor("zero points", self.codes, (torch.int8,), 3)
+            if self.codes.shape != self.values.shape:
+                raise ValueError(
+                    f"zero points have shape {tuple(self.codes.shape)} and scales {tuple(self.values.shape)}; each"
+                    " group has one of both"
+                )
             return
         if (self.values is None) == (self.codes is None):
             raise ValueError("group parameters need either codes with step and base, or values; give exactly one form")
@@ -150,7 +155,8 @@ class GroupParams:
             return cls(codes, values=values, compact=spec.compact)
         if spec.params is not Form.INT8 and not spec.compact:
             return cls(values=_unpack_rows(tensors["step"], spec))
-        step, base = (tensors[name][:, 0, :, 0].contiguous() for name in ("step", "base"))
+        step = tensors["step"][:, 0, :, 0].contiguous()
+        base = torch.zeros_like(step) if spec.compact else tensors["base"][:, 0, :, 0].contiguous()
         return cls(_unpack_rows(tensors["params"], spec), step, base, compact=spec.compact)
 
     @property

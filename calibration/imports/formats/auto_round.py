@@ -27,7 +27,7 @@ def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, object]) -> Numbe
     packing = str(entry.get("packing_format"))
     if packing == _AWQ:
         return awq.of_layout(tensors, "auto-round")
-    return gptq.of_layout(tensors, less_one=_LESS_ONE[packing], method="auto-round")
+    return gptq.of_layout(tensors, entry, less_one=_LESS_ONE[packing], method="auto-round")
 
 
 FORMAT = Format(

@@ -47,9 +47,15 @@ def _of_gemv(tensors: Mapping[str, Tensor], group: int) -> Numbers:
     """Return a layer of gemv's ``qweight`` (N, K / 8), ``qzeros`` (N, Z), ``scales`` (N, 8 Z); Z holds G, padded."""
     codes, zeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
     columns = codes.shape[1] * 8
-    groups = columns // (columns if group < 0 else group)
+    group = columns if group < 0 else group
+    groups = columns // group
     if codes.shape[0] != scales.shape[0] or scales.shape[1] != 8 * zeros.shape[1] or scales.shape[1] < groups:
         raise ImportRefusedError(f"qweight {tuple(codes.shape)} is not in the layout of AutoAWQ's gemv")
+    if columns % group or bool(scales[:, groups:].any()):
+        raise ImportRefusedError(
+            f"its scales {tuple(scales.shape)} are not those of groups of {group}, which quantization_config says; one"
+            " of the two is of another checkpoint, download it again"
+        )
     points = unpacked(zeros, _BITS, groups).int()
     return Numbers(unpacked(codes, _BITS, columns), _BITS, [scales[:, :groups]], "awq", zeros=points)
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, check_order, unpacked
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, check_order, say_rounding, unpacked
 from rankbook.calibration.imports.floats import e4m3, mxfp4, nvfp4, scales_of_rows
-from rankbook.calibration.notes import note
 
 FORMATS = (
     "pack-quantized",
@@ -33,10 +32,8 @@ def check(entry: Mapping[str, Any]) -> None:
     found = named - {"mixed-precision"}  # each group has a format of its own then
     if unknown := sorted(found - {*FORMATS}):
         raise ImportRefusedError(f"format {', '.join(unknown)} is not known; import reads {', '.join(FORMATS)}")
-    if any(group.get("input_activations") for group in _groups(entry)):
-        note("the source rounds the inputs of its layers as well; the weights alone are imported")
-    if entry.get("kv_cache_scheme"):
-        note("the source rounds its cache as well; the weights alone are imported (--kv-bits rounds it anew)")
+    inputs = any(group.get("input_activations") for group in _groups(entry))
+    say_rounding(inputs=inputs, cache=bool(entry.get("kv_cache_scheme")))
 
 
 def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Numbers:

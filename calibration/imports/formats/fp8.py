@@ -7,8 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, Numbers
+from rankbook.calibration.imports.base import Format, Numbers, say_rounding
 from rankbook.calibration.imports.floats import e4m3
+
+
+def check(entry: Mapping[str, Any]) -> None:
+    """Say what is not taken over."""
+    say_rounding(inputs=bool(entry.get("activation_scheme")))
 
 
 def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Numbers:
@@ -18,5 +23,10 @@ def numbers(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Numbers:
 
 
 FORMAT = Format(
-    "fp8", "FP8 (DeepSeek, transformers)", lambda entry: entry.get("quant_method") == "fp8", "weight_scale_inv", numbers
+    "fp8",
+    "FP8 (DeepSeek, transformers)",
+    lambda entry: entry.get("quant_method") == "fp8",
+    "weight_scale_inv",
+    numbers,
+    check,
 )

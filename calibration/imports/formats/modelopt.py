@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, unpacked
+from rankbook.calibration.imports.base import Format, ImportRefusedError, Numbers, say_rounding, unpacked
 from rankbook.calibration.imports.floats import e4m3, mxfp4, nvfp4, scales_of_rows
-from rankbook.calibration.notes import note
 
 METHOD = "modelopt"
-_ROUNDS_INPUTS = ("NVFP4", "NVFP4_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "MXFP8")
+_ROUNDS_INPUTS = (
+    *("NVFP4", "NVFP4_AWQ", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8"),
+    *("W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "W8A8_SQ_PER_CHANNEL"),
+)
 _BLOCK = (128, 128)
 """Of scales for blocks of FP8, as far as they are not those of rows."""
 
 
 def check(entry: Mapping[str, Any]) -> None:
     """Say what is not taken over."""
-    if entry.get("quant_algo") in _ROUNDS_INPUTS:
-        note("the source rounds the inputs of its layers as well; the weights alone are imported")
-    if entry.get("kv_cache_scheme") or entry.get("kv_cache_quant_algo"):
-        note("the source rounds its cache as well; the weights alone are imported (--kv-bits rounds it anew)")
+    cache = bool(entry.get("kv_cache_scheme") or entry.get("kv_cache_quant_algo"))
+    say_rounding(inputs=entry.get("quant_algo") in _ROUNDS_INPUTS, cache=cache)
 
 
 def numbers(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> Numbers:

@@ -26,7 +26,7 @@ def test_scales_of_e8m0_are_powers_of_two_in_either_dtype() -> None:
     assert exponents_of(stored.view(torch.float8_e8m0fnu)).tolist() == [[-7, 0, 3]]
     weight = torch.ones(1, 96).to(torch.float8_e4m3fn)
     assert torch.equal(e4m3(weight, stored, None, "test").record().weight()[0, ::32], torch.tensor([2.0**-7, 1, 8]))
-    for wrong in (torch.float32, torch.int8, torch.float8_e4m3fn):
+    for wrong in (torch.float32, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
         with pytest.raises(ImportRefusedError, match="exponents in uint8"):
             mxfp4(torch.zeros(1, 32, dtype=torch.uint8), stored.to(wrong), "test")
 

@@ -46,6 +46,8 @@ Q = "model.layers.0.self_attn.q_proj"
         ("awq", {"version": "gemv_fast"}, {}, "take a 'gemm' or 'gemv' checkpoint"),
         ("awq", {"version": "gemv"}, {}, "not in the layout of AutoAWQ's gemv"),
         ("awq", {"bits": 3}, {}, "its layout has 4"),
+        ("gptq", {"bits": 8}, {}, "its shapes are those of 4 bits, and quantization_config says 8"),
+        ("auto-round", {"bits": 2}, {}, "its shapes are those of 4 bits, and quantization_config says 2"),
         ("auto-round", {"packing_format": "auto_round:fp8"}, {}, "packing_format 'auto_round:fp8' is not known"),
         ("compressed-w4", {"format": "marlin-24", "config_groups": {"a": {}}}, {}, "marlin-24 is not"),
         ("compressed-w4", {"transform_config": {"config_groups": {"u": {}}}}, {}, "transform_config changes"),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rankbook.calibration.checkpoint.format import open_checkpoint
+from rankbook.calibration.checkpoint.format import CheckpointError, CheckpointParts, open_checkpoint, write_checkpoint
+from rankbook.calibration.hf import _check_values
 from rankbook.calibration.imports.run import import_model
 from rankbook.calibration.model import packed_ops
-from rankbook.calibration.model.packed_modules import CodebookEmbedding
+from rankbook.calibration.model.packed_modules import CodebookEmbedding, CodebookLinear
 from rankbook.calibration.record.compact import widened
 from rankbook.calibration.record.group_params import GroupParams
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
@@ -89,6 +90,8 @@ def test_entries_that_contradict_themselves_are_refused() -> None:
     for change in ({"compact": "e4m3"}, {"compact": "more"}, {"param_bits": 16}):
         with pytest.raises(ValueError, match="compact is"):
             LayerSpec.from_json("x", {**entry, **change})
+    with pytest.raises(ValueError, match=r"zero points have shape \(4, 1, 1\) and scales \(4, 2, 1\)"):
+        GroupParams(torch.ones(4, 1, 1).to(torch.int8), values=torch.ones(4, 2, 1).half(), compact="zeros")
     with pytest.raises(ValueError, match="NaN or infinity"):
         GroupParams(torch.full((1, 1, 1), 127, dtype=torch.int8), torch.ones(1, 1), torch.zeros(1, 1), compact="e4m3")
 
@@ -102,3 +105,27 @@ def test_an_exporter_reads_wide_parameters(tmp_path: Path) -> None:
     seen.layers[name].check(tensors)
     assert torch.equal(QuantizedLinear.unpack(tensors, seen.layers[name]).weight(), stored.record(name).weight())
     assert seen.layers[name].bits_per_weight() > stored.layers[name].bits_per_weight()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [("params", 127, "NaN or infinity"), ("step", 1e38, "NaN or infinity"), ("base", 1.0, "must hold 0")],
+)
+def test_scales_that_are_no_numbers_are_refused_by_every_reader(
+    part: str, value: float, message: str, tmp_path: Path
+) -> None:
+    """Codes of E4M3 are int8 and each of two factors is finite: only what is made of them tells."""
+    made = record("e4m3")
+    tensors = made.pack()
+    tensors[part].view(-1)[0] = value
+    write_checkpoint(
+        tmp_path / "q",
+        CheckpointParts({}, {"a": made.spec()}, {f"a.{name}": tensor for name, tensor in tensors.items()}, {}),
+    )
+    seen = open_checkpoint(tmp_path / "q").for_operators()
+    with pytest.raises(CheckpointError, match=message):
+        seen.part("a", "step")
+    module = CodebookLinear(made.spec(), made.pack())
+    module.get_buffer(part).view(-1)[0] = value
+    with pytest.raises(CheckpointError, match=message):
+        _check_values("a", module)

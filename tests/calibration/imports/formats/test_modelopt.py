@@ -52,6 +52,7 @@ def test_integers_and_mxfp4_keep_their_weight() -> None:
         ({"pre_quant_scale": torch.full((32,), 2.0)}, "multiplies its inputs"),
         ({"weight": None}, "no weight"),
         ({"weight_scale_2": None}, "no weight_scale_2"),
+        ({"weight_scale_2": torch.ones(2)}, r"its scale of the whole tensor is \(2,\)"),
         ({"weight": torch.ones(8, 16)}, r"torch.float32 \(8, 16\)"),
         ({"weight": torch.ones(2, 8, 16, dtype=torch.uint8)}, r"torch.uint8 \(2, 8, 16\)"),
         ({"weight_scale": torch.full((8, 2), torch.nan).to(torch.float8_e4m3fn)}, "NaN or infinity"),
