@@ -12,6 +12,7 @@ import functools
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,12 @@ class _Limit:
 
     Attributes:
         size: In bytes.
+        thread: Which one holds it.
         left: Resident bytes of files that were left when pages were let go of the last time: code, for the most part.
     """
 
     size: int
+    thread: int
     left: int = 0
 
 
@@ -82,7 +85,7 @@ def limited(size: str | None) -> Iterator[None]:
     if size is None:
         yield
         return
-    _limits.append(_Limit(read_size(size)))
+    _limits.append(_Limit(read_size(size), threading.get_ident()))
     try:
         yield
     finally:
@@ -102,9 +105,12 @@ def beyond_share(size: int) -> bool:
 def relieve() -> None:
     """Let go of pages of mapped files where they take too much of the limit; without one, do nothing.
 
-    To be called wherever much has been read, between two steps.
+    To be called wherever much has been read, between two steps. Only the thread that holds the limit does something: it
+    waits where others solve layers side by side, which may put other memory in the place of a mapping at any time.
     """
-    if _limits and beyond_share((now := _status("RssFile")) - _limits[-1].left):
+    if not _limits or _limits[-1].thread != threading.get_ident():
+        return
+    if beyond_share((now := _status("RssFile")) - _limits[-1].left):
         release_mapped()
         _limits[-1].left = min(now, _status("RssFile"))
 
@@ -112,8 +118,8 @@ def relieve() -> None:
 def release_mapped() -> None:
     """Let go of the resident pages of mapped files; they are read again where they are needed.
 
-    Only mappings of which no page was changed in memory are touched, so nothing can be lost. Code is left where it is.
-    Without Linux' view of a process, nothing happens.
+    Only mappings of which no page was changed, in memory or in swap, are touched, so nothing can be lost as long as no
+    other thread ends a mapping meanwhile. Code is left where it is. Without Linux' view of a process, nothing happens.
     """
     if not _MAPS.is_file():
         return
@@ -127,13 +133,15 @@ _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) +(/.*)")
 def _idle(maps: str) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the mappings of regular files that hold nothing but what is in their file."""
     place: tuple[int, int] | None = None
-    resident = False
+    sizes: dict[str, int] = {}
     for line in maps.splitlines():
         name, _, value = line.partition(":")
-        if name == "Rss":
-            resident = int(value.split()[0]) * 1024 >= _LEAST_PAGES
-        elif name == "Anonymous" and place is not None and resident and value.split()[0] == "0":
-            yield place
+        if name in ("Rss", "Anonymous", "Swap"):
+            sizes[name] = int(value.split()[0]) * 1024
+            # Swap is the last of them; a changed page that went there is not resident any more.
+            clean = name == "Swap" and sizes["Anonymous"] + sizes["Swap"] == 0
+            if clean and place is not None and sizes["Rss"] >= _LEAST_PAGES:
+                yield place
         elif "-" in name[:20]:
             found = _HEADER.fullmatch(line)
             is_data = found is not None and "x" not in found[3] and found[4] != "0"
@@ -143,7 +151,7 @@ def _idle(maps: str) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int]:
-    # PyDLL keeps the interpreter's lock: no other thread can put something else in the place of a mapping meanwhile.
+    # PyDLL keeps the interpreter's lock, so that no Python code runs meanwhile.
     call = ctypes.PyDLL(None).madvise
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return cast("Callable[[int, int, int], int]", call)

@@ -220,7 +220,7 @@ def collect(
 def outside_in_float32(model: nn.Module, blocks: Blocks) -> Iterator[None]:
     """Compute in float32 what surrounds the blocks (norms, positions, projections), without copying embeddings.
 
-    Embeddings keep their dtype and their output is widened, which is exact.
+    Embeddings keep their dtype and their rows are widened, which is exact; a factor on them is applied afterwards.
     """
     inside = {id(module) for block in blocks.modules for module in block.modules()}
     head = adapter_of(model).embeddings().head
@@ -229,10 +229,19 @@ def outside_in_float32(model: nn.Module, blocks: Blocks) -> Iterator[None]:
     others = [m for m in model.modules() if id(m) not in inside]
     with contextlib.ExitStack() as stack:
         for module in large:
-            stack.enter_context(module.register_forward_hook(lambda _module, _args, output: output.float()))
+            scaled = isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+            factor = adapter_of(model).embedding_scale(module) if scaled else None
+            stack.enter_context(module.register_forward_hook(functools.partial(_in_full, factor)))
         for module in others:
             stack.enter_context(in_float32(module, recurse=False))
         yield
+
+
+def _in_full(factor: float | None, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return the output of a layer in float32; ``factor`` is what an embedding multiplies its rows by, or None."""
+    if factor is None:
+        return output.float()
+    return nn.functional.embedding(args[0], module.weight).float() * factor  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ matrices (gates, norms) stays its own code.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration.model import packed_ops
 from rankbook.calibration.model.packed_modules import CodebookLinear
+from rankbook.calibration.notes import note
 
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the fused parameters as transformers marks them; experts have one of the first two, and the last."""
@@ -62,15 +64,23 @@ class ExpertMatrices(nn.ModuleList):
             part is not layer._constants for part, layer in zip(self._parts, layers, strict=True)
         ):
             if any(layer.spec != layers[0].spec or not layer.served(x) for layer in layers):
+                _say_one_by_one()
                 return False
             names = layers[0]._constants
             self._stack = {name: torch.stack([layer._constants[name] for layer in layers]) for name in names}
             self._parts = [layer.share(self._stack, number) for number, layer in enumerate(layers)]
         return True
 
+    def forget_constants(self) -> None:
+        """Let go of the stack, so that memory holds it only as long as the layers hold their part."""
+        for layer in self:
+            if isinstance(layer, CodebookLinear):
+                layer.forget_constants()
+        self._stack, self._parts = {}, []
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertMatrices:
         """Move the layers; their stack is made again where it is asked for."""
-        self._stack, self._parts = {}, []
+        self.forget_constants()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -78,6 +88,11 @@ class ExpertMatrices(nn.ModuleList):
         """Return the inputs of each."""
         width: Any = self[0].in_features
         return int(width)
+
+
+@functools.cache
+def _say_one_by_one() -> None:
+    note("experts of a block are stored in several forms, so that one after the other is computed, and not all at once")
 
 
 def matrix_of(name: str) -> tuple[str, int] | None:

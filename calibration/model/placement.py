@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration.device import DeviceError, resolve
 from rankbook.calibration.memory import beyond_share, relieve
+from rankbook.calibration.model.experts import ExpertMatrices
 from rankbook.calibration.model.packed_modules import PackedModule
 
 CPU = torch.device("cpu")
@@ -163,7 +164,12 @@ def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) ->
     size = math.prod(shape) * dtype.itemsize
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a signal once the file is mapped
-            os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                what = f"{size / 1e9:.2g} GB of calibration activations wait there"
+                why = f"{error.strerror}: {what}; free room, or give a larger --memory-limit"
+                raise OSError(error.errno, why, str(folder or tempfile.gettempdir())) from error
         return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
 
 
@@ -200,9 +206,9 @@ def placed(
 ) -> Iterator[None]:
     """`in_float32` in another dtype; None keeps the dtypes."""
     twins: dict[int, Tensor] = {}
-    held: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+    held: list[tuple[dict[str, Any], str, Tensor, Tensor | None]] = []
     owners = list(module.modules()) if recurse else [module]
-    packed = [owner for owner in owners if isinstance(owner, PackedModule)]
+    packed = [owner for owner in owners if isinstance(owner, PackedModule | ExpertMatrices)]
     for layer in packed:
         layer.forget_constants()
     for owner in owners:
@@ -211,8 +217,9 @@ def placed(
             for name, tensor in tensors.items():
                 if tensor is None or (twin := _twin(tensor, device, wanted, twins)) is tensor:
                     continue
-                # A second handle on the data: were it freed, new values could come to lie at the same address.
-                held.append((tensors, name, tensor, twin.data))
+                # A second handle on the data: were it freed, new values could come to lie at the same address. Packed
+                # tensors are given none: kernels write them otherwise, and what is stored may be mapped.
+                held.append((tensors, name, tensor, None if isinstance(owner, PackedModule) else twin.data))
                 tensors[name] = twin
     relieve()
     try:
@@ -222,7 +229,7 @@ def placed(
             layer.forget_constants()
         for tensors, name, tensor, given in held:
             now = tensors[name]
-            if now.data_ptr() != given.data_ptr():
+            if given is not None and now.data_ptr() != given.data_ptr():
                 tensor.data = now.data.to(tensor.device, tensor.dtype)
             tensors[name] = tensor
 

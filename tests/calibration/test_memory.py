@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.by_block import by_block
 from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.model.placement import Placement, Stream
+from rankbook.tools.runtimes.torch import TorchModel
 from tests.calibration.runs import files, options
 from tests.tiny import tiny_model
 
@@ -65,6 +70,36 @@ def test_pages_that_were_changed_in_memory_stay(tmp_path: Path) -> None:
     assert changed[BYTES // 2] == 7
 
 
+def test_pages_that_were_changed_and_swapped_out_stay() -> None:
+    """They are not resident, and no anonymous page of the mapping is counted any more."""
+    counts = "Rss: {} kB\nAnonymous: {} kB\nAnonHugePages: 0 kB\nSwap: {} kB\nSwapPss: 0 kB\n"
+    found = [(4096, 0, 0), (4096, 4, 0), (4096, 0, 4), (4, 0, 0)]
+    header = "{0}000-{0}fff rw-p 00000000 fd:01 17 /data/w.safetensors\n"
+    maps = "".join(header.format(place) + counts.format(*sizes) for place, sizes in enumerate(found, 1))
+    assert list(memory._idle(maps)) == [(0x1000, 0x1FFF)]
+
+
+def test_pages_are_let_go_of_by_the_thread_that_holds_the_limit(monkeypatch: pytest.MonkeyPatch, narrow: None) -> None:
+    """It waits for the others: what these free and take meanwhile may lie where a mapping was."""
+    released: list[int] = []
+    monkeypatch.setattr(memory, "release_mapped", lambda: released.append(threading.get_ident()))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(memory.relieve).result()
+    assert released == []
+    memory.relieve()
+    assert released == [threading.get_ident()]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left.*GB of calibration activations.*--memory-limit") as caught:
+        Placement(folder=tmp_path).empty((1 << 10, 1 << 10), torch.float32)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+
+
 def test_large_activations_are_in_a_file(tmp_path: Path, narrow: None) -> None:
     held = Placement(folder=tmp_path).empty((4, 8, 16), torch.bfloat16)
     assert list(tmp_path.iterdir()) == []
@@ -82,9 +117,10 @@ def test_a_limit_changes_no_result(tmp_path: Path) -> None:
     assert files(tmp_path / "limited") == files(tmp_path / "free")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_model_computes_block_by_block_as_a_whole(tmp_path: Path, packed: bool) -> None:
-    tiny_model("llama", tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(("family", "packed"), [("llama", False), ("llama", True), ("gemma2", False)])
+def test_a_model_computes_block_by_block_as_a_whole(tmp_path: Path, family: str, packed: bool) -> None:
+    """Gemma's embedding multiplies its rows by a factor that bfloat16 would round."""
+    tiny_model(family, tmp_path / "model", hidden_size=96).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     source = tmp_path / "model"
     if packed:
         source = tmp_path / "out"
@@ -99,3 +135,13 @@ def test_a_model_computes_block_by_block_as_a_whole(tmp_path: Path, packed: bool
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     assert {name: tensor.dtype for name, tensor in narrow.state_dict().items()} == kinds
+
+
+def test_tokens_go_where_the_embeddings_are(tmp_path: Path, narrow: None) -> None:
+    """Which is not where the blocks compute: under a limit weights stay on the host."""
+    tiny_model("llama", tmp_path / "model")
+    model = TorchModel(tmp_path / "model", device="cpu")
+    tokens = np.arange(4)[None]
+    want = model.scores(tokens)
+    model.device = torch.device("meta")
+    np.testing.assert_array_equal(model.scores(tokens), want)

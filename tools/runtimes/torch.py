@@ -95,7 +95,7 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            output = self.model(input_ids=torch.from_numpy(tokens).to(self.device), use_cache=False)
+            output = self.model(input_ids=torch.from_numpy(tokens).to(self.model.device), use_cache=False)
         scores: Logits = output.logits.float().cpu().numpy()
         return scores
 
@@ -122,7 +122,7 @@ class TorchModel(LanguageModel):
         given, self.model.generation_config = self.model.generation_config, settings
         try:
             with torch.inference_mode():
-                ids = torch.from_numpy(tokens).to(self.device)
+                ids = torch.from_numpy(tokens).to(self.model.device)
                 text = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         finally:
             self.model.generation_config = given
@@ -132,7 +132,7 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            last: Logits = self._text.extend(torch.from_numpy(tokens).to(self.device))[0].cpu().numpy()
+            last: Logits = self._text.extend(torch.from_numpy(tokens).to(self.model.device))[0].cpu().numpy()
         return last
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankbook.calibration.model import packed_ops
+from rankbook.calibration.model import experts, packed_ops
 from rankbook.calibration.model.experts import ExpertMatrices
 from rankbook.calibration.model.packed_modules import (
     CodebookEmbedding,
@@ -20,6 +20,8 @@ from rankbook.calibration.model.packed_modules import (
     TiedCodebookLinear,
     materialize_all,
 )
+from rankbook.calibration.model.placement import in_float32
+from rankbook.calibration.notes import Note
 from rankbook.plugins import cuda_abi, library
 from tests.calibration.records import random_record
 from tests.ops.runners import emulated_operators
@@ -102,8 +104,14 @@ def test_experts_are_one_call_where_nothing_watches_one_of_them(monkeypatch: pyt
     layers.load_state_dict({name: stored[name.replace("1.", "2.", 1)] for name in stored})
     want[3] = nn.functional.linear(x[3], weights[2], records[2].bias)
     assert computed(layers.double().float()) == 1
+    with in_float32(layers):
+        layers(x, numbers)
+        assert layers._stack
+    assert not layers._stack, "a block that leaves its device leaves nothing there"
     layers[2] = CodebookLinear.from_record(random_record(40, 96, bits=4, group=48, planes=1))
-    layers(x, numbers)
+    experts._say_one_by_one.cache_clear()
+    with pytest.warns(Note, match="stored in several forms"):
+        layers(x, numbers)
     assert calls[-1] == {}
 
 
