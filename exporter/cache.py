@@ -97,7 +97,7 @@ def _parts(config: Any, layer: int, kept: Any) -> Iterator[Part]:
         found |= {"conv": kept.conv_states[0], "state": kept.recurrent_states[0]}
     tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
     if found and not tensors:
-        raise refusal.NotExportableError(config, f"layer {layer} keeps what it knows of a text outside of the cache")
+        raise refusal.NotExportableError(config, f"layer {layer} keeps its state outside of the cache")
     for name, tensor in tensors.items():
         shape = tuple(int(size) for size in tensor.shape[1:])
         yield Part(layer, name, (shape[0], 0, shape[2]) if name in cache_names.GROWING else shape, tensor.dtype)

@@ -130,13 +130,13 @@ def _refusal(model: ir.Model, options: ExportOptions) -> str:
     if options.kv == "int8":
         return "it gives no scales of a cache in 8 bits; export with --kv float"
     if any(is_state(str(value.name)) for value in model.graph.inputs):
-        return "it is told of keys and values only, and this model keeps states of convolutions or recurrences"
+        return "it supports keys and values only, and this model keeps states of convolutions or recurrences"
     past = [value for value in model.graph.inputs if str(value.name).startswith(PAST)]
     if foreign := sorted({str(value.name) for value in model.graph.inputs if value not in past} - _PLAIN):
         return f"it does not give the input {foreign[0]}; export with --graph standard or ort and --inputs ids"
     shapes = {(shape[1], shape[3]) for shape in map(_shape, past)}
     if len(shapes) != 1:
-        return "it wants keys and values of all layers in one shape, and this model has several"
+        return "it needs keys and values of one shape in all layers, and this model has several shapes"
     return ""
 
 

@@ -20,7 +20,7 @@ from tests.tools.files import run_cli
 SIZES = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 GEMMA = {**SIZES, "lru_width": 48, "num_attention_heads": 4, "block_types": ["recurrent", "attention"]}
-STATE = "layer 0 keeps what it knows of a text outside of the cache"
+STATE = "layer 0 keeps its state outside of the cache"
 
 
 def config(kind: str, **more: Any) -> Any:

@@ -302,20 +302,20 @@ def document(rows: Mapping[str, Row]) -> str:
     lines = [
         "# Model families",
         "<!-- Made by `python -m rankbook.tools.dev.families`. -->",
-        "Tiny random models of the decoder families of transformers (two blocks, 64 features, 4 experts of which 2 are"
-        " used, windows shorter than the text), quantized with RTN at 4 bits in groups of 32. *Packed* is the share of"
-        " the weights in the blocks; *reload* compares the checkpoint with the original model that has the decoded"
-        " weights; the other columns are the larger of the differences of logits between PyTorch and ONNX Runtime,"
-        " without and with a cache, relative to the largest logit: `export`, `export --graph ort`, `export --graph"
-        " static`, `export --dtype fp16`, and the file of `--graph ort` in ONNX Runtime GenAI. *Engine* is `rankbook"
-        " build` (the static graph in fp16) for SM86 without plugins, built by TensorRT-RTX and run by no GPU yet:"
-        " *fused* has a fused attention kernel for every layer with keys and values, and writes each cache in place;"
-        " others say how many. `*` is a file in which layers keep the standard attention, since ONNX Runtime's operator"
-        " cannot express theirs; `-` was not reached.",
-        f"Of {len(found)} families {served} pass quantize, reload, export and parity on the graphs `standard` and"
-        f" `ort`, and {fixed} of the {len(tried)} that were tried on it do so on `static`; {said} are refused by"
-        " `quantize`, or said by it not to be exportable, before it begins;"
-        f" {wrong} give wrong numbers.",
+        "The decoder families of transformers, each tried as a tiny random model (two blocks, 64 features, 4 experts of"
+        " which 2 are used, attention windows shorter than the sequence), quantized with RTN at 4 bits in groups of 32."
+        " *Packed* is the share of the blocks' weights that is quantized. *Reload* says whether the loaded checkpoint"
+        " gives the logits of the original model with the decoded weights. The next five columns are differences of"
+        " logits between PyTorch and ONNX Runtime, relative to the largest logit, with or without a cache, whichever is"
+        " larger: `export`, `export --graph ort`, `export --graph static`, `export --dtype fp16`, and the file of"
+        " `--graph ort` in ONNX Runtime GenAI. *Engine* is `rankbook build` (the static graph in fp16) for SM86 without"
+        " plugins, built by TensorRT-RTX and not run on a GPU yet: *fused* means one fused attention kernel for every"
+        " layer with keys and values, and caches written in place. `*`: some layers keep the standard attention,"
+        " because ONNX Runtime's operator cannot express theirs. `-`: not measured.",
+        f"Of {len(found)} families {served} pass quantization, reload, export and parity on the graphs `standard` and"
+        f" `ort`; of {len(tried)} families tried on the graph `static`, {fixed} pass. {said} are refused by"
+        f" `quantize`, or it says at once that they cannot be exported; {wrong} give wrong numbers; the last column has"
+        " the reasons.",
         *([f"Not run: {', '.join(missing)}."] if missing else []),
         Table("", columns, [_cells(row) for row in found]).markdown(),
     ]

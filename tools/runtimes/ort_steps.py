@@ -76,7 +76,7 @@ class BoundSteps:
     def run(self, tokens: Tokens, past: Any) -> Array:
         """Return what is wanted of tokens (batch, length) behind ``past`` positions; the next call may overwrite it.
 
-        ``past`` is a number, or one for each row (batch,) where rows go their own pace.
+        ``past`` is a number, or one for each row (batch,) where they differ.
         """
         import numpy as np
 

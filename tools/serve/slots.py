@@ -1,4 +1,4 @@
-"""Texts that each go their own pace: rows of a cache that is written in place."""
+"""Sequences of different lengths, decoded together: rows of a cache that is written in place."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class OrtSlots(Slots):
         if not model.file.metadata.in_place:
             other = "static --max-context N" if model.file.metadata.graph == "ort" else "ort"
             raise UsageError(
-                f"the cache of {model.file.path} is not written in place, so that its rows cannot go their own pace;"
+                f"the cache of {model.file.path} is not written in place, which the server needs;"
                 f" export the checkpoint with `rankbook export --graph {other}`"
             )
         if model.cuda:
