@@ -127,16 +127,14 @@ class Options:
 class Seeded(Options):
     """Options of what draws random values."""
 
-    seed: int = option(0, "seed of everything random", metavar="N", group=COMMON)
+    seed: int = option(0, "random seed", metavar="N", group=COMMON)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threaded(Options):
     """Options of what computes on the CPU."""
 
-    threads: int | None = option(
-        None, "CPU threads to use; all cores when not given", metavar="N", least=0, group=COMMON
-    )
+    threads: int | None = option(None, "CPU threads to use; default: all cores", metavar="N", least=0, group=COMMON)
 
 
 def choose(name: str, value: object, allowed: Collection[object]) -> None:

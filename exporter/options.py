@@ -28,18 +28,20 @@ class ExportOptions(Options):
     """
 
     dtype: str = option("fp32", "activations and unquantized weights", choices=DTYPES)
-    logits: str = option("last", "last is for generation, all for `rankbook eval`", choices=LOGITS)
+    logits: str = option(
+        "last", "positions that get logits: last for generation, all for `rankbook eval`", choices=LOGITS
+    )
     dialect: str = option(
         dialects.NATIVE,
         "operators of packed layers: rankbook (its own, any method), qdq (standard DequantizeLinear, which TensorRT"
-        " fuses), ort (MatMulNBits of ONNX Runtime), dense (plain products with decoded weights, to measure beside); a"
+        " fuses), ort (MatMulNBits of ONNX Runtime), dense (plain products with decoded weights, as a baseline); a"
         " layer that a dialect cannot hold is refused with the reason",
         choices=dialects.names(),
     )
     activations: str = option(
         "float",
-        "int8: operators of packed layers round their input to 8 bits, with one scale per token and group; float is"
-        " what the checkpoint says: exact, or its static ranges",
+        "int8: operators of packed layers round their input to 8 bits, with one scale per token and group; float: as"
+        " the checkpoint says, exact or with its static ranges",
         choices=("float", "int8"),
     )
     graph: str = option(
@@ -51,33 +53,33 @@ class ExportOptions(Options):
     )
     max_context: int | None = option(
         None,
-        "positions of the cache of --graph static, prompt and answer together; 1024 where not given, or all that the"
-        " model has if those are fewer",
+        "positions of the cache of --graph static, prompt and answer together; default: 1024, or the model's"
+        " context if that is shorter",
         metavar="N",
         least=1,
     )
     sample: str = option(
         "none",
-        "an output more, so that a step need not read the logits: the best token of each row (greedy: next_token), or"
-        f" the {BEST} best ones with their logits (top-k: top_tokens, top_logits); --graph static only",
+        "an additional output, so that a step need not read the logits: the best token of each row (greedy: next_token)"
+        f" or the {BEST} best ones with their logits (top-k: top_tokens, top_logits); --graph static only",
         choices=SAMPLES,
     )
     kv: str = option(
         "float",
-        "cache inputs and outputs: the type of the activations, or INT8 with a scale for each token and head",
+        "type of the cache: that of the activations, or INT8 with a scale for each token and head",
         choices=("float", "int8"),
     )
     inputs: str = option(
         "ids",
-        "token numbers, or embedded tokens (inputs_embeds) among which a vision tower may put its features",
+        "token ids, or embedded tokens (inputs_embeds), where image features may be inserted",
         choices=tuple(INPUTS),
     )
     with_library: bool | None = option(
         None,
-        "copy the native library into the folder, where ONNX Runtime GenAI finds it; by itself for --graph ort where"
+        "copy the native library into the folder, where ONNX Runtime GenAI finds it; default: with --graph ort, if"
         " the library is built",
     )
-    weights_only: bool = option(False, "leave out the checkpoint's --activations and --kv-bits")
+    weights_only: bool = option(False, "ignore the checkpoint's --activations and --kv-bits")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import Flag
 from rankbook.tools.report import plain, printable, to_json
 
-DESCRIPTION = "Quantize LLMs with low-rank codebooks, export one ONNX file, run it and check it everywhere."
+DESCRIPTION = "Quantize LLMs with low-rank codebooks, export one ONNX file, run it and check it in every runtime."
 EPILOG = """exit codes: 0 ok, 1 a check failed, 2 usage or bad input, 3 missing dependency or device
 
 a first run:

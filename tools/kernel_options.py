@@ -9,8 +9,8 @@ from rankbook.tools.errors import UsageError
 from rankbook.tools.runtimes import AUTO, kernels
 
 _TEXT = (
-    "bodies in the ONNX file, the native library, or auto; native-cuda is the library on an NVIDIA GPU, reference is"
-    " numpy alone: slow, to check the others with"
+    "bodies: the function bodies in the ONNX file; native: the native library; auto: native where it is built;"
+    " native-cuda: the library on an NVIDIA GPU; reference: numpy only, slow, to check the others"
 )
 
 
@@ -23,7 +23,7 @@ class KernelOptions(Options):
     """
 
     kernels: str = option(
-        AUTO, f"{_TEXT}; native-int8 rounds activations to 8 bits inside, the fastest", choices=kernels()
+        AUTO, f"{_TEXT}; native-int8: native, with activations rounded to 8 bits; the fastest", choices=kernels()
     )
     no_native: bool = option(False, "the same as --kernels bodies")
 

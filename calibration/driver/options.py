@@ -64,23 +64,27 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     method: str = option("lcq", f"how codes are chosen: {', '.join(method_names())}", metavar="M", group=WHAT)
     bits: int = option(3, "bits of a code", choices=BITS, group=WHAT)
     group_size: int | str = option(
-        "auto", "weights per codebook: number, auto, channel", metavar="G", parse=group_size, group=WHAT
+        "auto", "weights that share a codebook: a number, auto or channel", metavar="G", parse=group_size, group=WHAT
     )
     rank: int | None = option(
         None,
-        "rank: of the codebook matrix (lcq), 1 to 2^bits - 1; of the scaling matrices (lrq)",
+        "rank of the codebook matrix (lcq), 1 to 2^bits - 1, or of the scaling matrices (lrq)",
         metavar="R",
         group=WHAT,
     )
     weight_format: str | None = option(
-        None, "fixed levels, in methods that have them (lrq: the first two)", choices=FORMATS, group=WHAT
+        None, "fixed levels, for methods that have them (lrq: the first two)", choices=FORMATS, group=WHAT
     )
     target_bits: float | None = option(
-        None, "stored bits per weight: choose what each layer gets (scipy)", metavar="B", group=WHAT
+        None,
+        "average stored bits per weight, distributed over the layers by their sensitivity; needs scipy",
+        metavar="B",
+        group=WHAT,
     )
     allocate: tuple[str, ...] = option(
         ("bits",),
-        "what --target-bits chooses: bits, rank (planes of lcq up to --rank), branch (up to --error-rank)",
+        "what --target-bits chooses for each layer: bits, rank (planes of lcq, up to --rank), branch (its rank, up to"
+        " --error-rank)",
         choices=ALLOCATED,
         group=WHAT,
     )
@@ -89,57 +93,69 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     )
     error_rank: int = option(32, "rank of the error branch", metavar="Q", least=1, group=WHAT)
     quantize_lm_head: int = option(
-        0, "bits of the output layer, 4 fitted to its inputs; 0 leaves it", choices=EMBEDDING_BITS, group=WHAT
+        0,
+        "bits of the output layer; 4 are fitted to its inputs, 0 does not quantize it",
+        choices=EMBEDDING_BITS,
+        group=WHAT,
     )
-    quantize_embeddings: int = option(0, "bits of the embedding; 0 leaves it", choices=EMBEDDING_BITS, group=WHAT)
+    quantize_embeddings: int = option(
+        0, "bits of the embedding; 0 does not quantize it", choices=EMBEDDING_BITS, group=WHAT
+    )
     activations: str = option(
         "none",
-        "inputs of packed layers: static8 (INT8, one step a tensor, exported as QuantizeLinear), token8 (one range a"
-        " token), mxint8 and mxint6 (blocks of 16); the dynamic ones are for evaluation in PyTorch",
+        "how inputs of packed layers are rounded: static8 (INT8, one step size per tensor, exported as QuantizeLinear),"
+        " token8 (one range per token), mxint8 and mxint6 (blocks of 16); the token8 and mxint formats exist"
+        " in PyTorch only",
         choices=ACTIVATION_FORMATS,
         group=WHAT,
     )
     kv_bits: int = option(
         0,
-        "keys and values per token and head, before the rotary embedding, in PyTorch; 0 leaves them",
+        "bits of keys and values, per token and head, before the rotary embedding, in PyTorch only; 0 does not round",
         choices=KV_BITS,
         group=WHAT,
     )
-    skip: tuple[str, ...] = option((), "layers to leave alone; * and ? are wildcards", metavar="NAME", group=WHAT)
+    skip: tuple[str, ...] = option((), "layers not to quantize; * and ? are wildcards", metavar="NAME", group=WHAT)
     rules: tuple[str, ...] = option(
         (),
         "other options for the layers that a pattern matches, as 'PATTERN: bits=4 rank=1 group=32 branch=qera:32"
-        " method=rtn' or 'PATTERN: skip'; repeat it, the first that matches holds",
+        " method=rtn' or 'PATTERN: skip'; may be repeated, the first matching rule applies",
         metavar="RULE",
         flags=("--rule",),
         group=WHAT,
     )
     calib: str | None = option(
-        None, ".txt, .jsonl, .json or a datasets name; sampled from the model without it", metavar="FILE", group=WHERE
+        None,
+        "calibration text: .txt, .jsonl, .json or a datasets name; default: sampled from the model",
+        metavar="FILE",
+        group=WHERE,
     )
     calib_chat: bool = option(
-        False, "rows of the calibration text hold chat 'messages': put them into the model's template", group=WHERE
+        False, "the calibration text holds chats ('messages'): apply the model's chat template", group=WHERE
     )
     calib_sequences: int = option(64, "calibration windows", metavar="N", least=1, group=EFFORT)
     calib_length: int = option(512, "tokens per calibration window", metavar="N", least=2, group=EFFORT)
     effort: str | None = option(
-        None, "fast is the closed form alone; high trains longer; without it: default", choices=EFFORTS, group=EFFORT
+        None,
+        "fast: the closed form, without training; default: trained by block; high: trained longer",
+        choices=EFFORTS,
+        group=EFFORT,
     )
-    clip_search: bool | None = option(None, "search the clipping range (fixed levels)", group=EFFORT)
-    scale_inputs: str | None = option(None, "hide input scales in norms first", choices=SCALINGS, group=EFFORT)
+    clip_search: bool | None = option(None, "search the clipping range (methods with fixed levels)", group=EFFORT)
+    scale_inputs: str | None = option(None, "first fold input scales into the norms", choices=SCALINGS, group=EFFORT)
     branch_passes: int = option(
         1, "rounds of quantizing around the branch and refitting it", metavar="N", least=1, group=EFFORT
     )
     device_memory: float | None = option(
         None,
-        "memory of the device for activations, the rest wait on the host; half of what is free if not given",
+        "device memory for activations, the rest stays on the host; default: half of what is free",
         metavar="GB",
         least=0,
         group=ADVANCED,
     )
     devices: str | None = option(
         None,
-        "indexes of devices that solve the layers of a block side by side, e.g. 0,1; the first one also trains",
+        "devices over which the layers of a block are distributed, such as 0,1; the first one also trains",
         metavar="N,N",
         group=ADVANCED,
     )
@@ -148,11 +164,11 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     )
     factor_bits: int = option(8, "bits of the branch's factors", choices=(8, 16), group=ADVANCED)
     param_bits: int | None = option(
-        None, "bits of each number of a group; the method's choice without it", choices=(8, 16), group=ADVANCED
+        None, "bits of each parameter of a group; default: the method's", choices=(8, 16), group=ADVANCED
     )
     level_dtype: str | None = option(
         None,
-        "storage of learned levels; the method's choice without it",
+        "storage of learned levels; default: the method's",
         choices=("int8", "float16"),
         group=ADVANCED,
     )
@@ -161,13 +177,13 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     )
     activation_skip: tuple[str, ...] = option(
         (),
-        "layers whose inputs are left alone, e.g. *.down_proj, whose outliers one step does not fit",
+        "layers whose inputs are not rounded, such as *.down_proj, whose outliers one step size does not cover",
         metavar="NAME",
         group=ADVANCED,
     )
     activation_training: bool | None = option(
         None,
-        "train blocks with their inputs quantized too (straight-through gradients); by itself with static8 alone",
+        "train blocks with rounded inputs (straight-through gradients); default: with static8 only",
         group=ADVANCED,
     )
     method_options: Mapping[str, Any] = option(
@@ -178,7 +194,7 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
         group=ADVANCED,
     )
     allow_partial: bool = option(
-        False, "quantize even where less than half of the weights in the blocks can be", group=ADVANCED
+        False, "quantize even if less than half of the weights in the blocks can be quantized", group=ADVANCED
     )
 
     def __post_init__(self) -> None:

@@ -25,8 +25,9 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "fast": Preset(
         {"method": "rtn", "bits": 4, "group_size": 32},
-        "rounding to nearest (rtn), 4 bits, groups of 32: no text is read and no block runs, so that it takes little"
-        " more than reading and writing the model. SmolLM2-135M with groups of 64: perplexity 35.38, unquantized 28.48",
+        "rounding to nearest (rtn), 4 bits, groups of 32: no text is read and no block runs, so it takes little"
+        " longer than reading and writing the model. SmolLM2-135M with groups of 64: perplexity 35.38, unquantized"
+        " 28.48",
     ),
     "balanced": Preset(
         {"method": "lcq", "bits": 4, "rank": 1, "effort": "fast"},
@@ -35,8 +36,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "best": Preset(
         {"method": "lcq", "bits": 4, "rank": 1, "effort": "high"},
-        "the same, and 600 training steps for each block. 100 steps (effort default) take 549 CPU seconds of"
-        " SmolLM2-135M and give perplexity 28.97; time grows with the steps. Give --calib text of your use",
+        "the same, and 600 training steps for each block. 100 steps (effort default) take 549 CPU seconds for"
+        " SmolLM2-135M and give perplexity 28.97; time grows with the steps. Give --calib a text like your use",
     ),
 }
 """Presets by name; measurements are from docs/accuracy.md."""

@@ -20,7 +20,7 @@ from rankbook.calibration.record.quantized_linear import QuantizedLinear
 class GptqConfig(rtn.RtnConfig):
     """Options of GPTQ: those of rounding to nearest, and of the order of columns."""
 
-    act_order: bool = option(True, "round columns of most input energy first")
+    act_order: bool = option(True, "round the columns with the most input energy first")
     damping: float = option(0.01, "share of the mean input energy added to the Gram matrix")
 
 

@@ -26,7 +26,7 @@ class LqerConfig(rtn.RtnConfig):
     error_branch: str = option("l2qer", "kind of the error branch", choices=ERROR_BRANCHES)
     error_rank: int = option(32, "rank of the error branch", least=0)
     factor_bits: int = option(8, "bits of the branch's factors: 8 or 16")
-    passes: int = option(1, "rounds of rounding what the branch leaves, then fitting it again", least=1)
+    passes: int = option(1, "rounds of quantizing what the branch leaves and refitting the branch", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,14 +39,14 @@ class LrqConfig(TrainingOptions):
     rank: int = option(0, "rank of the scaling matrices; 0 takes min(N, K) / 4")
     format: str = option("affine", "evenly spaced levels", choices=UNIFORM)
     clip_search: bool = option(True, "search the range of each group before training")
-    param_bits: int = option(8, "bits of each number of a group: 8 or 16")
+    param_bits: int = option(8, "bits of each parameter of a group: 8 or 16")
     seed: int = option(0, "seed of the batch order and of the scaling matrices")
-    rate: float = option(0.0, "step size of the scaling matrices; 0 goes by the steps")
-    scale_rate: float = option(0.0, "step size of the grid's scales; 0 goes by the steps")
+    rate: float = option(0.0, "step size of the scaling matrices; 0 derives it from the steps")
+    scale_rate: float = option(0.0, "step size of the grid's scales; 0 derives it from the steps")
     full_rank: bool = option(False, "a full scaling matrix: FlexRound")
     compat: bool = option(
         False,
-        "as the released code: its range search, rank 1024 or 2048, FlexRound for some shapes, 5000 steps"
+        "follow the released code: its range search, rank 1024 or 2048, FlexRound for some shapes, 5000 steps"
         " of 2 sequences with one step size, plain squared error",
     )
 

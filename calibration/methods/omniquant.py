@@ -30,7 +30,8 @@ class OmniQuantConfig(TrainingOptions, rtn.RtnConfig):
 
     method: ClassVar[str] = "omniquant"
     clip_search: bool = option(True, "search the range of each group before training")
-    rate: float = option(0.0, "step size of the ranges' logits; 0 goes by the steps")
+    seed: int = option(0, "seed of the batch order in training")
+    rate: float = option(0.0, "step size of the ranges' logits; 0 derives it from the steps")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,10 +29,10 @@ class RtnConfig(Options):
     group_size: int = option(64, "weights of one row that share a scale")
     format: str = option("affine", "fixed levels", choices=FORMATS)
     clip_search: bool = option(False, "search the range of each group by weighted error")
-    param_bits: int = option(8, "bits of each number of a group: 8 or 16")
+    param_bits: int = option(8, "bits of each parameter of a group: 8 or 16")
     level_dtype: str = option("int8", "storage of NF4 levels; int8 uses 7 bits", choices=tuple(LEVEL_DTYPES))
-    effort: str = option("default", "accepted for uniformity; rounding has one effort", choices=EFFORTS)
-    seed: int = option(0, "accepted for uniformity; rounding is deterministic")
+    effort: str = option("default", "without effect: rounding has one effort", choices=EFFORTS)
+    seed: int = option(0, "without effect: rounding is deterministic")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,9 +16,7 @@ _UNREAD = [f"*{end}" for end in WEIGHTS if end not in (".safetensors", ".index.j
 class CodeOptions(Options):
     """Options of what loads models, which may bring their own code."""
 
-    trust_remote_code: bool = option(
-        False, "run Python code that the model's folder brings along; read it first", group=WHERE
-    )
+    trust_remote_code: bool = option(False, "run Python code from the model's folder; read it first", group=WHERE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class TrainingOptions(Options):
     """Options of every method that trains blocks."""
 
     effort: str = option("default", "fast: no training; default, high: trained by block", choices=EFFORTS)
-    steps: int = option(0, "training steps per block; 0 takes what the effort asks for", least=0)
+    steps: int = option(0, "training steps per block; 0: as many as the effort says", least=0)
     batch: int = option(1, "calibration sequences per training step", least=1)
     compute: str = option("auto", "arithmetic of training", choices=COMPUTE)
 

@@ -45,7 +45,7 @@ def test_help_of_quantize_lists_the_options_of_the_method_that_is_named(capsys):
         run_cli("quantize", "--method", "lrq", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "method lrq: low-rank weight-scaling matrices" in text
-    assert "scale_rate step size of the grid's scales; 0 goes by the steps (default: 0.0)" in text
+    assert "scale_rate step size of the grid's scales; 0 derives it from the steps (default: 0.0)" in text
     assert "fit_rounds" not in text
 
 

@@ -16,7 +16,7 @@ LAYERS, MODELS, DEVICE = "single layers", "exported models", "models with --devi
 class TurnOptions(Threaded):
     """Subjects are measured in interleaved turns."""
 
-    repeats: int = option(15, "turns; every subject runs once in each", metavar="N", least=1)
+    repeats: int = option(15, "turns; everything that is measured runs once in each", metavar="N", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class DeviceOptions(ModelOptions):
     contexts: tuple[int, ...] = option(
         (128, 1024), "tokens in the cache before decoding begins", metavar="N", least=1, group=DEVICE
     )
-    batches: tuple[int, ...] = option((1,), "texts decoded side by side", metavar="N", least=1, group=DEVICE)
+    batches: tuple[int, ...] = option((1,), "sequences decoded at the same time", metavar="N", least=1, group=DEVICE)
     prompts: tuple[int, ...] = option(
         (128, 512), "tokens of the prompts", metavar="N", least=1, flags=("--prompt-lengths",), group=DEVICE
     )
@@ -45,7 +45,7 @@ class DeviceOptions(ModelOptions):
 class LayerOptions(TurnOptions):
     """Which single layers are measured, and how."""
 
-    shapes: tuple[str, ...] = option(("4096x4096", "4096x14336"), "sizes", metavar="NxK", group=LAYERS)
+    shapes: tuple[str, ...] = option(("4096x4096", "4096x14336"), "sizes of the weight", metavar="NxK", group=LAYERS)
     bits: tuple[int, ...] = option((4, 3, 2), "bits of a code", choices=BITS, metavar="B", group=LAYERS)
     ranks: tuple[int, ...] = option((1, 2), "planes of the codebooks", metavar="R", least=1, group=LAYERS)
     branch: int = option(0, "also with an error branch of this rank", metavar="R", least=0, group=LAYERS)

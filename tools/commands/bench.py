@@ -35,18 +35,19 @@ class Bench(DeviceOptions, LayerOptions, KernelOptions, Common):
 
     models: tuple[str, ...] = argument(
         "exported folders or .onnx files, MODEL@KERNELS to choose kernels, MODEL@genai for ONNX Runtime GenAI; engine"
-        " folders with --device cuda; single layers when none is given",
+        " folders with --device cuda; default: single layers",
         default=(),
         metavar="MODEL",
     )
     device: str = option(
         "cpu",
-        "cuda: everything on an NVIDIA GPU, models with the kernels native-cuda, layers with x in fp16",
+        "cuda runs everything on an NVIDIA GPU, models with --kernels native-cuda, layers with x in fp16",
         choices=("cpu", "cuda"),
     )
     peers: tuple[str, ...] = option(
         (),
-        "layers: matmulnbits (the default), fp32 or none; models: genai=DIR, llamacpp=FILE.gguf, matmulnbits=DIR",
+        "what to compare with; layers: matmulnbits (the default), fp32 or none; models: genai=DIR,"
+        " llamacpp=FILE.gguf, matmulnbits=DIR",
         metavar="PEER",
     )
     output: Path | None = option(
@@ -274,7 +275,7 @@ def _store(
 
 COMMAND = Command(
     name="bench",
-    summary="measure the speed of single layers or of exported models beside their peers",
+    summary="measure the speed of single layers or whole models, also against other runtimes",
     example="rankbook bench model-onnx@native-int8 --peers genai=genai-int4 llamacpp=model.gguf -o bench",
     options=Bench,
     run=run,

@@ -33,7 +33,7 @@ def run(options: Demo) -> Outcome:
 
 COMMAND = Command(
     name="demo",
-    summary="quantize, export, run, check and build SmolLM2-135M, and show one table",
+    summary="quantize, export, run, check and build SmolLM2-135M, and write a report on it",
     example="rankbook demo -o demo",
     options=Demo,
     run=run,

@@ -35,12 +35,12 @@ class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, MemoryOpti
     reference: str | None = option(None, "unquantized model for KL divergence and top-1 agreement", metavar="MODEL")
     activations: str | None = option(
         None,
-        "quantize the inputs of linear layers so, whatever the checkpoint says (PyTorch models only)",
+        "how to round the inputs of linear layers, instead of as the checkpoint says (PyTorch models only)",
         choices=tuple(kind for kind in ACTIVATION_FORMATS if not kind.startswith("static")),
     )
     kv_bits: int | None = option(
         None,
-        "quantize keys and values per token and head so, whatever the checkpoint says (PyTorch models only)",
+        "bits of keys and values, per token and head, instead of as the checkpoint says (PyTorch models only)",
         choices=KV_BITS,
     )
     tokenizer: str | None = option(None, "take the tokenizer from this model", metavar="MODEL")

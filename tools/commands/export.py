@@ -33,11 +33,11 @@ class Export(ExportOptions, CodeOptions, Common):
     format: str = option(
         ONNX,
         "onnx, or a Hugging Face folder that transformers and vLLM read: compressed-tensors (integers of 4 or 8 bits;"
-        " learned codebooks and error branches are refused); of the options below it takes --dtype and --weights-only",
+        " learned codebooks and error branches are refused), which takes --dtype and --weights-only only",
         choices=(ONNX, COMPRESSED),
         group=WHERE,
     )
-    overwrite: bool = option(False, "replace an exported model that is already there", group=WHERE)
+    overwrite: bool = option(False, "replace an existing exported model", group=WHERE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +120,7 @@ def _kept(layers: Mapping[str, str]) -> Table:
 
 COMMAND = Command(
     name="export",
-    summary="export a checkpoint to one ONNX file that every runtime reads, or for vLLM",
+    summary="export a checkpoint to one ONNX file, or to a folder for vLLM and transformers",
     example="rankbook export q -o onnx",
     options=Export,
     run=run,

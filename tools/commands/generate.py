@@ -64,7 +64,7 @@ def run(options: Generate) -> Outcome:
 
 COMMAND = Command(
     name="generate",
-    summary="stream text from a checkpoint, a Hugging Face model, an exported file or an engine",
+    summary="generate text with a checkpoint, a Hugging Face model, an exported file or an engine",
     example="rankbook generate onnx --prompt 'The capital of France is' --max-new-tokens 40",
     options=Generate,
     run=run,

@@ -22,13 +22,13 @@ class Import(Common):
     """Options of the verb."""
 
     source: str = argument(
-        "Hugging Face folder or id that GPTQ, AWQ, AutoRound, LLM Compressor, ModelOpt or bitsandbytes has written,"
-        " one in FP8 or MXFP4, or GGUF",
+        "Hugging Face folder or id written by GPTQ, AWQ, AutoRound, LLM Compressor, ModelOpt or bitsandbytes, or in FP8"
+        " or MXFP4; or a GGUF file",
         metavar="SOURCE",
         group=WHERE,
     )
     output: Path = required("folder for the checkpoint", metavar="DIR", flags=("-o", "--output"), group=WHERE)
-    overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
+    overwrite: bool = option(False, "replace an existing checkpoint", group=WHERE)
 
 
 def run(options: Import) -> Outcome:
@@ -68,7 +68,7 @@ def _table(report: ImportReport) -> Table:
 
 COMMAND = Command(
     name="import",
-    summary="take over a model that another tool has quantized, without quantizing again",
+    summary="turn a model that another tool has quantized into a checkpoint, without rounding again",
     example="rankbook import model-gptq-int4 -o q",
     options=Import,
     run=run,

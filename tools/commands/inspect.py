@@ -1,4 +1,4 @@
-"""``rankbook inspect``: the layers of a checkpoint, an exported file, an engine or a plain model."""
+"""``rankbook inspect``: the layers of a checkpoint, an exported file, an engine or an unquantized model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Inspect(Common):
     )
     sensitivity: bool = option(
         False,
-        "of a model that is not quantized: what rounding each layer alone to 2, 3, 4 or 8 bits does to its output, from"
-        " one backward pass; the layers that deserve bits come first",
+        "for an unquantized model: estimate from one backward pass how rounding each layer alone to 2, 3, 4 or 8 bits"
+        " changes the output; the most sensitive layers come first",
     )
     calib: str | None = option(
-        None, "text for --sensitivity, as in `quantize`; sampled from the model without it", metavar="FILE"
+        None, "text for --sensitivity, as in `quantize`; default: text sampled from the model", metavar="FILE"
     )
     verify: bool = option(True, "read the weights and compare their SHA-256 with what was written")
 
@@ -114,7 +114,7 @@ def _summary(found: Inspection) -> str:
 
 COMMAND = Command(
     name="inspect",
-    summary="show the layers of a checkpoint, an exported file, an engine or a plain model",
+    summary="show the layers of a checkpoint, an exported file, an engine or an unquantized model",
     example="rankbook inspect onnx --json",
     options=Inspect,
     run=run,

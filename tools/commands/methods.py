@@ -13,7 +13,9 @@ from rankbook.tools.report import Table
 class Methods(Common):
     """Options of the verb."""
 
-    names: tuple[str, ...] = argument("methods whose options to list; all methods without it", (), metavar="METHOD")
+    names: tuple[str, ...] = argument(
+        "methods whose options to list; default: a list of all methods", (), metavar="METHOD"
+    )
 
 
 def run(options: Methods) -> Outcome:

@@ -39,17 +39,17 @@ class Parity(ParityOptions, ExactKernelOptions, CodeOptions, Common):
     )
     engine: Path | None = argument("engine folder to compare MODEL with", default=None, metavar="ENGINE", group=WHERE)
     checkpoint: Path | None = option(
-        None, "what it was exported from; found by itself if it is still there", metavar="DIR", group=WHERE
+        None, "checkpoint that MODEL was exported from; default: the path noted in MODEL", metavar="DIR", group=WHERE
     )
     text: Path | None = option(
-        None, "take the tokens from this text; random tokens without it", metavar="FILE", group=WHERE
+        None, "text to take the tokens from; default: random tokens", metavar="FILE", group=WHERE
     )
     output: Path | None = option(
         None, "also write the report to this JSON file", metavar="FILE", flags=("-o", "--output"), group=WHERE
     )
     results: Path | None = option(
         None,
-        "of an engine: save all outputs that were compared in polygraphy's format, for other thresholds later",
+        "with an engine: save the compared outputs in polygraphy's format, for other thresholds later",
         metavar="FILE",
         group=WHERE,
     )
@@ -108,7 +108,7 @@ def _engine(options: Parity, progress: Progress) -> Result:
 
 COMMAND = Command(
     name="parity",
-    summary="check an exported file against its checkpoint, or an engine against its file: whole and layer by layer",
+    summary="compare an exported file with its checkpoint, or an engine with its file, as a whole and layer by layer",
     example="rankbook parity onnx --text text.txt --json",
     options=Parity,
     run=run,

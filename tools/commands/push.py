@@ -23,11 +23,11 @@ class Push(Common):
     """Options of the verb."""
 
     folder: Path = argument("checkpoint or exported folder", metavar="FOLDER", group=WHERE)
-    repository: str = argument("model of the hub, OWNER/NAME; made where there is none", metavar="ID", group=WHERE)
-    revision: str | None = option(None, "branch to write to; the main one without", metavar="BRANCH", group=WHERE)
-    private: bool = option(False, "make a new model private")
+    repository: str = argument("model on the hub, OWNER/NAME; created if it does not exist", metavar="ID", group=WHERE)
+    revision: str | None = option(None, "branch to write to; default: the main branch", metavar="BRANCH", group=WHERE)
+    private: bool = option(False, "if the model is created, make it private")
     pull_request: bool = option(False, "open a pull request instead of writing to the branch")
-    message: str | None = option(None, "of the commit", metavar="TEXT")
+    message: str | None = option(None, "message of the commit", metavar="TEXT")
 
 
 def run(options: Push) -> Outcome:

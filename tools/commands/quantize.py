@@ -30,20 +30,22 @@ if TYPE_CHECKING:
 class Quantize(QuantizeOptions, HubOptions, Common):
     """Options of the verb: those of quantization, and where things are."""
 
-    model: str = argument("Hugging Face folder or id, folder with one GGUF, .gguf file", metavar="MODEL", group=WHERE)
+    model: str = argument(
+        "Hugging Face folder or id, folder with one GGUF file, or .gguf file", metavar="MODEL", group=WHERE
+    )
     output: Path = required("folder for the checkpoint", metavar="DIR", flags=("-o", "--output"), group=WHERE)
     preset: str | None = option(
         None,
-        "method, bits and effort in a word (told below); flags beside it go before it",
+        "sets method, bits and effort at once (described below); flags that are also given take precedence",
         choices=tuple(PRESETS),
         group=WHAT,
     )
-    resume: bool = option(False, "go on at the last finished block of an earlier run", group=WHERE)
-    overwrite: bool = option(False, "replace a checkpoint that is already there", group=WHERE)
+    resume: bool = option(False, "continue an interrupted run after its last finished block", group=WHERE)
+    overwrite: bool = option(False, "replace an existing checkpoint", group=WHERE)
     dry_run: bool = option(
         False,
-        "say what each layer would get, sizes, memory, about how long it takes (one block is tried), and whether it can"
-        " be exported; end",
+        "only show what each layer would get, sizes, memory, the estimated time (one block is tried), and whether the"
+        " result can be exported",
         group=WHERE,
     )
     require_export: bool = option(False, "refuse a model that `rankbook export` cannot write", group=WHERE)

@@ -20,13 +20,14 @@ class Report(Common):
     """Options of the verb."""
 
     runs: tuple[Path, ...] = argument(
-        "checkpoints, exported folders, engine folders, JSON of eval, parity, bench or the demo; or folders of them",
+        "checkpoints, exported folders, engine folders, JSON of eval, parity, bench or the demo; or folders that"
+        " contain them",
         metavar="RUN",
     )
-    output: Path = option(Path("report.html"), "the page", metavar="FILE", flags=("-o", "--output"))
+    output: Path = option(Path("report.html"), "HTML file to write", metavar="FILE", flags=("-o", "--output"))
     title: str = option("Rankbook report", "heading of the page", metavar="TEXT")
     looks: int = option(
-        3, "layers of each checkpoint of which codebooks and the spectrum of the error are drawn", metavar="N", least=0
+        3, "layers of each checkpoint for which codebooks and the error spectrum are drawn", metavar="N", least=0
     )
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ def run(options: Report) -> Outcome:
 
 COMMAND = Command(
     name="report",
-    summary="write one HTML page on runs, side by side: accuracy, errors, bytes, speed, parity, commands",
+    summary="write one HTML page that compares runs: accuracy, errors, bytes, speed, parity, commands",
     example="rankbook report model-3bit model-onnx eval.json parity.json bench -o report.html",
     options=Report,
     run=run,

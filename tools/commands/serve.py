@@ -25,23 +25,25 @@ class Serve(KernelOptions, Common):
     """Options of the verb."""
 
     model: str = argument("folder exported with --graph ort or static, or an engine folder", metavar="MODEL")
-    host: str = option("127.0.0.1", "address to listen at; any but this machine's own needs an API key", metavar="HOST")
-    port: int = option(8000, "port to listen at", metavar="N", least=0)
-    name: str | None = option(None, "how requests call the model; the folder's name if not given", metavar="NAME")
+    host: str = option("127.0.0.1", "address to listen on; any but a loopback address needs an API key", metavar="HOST")
+    port: int = option(8000, "port to listen on", metavar="N", least=0)
+    name: str | None = option(None, "name of the model in requests; default: the folder's name", metavar="NAME")
     tokenizer: str | None = option(None, "take the tokenizer from this model when MODEL has none", metavar="MODEL")
-    slots: int = option(8, "texts that are decoded side by side", metavar="N", least=1)
+    slots: int = option(8, "sequences that are decoded at the same time", metavar="N", least=1)
     max_context: int | None = option(
         None,
-        "tokens of a text, its answer included; what the model holds, at most 4096, if not given",
+        "longest sequence, prompt and answer together, in tokens; default: what the model allows, at most 4096",
         metavar="N",
         least=2,
     )
     queue: int = option(64, "requests that may wait; further ones get status 429", metavar="N", least=1)
     max_new_tokens: int = option(
-        1024, "most tokens of an answer, and what a chat without a limit gets", metavar="N", least=1
+        1024, "longest answer in tokens, and the limit of a chat that sets none", metavar="N", least=1
     )
     max_body: int = option(1 << 20, "largest body of a request, in bytes", metavar="N", least=1)
-    api_key_file: Path | None = option(None, f"file with the API key that requests must show; or {KEY}", metavar="FILE")
+    api_key_file: Path | None = option(
+        None, f"file with the API key that requests must send; or set {KEY}", metavar="FILE"
+    )
 
 
 def run(options: Serve) -> Outcome:
@@ -111,7 +113,7 @@ def _is_loopback(host: str) -> bool:
 
 COMMAND = Command(
     name="serve",
-    summary="answer OpenAI-compatible requests, many at once",
+    summary="serve a model over an OpenAI-compatible API, many requests at once",
     example="rankbook serve model-onnx --port 8000 --slots 8",
     options=Serve,
     run=run,

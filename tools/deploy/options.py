@@ -26,31 +26,34 @@ class BuildOptions(Options):
     )
     max_batch: int = option(1, "largest batch", metavar="N", least=1)
     max_sequence: int | None = option(
-        None, "longest prompt of one call, in tokens: 512 where not given, or the context", metavar="N", least=1
+        None,
+        "longest prompt of one call, in tokens; default: 512, or the context if that is shorter",
+        metavar="N",
+        least=1,
     )
     max_context: int | None = option(
         None,
-        "longest context with the cache, in tokens: 1024 where not given, or all that the model has; a file with a"
-        " static cache has its own",
+        "longest context, in tokens; default: 1024, or the model's context if that is shorter; a file with a static"
+        " cache has its own",
         metavar="N",
         least=1,
     )
     dtype: str | None = option(
-        None, "of a checkpoint: activations and unquantized weights, fp16 where not given", choices=DTYPES
+        None, "for a checkpoint: type of activations and unquantized weights; default: fp16", choices=DTYPES
     )
     sample: str | None = option(
         None,
-        "of a checkpoint: greedy makes the best token an output too, top-k the best ones; neither where not given",
+        "for a checkpoint: greedy adds the best token as an output, top-k the best tokens; default: none",
         choices=SAMPLES,
     )
-    workspace: int | None = option(None, "bound of the builder's workspace, in MiB", metavar="MIB")
+    workspace: int | None = option(None, "limit of the builder's workspace, in MiB", metavar="MIB")
     plugins: str = option(
         "library",
         "kernels from the plugin library, or as PTX inside the engine (trt only; never tried on a GPU)",
         choices=("library", "aot"),
     )
     no_plugins: bool = option(
-        False, "build the function bodies even where the plugin library is built (`make native-cuda`)"
+        False, "build the function bodies even if the plugin library (`make native-cuda`) is there"
     )
     self_contained: bool = option(
         False, "store the plugin library in the engine (loading it needs runtime.engine_host_code_allowed = True)"

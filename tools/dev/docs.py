@@ -27,10 +27,10 @@ def _cli() -> str:
     parts = [
         "# The command line",
         _NOTE,
-        "Every flag can stand in a YAML or TOML file given with `--config`, under its name with underscores"
-        " (`group_size: 64`), at the top for every verb that has it or in a section named like a verb. Flags override"
-        " the file. A verb that writes a folder writes `rankbook-VERB.yaml` there, which repeats the run. Exit codes: 0"
-        " fine, 1 a check failed, 2 usage or bad input, 3 a missing dependency or device.",
+        "Every flag can also be set in a YAML or TOML file given with `--config`, under its name with underscores"
+        " (`group_size: 64`): at the top level for every verb that has it, or in a section named after a verb. Flags"
+        " override the file. A verb that writes a folder also writes `rankbook-VERB.yaml` there, which repeats the run."
+        " Exit codes: 0 fine, 1 a check failed, 2 usage or bad input, 3 a missing dependency or device.",
         Table(
             "", ("verb", "what it does"), [(f"[`{c.name}`](#rankbook-{c.name})", c.summary) for c in commands]
         ).markdown(),

@@ -15,20 +15,20 @@ class EvalOptions(Options):
 
     context: int = option(512, "tokens per window; windows do not overlap", metavar="N", least=2)
     max_tokens: int | None = option(
-        None, "tokens to evaluate on, rounded up to windows; all without it", metavar="N", least=1
+        None, "tokens to evaluate on, rounded up to windows; default: all", metavar="N", least=1
     )
     batch: int = option(1, "windows per call", metavar="N", least=1)
-    chat: bool = option(False, "rows of the text hold chat 'messages': put them into the model's chat template")
+    chat: bool = option(False, "the text holds chats ('messages'): apply the model's chat template")
 
 
 @dataclass(frozen=True)
 class HarnessOptions(Options):
     """What of lm-evaluation-harness to run."""
 
-    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, in place of --text", metavar="TASK")
+    tasks: tuple[str, ...] = option((), "tasks of lm-evaluation-harness, instead of --text", metavar="TASK")
     task_folder: Path | None = option(None, "folder with YAML files of further tasks", metavar="DIR")
-    limit: int | None = option(None, "documents of each task; all without it", metavar="N", least=1)
-    fewshot: int | None = option(None, "examples before each question; as the task says without it", metavar="N")
+    limit: int | None = option(None, "documents of each task; default: all", metavar="N", least=1)
+    fewshot: int | None = option(None, "examples before each question; default: the task's", metavar="N")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class ParityOptions(Seeded, Threaded, DeviceOptions):
 
     tokens: int = option(32, "tokens to compare on, in each of two sequences", metavar="N")
     tolerance: float | None = option(
-        None, "largest difference relative to the largest value; by type if not given", metavar="X"
+        None, "largest difference, relative to the largest value; default: by dtype", metavar="X"
     )
-    every_node: bool = option(False, "check every custom node, not one of each kind")
+    every_node: bool = option(False, "check every custom node, instead of one of each kind")
     no_layers: bool = option(False, "leave out the comparison layer by layer")
-    greedy: int = option(0, "also continue five prompts by N tokens with both, greedily", metavar="N", least=0)
+    greedy: int = option(
+        0, "also continue five prompts greedily by N tokens and compare the tokens", metavar="N", least=0
+    )

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class GenerateOptions(Seeded):
     """How the next token is chosen, and when to stop."""
 
-    max_new_tokens: int = option(128, "most tokens to generate", metavar="N")
+    max_new_tokens: int = option(128, "largest number of tokens to generate", metavar="N")
     chat: bool = option(False, "wrap the prompt in the model's chat template")
-    ignore_eos: bool = option(False, "go on after the end token")
+    ignore_eos: bool = option(False, "continue after the end token")
     temperature: float = option(0.0, "0 is greedy", metavar="T")
     top_k: int = option(0, "sample from the N best tokens; 0 is all", metavar="N", least=0)
     top_p: float = option(1.0, "sample from the smallest set with this probability", metavar="P")
