@@ -89,7 +89,7 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
         group=WHAT,
     )
     error_branch: str | None = option(
-        None, "low-rank error branch beside each layer", choices=ERROR_BRANCHES, group=WHAT
+        None, "low-rank error branch added to each layer", choices=ERROR_BRANCHES, group=WHAT
     )
     error_rank: int = option(32, "rank of the error branch", metavar="Q", least=1, group=WHAT)
     quantize_lm_head: int = option(

@@ -109,7 +109,7 @@ def _upload(api: HfApi, folder: Path, files: list[str], options: Push) -> str:
             commit_message=message,
         )
     except LocalTokenNotFoundError as error:
-        raise UsageError(f"the hub wants to know who you are: run `hf auth login`, or set HF_TOKEN ({error})") from None
+        raise UsageError(f"the hub needs a login: run `hf auth login`, or set HF_TOKEN ({error})") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckFailedError(f"{options.repository} cannot be written: {error}") from error
     return str(done.pr_url or done.commit_url)

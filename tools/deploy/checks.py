@@ -100,8 +100,8 @@ def check_cache(model: ExportedModel) -> None:
     states = sum(map(cache_names.is_state, model.inputs))
     if states and not model.metadata.max_context:
         raise UsageError(
-            f"{model.path} keeps {states} states of convolutions and recurrences, which padding on the right would"
-            " change, and engines pad texts so; export with --graph static, whose states end with the text"
+            f"{model.path} keeps {states} states of convolutions and recurrences, which the padding on the right"
+            " that engines use would change; export with --graph static, whose states end with the last real token"
         )
     if model.metadata.max_context and model.metadata.kv != "float":
         raise UsageError(

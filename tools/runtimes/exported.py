@@ -134,7 +134,7 @@ class FileModel(LanguageModel):
 
     def _check_rows(self, rows: Sequence[Tokens]) -> None:
         if len({len(row) for row in rows}) != 1:
-            raise UsageError(f"texts side by side have one length in {self.name}; give them one by one")
+            raise UsageError(f"{self.name} takes sequences of one length in a batch; give them one by one")
 
     def feeds(self, tokens: Tokens) -> dict[str, Array]:
         """Return the inputs of one call without a cache, by name."""

@@ -28,7 +28,7 @@ class EngineSlots(Slots):
 
         Raises:
             UsageError: The caches are not written in place, rows do not begin where the library allows it, or the
-                engine was built for fewer texts side by side.
+                engine was built for fewer sequences at the same time.
         """
         super().__init__(count, model.context)
         self._model = model
@@ -45,8 +45,8 @@ class EngineSlots(Slots):
             )
         if count > model.most_batch:
             raise UsageError(
-                f"{model.name} decodes at most {model.most_batch} texts side by side, {count} were asked for; build it"
-                f" with --max-batch {count}"
+                f"{model.name} decodes at most {model.most_batch} sequences at the same time, and {count} were asked"
+                f" for; build it with --max-batch {count}"
             )
         odd = next((name for name in model.caches if self._row_bytes(name) % _ALIGNMENT), None)
         if odd and count > 1:

@@ -83,7 +83,9 @@ def test_engines_that_cannot_be_served_say_what_would(
 ) -> None:
     state = stand_in.install(monkeypatch)
     small = open_model(build(state, work / "static", tmp_path / "small", max_batch=1))
-    with pytest.raises(UsageError, match="at most 1 texts side by side, 2 were asked for; build it with --max-batch 2"):
+    with pytest.raises(
+        UsageError, match="at most 1 sequences at the same time, and 2 were asked for; build it with --max-batch 2"
+    ):
         slots_of(small, 2)
     with pytest.raises(UsageError, match="cannot be served; export it"):
         slots_of(open_model(work / "q"), 2)
