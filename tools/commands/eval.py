@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.device import AUTO, DeviceOptions
 from rankbook.calibration.memory import MemoryOptions, limited
@@ -81,7 +81,7 @@ def _tasks(options: Eval) -> Outcome:
         for metric, value in metrics.items()
         if isinstance(value, (int, float))
     ]
-    report = {"model": options.model, "kernels": model.kernels, "tasks": found}
+    report = {"model": options.model, "kernels": model.kernels, "flags": _flags(options), "tasks": found}
     return Outcome(report, [Table(options.model, ("task", "metric", "value"), rows)])
 
 
@@ -125,7 +125,14 @@ def _text(options: Eval) -> Outcome:
     ]
     table = Table(options.model, ("measure", "value"), [row for row in rows if row[1] is not None])
     given = {"model": options.model, "text": options.text, "reference": options.reference, "kernels": model.kernels}
-    return Outcome({**given, **asdict(result)}, [table])
+    return Outcome({**given, "flags": _flags(options), **asdict(result)}, [table])
+
+
+def _flags(options: Eval) -> dict[str, Any]:
+    """Return what was chosen that changes the result, by the name of its flag; reports name it, and repeat it."""
+    names = ("activations", "kv_bits", "chat", "tokenizer", "revision", "device")
+    chosen = {"kernels": options.chosen_kernels(), **{name: getattr(options, name) for name in names}}
+    return {name.replace("_", "-"): value for name, value in chosen.items() if value not in (None, False, AUTO)}
 
 
 COMMAND = Command(

@@ -24,34 +24,51 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(EvalResult):
-    """What ``rankbook eval --text --json`` prints.
+class _Evaluated:
+    """What both reports of ``rankbook eval`` say of how it ran.
 
     Attributes:
         model: As it was given.
-        text: As it was given; empty in reports of before it was written.
-        reference: The unquantized model, as it was given.
         kernels: What computed packed layers.
+        flags: Further flags that change the result, by name; empty in reports of before they were written.
     """
 
     model: str
+    kernels: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runtime(self) -> str:
+        """What computed it, with what was rounded beside the weights whatever the model says."""
+        rounded = [f"--{name} {self.flags[name]}" for name in ("activations", "kv-bits") if name in self.flags]
+        return " ".join([self.kernels, *rounded])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(_Evaluated, EvalResult):
+    """What ``rankbook eval --text --json`` prints.
+
+    Attributes:
+        text: As it was given; empty in reports of before it was written.
+        reference: The unquantized model, as it was given.
+    """
+
     text: str | None = None
     reference: str | None = None
-    kernels: str = ""
 
     @property
     def on(self) -> str:
         """What was evaluated on; perplexities are comparable where it is the same."""
         shape = " x ".join(str(self.windows[key]) for key in ("count", "length") if key in self.windows)
-        return f"{Path(self.text).name if self.text else 'a text that is not named'}, {shape or self.tokens} tokens"
+        chat = ", in the chat template" if self.flags.get("chat") else ""
+        name = Path(self.text).name if self.text else "a text that is not named"
+        return f"{name}, {shape or self.tokens} tokens{chat}"
 
 
-@dataclass(frozen=True)
-class TaskScores:
+@dataclass(frozen=True, kw_only=True)
+class TaskScores(_Evaluated):
     """What ``rankbook eval --tasks --json`` prints."""
 
-    model: str
-    kernels: str
     tasks: dict[str, dict[str, Any]]
 
 

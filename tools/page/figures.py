@@ -96,12 +96,12 @@ def _logarithmic(axes: Any, *which: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def accuracy(points: Mapping[str, Points], base: float | None) -> str:
+def accuracy(points: Mapping[str, Points], bases: Sequence[float]) -> str:
     """Perplexity over stored bits: a mark for each run, by its letter, and the line that no run lies below.
 
     Args:
         points: (stored bits per weight, perplexity) by the run's letter.
-        base: Perplexity of the unquantized model, or None.
+        bases: Perplexities of unquantized models.
     """
 
     def paint(figure: Any) -> None:
@@ -114,8 +114,9 @@ def accuracy(points: Mapping[str, Points], base: float | None) -> str:
             axes.plot(*zip(*given, strict=True), "o", color=_series(index), markersize=7)
             for point in given:
                 axes.annotate(letter, point, (6, 5), textcoords="offset points", fontweight="bold")
-        if base is not None:
-            axes.axhline(base, color=_INK, linewidth=1, linestyle=":", label="unquantized model")
+        for index, base in enumerate(bases):
+            label = None if index else f"unquantized model{'s' if len(bases) > 1 else ''}"
+            axes.axhline(base, color=_INK, linewidth=1, linestyle=":", label=label)
         axes.margins(0.12)
         if max(value for _, value in every) > 3 * min(value for _, value in every):
             _logarithmic(axes, "y")

@@ -76,11 +76,13 @@ class Report:
         path: The file.
         content: What it holds.
         earlier: Whether it was written before the folder that it is about, as far as the times of files tell.
+        others: Names of further runs that the path in it may lead to.
     """
 
     path: Path
     content: Document
     earlier: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass
@@ -132,8 +134,13 @@ class Collection:
 
     def run_of(self, typed: str, report: Path) -> Run | None:
         """Return the run that a path leads to which a report names."""
+        return next(iter(self.runs_of(typed, report)), None)
+
+    def runs_of(self, typed: str, report: Path) -> list[Run]:
+        """Return every run that it may lead to, the nearest first: the current folder may be another than then."""
         folders = {part.folder.resolve(): run for run in self.runs for part in run.parts}
-        return next((folders[place] for place in _places(typed, report) if place in folders), None)
+        found = {id(folders[place]): folders[place] for place in _places(typed, report) if place in folders}
+        return list(found.values())
 
 
 def collect(paths: Iterable[Path]) -> Collection:
@@ -198,16 +205,17 @@ def _placed(path: Path, content: Document, held: Collection) -> Report | None:
     if isinstance(content, (ModelSpeeds, LayerSpeeds, DeviceSpeeds, DemoReport)):
         return Report(path, content)
     typed = content.engine if isinstance(content, EngineParityReport) else content.model
-    run = held.run_of(typed, path)
-    if run is None and isinstance(content, (ParityReport, EngineParityReport)):
+    found = held.runs_of(typed, path)
+    if not found and isinstance(content, (ParityReport, EngineParityReport)):
         other = content.model if isinstance(content, EngineParityReport) else content.checkpoint
-        run = held.run_of(other, path)
+        found = held.runs_of(other, path)
+    run = next(iter(found), None)
     if run is None:
         run = next((item for item in held.runs if not item.parts and item.name == typed), None)
     if run is None:
         run = Run("", typed)
         held.runs.append(run)
-    run.reports.append(Report(path, content, _earlier(path, run)))
+    run.reports.append(Report(path, content, _earlier(path, run), tuple(other.name for other in found[1:])))
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,11 +90,11 @@ def overview(given: Collection) -> Section:
     section = Section("Overview", "What was given, put together by the hashes of the checkpoint's weights.")
     rows = []
     for run in given.runs:
-        best = run.evaluations[0] if run.evaluations else None
+        first = run.evaluations[:1]
+        measured = [(item.on, _shown(item.perplexity), *_compared(item)[:2]) for item in first] or [(None,) * 4]
         rows.append(
             (
-                *(run.letter, run.name, _what(run), bits(run)),
-                *((best.perplexity, best.reference_perplexity, best.kl) if best else (None, None, None)),
+                *(run.letter, run.name, _what(run), bits(run), *measured[0]),
                 ", ".join(f"{_KINDS[kind]} {megabytes(_size(part))}" for kind in _KINDS for part in run.of(kind)),
             )
         )
@@ -104,8 +104,14 @@ def overview(given: Collection) -> Section:
             for report in run.reports
             if report.earlier
         ]
-    columns = ("run", "name", "what", "stored bits per weight", "perplexity", "unquantized", "KL, nats", "sizes")
-    section.blocks.append(Table("", columns, rows))
+        section.missing += [
+            f"{run.letter}: {report.path} is taken for one about {run.name}; the path in it may also mean"
+            f" {', '.join(report.others)}"
+            for report in run.reports
+            if report.others
+        ]
+    known = ("run", "name", "what", "stored bits per weight", "evaluated on", "perplexity", "unquantized", "KL, nats")
+    section.blocks.append(Table("", (*known, "sizes"), rows))
     section.missing += [f"{path} was passed over: it is no report" for path in given.unused]
     return section
 
@@ -150,6 +156,7 @@ def accuracy(given: Collection) -> Section:
             texts.setdefault(found.on, []).append((run, found))
     for on, results in texts.items():
         section.blocks += _perplexities(on, results)
+        section.missing += _mixed(on, [result for _, result in results])
     rows = [row for run in given.runs for report in run.reports for row in _scores(run.letter, report.content)]
     if rows:
         columns = ("run", "runtime", "task", "metric", "value")
@@ -172,21 +179,32 @@ def _perplexities(on: str, found: Sequence[tuple[Run, Evaluation]]) -> Iterator[
     for run, result in found:
         if (stored := bits(run)) is not None and math.isfinite(result.perplexity) and result.perplexity > 0:
             points.setdefault(run.letter, []).append((stored, result.perplexity))
-    base = next((r.reference_perplexity for _, r in found if _finite(r.reference_perplexity)), None)
     if points:
-        yield Figure(figures.accuracy(points, base), f"On {on}. Lower and further left is better.")
-    rows = [(run.letter, r.model, r.kernels, bits(run), _shown(r.perplexity), *_compared(r)) for run, r in found]
+        picture = figures.accuracy(points, _bases(result for _, result in found))
+        yield Figure(picture, f"On {on}. Lower and further left is better.")
+    rows = [(run.letter, r.model, r.runtime, bits(run), _shown(r.perplexity), *_compared(r)) for run, r in found]
     names = ("run", "model", "runtime", "stored bits", "perplexity", "unquantized", "KL, nats", "same likeliest token")
     yield Table(f"On {on}", names, rows)
 
 
 def _compared(result: Evaluation) -> tuple[object, ...]:
     """Return the cells of a comparison with the unquantized model."""
-    return result.reference_perplexity, result.kl, share(result.top1_agreement)
+    return _shown(result.reference_perplexity), _shown(result.kl), share(result.top1_agreement)
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _bases(found: Iterable[Evaluation]) -> list[float]:
+    """Return the perplexities of unquantized models, those that are the same in four digits once."""
+    known = [result.reference_perplexity for result in found if result.reference_perplexity is not None]
+    return sorted({float(f"{value:.4g}") for value in known if math.isfinite(value)})
+
+
+def _mixed(on: str, found: Sequence[Evaluation]) -> Iterator[str]:
+    """Say where results that stand side by side may not belong there."""
+    if len(texts := sorted({result.text for result in found if result.text})) > 1:
+        yield f"on {on}: {', '.join(texts)} are taken for one text, by their name"
+    if len(bases := _bases(found)) > 1:
+        values = ", ".join(f"{value:g}" for value in bases)
+        yield f"on {on}: the unquantized models have perplexities of {values}, so that the runs are of several models"
 
 
 def _shown(value: float | None) -> float | str | None:
@@ -203,7 +221,7 @@ def _scores(letter: str, found: object) -> Iterator[tuple[Any, ...]]:
         for task, metrics in found.tasks.items():
             for metric, value in metrics.items():
                 if isinstance(value, (int, float)):
-                    yield letter, found.kernels, task, metric.removesuffix(",none"), value
+                    yield letter, found.runtime, task, metric.removesuffix(",none"), value
 
 
 def errors(given: Collection) -> Section:

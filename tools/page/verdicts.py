@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -60,7 +61,12 @@ def _lettered(
 
 
 def _bars(title: str, rows: Iterable[tuple[str, float]]) -> list[Bars]:
-    bars = [Bar(label, [("", rate, 0)], f"{rate:,.1f} tokens/s") for label, rate in rows if rate >= 0]
+    bars = [
+        Bar(label, [("", rate, 0)], f"{rate:,.1f} tokens/s")
+        if math.isfinite(rate) and rate >= 0
+        else Bar(label, [], "no number of tokens/s")
+        for label, rate in rows
+    ]
     return [Bars(title, bars)] if bars else []
 
 
@@ -228,6 +234,8 @@ def _command(report: Report) -> str:
         words += ["--context", asked["context"]] if asked.get("context") else []
         words += ["--max-tokens", asked["max_tokens"]] if asked.get("max_tokens") else []
         words += ["--reference", content.reference] if content.reference else []
+        for name, value in content.flags.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
         return _typed(words)
     if isinstance(content, ParityReport):
         return _typed(["rankbook", "parity", content.model, "--checkpoint", content.checkpoint])

@@ -19,7 +19,7 @@ ERRORS: dict[str, dict[int, tuple[float | None, float | None]]] = {
 def pictures() -> dict[str, str]:
     points = {"A": [(3.0, 20.0)], "B": [(4.0, 15.0)], "C": [(4.5, 90.0)]}
     return {
-        "accuracy": figures.accuracy(points, 14.0),
+        "accuracy": figures.accuracy(points, [14.0]),
         "errors": figures.layer_errors(ERRORS),
         "spectrum": figures.error_spectrum(Spectrum("a", [1.0, 0.5, 0.0], [0.5, 0.2, 0.0], [0.9], 1)),
         "branch": figures.error_spectrum(Spectrum("a", None, None, [0.9, 0.4], 2)),
@@ -70,7 +70,7 @@ def test_text_is_shown_as_it_is(drawn):
 
 
 def test_one_point_is_no_line():
-    texts = [item.text for item in ET.fromstring(figures.accuracy({"A": [(3.0, 20.0)]}, None)).iter("text")]
+    texts = [item.text for item in ET.fromstring(figures.accuracy({"A": [(3.0, 20.0)]}, [])).iter("text")]
     assert "A" in texts
     assert "Pareto line" not in texts
 

@@ -11,6 +11,7 @@ import pytest
 from rankbook.calibration.source import Kind
 from rankbook.tools.errors import UsageError
 from rankbook.tools.page.documents import Evaluation
+from rankbook.tools.page.page import make_page
 from rankbook.tools.page.runs import _letter, collect
 from rankbook.tools.report import plain
 from tests.tools.page.reports import LOST, SPEED
@@ -92,3 +93,17 @@ def test_what_is_nothing_says_what_could_be_given(tmp_path):
 
 def test_letters_go_on_behind_z():
     assert [_letter(index) for index in (0, 25, 26, 51, 52, 701, 702)] == ["A", "Z", "AA", "AZ", "BA", "ZZ", "AAA"]
+
+
+def test_a_path_that_may_mean_two_runs_says_so(made, tmp_path, monkeypatch):
+    """Typed from another folder than the current one, or not: the report cannot tell."""
+    for name, bits in (("near", "three"), ("far", "four")):
+        (tmp_path / name).mkdir()
+        shutil.copytree(made / bits, tmp_path / name / "q")
+    path = tmp_path / "far" / "e.json"
+    path.write_text(json.dumps({**LOST, "model": "q"}))
+    monkeypatch.chdir(tmp_path / "near")
+    page = make_page([tmp_path / "near" / "q", tmp_path / "far"], "t", 0)
+    assert [len(run.reports) for run in page.collection.runs] == [1, 0]
+    (said,) = [line for line in page.sections[0].missing if "may also mean" in line]
+    assert said.endswith(f"the path in it may also mean {tmp_path / 'far' / 'q'}")

@@ -46,3 +46,20 @@ def test_a_perplexity_that_is_no_number_is_said_and_not_drawn(made, tmp_path):
     section: Any = sections.accuracy(make_page([made / "four", tmp_path / "e.json"], "t", 0).collection)
     assert [type(block).__name__ for block in section.blocks] == ["Table"]
     assert "not finite" in section.blocks[0].rows[0]
+
+
+def test_what_may_not_be_comparable_is_said(made, tmp_path):
+    """Texts of one name, unquantized models of several perplexities, and rounding that the model does not ask for."""
+    for name, text, base, flags in (("a", "x/t.txt", 5.0, {}), ("b", "y/t.txt", 6.0, {"kv-bits": 4, "chat": False})):
+        report = {**LOST, "model": str(made / "four"), "text": text, "reference_perplexity": base, "flags": flags}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**report, "kernels": "PyTorch"}))
+    page = make_page([made / "four", tmp_path], "t", 0)
+    section: Any = sections.accuracy(page.collection)
+    assert section.missing == [
+        "on t.txt, 3 tokens: x/t.txt, y/t.txt are taken for one text, by their name",
+        "on t.txt, 3 tokens: the unquantized models have perplexities of 5, 6, so that the runs are of several models",
+    ]
+    assert "unquantized models" in section.blocks[0].svg
+    assert [row[2] for row in section.blocks[1].rows] == ["PyTorch", "PyTorch --kv-bits 4"]
+    overview: Any = sections.overview(page.collection).blocks[0]
+    assert overview.rows[0][overview.columns.index("evaluated on")] == "t.txt, 3 tokens"

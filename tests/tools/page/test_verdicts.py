@@ -7,10 +7,11 @@ from typing import Any
 
 from rankbook.calibration.source import Kind
 from rankbook.tools.bench.device_bench import Missing
+from rankbook.tools.commands.eval import Eval, _flags
 from rankbook.tools.page import verdicts
-from rankbook.tools.page.documents import DeviceSpeeds, LayerSpeeds, ModelSpeeds
+from rankbook.tools.page.documents import DeviceSpeeds, Evaluation, LayerSpeeds, ModelSpeeds, make
 from rankbook.tools.page.runs import Collection, Part, Report, Run
-from tests.tools.page.reports import CELL, ENGINE, LAYER, SPEED
+from tests.tools.page.reports import CELL, ENGINE, LAYER, LOST, SPEED
 
 
 def shared(*contents: Any) -> Collection:
@@ -39,3 +40,17 @@ def test_verdicts_of_an_engine_and_its_checks():
     assert verdicts_of_rows == ["FAILED", "ok", "FAILED"]
     assert section.blocks[1].rows == [("weights", "FAILED", "too many")]
     assert section.missing == ["A: e was not compared with PyTorch: gone", "A: the first layer out of tolerance is b"]
+
+
+def test_a_speed_that_is_no_number_is_said():
+    rows = verdicts._bars("decode", [("a", 2.0), ("b", float("nan"))])
+    assert [(bar.label, bar.text) for bar in rows[0].bars] == [("a", "2.0 tokens/s"), ("b", "no number of tokens/s")]
+    assert rows[0].longest == 2
+
+
+def test_an_evaluation_is_repeated_with_its_flags():
+    flags = _flags(Eval(model="gone", text="t.txt", kv_bits=4, chat=True, no_native=True))
+    found = make(Evaluation, {**LOST, "text": "t.txt", "flags": flags}, "e.json")
+    assert found.on == "t.txt, 3 tokens, in the chat template"
+    command = verdicts._command(Report(Path("e.json"), found))
+    assert command == "rankbook eval gone --text t.txt --kernels bodies --kv-bits 4 --chat"
