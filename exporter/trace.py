@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
-from rankbook.exporter import attention, embedded, recurrence, refusal, static
+from rankbook.exporter import attention, bounds, embedded, recurrence, refusal, static
 from rankbook.exporter import cache_names as names
 from rankbook.exporter.cache import Part, parts_of, tensors_of, traced_cache
 from rankbook.exporter.functions import OPSET
@@ -26,6 +26,8 @@ _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 """Sizes of the example; none is 0 or 1, which torch.export would take for constants."""
 _ROWS = {0: "batch", 1: "sequence"}
 """Dynamic axes of tokens and of what there is one of for each."""
+_FAR = 1 << 17
+"""Positions for which a graph has to be right where the model sets no limit."""
 DEFAULT_CONTEXT = 1024
 """Slots of a cache of a fixed length where neither the user nor the model wants another number."""
 
@@ -196,10 +198,28 @@ def _traced(skeleton: Skeleton, options: ExportOptions, parts: Sequence[Part]) -
             raise refusal.traced(config, error) from error
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program; check that onnxscript is installed")
+    limit = max_context(skeleton, options) if fixed else adapter_of(skeleton.model).context() or _FAR
+    if condition := bounds.broken(program.exported_program, (_ROWS, *example.sizes, *axes), _longest(limit, fixed)):
+        raise refusal.NotExportableError(
+            config,
+            f"its code asks for sizes, so that the graph holds while {condition}, and texts have up to {limit} tokens",
+        )
     model = program.model
     for value in list(model.graph.initializers.values()):
         value.name = str(value.name).removeprefix("model.")
     return model
+
+
+def _longest(limit: int, fixed: bool) -> list[dict[str, int]]:
+    """Return sizes of texts of ``limit`` tokens: most of them at once, and a few of them behind the others.
+
+    No size is smaller than that of the example. torch notes of it that it is not 1, though the graph holds there too.
+    """
+    pasts = [0] if fixed else [_PAST, max(_PAST, limit - _SEQUENCE)]
+    texts = [(past, max(_SEQUENCE, limit - past)) for past in pasts]
+    return [
+        {"batch": _BATCH, "sequence": new, "past_sequence": past, "total_sequence": past + new} for past, new in texts
+    ]
 
 
 def max_context(skeleton: Skeleton, options: ExportOptions) -> int:
