@@ -226,9 +226,9 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "options", "said"), REFUSED)
 def test_what_cannot_be_expressed_is_refused_with_the_reason(name, options, said):
     record = random_record(40, 48, bits=4) if "planes" in options else quantized(**options)
-    layer = PackedLayer("layer", "layer", record.spec(), False, record.pack().__getitem__)
+    layers = [PackedLayer(name, name, record.spec(), False, record.pack().__getitem__) for name in ("layer", "another")]
     with pytest.raises(DialectError, match=rf"dialect '{name}'.*layer and 1 more.*{said}"):
-        check_layers(dialects.dialect(name), [layer, layer])
+        check_layers(dialects.dialect(name), layers)
 
 
 def test_a_refused_export_writes_nothing(tmp_path):

@@ -211,7 +211,7 @@ def _until(state: Path, blocks: int, words: Sequence[str]) -> tuple[float, int]:
             while not last.exists():
                 if process.poll() is not None:
                     raise RuntimeError(f"{words[0]} ended with {process.returncode} before {last.name} was there")
-                time.sleep(0.1)
+                time.sleep(0.01)
             status = Path(f"/proc/{process.pid}/status").read_text()
             times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         finally:

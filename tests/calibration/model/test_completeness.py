@@ -198,7 +198,13 @@ def test_no_call_of_transformers_leaves_the_question_open() -> None:
         for part in ("calibration", "exporter", "tools", "plugins")
         for file in (root / part).rglob("*.py")
     }
-    found = [(file, call) for file, text in texts.items() for call in calls.findall(text) if "``" not in call]
+    # A call between backquotes is named, and one of "FOLDER" is the example of a model card, for the reader to run.
+    found = [
+        (file, call)
+        for file, text in texts.items()
+        for call in calls.findall(text)
+        if "``" not in call and '"FOLDER"' not in call
+    ]
     assert {file.name for file, _ in found} >= {"loading.py", "source_config.py", "tokenizer.py"}
     for file, call in found:
         inside = "**extra" in call and '"trust_remote_code": is_trusted()' in texts[file]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,9 @@ class _Layer(nn.Module):
 
 
 KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "qwen3_next": (qwen.torch_chunk_gated_delta_rule, recurrence._delta_rule),
-    "kimi_linear": (kimi.chunk_kimi_delta_attention, recurrence._delta_rule),
-    "mamba2": (mamba2.mamba2_chunk_scan, recurrence._chunk_scan),
+    "qwen3_next": (qwen.torch_chunk_gated_delta_rule, functools.partial(recurrence._delta_rule, real=None)),
+    "kimi_linear": (kimi.chunk_kimi_delta_attention, functools.partial(recurrence._delta_rule, real=None)),
+    "mamba2": (mamba2.mamba2_chunk_scan, functools.partial(recurrence._chunk_scan, real=None)),
 }
 
 

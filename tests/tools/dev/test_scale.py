@@ -36,7 +36,7 @@ def test_time_is_said_by_weights() -> None:
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "_VOCABULARY", 300)
-    monkeypatch.setitem(scale.SIZES, "0.1B", TINY)
+    monkeypatch.setitem(scale.SIZES, "0.1B", {**TINY, "num_hidden_layers": 24})  # not done before it is killed
     assert scale.main(["--sizes", "0.1B", "--runs", "--kill-after", "1", "--threads", "1", "-o", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["verb"] for row in rows] == ["quantize rtn, killed after 1 blocks", "quantize rtn, resumed to 2 blocks"]

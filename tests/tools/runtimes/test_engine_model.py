@@ -277,7 +277,7 @@ def test_an_engine_of_another_version(work, tmp_path, rtx, capsys):
 def test_an_engine_that_needs_the_plugin_library(work, tmp_path, rtx, capsys, monkeypatch):
     """It is registered before the engine is read; an engine that holds it must be alone."""
     folder = build(rtx, work / FILE, tmp_path / "engine")
-    stand_in.change(folder, plugin_layers=14)
+    stand_in.change(folder, plugin_layers=14, plugin_form="library loaded from its file")
     monkeypatch.setattr(library, "unavailable", lambda _: "librankbook_trt.so is not built: run `make native-cuda`")
     refused(folder, capsys, errors.MISSING, "14 layers of the plugin library", "make native-cuda", "--self-contained")
     monkeypatch.setattr(library, "unavailable", lambda _: None)
