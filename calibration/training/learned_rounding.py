@@ -52,9 +52,7 @@ class LearnedRounding:
         self._start, self._sizes, self._steps = record, sizes or StepSizes(), steps
         self._books = codebooks_of(record)
         codebooks = self._books.dense()
-        self._branch = None if record.low_rank is None else record.low_rank.dense()
-        rest = weight.float() if self._branch is None else weight.float() - self._branch
-        grouped = rounding.to_groups(rest, record.group)
+        grouped, self._branch = around_branch(weight, record)
         self._codes = rounding.to_groups(record.codes, record.group)
         self._gap = ((codebooks.amax(1) - codebooks.amin(1)) / (codebooks.shape[1] - 1))[:, None].contiguous()
         self._place = anchored(grouped, codebooks, self._codes)
@@ -121,6 +119,21 @@ def codebooks_of(record: QuantizedLinear) -> Codebooks:
     coeffs = dense[: record.planes].contiguous()
     offset = dense[record.planes] if record.has_offset else torch.zeros_like(coeffs[0])
     return Codebooks(record.levels.float(), coeffs, offset.contiguous())
+
+
+def around_branch(weight: Tensor, record: QuantizedLinear) -> tuple[Tensor, Tensor | None]:
+    """Return what the codes of a record stand for, and its error branch.
+
+    Args:
+        weight: (N, K).
+        record: Of the weight.
+
+    Returns:
+        The weight less the branch as groups (G, group, N), and the branch (N, K), None where there is none.
+    """
+    branch = None if record.low_rank is None else record.low_rank.dense()
+    rest = weight.float() if branch is None else weight.float() - branch
+    return rounding.to_groups(rest, record.group), branch
 
 
 def anchored(grouped: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankbook.calibration.fitting import grids, rounding
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
-from rankbook.calibration.training.learned_rounding import anchored
+from rankbook.calibration.training.learned_rounding import anchored, around_branch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ScaledRounding:
     """An affine or symmetric layer whose codes and scales are trained by Adam with cosine decay.
 
     Training starts exactly at the given record, as in `LearnedRounding`: a weight whose code is not its nearest level
-    is anchored at the edge of the cell it was put in. An error branch stays as it is.
+    is anchored at the edge of the cell it was put in. An error branch stays as it is, and the codes are trained for
+    what it leaves of the weight. A group of zeros, whose scale is zero, keeps its offset of zero.
     """
 
     def __init__(self, weight: Tensor, record: QuantizedLinear, divisors: Divisors, seed: int = 0) -> None:
@@ -51,12 +52,13 @@ class ScaledRounding:
         self._start = record
         self._bits = 8 * record.params.values.element_size() if record.params.values is not None else 8
         codebooks = grids.codebooks_of(record.levels, record.params)
-        grouped = rounding.to_groups(weight.float(), record.group)
+        grouped, self._branch = around_branch(weight, record)
         self._place = anchored(grouped, codebooks, rounding.to_groups(record.codes, record.group))
         dense = record.params.dense().permute(2, 1, 0)
         self._scale = dense[0].contiguous()
-        self._shift = dense[1] / dense[0] if record.has_offset else torch.zeros_like(self._scale)
-        self._branch = None if record.low_rank is None else record.low_rank.dense()
+        self._shift = torch.zeros_like(self._scale)
+        if record.has_offset:
+            self._shift = torch.where(self._scale == 0, self._shift, dense[1] / self._scale)
         rows, columns = weight.shape
         self._delta = torch.zeros_like(self._scale)
         self._row = weight.new_zeros(rows, dtype=torch.float32)

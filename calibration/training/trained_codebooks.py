@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rankbook.calibration.fitting import codebook_store, rounding
 from rankbook.calibration.fitting.codebook_fit import Codebooks
 from rankbook.calibration.record.quantized_linear import GroupParams, QuantizedLinear
-from rankbook.calibration.training.learned_rounding import codebooks_of
+from rankbook.calibration.training.learned_rounding import around_branch, codebooks_of
 
 GRADIENTS = ("straight-through", "assignment")
 
@@ -130,6 +130,8 @@ def _logit(ratio: Tensor) -> Tensor:
 class TrainedCodebooks:
     """A layer trained by its codebook parameters alone (Adam), codes recomputed at every step.
 
+    An error branch stays as it is, and the codes are those of what it leaves of the weight.
+
     With ``clip_rate``, for a record with one row of evenly spaced levels and an offset, only the range of each group is
     learned, at that step size: OmniQuant's learned weight clipping (Shao et al. 2024, equation 2).
     """
@@ -137,7 +139,7 @@ class TrainedCodebooks:
     def __init__(self, weight: Tensor, record: QuantizedLinear, gradient: str, clip_rate: float | None = None) -> None:
         """Start from ``record`` of ``weight`` (N, K)."""
         self._start, self._gradient, self._learn_levels = record, gradient, clip_rate is None
-        self._grouped = rounding.to_groups(weight.float(), record.group)
+        self._grouped, self._branch = around_branch(weight, record)
         self._model = ClippedCodebooks(self._grouped, codebooks_of(record))
         model = self._model
         if not self._learn_levels:
@@ -149,7 +151,6 @@ class TrainedCodebooks:
             {"params": [model.growth, model.extra], "rate": _LEVEL_RATE},
         ]
         self._optimizer = torch.optim.Adam(groups[: 3 if self._learn_levels else 1], eps=_EPSILON)
-        self._branch = None if record.low_rank is None else record.low_rank.dense()
         self._decoded: Tensor | None = None
 
     def _stored(self, books: Codebooks) -> tuple[GroupParams, Codebooks]:
