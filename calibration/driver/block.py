@@ -148,7 +148,9 @@ class BlockSolver:
         progress, seed = _refine_progress(self.reporter, site.index), options.seed + site.index
         call, inputs = streams.calls[site.index], streams.inputs.values
         layers = {name: layers[name] for name in given}
-        problem = BlockProblem(site.block, layers, inputs, targets.values, call, seed, progress)
+        own = {name: options.of_layer(f"{site.prefix}{name}") for name in given}
+        configs = {name: chosen.method_config() for name, chosen in own.items() if chosen is not options}
+        problem = BlockProblem(site.block, layers, inputs, targets.values, call, seed, progress, configs)
         with self.rounded_inputs(site, streams), _decoded(site.block, fixed):
             return records | refine(problem, given, options.method_config())
 

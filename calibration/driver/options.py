@@ -209,7 +209,7 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
             choose("group_size", self.group_size, ("auto", "channel"))
         self.device_indexes()
         fields = self._config_fields()
-        for name in ("weight_format", "clip_search"):
+        for name in ("rank", "weight_format", "clip_search", "level_dtype"):
             if getattr(self, name) is not None and renamed(name) not in fields:
                 raise ValueError(f"method {self.method!r} has no option {name}; leave it out or choose another method")
         if unknown := sorted(set(self.method_options) - fields):
@@ -292,6 +292,10 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     def shaping(self) -> dict[str, Any]:
         """Return the options without those that say where it is computed: what shapes the result."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _PLACES}
+
+    def branch(self) -> str:
+        """Return the kind of error branch that layers get, from the driver or from the method."""
+        return str(getattr(self.method_config(), "error_branch", self.driver_branch()))
 
     def driver_branch(self) -> str:
         """Return the kind of error branch that the driver adds; ``none`` where the method has an option for it."""

@@ -35,6 +35,7 @@ from rankbook.calibration.driver.report import (
 from rankbook.calibration.driver.resume import PartialState
 from rankbook.calibration.driver.selection import Selection, select
 from rankbook.calibration.driver.trial import seconds
+from rankbook.calibration.driver.unused import note_unused
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.memory import limited, peak_rss_bytes, relieve
 from rankbook.calibration.model import capture
@@ -160,6 +161,7 @@ class _Run:
         cls, model: Any, options: QuantizeOptions, placement: Placement, progress: Callable[[Progress], None] | None
     ) -> _Run:
         """Find what is to be done and check that it can be."""
+        note_unused(options)
         adapter = adapter_of(model)
         blocks, found = adapter.blocks(), adapter.embeddings()
         embeddings.check_embeddings(adapter, found, options)

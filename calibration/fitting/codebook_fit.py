@@ -145,13 +145,13 @@ def fit(grouped: Tensor, energy: Tensor, rank: int, count: int, rounds: int) -> 
         energy: Importance of each input (G, group), positive.
         rank: P, 1 to count - 1.
         count: L.
-        rounds: Alternations.
+        rounds: Alternations, at least 1.
     """
     books = clipped_grid(grouped, energy, count)
     for at in range(rounds):
         codebooks = books.dense()
         moments = moments_of(grouped, energy, nearest_chunked(grouped, codebooks), count)
-        if at == 1 and rank > 1:
+        if at == min(1, rounds - 1) and rank > 1:
             books.levels = grow_levels(moments, codebooks, books.levels, rank)
         books = solve_params(moments, books.levels)
         books = canonical(Codebooks(solve_levels(moments, books), books.coeffs, books.offset))

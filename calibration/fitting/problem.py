@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class BlockProblem:
         forward: ``forward(block, x)`` with x (batch, length, hidden) returns the block's output, gradients included.
         seed: For batch order; the same seed gives the same result.
         progress: Called with the fraction done, 0 to 1.
+        configs: The method's options of layers that do not have those of the others, by name.
     """
 
     block: nn.Module
@@ -66,6 +68,7 @@ class BlockProblem:
     forward: Callable[[nn.Module, Tensor], Tensor]
     seed: int = 0
     progress: Callable[[float], None] = lambda _: None
+    configs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -39,7 +39,7 @@ class LcqConfig(TrainingOptions):
     param_bits: int = option(8, "bits of each parameter of a group: 8 or 16")
     level_dtype: str = option("int8", "storage of the levels; int8 uses 7 bits", choices=tuple(LEVEL_DTYPES))
     seed: int = option(0, "seed of the batch order in training")
-    fit_rounds: int = option(10, "alternations of the activation-weighted least squares")
+    fit_rounds: int = option(10, "alternations of the activation-weighted least squares", least=1)
     feedback_rounds: int = option(2, "rounds of choosing codes by error feedback and refitting; 0 for none", least=0)
     damping: float = option(0.01, "share of the mean input energy added to the Gram matrix")
     recipe: str = option("rounding", "what is trained: the rounding, or the codebooks", choices=RECIPES)
@@ -57,10 +57,8 @@ class LcqConfig(TrainingOptions):
             )
         if self.param_bits not in (8, 16):
             raise ValueError(f"param_bits {self.param_bits} is not supported; choose 8 or 16")
-
-    def trains(self) -> bool:
-        """Return whether blocks are trained; ``fast`` is the closed form alone, whatever ``steps`` says."""
-        return self.effort != "fast"
+        if self.steps and self.effort == "fast":
+            raise ValueError(f"steps is {self.steps}, and effort fast trains nothing; leave one of the two out")
 
 
 def quantize(problem: LayerProblem, config: LcqConfig, levels: Tensor | None = None) -> QuantizedLinear:
@@ -127,10 +125,10 @@ def refine(
     """Train codes and codebooks of a block, or the codebooks alone, see `train_records`."""
     sizes = StepSizes(config.rounding_step, config.coeff_step, config.offset_step, config.level_step)
 
-    def layer(weight: Tensor, record: QuantizedLinear) -> TrainableLayer:
+    def layer(part: LayerProblem, record: QuantizedLinear) -> TrainableLayer:
         if config.recipe == "codebook":
-            return TrainedCodebooks(weight, record, config.gradient)
-        return LearnedRounding(weight, record, config.training_steps(), sizes)
+            return TrainedCodebooks(part.weight, record, config.gradient)
+        return LearnedRounding(part.weight, record, config.training_steps(), sizes)
 
     return train_records(problem, records, config, layer)
 

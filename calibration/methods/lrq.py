@@ -145,12 +145,12 @@ def refine(
 ) -> dict[str, QuantizedLinear]:
     """Train codes and scales of a block, see `train_records`."""
     seeds = count(1000 * problem.seed)
-    return train_records(
-        problem,
-        records,
-        config,
-        lambda weight, record: ScaledRounding(weight, record, config.divisors(*weight.shape), next(seeds)),
-    )
+
+    def layer(part: LayerProblem, record: QuantizedLinear) -> ScaledRounding:
+        own: LrqConfig = problem.configs.get(part.name, config)  # a rule may have given it another rank
+        return ScaledRounding(part.weight, record, own.divisors(*part.weight.shape), next(seeds))
+
+    return train_records(problem, records, config, layer)
 
 
 METHOD = Method("lrq", LrqConfig, quantize, refine, LrqConfig.trains)

@@ -45,7 +45,7 @@ def refine(
     """Train the ranges of a block, see `train_records`."""
     rate = config.rate or max(_RATE, _REACH / max(1, config.training_steps()))
     return train_records(
-        problem, records, config, lambda weight, record: TrainedCodebooks(weight, record, "straight-through", rate)
+        problem, records, config, lambda part, record: TrainedCodebooks(part.weight, record, "straight-through", rate)
     )
 
 

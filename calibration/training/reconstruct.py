@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rankbook.calibration.fitting.problem import BlockProblem
+from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.settings import EFFORTS
@@ -106,7 +106,7 @@ def train_records(
     problem: BlockProblem,
     records: Mapping[str, QuantizedLinear],
     options: TrainingOptions,
-    layer: Callable[[Tensor, QuantizedLinear], TrainableLayer],
+    layer: Callable[[LayerProblem, QuantizedLinear], TrainableLayer],
 ) -> dict[str, QuantizedLinear]:
     """Train the records of a block by its output; where the options do not train they are returned as they are.
 
@@ -116,11 +116,11 @@ def train_records(
         problem: The block.
         records: Where training starts.
         options: Whether and how long.
-        layer: Makes what is trained of a weight (N, K) and its record; called in the order of the records.
+        layer: Makes what is trained of a layer and its record; called in the order of the records.
     """
     if not options.trains() or not records:
         return dict(records)
-    layers = {name: layer(problem.layers[name].weight, record) for name, record in records.items()}
+    layers = {name: layer(problem.layers[name], record) for name, record in records.items()}
     return train_block(problem, records, layers, options.train_config()).records
 
 

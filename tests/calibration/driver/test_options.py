@@ -84,7 +84,7 @@ def test_config_gets_what_was_given_and_keeps_its_own_defaults() -> None:
         96
     )
     assert config == WideConfig(bits=4, group_size=48, effort="fast", seed=3, rounds=5, error_rank=32)
-    assert QuantizeOptions(method="toy", rank=2, effort="high").method_config(32) == toy_method.ToyConfig(3, 32)
+    assert QuantizeOptions(method="toy", effort="high").method_config(32) == toy_method.ToyConfig(3, 32)
 
 
 def test_the_branch_is_the_methods_own_where_it_has_one() -> None:
@@ -107,6 +107,8 @@ def test_the_branch_is_the_methods_own_where_it_has_one() -> None:
         ({"error_rank": 0}, "error_rank is 0; give at least 1"),
         ({"calib_length": 1}, "give at least 2"),
         ({"method": "toy", "weight_format": "nf4"}, "has no option weight_format"),
+        ({"method": "toy", "rank": 2}, "method 'toy' has no option rank; leave it out or choose another method"),
+        ({"method": "lrq", "level_dtype": "float16"}, "method 'lrq' has no option level_dtype"),
         ({"method": "toy", "method_options": {"rank": 2}}, r"has no options \['rank'\]; it has bits, group_size"),
         ({"method": "wide", "method_options": {"rounds": -1}}, "rounds must be"),
     ],

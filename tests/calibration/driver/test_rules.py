@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankbook.calibration.checkpoint.format import load_records, open_checkpoint
 from rankbook.calibration.driver.block import _decoded
@@ -18,6 +18,8 @@ from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.training.scaled_rounding import Divisors, ScaledRounding
 from tests.tiny import tiny_model, write_text
 
 RULES = (
@@ -44,6 +46,7 @@ RULES = (
         ("*: branch=qera:x", "branch is 'x'; give a number"),
         ("*: method=nf5", "'nf5' is not supported"),
         ("*: method=lrq", "trains whole blocks"),
+        ("*: rank=2", "method 'rtn' has no option rank"),
     ],
 )
 def test_a_rule_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
@@ -129,3 +132,20 @@ def test_layers_that_are_done_compute_with_their_record_while_others_are_trained
         assert torch.equal(block[0].weight, record.weight())
     assert block[0].weight is before
     assert Rule.parse("0: skip").settings == {}
+
+
+def test_a_rank_of_lrq_holds_in_the_training_of_its_layers(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stored nowhere: what is trained is all that it shapes."""
+    ranks: list[int] = []
+
+    def noted(weight: Tensor, record: QuantizedLinear, divisors: Divisors, seed: int) -> ScaledRounding:
+        ranks.append(divisors.scaling_rank)
+        return ScaledRounding(weight, record, divisors, seed)
+
+    monkeypatch.setattr("rankbook.calibration.methods.lrq.ScaledRounding", noted)
+    options = QuantizeOptions(
+        method="lrq", bits=3, rank=2, group_size=16, rules=("*.down_proj: rank=5", "*.up_proj: rank=0"),
+        calib=str(source / "text.txt"), calib_sequences=2, calib_length=16, method_options={"steps": 1},
+    )  # fmt: skip
+    quantize_model(source / "model", source / "lrq", options)
+    assert ranks == [2, 2, 2, 2, 2, 12, 5] * 2  # q k v o gate up down; a quarter of 48 where it is 0

@@ -57,6 +57,15 @@ def test_feedback_and_float_levels_help() -> None:
     assert lost() < 1.05 * lost(level_dtype="float16", param_bits=16)
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_planes_are_those_asked_for_however_few_the_rounds(rounds: int) -> None:
+    problem, one = problems.layer(40, 128), dataclasses.replace(FAST, bits=3, rank=1, fit_rounds=rounds)
+    three = lcq.quantize(problem, dataclasses.replace(one, rank=3))
+    assert three.planes == 3
+    lost = problems.output_error(problem, three.weight())
+    assert lost < 0.95 * problems.output_error(problem, lcq.quantize(problem, one).weight())
+
+
 def test_packing_keeps_the_weight_and_the_size_is_the_formula() -> None:
     problem = problems.layer(96, 256)
     record = lcq.quantize(problem, FAST)
@@ -148,6 +157,10 @@ def test_wrong_values_are_refused() -> None:
         LcqConfig(effort="max")
     with pytest.raises(ValueError, match="choose 8 or 16"):
         LcqConfig(param_bits=4)
+    with pytest.raises(ValueError, match="effort fast trains nothing"):
+        LcqConfig(effort="fast", steps=50)
+    with pytest.raises(ValueError, match="fit_rounds is 0; give at least 1"):
+        LcqConfig(fit_rounds=0)
     problem = problems.layer(8, 64)
     with pytest.raises(ValueError, match="weights of layer hold NaN"):
         lcq.quantize(dataclasses.replace(problem, weight=torch.full((8, 64), float("nan"))), FAST)
