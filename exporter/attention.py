@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.exporter import indexer
 from rankbook.exporter.rewrite import TRACE_DOMAIN
 
 IMPLEMENTATION = "rankbook_export"
 """Name under which `register` makes `attend` and `mask` known to transformers."""
 ADDITIVE = "rankbook_export_additive"
 """Name of `additive_mask`, for models with an attention of their own, which add the mask to their scores."""
-_KNOWN = ("s_aux", "position_ids", "cache_position")
-"""Tensors that models may give to an attention beside the mask: sinks, and what the mask holds already."""
+_KNOWN = ("s_aux", "indices", "position_ids", "cache_position")
+"""Tensors that models may give to an attention beside the mask: sinks, chosen keys, what the mask holds already."""
 SINKS = "SinkAttention"
 """Placeholder of an Attention with a fifth input: for each head a score to which no key and no value belongs."""
 
@@ -56,7 +57,9 @@ def attend(
     """
     if others := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _KNOWN]:
         raise ValueError(f"attention with {others[0]} cannot be exported to the ONNX Attention operator")
-    sinks = kwargs.get("s_aux")
+    sinks, indices = kwargs.get("s_aux"), kwargs.get("indices")
+    if indices is not None and attention_mask is not None:
+        attention_mask = indexer.chosen(attention_mask, indices)
     return _node((query, key, value), attention_mask, scaling, softcap, sinks).transpose(1, 2).contiguous(), None
 
 

@@ -25,8 +25,8 @@ class Part:
 
     Attributes:
         layer: Number of the layer.
-        name: ``key``, ``value``, ``conv`` or ``state``.
-        shape: Its shape for one text; the axis of positions of keys and values has size 0.
+        name: ``key``, ``value``, ``index``, ``conv`` or ``state``.
+        shape: Its shape for one text; the axis of positions, where it has one, has size 0.
         dtype: Its type.
     """
 
@@ -84,13 +84,17 @@ def called(skeleton: Skeleton, **tokens: Tensor) -> Any:
 def _parts(config: Any, layer: int, kept: Any) -> Iterator[Part]:
     from transformers import cache_utils as known
 
-    attention = known.DynamicLayer, known.DynamicSlidingWindowLayer
+    attention = known.DynamicLayer, known.DynamicSlidingWindowLayer, known.DynamicIndexedLayer
     both = known.LinearAttentionAndFullAttentionLayer, known.LinearAttentionAndSlidingWindowAttentionLayer
     if type(kept) not in (*attention, *both, known.LinearAttentionLayer, known.DummyLayer):
         raise refusal.NotExportableError(config, f"the cache of layer {layer} is a {type(kept).__name__}")
     found: dict[str, Tensor | None] = {}
     if isinstance(kept, known.DynamicLayer):
         found |= {"key": kept.keys, "value": kept.values}
+    if isinstance(kept, known.DynamicIndexedLayer):
+        if kept.indexer_position_ids is not None:
+            raise refusal.NotExportableError(config, f"layer {layer} keeps positions beside the keys of its indexer")
+        found |= {cache_names.INDEX: None if kept.indexer_keys is None else kept.indexer_keys[:, None]}
     if isinstance(kept, known.LinearAttentionLayer):
         if len(kept.conv_states) > 1:
             raise refusal.NotExportableError(config, f"layer {layer} keeps the inputs of several convolutions")
@@ -110,10 +114,11 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
     has attributes ``asked``, the recurrent state that a layer asked for last, and ``real``: whether a token is one,
     (batch, sequence), where padding may come behind a text; None where it comes first.
     """
-    from transformers import DynamicCache
     from transformers import cache_utils as known
 
-    class Cache(DynamicCache):
+    own: Any = type(adapter.new_cache())
+
+    class Cache(own):  # type: ignore[misc]
         """Notes which state was asked for: some functions that continue it are not given it."""
 
         asked: Tensor | None = None
@@ -126,6 +131,7 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
     # transformers asks for classes of its own, which have no types
     plain: Any = known.DynamicLayer
     none: Any = known.DummyLayer
+    indexed: Any = type(_Indexed.__name__, (_Indexed, known.DynamicIndexedLayer), {})
     states: Any = type(_States.__name__, (_States, known.LinearAttentionLayer), {})
     both: Any = type(_States.__name__, (_States, known.LinearAttentionAndFullAttentionLayer), {})
     cache: Any = Cache()
@@ -133,10 +139,11 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
     for layer in range(adapter.layers):
         kept = {part.name: tensor for part, tensor in given.items() if part.layer == layer}
         grows, fixed = ([name for name in names if name in kept] for names in (cache_names.GROWING, cache_names.STATES))
-        made = (both if grows else states)() if fixed else (plain if grows else none)()
+        keys = indexed if cache_names.INDEX in grows else plain
+        made = (both if grows else states)() if fixed else (keys if grows else none)()
         if grows:
             made.lazy_initialization(kept["key"], kept["value"])
-            made.keys, made.values = kept["key"], kept["value"]
+            made.keys, made.values, made.index = kept["key"], kept["value"], kept.get(cache_names.INDEX)
         if fixed:
             made.hold(kept.get("conv"), kept.get("state"))
         cache.layers.append(made)
@@ -145,9 +152,22 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
 
 def tensors_of(cache: Any, parts: Sequence[Part]) -> list[Tensor]:
     """Return the parts of a cache after a call."""
-    where = {"key": "keys", "value": "values", "conv": "conv_states", "state": "recurrent_states"}
+    where = {"key": "keys", "value": "values", "conv": "conv_states", "state": "recurrent_states"} | {
+        cache_names.INDEX: "index"
+    }
     found = [getattr(cache.layers[part.layer], where[part.name]) for part in parts]
     return [item if part.grows else item[0] for item, part in zip(found, parts, strict=True)]
+
+
+class _Indexed:
+    """Keys of an indexer in one layer, as a trace sees them, (batch, 1, positions, size)."""
+
+    index: Tensor
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Append new keys (batch, sequence, size); return all."""
+        self.index = torch.cat([self.index, indexer_key_states[:, None]], 2)
+        return self.index[:, 0]
 
 
 class _States:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 PAST, PRESENT = "past_key_values.", "present."
 """Begin the names of keys and values: ``past_key_values.0.key`` and ``present.0.key``."""
-GROWING = ("key", "value")
+INDEX = "index"
+"""Keys of an indexer, which chooses what attention sees, (batch, 1, positions, size)."""
+GROWING = ("key", "value", INDEX)
 """Parts of a layer's cache with an axis of positions."""
 STATES = ("conv", "state")
 """Parts of one size: the last inputs of a convolution, and the state of a recurrence.

@@ -58,6 +58,10 @@ def traceable(model: nn.Module, cache: Any) -> Iterator[None]:
         functions["create_recurrent_attention_mask"] = lambda *_, **__: None
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
     with contextlib.ExitStack() as stack:
+        for layer in model.modules():
+            if type(layer).__name__ == "MiniMaxLightningAttention":
+                stack.callback(delattr, layer, "forward")
+                layer.forward = functools.partial(_lightning, layer, real=real)
         for module in modules:
             for name, function in functions.items():
                 if hasattr(module, name):
@@ -128,6 +132,29 @@ def _selective_scan(cache: Any, *rows: Tensor, real: Tensor | None, **more: Any)
     y, skip, gate = y.transpose(1, 2), more.get("D"), more.get("z")
     y = y if skip is None else y + x.float() * skip[:, None]
     return (y if gate is None else y * nn.functional.silu(gate.float())).to(x.dtype), state
+
+
+def _lightning(
+    layer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    *,
+    real: Tensor | None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the output (batch, sequence, hidden) of a layer with lightning attention (MiniMax-01, section 2.2)."""
+    mixed = _at_tokens(layer.act_fn(layer.qkv_proj(hidden_states)), real)
+    if attention_mask is not None:
+        mixed = mixed * attention_mask[..., None]
+    rows = mixed.reshape(*mixed.shape[:2], layer.num_attention_heads, -1)
+    query, key, value = rows.split(layer.head_dim, -1)
+    decay = _at_tokens(-layer.slope_rate.reshape(-1).expand(rows.shape[:3]), real)
+    state = past_key_values.get_linear_cache(layer.layer_idx).transpose(2, 3)
+    y, state = _node(GATED, state, [query, key, value, decay], value.shape)
+    past_key_values.set_linear_cache(layer.layer_idx, state.transpose(2, 3))
+    y = layer.norm(y.flatten(2).to(mixed.dtype))
+    return layer.out_proj(nn.functional.sigmoid(layer.output_gate(hidden_states)) * y), None
 
 
 def _step(dt: Tensor, bias: Tensor | None, more: Mapping[str, Any]) -> Tensor:

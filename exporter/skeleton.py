@@ -21,7 +21,7 @@ from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.packed_modules import replace_module
 from rankbook.calibration.model.source_config import read_config
 from rankbook.calibration.record import halves
-from rankbook.exporter import attention, refusal
+from rankbook.exporter import attention, indexer, refusal
 from rankbook.exporter.rewrite import TRACE_DOMAIN
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -200,6 +200,7 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32, stored: Collect
     adapter.unify_experts()
     adapter.make_traceable()
     attention.without_complex_axes(model)
+    indexer.make_traceable(model)
     model.tie_weights()
     return model if inner or config is text else _Language(model)  # one without a table of its own has no towers
 

@@ -25,12 +25,18 @@ class FixedLayer:
     is_sliding = is_compileable = False
     keys: Tensor
     values: Tensor
+    index: Tensor
     start: Tensor
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new keys and values (batch, heads, sequence, size) into the slots from ``start``; return all."""
         self.keys, self.values = self._write(self.keys, keys), self._write(self.values, values)
         return self.keys, self.values
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Write new keys of an indexer (batch, sequence, size) into the slots from ``start``; return all."""
+        self.index = self._write(self.index, indexer_key_states[:, None])
+        return self.index[:, 0]
 
     def get_mask_sizes(self, _: int) -> tuple[int, int]:
         """Return the slots, and the first of them."""

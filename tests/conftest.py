@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import collections
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,19 +18,12 @@ _WORKER_BYTES = 5 << 30
 
 
 @pytest.fixture
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace one checkpoint once for all files that differ by the passes alone: tracing is most of an export's time."""
-    from rankbook.exporter.trace import trace
+def one_trace() -> Iterator[None]:
+    """Trace one checkpoint once for all files that differ by the passes alone."""
+    from rankbook.tools.dev.families import traced_once
 
-    found: dict[Any, Any] = {}
-
-    def once(skeleton: Any, options: Any) -> Any:
-        kind = (skeleton.dtype, options.graph == "static", options.logits, options.inputs, options.sample)
-        if kind not in found:
-            found[kind] = trace(skeleton, options)
-        return found[kind].clone()
-
-    monkeypatch.setattr("rankbook.exporter.export.trace", once)
+    with traced_once():
+        yield
 
 
 def pytest_xdist_auto_num_workers() -> int:

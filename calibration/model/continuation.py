@@ -13,7 +13,8 @@ from rankbook.calibration.model.adapter import adapter_of
 class Continuation:
     """A text that grows.
 
-    Where the family says so (LongRoPE), the cache is computed again once the text passes the original context.
+    Where the family says so (LongRoPE), the cache is computed again once the text passes the original context. A model
+    that returns none (RecurrentGemma keeps it in its modules) computes the whole text at each call.
     """
 
     def __init__(self, model: Any) -> None:
@@ -30,11 +31,13 @@ class Continuation:
         past = 0 if self._text is None else self._text.shape[1]
         self._text = tokens if self._text is None else torch.cat([self._text, tokens], dim=1)
         if past <= self._limit < self._text.shape[1]:
-            self._cache, tokens = None, self._text
+            self._cache = None
+        if self._cache is None:
+            tokens = self._text
         given: dict[str, Any] = {self._argument: self._cache}
         if self._counts and self._cache is not None:
             given["position_ids"] = torch.arange(past, self._text.shape[1], device=tokens.device)[None]
         output = self._model(input_ids=tokens, use_cache=True, **given)
-        self._cache = output[self._argument]
+        self._cache = output.get(self._argument)
         logits: Tensor = output.logits[:, -1].float()
         return logits

@@ -6,7 +6,7 @@ from collections.abc import Iterable, MutableSequence
 
 import onnx_ir as ir
 
-from rankbook.exporter.cache_names import PAST, PRESENT, layer_of
+from rankbook.exporter.cache_names import INDEX, PAST, PRESENT, layer_of, part_of
 from rankbook.exporter.rewrite import Writer
 
 SCALE = "_scale"
@@ -41,7 +41,7 @@ class QuantizeCache(ir.passes.InPlacePass):
 
     Keys are stored as attention sees them, after the rotary embedding: ``scale = max|x| / 127`` over one head of one
     token, ``codes = clamp(round(x / scale))``, symmetric. Attention reads ``codes * scale`` for new tokens as well, so
-    a prompt in one call and token by token gives the same.
+    a prompt in one call and token by token gives the same. Keys of an indexer stay as they are.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -53,8 +53,9 @@ class QuantizeCache(ir.passes.InPlacePass):
         graph = model.graph
         scales: dict[str, tuple[ir.Value, ir.Value]] = {}
         for past in list(graph.inputs):
-            if (past.name or "").startswith(PAST):
-                scales[str(past.name)] = _quantize(graph, past)
+            name = str(past.name)
+            if name.startswith(PAST) and part_of(name) != INDEX:  # rounded scores would choose other keys
+                scales[name] = _quantize(graph, past)
         if not scales:
             raise ValueError(
                 "the model keeps no keys and values that --kv int8 could store in 8 bits; export with --kv float"

@@ -38,6 +38,7 @@ STATES = {
     "lfm2": {"past_conv.0"},
     "mamba": {"past_conv.0", "past_state.0", "past_conv.1", "past_state.1"},
     "falcon_h1": {"past_conv.0", "past_state.0", "past_conv.1", "past_state.1"},
+    "minimax": {"past_state.0"},
 }
 
 

@@ -125,7 +125,8 @@ def verify_cache(
     caches = sum(name.startswith(cache_names.PAST) for name in model.inputs)
     layers = sum(node.op_type == "Attention" and not node.domain for node in model.proto.graph.node)
     fused = {name: sum(kinds.get(kind, 0) for kind in step.ATTENTION) for name, kinds in kernels.items()}
-    copies, spelled_out = kernels["decode"][step.COPIES], 2 * layers < caches
+    attended = sum(name.endswith((".key", ".value")) for name in model.inputs)
+    copies, spelled_out = kernels["decode"][step.COPIES], 2 * layers < attended
     shown = ", ".join(f"{count} in {name}" for name, count in fused.items())
     why = "; attention is spelled out, see exporter/README.md" if spelled_out else ""
     return (

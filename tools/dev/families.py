@@ -9,6 +9,7 @@ run of some families updates the table, and docs/families.md is written from all
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,36 @@ def sweep(family: str, folder: Path, steps: Sequence[str] = SERVED) -> Row:
 
     if _step(row, "build", lambda: tiny(family, source)) and _step(row, "quantize", quantized):
         _step(row, "reload", lambda: _reload(row, source, checkpoint))
-        for name in steps:
-            work = {"genai": _genai, "engine": _engine}.get(name, _parity)
-            done = row.cannot_export or _step(row, name, functools.partial(work, row, name, checkpoint, folder))
-            if not done and name in SERVED:
-                row.cannot_export = said()
+        with traced_once():
+            for name in steps:
+                work = {"genai": _genai, "engine": _engine}.get(name, _parity)
+                done = row.cannot_export or _step(row, name, functools.partial(work, row, name, checkpoint, folder))
+                if not done and name in SERVED:
+                    row.cannot_export = said()
     row.seconds = round(time.monotonic() - start, 1)
     return row
+
+
+@contextlib.contextmanager
+def traced_once() -> Iterator[None]:
+    """Trace one checkpoint once for all files that differ by the passes alone: tracing is most of an export's time."""
+    from rankbook.exporter import export
+    from rankbook.exporter.trace import trace
+
+    found: dict[Any, Any] = {}
+
+    def once(skeleton: Any, options: Any) -> Any:
+        kind = (skeleton.dtype, options.graph == "static", options.logits, options.inputs, options.sample)
+        if kind not in found:
+            found[kind] = trace(skeleton, options)
+        return found[kind].clone()
+
+    module: Any = export
+    module.trace = once
+    try:
+        yield
+    finally:
+        module.trace = trace
 
 
 def _step(row: Row, name: str, work: Callable[[], object]) -> bool:
@@ -286,6 +310,14 @@ def _load() -> None:
     torch.onnx.export(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), dynamo=True, verbose=False)
 
 
+def _lacks(folder: Path, steps: Sequence[str]) -> bool:
+    """Return whether a family has no result for a step that it can get to."""
+    if not (folder / "row.json").is_file():
+        return True
+    row = _read(folder / "row.json")
+    return not row.cannot_export and row.packed is not None and not {*steps} <= {*row.passed}
+
+
 def _read(path: Path) -> Row:
     return Row(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -356,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=",".join(SERVED),
         help=f"what to do with a checkpoint, of {','.join((*SERVED, *DEPLOYED))} (default: the exports)",
     )
+    parser.add_argument("--missing", action="store_true", help="only families that have no result for one of the steps")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a family (default: 600)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "families", help="folder for the models")
     args = parser.parse_args(argv)
@@ -364,7 +397,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unknown families {', '.join(unknown)}; known are {', '.join(FAMILIES)}", file=sys.stderr)
         return USAGE
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"})
-    run(asked, args.output, args.limit, tuple(args.steps.split(",")))
+    steps = tuple(args.steps.split(","))
+    left = asked if not args.missing else tuple(family for family in asked if _lacks(args.output / family, steps))
+    run(left, args.output, args.limit, steps)
     rows = {path.parent.name: _read(path) for path in args.output.glob("*/row.json")}
     page = ROOT / "docs" / "families.md"
     if lost := without_result(page.read_text(encoding="utf-8"), rows):

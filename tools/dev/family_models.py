@@ -64,7 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": _MLA,
     "phimoe": {},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "deepseek_v32": _MLA,
+    "deepseek_v32": {**_MLA, "index_topk": 8, "index_n_heads": 8},
     "deepseek_v4": {},
     "llama4_text": {
         "intermediate_size_mlp": 128,

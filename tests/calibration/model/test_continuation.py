@@ -11,6 +11,7 @@ from torch import Tensor
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.continuation import Continuation
+from rankbook.tools.dev.family_models import random_model
 from tests.tiny import tiny_model
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
@@ -68,6 +69,16 @@ def test_a_continuation_is_that_of_generate(family: str) -> None:
             found = text.extend(tokens)
             assert torch.allclose(found, logits, atol=1e-4)
             tokens = logits.argmax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("family", ["minimax", "recurrent_gemma"])
+def test_a_cache_of_a_class_of_its_own_or_none_gives_the_same_text(family: str) -> None:
+    model, tokens = random_model(family), torch.arange(20)[None] * 7 % 250
+    text = Continuation(model)
+    with torch.no_grad():
+        want = model(input_ids=tokens, use_cache=False).logits[0]
+        found = [text.extend(tokens[:, :15]), *(text.extend(tokens[:, at : at + 1]) for at in range(15, 20))]
+    assert torch.allclose(torch.cat(found), want[14:], atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "context", "longest"), [("llama", 16, 64), ("phi3", 16, 64), ("gemma2", 128, 128)])

@@ -59,9 +59,17 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
+class Grouped(torch.nn.Linear):
+    """A subclass that takes the inputs of each group of heads apart, as that of DeepSeek V4."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(-1, 4, self.in_features))
+
+
 def test_subclasses_are_linear_layers_if_they_compute_what_one_does() -> None:
     assert is_product(Renamed(16, 8))
     assert not is_product(Doubled(16, 8))
+    assert not is_product(Grouped(16, 8))
     assert not is_product(torch.nn.Embedding(16, 8))
 
 
