@@ -47,7 +47,8 @@ class _Longer:
 
 def _lengthen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     mask, count = args[_MASK], int(module.index_topk)
-    if not isinstance(mask, Tensor) or isinstance(mask.shape[-1], int):  # another indexer; a cache of a fixed length
+    keys: Any = mask.shape[-1] if isinstance(mask, Tensor) else 0
+    if isinstance(keys, int):  # a cache of a fixed length, or another kind of indexer
         return None
     longer = torch.cat([mask, mask.new_zeros(*mask.shape[:-1], count)], -1)
     more = {"past_key_values": _Longer(kwargs["past_key_values"], count)}
