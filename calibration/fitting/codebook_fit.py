@@ -56,11 +56,10 @@ def moments_of(grouped: Tensor, energy: Tensor, codes: Tensor, levels: int) -> M
     groups, _, rows = grouped.shape
     mass = grouped.new_zeros(groups, levels, rows)
     value = torch.zeros_like(mass)
-    for part in _row_chunks(grouped):
-        index = codes[..., part].long()
-        weighted = energy[..., None].expand(index.shape)
-        mass[..., part] = torch.zeros_like(mass[..., part]).scatter_add_(1, index, weighted)
-        value[..., part] = torch.zeros_like(mass[..., part]).scatter_add_(1, index, weighted * grouped[..., part])
+    for of_group, weights, each, chosen in zip(zip(mass, value, strict=True), grouped, energy, codes, strict=True):
+        index, weighted = chosen.long(), each[:, None].expand(weights.shape)
+        of_group[0].scatter_add_(0, index, weighted)
+        of_group[1].scatter_add_(0, index, weighted * weights)
     return Moments(mass, value)
 
 
@@ -133,7 +132,7 @@ def _grid_error(grouped: Tensor, energy: Tensor, step: Tensor, first: Tensor, co
         inverse = (1 / step[:, part])[:, None]
         place = (grouped[..., part] - first[:, None, part]).mul_(inverse)
         off = place.round().clamp_(0, count - 1).sub_(place).square_()
-        error[:, part] = torch.einsum("gjn,gj->gn", off, energy) * step[:, part].square()
+        error[:, part] = rounding.weighted_sum(off, energy) * step[:, part].square()
     return error
 
 

@@ -48,16 +48,37 @@ def refit_params(
     residual = (grouped - rounding.lookup(books.dense(), codes)).view(groups * group, rows)
     for index in range(groups):
         part = slice(index * group, (index + 1) * group)
-        ones = residual.new_ones(1, group, rows)
-        features = ones if offset_only else torch.cat([books.levels[:, codes[index].long()], ones])
-        weighted = torch.einsum("jk,pkn->pjn", gram[part, part], features)
-        system = torch.einsum("pjn,qjn->npq", features, weighted)
-        right = torch.einsum("pjn,jn->np", features, gram[part] @ residual)
-        change = solve_ridge(system, right).T  # (P + 1 or 1, N)
+        own, across = gram[part, part], gram[part]
+        if offset_only:  # the one feature is 1: its products are sums over the group
+            change = solve_ridge(own.sum().expand(rows, 1, 1), (across.sum(0) @ residual)[:, None]).T
+        else:
+            features = _features(books.levels, codes[index])
+            system = _products(features, own @ features)
+            right = _products(features, (across @ residual)[None])
+            change = solve_ridge(system, right[..., 0]).T  # (P + 1, N)
+            coeffs[:, index] += change[:-1]
+            for feature, step in zip(features[:-1], change[:-1], strict=True):
+                residual[part].addcmul_(feature, step, value=-1)
         offset[index] += change[-1]
-        coeffs[:, index] += change[:-1] if not offset_only else 0
-        residual[part] -= torch.einsum("pjn,pn->jn", features, change)
+        residual[part] -= change[-1]
     return Codebooks(books.levels, coeffs, offset)
+
+
+def _features(levels: Tensor, codes: Tensor) -> Tensor:
+    """Return the levels (P, L) of codes (group, N) and, for the offset, ones: (P + 1, group, N)."""
+    features = levels.new_ones(len(levels) + 1, *codes.shape)
+    index = codes.long().flatten()
+    for plane, values in zip(features, levels, strict=False):
+        torch.index_select(values, 0, index, out=plane.view(-1))
+    return features
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """Sum products of (P, group, N) and (Q, group, N) over the group: (N, P, Q).
+
+    Rows of a group stay innermost: as products of small matrices, one for each row, it would take ten times as long.
+    """
+    return torch.stack([torch.stack([(a * b).sum(0) for b in other], -1) for a in one], -2)
 
 
 def to_params(books: Codebooks, bits: int) -> GroupParams:

@@ -14,7 +14,8 @@ from torch import Tensor
 from rankbook.calibration.fitting import rounding
 from rankbook.calibration.fitting.problem import LayerProblem
 
-_BLOCK = 64
+_BLOCK, _PART = 64, 16
+"""Columns whose errors reach the columns after them in one product, and those within which each is spread at once."""
 _DAMPING = 0.01
 
 
@@ -113,29 +114,54 @@ def assign(grouped: Tensor, codebooks: Tensor, columns: Plan) -> Tensor:
     order, factor = columns.order, columns.factor
     work = grouped.reshape(groups * group, rows)[order]
     ranks = torch.empty_like(work, dtype=torch.uint8)
-    group_of = (order // group).tolist()
-    for start in range(0, len(group_of), _BLOCK):
-        stop = min(start + _BLOCK, len(group_of))
-        errors = _assign_block(work, ranks, ordered, bounds, factor, group_of, range(start, stop))
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    cells = _Cells(ordered, bounds, (order // group).tolist(), factor.diagonal().tolist())
+    errors = torch.empty_like(work[:_BLOCK])
+    for start in range(0, len(work), _BLOCK):
+        stop = min(start + _BLOCK, len(work))
+        for first in range(start, stop, _PART):
+            part = slice(first, min(first + _PART, stop))
+            found = errors[first - start : part.stop - start]
+            _assign_part(work[part], ranks[part], cells, factor[part, part], first, found)
+            work[part.stop : stop].addmm_(factor[part, part.stop : stop].T, found, alpha=-1)
+        work[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     result = torch.empty_like(ranks)
     result[order] = ranks
     result = result.view(groups, group, rows)
     return result if code_of_rank is None else code_of_rank.gather(1, result.long()).to(torch.uint8)
 
 
-def _assign_block(
-    work: Tensor, ranks: Tensor, codebooks: Tensor, bounds: Tensor, factor: Tensor, group_of: list[int], columns: range
-) -> Tensor:
-    """Round the columns of one block in turn, each error spread over the rest of the block; return the errors."""
-    errors = work.new_empty(len(columns), work.shape[1])
-    for place, column in enumerate(columns):
-        index = group_of[column]
-        value = work[column]
-        rank = rounding.search_column(value, bounds[index])
-        ranks[column] = rank
-        error = (value - codebooks[index].gather(0, rank.long()[None])[0]) / factor[column, column]
-        errors[place] = error
-        rest = slice(column + 1, columns.stop)
-        work[rest].addr_(factor[column, rest], error, alpha=-1)
-    return errors
+@dataclass(frozen=True)
+class _Cells:
+    """Where the weights of each column are rounded to.
+
+    Attributes:
+        codebooks: Sorted codebooks (G, L, N).
+        bounds: The boundaries of their cells (G, L - 1, N).
+        groups: The group of each column, in the order of rounding.
+        pivots: Diagonal of the factor, in that order.
+    """
+
+    codebooks: Tensor
+    bounds: Tensor
+    groups: list[int]
+    pivots: list[float]
+
+
+def _assign_part(work: Tensor, ranks: Tensor, cells: _Cells, factor: Tensor, first: int, errors: Tensor) -> None:
+    """Round a few columns in turn, each error spread over those after it.
+
+    Args:
+        work: What is left of their weights, (columns, N); changed.
+        ranks: Becomes the ranks that were chosen, (columns, N).
+        cells: Of all columns.
+        factor: The factor (columns, columns) within them.
+        first: Number of the first one.
+        errors: Becomes their errors, (columns, N).
+    """
+    rows = zip(work.unbind(), ranks.unbind(), errors.unbind(), factor.unbind(), strict=True)
+    for place, (value, rank, error, weights) in enumerate(rows):
+        index = cells.groups[first + place]
+        found = rounding.search_column(value, cells.bounds[index])
+        rank.copy_(found)
+        torch.sub(value, cells.codebooks[index].gather(0, found[None])[0], out=error).div_(cells.pivots[first + place])
+        work[place + 1 :].addcmul_(weights[place + 1 :, None], error, value=-1)

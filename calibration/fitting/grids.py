@@ -213,7 +213,7 @@ def _mxint(grouped: Tensor, energy: Tensor | None, grid: Grid) -> tuple[Tensor, 
 def _weighted(error: Tensor, energy: Tensor | None) -> Tensor:
     """Sum squared errors (G, group, N) over each group, weighted by energy (G, group): (G, N)."""
     squared = error.square()
-    return squared.sum(1) if energy is None else torch.einsum("gjn,gj->gn", squared, energy)
+    return squared.sum(1) if energy is None else rounding.weighted_sum(squared, energy)
 
 
 def search(

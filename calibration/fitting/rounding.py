@@ -27,6 +27,11 @@ def from_groups(grouped: Tensor) -> Tensor:
     return grouped.reshape(groups * group, rows).T.contiguous()
 
 
+def weighted_sum(values: Tensor, energy: Tensor) -> Tensor:
+    """Sum values (G, group, N) over each group, weighted by energy (G, group): (G, N)."""
+    return (energy[:, None] @ values)[:, 0]
+
+
 def sort_codebooks(codebooks: Tensor) -> tuple[Tensor, Tensor | None]:
     """Sort codebooks (G, L, N) along their levels.
 
@@ -57,7 +62,7 @@ def search(values: Tensor, bounds: Tensor) -> Tensor:
     """
     cells = bounds.shape[1]
     if cells + 1 > _COMPARE_LEVELS:
-        return _bisect(values, bounds)
+        return _bisect(values, bounds).to(torch.uint8)
     ranks = torch.empty_like(values, dtype=torch.uint8)
     groups = max(1, _AT_ONCE // values[0].numel())
     for some, edges, found in zip(*(torch.split(all_, groups) for all_ in (values, bounds, ranks)), strict=True):
@@ -71,13 +76,14 @@ def search(values: Tensor, bounds: Tensor) -> Tensor:
 
 
 def search_column(values: Tensor, bounds: Tensor) -> Tensor:
-    """`search` for one weight of each row: values (N,), bounds (L - 1, N), ranks (N,) uint8.
+    """`search` for one weight of each row: values (N,), bounds (L - 1, N), ranks (N,) int64.
 
     All boundaries are compared at once: for so few values the calls cost more than the comparisons.
     """
     if len(bounds) + 1 > _COMPARE_LEVELS:
         return _bisect(values[None, None], bounds[None])[0, 0]
-    return torch.gt(values, bounds).view(torch.uint8).sum(0, dtype=torch.uint8)
+    # As in `search`, a comparison is fast where its result is of the type of the values.
+    return torch.gt(values, bounds, out=torch.empty_like(bounds)).sum(0).long()
 
 
 def _bisect(values: Tensor, bounds: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ def _bisect(values: Tensor, bounds: Tensor) -> Tensor:
     while stride:
         ranks += stride * (values > bounds.gather(1, ranks + (stride - 1)))
         stride //= 2
-    return ranks.to(torch.uint8)
+    return ranks
 
 
 def nearest(values: Tensor, codebooks: Tensor) -> Tensor:

@@ -38,3 +38,18 @@ def test_few_tokens_are_filled_up_with_the_mean_of_all() -> None:
     torch.testing.assert_close(shared[1].gram, columns * mean)
     assert shared[1].tokens == columns
     torch.testing.assert_close(shared[1].peak, torch.cat(inputs).abs().amax(0))
+
+
+def test_sums_are_exact_whatever_the_block_multiplies_in() -> None:
+    torch.manual_seed(0)
+    x, before = torch.randn(512, 96) * torch.rand(96), torch.get_float32_matmul_precision()
+    statistics = LayerStatistics.empty(96)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in x.split(128):
+            statistics.update(batch)
+    rounded = x.bfloat16() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else x
+    want = rounded.double().T @ rounded.double()
+    error = (statistics.gram.double() - want).abs().max() / want.diagonal().max()
+    assert float(error) < 1e-5  # sums in bfloat16 would leave 1e-3
+    torch.testing.assert_close(statistics.mean_abs, x.abs().sum(0))
+    assert torch.get_float32_matmul_precision() == before
