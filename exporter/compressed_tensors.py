@@ -130,7 +130,7 @@ def export_compressed_tensors(
     started, output = time.monotonic(), Path(output_dir).absolute()
     if other := [name for name in (MANIFEST, ONNX_NAME) if (output / name).is_file()]:
         raise FileExistsError(f"{output} holds a {other[0]}, which {NAME} would replace; give a new folder")
-    checkpoint = language_view(open_checkpoint(checkpoint_dir, verify=True)).for_operators()
+    checkpoint = language_view(open_checkpoint(checkpoint_dir, verify=True)).kept_open().for_operators()
     if checkpoint.settings and not weights_only:
         raise NotCompressibleError(
             f"the checkpoint rounds {' and '.join(checkpoint.settings)} too, which {NAME} of weights does not; give"

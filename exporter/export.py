@@ -139,7 +139,7 @@ def export(
     report = progress or (lambda *_: None)
     with_library = wants_library(options)
     with replaced_folder(output, MODEL) as folder:
-        opened = language_view(open_checkpoint(checkpoint_dir, verify=True))
+        opened = language_view(open_checkpoint(checkpoint_dir, verify=True)).kept_open()
         checkpoint = _with_settings(opened.for_operators(), options)
         report("trace", 0, 1)
         model = build_model(checkpoint, options)

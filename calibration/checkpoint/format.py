@@ -25,10 +25,10 @@ from rankbook.calibration.checkpoint.extras import settle_tokenizer
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.integrity import (
     INDEX,
+    Streams,
     check_files,
     check_tensors,
     member,
-    opened,
     read_json,
     read_layers,
     tensor_files,
@@ -53,6 +53,8 @@ QUANT_METHOD = "rankbook"
 """Value of ``quant_method`` in config.json."""
 SHARD_BYTES = 2 << 30
 """Largest size of one safetensors file, unless a single tensor is larger."""
+_PIECE_BYTES = 64 << 20
+"""What is read of a file that stays open before it is opened anew."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Checkpoint:
         stored_names: Name under which a file holds a tensor, where that is another one, see
             `rankbook.calibration.model.language`.
         compact: Of layers whose parameters are stored compactly, the entries as they are stored, see `for_operators`.
+        streams: Reads the files of weights.
     """
 
     folder: Path
@@ -77,6 +80,11 @@ class Checkpoint:
     files: Mapping[str, str]
     stored_names: Mapping[str, str] = field(default_factory=dict)
     compact: Mapping[str, LayerSpec] = field(default_factory=dict)
+    streams: Streams = field(default_factory=Streams, repr=False, compare=False)
+
+    def kept_open(self) -> Checkpoint:
+        """Return the checkpoint for one who reads all of it: files stay open, see `Streams`."""
+        return replace(self, streams=Streams(_PIECE_BYTES))
 
     def for_operators(self) -> Checkpoint:
         """Return the checkpoint with parameters as operators take them: `part` decodes what is stored compactly."""
@@ -136,8 +144,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder} holds no tensor {name!r}; the checkpoint is incomplete, write it again"
             )
-        with opened(self.folder / file) as stream:
-            tensor: Tensor = stream.get_tensor(self.stored_names.get(name, name))
+        tensor = self.streams.tensor(self.folder / file, self.stored_names.get(name, name))
         if tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError(f"{self.folder}: {name} holds NaN or infinity; write or copy the checkpoint again")
         return tensor
@@ -255,7 +262,7 @@ def load_records(folder: str | Path) -> dict[str, QuantizedLinear]:
     Raises:
         CheckpointError: See `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder).kept_open()
     records = {name: checkpoint.record(name) for name, spec in checkpoint.layers.items() if not spec.shared_with}
     return {name: records[spec.shared_with or name] for name, spec in checkpoint.layers.items()}
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.schema import SchemaError, read_object
@@ -145,9 +146,39 @@ def tensor_names(path: Path) -> list[str]:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """`safe_open` whose errors are `CheckpointError`."""
+    with _readable(path), safe_open(path, framework="pt") as stream:
+        yield stream
+
+
+class Streams:
+    """Files of weights that stay open between reads: safetensors reads the list of a file's tensors at each opening.
+
+    Tensors of a file that stays open must not be changed in place, since later reads see the same pages.
+    """
+
+    def __init__(self, piece_bytes: int = 0) -> None:
+        """Open a file anew when ``piece_bytes`` were read of it: pages of an open file stay in memory."""
+        self._piece_bytes = piece_bytes
+        self._open: dict[Path, tuple[Any, int]] = {}
+
+    def tensor(self, path: Path, name: str) -> Tensor:
+        """Return a tensor by its name in a file.
+
+        Raises:
+            CheckpointError: The file cannot be read, or holds none.
+        """
+        with _readable(path):
+            stream, done = self._open.pop(path, None) or (safe_open(path, framework="pt"), 0)
+            tensor: Tensor = stream.get_tensor(name)
+        if (done := done + tensor.nbytes) < self._piece_bytes:
+            self._open[path] = stream, done
+        return tensor
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as stream:
-            yield stream
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; it is missing or truncated, copy it again") from error
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rankbook.calibration.checkpoint import integrity
 from rankbook.calibration.checkpoint.format import MANIFEST, CheckpointError, load_records, open_checkpoint
-from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS
+from rankbook.calibration.checkpoint.integrity import INDEX, WEIGHTS, Streams
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.loading import load_model
@@ -174,3 +176,24 @@ def test_a_checkpoint_that_transformers_saved_again_is_one(checkpoint: Path, tmp
     stray(tmp_path / "again")
     with pytest.raises(CheckpointError, match="of which no tensor is used"):
         open_checkpoint(tmp_path / "again")
+
+
+@pytest.mark.parametrize(("piece_bytes", "openings"), [(0, 4), (64, 2), (1 << 20, 1)])
+def test_files_stay_open_until_much_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int, openings: int
+) -> None:
+    path, found = tmp_path / WEIGHTS, list[Path]()
+    tensors = {f"t{index}": torch.full((8,), float(index)) for index in range(4)}  # of 32 bytes
+    save_file(tensors, path)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        found.append(path)
+        return safe_open(*args, **kwargs)
+
+    monkeypatch.setattr(integrity, "safe_open", counting)
+    streams = Streams(piece_bytes)
+    for name, tensor in tensors.items():
+        assert torch.equal(streams.tensor(path, name), tensor)
+    assert len(found) == openings
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        streams.tensor(path, "t4")
