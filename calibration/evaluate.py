@@ -68,7 +68,7 @@ def evaluate(
         progress: Called with the fraction done.
 
     Raises:
-        ValueError: No windows, windows of fewer than two tokens, or logits of the wrong shape.
+        ValueError: No windows, windows of fewer than two tokens, or logits of the wrong shape, or NaN.
     """
     given = max(given, 1)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < given + 1:
@@ -88,6 +88,12 @@ def evaluate(
             progress(min(1.0, (done + 1) * batch / len(windows)))
     count = windows.shape[0] * (windows.shape[1] - given)
     loss, kl, agreement, reference_loss = (float(value) / count for value in sums)
+    for name, value in (("model", loss), ("reference", reference_loss)):
+        if math.isnan(value):
+            raise ValueError(
+                f"the {name} gives logits that are NaN: its activations overflow (export with --dtype fp32 where it is"
+                " fp16), or its weights are damaged"
+            )
     if reference_logits_fn is None:
         return EvalResult(_perplexity(loss), None, None, count, seconds)
     return EvalResult(_perplexity(loss), kl, agreement, count, seconds, _perplexity(reference_loss))

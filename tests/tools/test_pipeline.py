@@ -153,7 +153,10 @@ def test_parity_holds_for_a_file_exported_with_no_flags(work, tmp_path, capsys):
     assert run_cli("parity", tmp_path / "onnx", "--no-layers", "--json", "--quiet") == 0
     report = stdout_json(capsys)
     assert report["passed"]
-    assert report["logits"]["error"] < 1e-5  # float32 on both sides
+    assert 0 < report["logits"]["error"] < 1e-5  # float32 on both sides
+    exact = ["parity", tmp_path / "onnx", "--no-layers", "--tolerance", 0, "--json", "--quiet"]
+    assert run_cli(*exact) == errors.CHECK_FAILED
+    assert stdout_json(capsys)["tolerance"] == 0
 
 
 def test_parity_holds_and_reports_every_layer(work, tmp_path, capsys):

@@ -217,7 +217,7 @@ def check(
     Raises:
         UsageError: The engine holds fewer tokens than are compared, or there is nothing to compare it with.
     """
-    tolerance = options.tolerance or default_tolerance(given.exported)
+    tolerance = default_tolerance(given.exported) if options.tolerance is None else options.tolerance
     note(0.0, "logits")
     held = _run(given, tokens)
     if results is not None:

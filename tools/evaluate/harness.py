@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.notes import note
 from rankbook.tools.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def evaluate_tasks(model: LanguageModel, options: HarnessOptions) -> dict[str, d
     manager = TaskManager(include_path=None if options.task_folder is None else str(options.task_folder))
     if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:
         raise UsageError(f"{unknown[0]} is no task of lm-evaluation-harness; `lm-eval ls tasks` lists them")
-    kind = type("RankbookLM", (Scorer, TemplateLM), {})
+    scorer = type("RankbookLM", (Scorer, TemplateLM), {})(model)
     found = simple_evaluate(
-        kind(model),
+        scorer,
         tasks=list(options.tasks),
         task_manager=manager,
         limit=options.limit,
@@ -44,6 +45,7 @@ def evaluate_tasks(model: LanguageModel, options: HarnessOptions) -> dict[str, d
         bootstrap_iters=0,
         log_samples=False,
     )
+    scorer.note_cut()
     results: dict[str, dict[str, Any]] = found["results"]
     return results
 
@@ -68,6 +70,7 @@ class Scorer:
         if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
             raise UsageError(f"the tokenizer of {model.name} has no token that begins or ends a text")
         self.max_length = model.context or LONGEST
+        self._cut = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -95,8 +98,19 @@ class Scorer:
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the tokens of a text."""
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        """Return the tokens of a text, as the harness's own ``hf`` does.
+
+        Without a word on special tokens the tokenizer decides, as for a prompt: models trained with a token in front
+        of every text, like Gemma, are far off without. A text that begins with it (a rendered chat) gets no second one.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def note_cut(self) -> None:
+        """Say how many texts lost their beginning."""
+        if self._cut:
+            note(f"{self._cut} texts of the tasks do not fit {self.max_length} positions: they lost their beginning")
 
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[Any, list[int], list[int]]], **_: Any
@@ -107,7 +121,9 @@ class Scorer:
         """Return the log likelihood of a continuation in nats, and whether it is the most likely one."""
         import numpy as np
 
-        given = [*context, *continuation][-(self.max_length + 1) :]
+        given = [*context, *continuation]
+        self._cut += len(given) > self.max_length + 1
+        given = given[-(self.max_length + 1) :]
         targets = np.array(given[1:][-len(continuation) :], np.int64)
         scores = self._model.logits(np.array([given[:-1]], np.int64))[0, -len(targets) :].astype(np.float64)
         scores -= scores.max(-1, keepdims=True)
@@ -141,14 +157,16 @@ class Scorer:
             if how.get("do_sample") and how.get("temperature", 1.0):
                 raise UsageError("a task that samples gives another result in every run; choose one that does not")
             ends = how.get("until") or []
-            ends = [ends] if isinstance(ends, str) else ends
+            ends = [end for end in ([ends] if isinstance(ends, str) else ends) if end]
             most = int(how.get("max_gen_toks", MOST_NEW))
-            ids = self.tok_encode(prompt)[-max(1, self.max_length - most) :]
+            ids, room = self.tok_encode(prompt), max(1, self.max_length - most)
+            self._cut += len(ids) > room
+            ids = ids[-room:]
             produced: list[int] = []
             for token in NextTokens(self._model, ids, GenerateOptions(max_new_tokens=most)):
                 produced.append(token)
                 if any(end in self.tokenizer.decode(produced[-16:]) for end in ends):
                     break
             text = str(self.tokenizer.decode(produced, skip_special_tokens=True))
-            answers.append(min((text.partition(end)[0] for end in ends if end), key=len, default=text))
+            answers.append(min((text.partition(end)[0] for end in ends), key=len, default=text))
         return answers

@@ -140,7 +140,7 @@ def compared_tokens(model: LanguageModel, vocabulary: int, text: str | Path | No
     """Return two sequences of tokens: of a text by the model's tokenizer, or random ones of the vocabulary.
 
     Raises:
-        UsageError: There is a text and no tokenizer.
+        UsageError: There is a text and no tokenizer, or it is too short for the check of the cache.
     """
     if text is None:
         return np.random.default_rng(options.seed).integers(0, vocabulary, (2, options.tokens))
@@ -150,6 +150,8 @@ def compared_tokens(model: LanguageModel, vocabulary: int, text: str | Path | No
     from rankbook.calibration.text import read_text
 
     tokens: Tokens = token_windows(model.tokenizer, read_text(text), options.tokens, most=2).tokens.numpy()
+    if tokens.shape[1] <= CACHED_TOKENS:
+        raise UsageError(f"{text} has {tokens.shape[1]} tokens; give a text of at least {CACHED_TOKENS + 1}")
     if tokens.shape != (2, options.tokens):
         note(f"{text} is short: compared on {tokens.shape[0]} x {tokens.shape[1]} tokens; give more text")
     return tokens
@@ -174,7 +176,7 @@ def check(
     from rankbook.exporter import conform
 
     file = model.file
-    tolerance = options.tolerance or default_tolerance(file)
+    tolerance = default_tolerance(file) if options.tolerance is None else options.tolerance
     match_settings(file, torch_model)
     progress(0.0, "structure")
     problems = tuple(conform.check(file))
@@ -183,7 +185,8 @@ def check(
     progress(0.3, "cached decoding")
     cached = compare_cached(model, torch_model, tokens[:1], tolerance)
     progress(0.5, "operators")
-    operators = compare_operators(model, options.tolerance or exact_tolerance(file), options)
+    exact = exact_tolerance(file) if options.tolerance is None else options.tolerance
+    operators = compare_operators(model, exact, options)
     progress(0.7, "layers")
     depth = bisect(model, torch_model, tokens, tolerance) if not options.no_layers else Depth()
     greedy: tuple[GreedyCheck, ...] = ()

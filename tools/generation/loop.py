@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from rankbook.calibration.option import Seeded, option
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.generation.stream import TextStream
-from rankbook.tools.runtimes.base import LanguageModel, best_tokens
+from rankbook.tools.runtimes.base import LanguageModel, best_tokens, check_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class GenerateOptions(Seeded):
     """How the next token is chosen, and when to stop."""
 
-    max_new_tokens: int = option(128, "largest number of tokens to generate", metavar="N")
+    max_new_tokens: int = option(128, "largest number of tokens to generate", metavar="N", least=1)
     chat: bool = option(False, "wrap the prompt in the model's chat template")
     ignore_eos: bool = option(False, "continue after the end token")
     temperature: float = option(0.0, "0 is greedy", metavar="T")
@@ -32,8 +33,10 @@ class GenerateOptions(Seeded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature < 0:
-            raise UsageError(f"temperature {self.temperature} is negative; 0 is greedy, 1 samples as the model says")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"temperature {self.temperature} is negative or not finite; 0 is greedy, 1 samples as the model says"
+            )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not a probability; give a number above 0 and at most 1")
 
@@ -88,6 +91,7 @@ def generate(
 
     Raises:
         UsageError: No tokenizer, an empty prompt, one that fills the context, or a chat without a chat template.
+        CheckFailedError: The model gives logits that are NaN or infinite.
     """
     options, tokenizer = options or GenerateOptions(), model.tokenizer
     if tokenizer is None:
@@ -185,13 +189,20 @@ class NextTokens:
 
 
 def choose(scores: Array, options: GenerateOptions, generator: np.random.Generator) -> int:
-    """Return the place of the next token among logits (tokens,)."""
+    """Return the place of the next token among logits (tokens,).
+
+    Raises:
+        CheckFailedError: They are NaN or infinite; minus infinity is a token that is not allowed.
+    """
     import numpy as np
 
+    best = int(scores.argmax())
+    check_finite(scores[best])
     if options.temperature == 0:
-        return int(scores.argmax())
-    scaled = scores.astype(np.float64) / options.temperature
-    probabilities = np.exp(scaled - scaled.max())
+        return best
+    # Differences first: a quotient by a small temperature may pass the largest number.
+    with np.errstate(over="ignore"):
+        probabilities = np.exp((scores.astype(np.float64) - scores[best]) / options.temperature)
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
     # The token that crosses the threshold belongs to the set, so that it is never empty.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the first bytes of a character whose other bytes come with the next token."""
 _CONTEXT, _WINDOW, _MOST = 6, 16, 64
 """Tokens that are kept for what comes next, tokens from which on the others are dropped, and most tokens at once."""
@@ -93,6 +93,6 @@ class TextStream:
 
 def _stable(text: str) -> str:
     """Return what the next token does not change."""
-    text = text.rstrip(_UNFINISHED)
+    text = text.rstrip(UNFINISHED)
     space = text.rfind(" ", max(0, len(text) - _TAIL))
     return text if space < 0 else text[:space]

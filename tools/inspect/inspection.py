@@ -39,7 +39,7 @@ class Layer:
         group: Weights of a row that share a codebook, or None.
         planes: Rank of the codebook matrix, or None.
         error_rank: Rank of the error branch, 0 without one.
-        stored_bits: Stored bits per weight, side data included.
+        stored_bits: Stored bits per weight, side data included; 0 for a layer that shares the tensors of another.
         error: Relative output error on the calibration data, or None where it is not known.
         operator: Operator of rankbook that computes it in an exported file; one that ends in A8 rounds its input.
     """
@@ -75,8 +75,8 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Stored bits per weight over all quantized layers."""
-        known = [layer for layer in self.layers if layer.stored_bits is not None and layer.group is not None]
+        """Stored bits per weight over all quantized layers, weights that two of them share counted once."""
+        known = [layer for layer in self.layers if layer.stored_bits and layer.group is not None]
         weights = sum(layer.out_features * layer.in_features for layer in known)
         bits = sum((layer.stored_bits or 0) * layer.out_features * layer.in_features for layer in known)
         return bits / weights if weights else None
@@ -168,11 +168,16 @@ def _onnx(path: Path) -> Inspection:
         "metadata": dict(model.metadata.properties),
     }
     noted, nodes = model.metadata.layers, {node.name: node for node in model.packed}
-    layers = tuple(
-        layer
-        for name in model.outputs_of
-        for layer in (_onnx_layers(model, nodes[name]) if name in nodes else [_other(model, name, noted[name])])
-    )
+    layers: list[Layer] = []
+    seen: set[str] = set()
+    for name in model.outputs_of:
+        if name not in nodes:
+            layers.append(_other(model, name, noted[name]))
+            continue
+        codes = nodes[name].constants.get("codes")
+        shared = codes is not None and codes.name in seen
+        seen |= {codes.name} if codes is not None else set()
+        layers += [replace(layer, stored_bits=0.0) if shared else layer for layer in _onnx_layers(model, nodes[name])]
     packed = {tensor.name for node in model.packed for tensor in node.constants.values()}
     floats = {
         name: tensor.shape
@@ -183,7 +188,7 @@ def _onnx(path: Path) -> Inspection:
     facts["left_in_float"] = _left_in_float(
         {name: shape for name, shape in floats.items() if not name.startswith("rotary.")}, layers
     )
-    return Inspection("onnx", str(model.path), layers, facts)
+    return Inspection("onnx", str(model.path), tuple(layers), facts)
 
 
 def _other(model: ExportedModel, name: str, entry: Mapping[str, Any]) -> Layer:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.device import AUTO
 from rankbook.calibration.source import Kind, Source
-from rankbook.tools.errors import MissingError, UsageError
+from rankbook.tools.errors import CheckFailedError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,13 +105,11 @@ class LanguageModel(ABC):
 
         A runtime whose model chooses it, beside its logits, copies nothing else to the host.
         """
-        best: Tokens = self.start_batch(rows).argmax(-1)
-        return best
+        return best_token(self.start_batch(rows))
 
     def step_best(self, tokens: Sequence[int]) -> Tokens:
         """Continue as `step_batch`, return the best next token of each text (batch,), see `start_best`."""
-        best: Tokens = self.step_batch(tokens).argmax(-1)
-        return best
+        return best_token(self.step_batch(tokens))
 
     def start_top(self, rows: Sequence[Tokens], count: int) -> Top:
         """Begin as `start_batch`, return logits and numbers of the ``count`` best next tokens, see `best_tokens`."""
@@ -195,13 +193,43 @@ class LanguageModel(ABC):
         )
 
 
+def check_finite(logits: Any) -> None:
+    """Check the largest logits of texts: a token that is chosen among NaN or infinities is any one.
+
+    Raises:
+        CheckFailedError: One is not a finite number.
+    """
+    import numpy as np
+
+    if not np.isfinite(logits).all():
+        raise CheckFailedError(
+            "the model gives logits that are NaN or infinite, from which no token can be chosen: its activations"
+            " overflow (export with --dtype fp32 where it is fp16), or its weights are damaged"
+        )
+
+
+def best_token(logits: Logits) -> Tokens:
+    """Return the best token of each text (batch,) of logits (batch, vocabulary).
+
+    Raises:
+        CheckFailedError: Logits are NaN or infinite.
+    """
+    best: Tokens = logits.argmax(-1)  # of a NaN, where there is one
+    check_finite(logits[range(len(best)), best])
+    return best
+
+
 def best_tokens(logits: Logits, count: int) -> Top:
     """Return logits and numbers of the best tokens, (batch, 2, count) in falling order, of logits (batch, vocabulary).
 
     Of equal ones the lower number comes first. There are no more than the vocabulary has.
+
+    Raises:
+        CheckFailedError: Logits are NaN or infinite.
     """
     import numpy as np
 
+    check_finite(logits.max(-1))
     count = min(count, logits.shape[-1])
     tokens = np.sort(np.argpartition(-logits, count - 1, axis=-1)[:, :count], axis=-1)
     scores = np.take_along_axis(logits, tokens, axis=-1)

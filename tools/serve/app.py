@@ -101,7 +101,8 @@ def create_app(served: Served) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked: Completion = parse(Completion, await _body(served, request))
-        given = asked.prompt
+        if not (given := asked.prompt):
+            raise RefusedError("prompt is empty", param="prompt")
         prompts: list[Any] = (
             [given] if isinstance(given, str) or (isinstance(given[:1], list) and _is_ids(given)) else [*given]
         )
@@ -177,9 +178,10 @@ class _Texts:
 
             return put
 
-        options = asked.generate_options(min(most or limits.max_new_tokens, limits.max_new_tokens))
+        most = min(most or limits.max_new_tokens, limits.max_new_tokens)
         self._requests = [
-            scheduler.Request(ids, options, deliver(index), asked.stops, asked.top) for index, ids in enumerate(prompts)
+            scheduler.Request(ids, asked.generate_options(most), deliver(index), asked.stops, asked.top)
+            for index, ids in enumerate(prompts)
         ]
         self._open = len(prompts)
         try:

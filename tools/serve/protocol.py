@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankbook.tools.generation.loop import GenerateOptions
+from rankbook.tools.generation.stream import UNFINISHED
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -93,7 +94,7 @@ class _Asked(BaseModel):
         return tuple(filter(None, given))
 
     def generate_options(self, max_new_tokens: int) -> GenerateOptions:
-        """Return how to continue; without a seed each request has another one."""
+        """Return how to continue; without a seed each text has another one."""
         seed = self.seed if self.seed is not None else uuid.uuid4().int % 2**32
         return GenerateOptions(
             max_new_tokens=max_new_tokens,
@@ -125,8 +126,17 @@ class _Part(BaseModel):
 class Message(BaseModel):
     """One turn of a chat."""
 
+    model_config = ConfigDict(extra="allow")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
+
+    @model_validator(mode="after")
+    def _only_what_is_served(self) -> Message:
+        for name, value in (self.model_extra or {}).items():
+            if value and name != "name":  # answers that come back hold empty fields
+                raise ValueError(f"{name} is not served")
+        return self
 
     @property
     def text(self) -> str:
@@ -232,13 +242,15 @@ class Writer:
         return {
             "tokens": [self._text(piece.token) for piece in told],
             "token_logprobs": [piece.logprob for piece in told],
-            "top_logprobs": [{self._text(token): value for token, value in piece.top} for piece in told],
+            # Of tokens with one text, such as bytes that are no character alone, the likeliest.
+            "top_logprobs": [{self._text(token): value for token, value in reversed(piece.top)} for piece in told],
             "text_offset": [],
         }
 
     def _entry(self, token: int, logprob: float, top: Sequence[tuple[int, float]] | None = None) -> dict[str, Any]:
         text = self._text(token)
-        entry: dict[str, Any] = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        known = UNFINISHED not in text  # bytes that are no character alone are not told by it
+        entry: dict[str, Any] = {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
         if top is not None:
             entry["top_logprobs"] = [self._entry(item, value) for item, value in top]
         return entry

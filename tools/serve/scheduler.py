@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rankbook.tools.errors import UsageError
+from rankbook.tools.errors import CheckFailedError, UsageError
 from rankbook.tools.generation.loop import GenerateOptions, choose
 from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.generation.stream import TextStream
@@ -218,7 +218,11 @@ class Scheduler:
         """Choose the next token of a row and tell it; end the text where it ends."""
         request, options = row.request, row.request.options
         last = row.produced + 1 == options.max_new_tokens
-        token = choose(self.settings.allow(scores, row.ids, row.produced, last=last), options, row.generator)
+        try:
+            token = choose(self.settings.allow(scores, row.ids, row.produced, last=last), options, row.generator)
+        except CheckFailedError as error:  # of this text; others go on
+            self._leave(slot, "error", str(error))
+            return
         if not options.ignore_eos and token in self.settings.end_tokens:
             self._leave(slot, "stop")
             return

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
+from rankbook.calibration.notes import Note
 from rankbook.tools import errors
 from rankbook.tools.evaluate import harness
 from rankbook.tools.evaluate.harness import Scorer, evaluate_tasks
@@ -70,6 +72,28 @@ def test_answers_end_where_the_task_says() -> None:
     assert scorer.generate_until(asked) == [letters[:3], letters[:4]]
     with pytest.raises(errors.UsageError, match="a task that samples"):
         scorer.generate_until([SimpleNamespace(args=(prompt, {"do_sample": True, "temperature": 0.7}))])
+
+
+def test_a_text_begins_with_what_the_tokenizer_puts_in_front() -> None:
+    """As in the harness's own ``hf``: Gemma without its first token is far off."""
+    scorer: Any = Scorer(Counting())
+    assert scorer.tok_encode("ab") == list(tiny_tokenizer()("ab").input_ids)
+    scorer.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    plain = list(tiny_tokenizer()("ab").input_ids)
+    assert scorer.tok_encode("ab") == [256, *plain]
+    assert scorer.tok_encode("<s>ab") == [256, *plain], "a rendered chat has it already"
+    assert scorer.tok_encode("ab", add_special_tokens=False) == plain
+
+
+def test_what_is_too_long_is_said() -> None:
+    scorer: Any = Scorer(Counting())
+    scorer.note_cut()  # says nothing
+    scorer._score(range(20), [20])
+    scorer.generate_until([SimpleNamespace(args=("abcdefg", {"max_gen_toks": 4, "until": [""]}))])
+    with pytest.warns(Note, match="2 texts of the tasks do not fit 8 positions"):
+        scorer.note_cut()
 
 
 def test_the_logits_of_every_position_are_needed() -> None:

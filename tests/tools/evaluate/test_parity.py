@@ -59,6 +59,10 @@ def test_tokens_are_random_or_those_of_a_text(tmp_path: Path) -> None:
         parity.compared_tokens(held, VOCABULARY, tmp_path / "text.txt", options)
 
 
-def test_too_few_tokens_for_the_check_of_the_cache() -> None:
+def test_too_few_tokens_for_the_check_of_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcd")
+    held: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
+    with pytest.raises(UsageError, match="has 4 tokens; give a text of at least 5"):
+        parity.compared_tokens(held, VOCABULARY, tmp_path / "text.txt", ParityOptions(tokens=8))
     with pytest.raises(UsageError, match="--tokens 4 is too few; give at least 5"):
         parity.parity("nothing", options=ParityOptions(tokens=4))

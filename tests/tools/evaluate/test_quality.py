@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import processors
 
+from rankbook.calibration.evaluate import evaluate
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tools.files import run_cli
 
@@ -44,3 +45,14 @@ def test_eval_begins_as_a_prompt_and_says_what_it_used(tmp_path: Path, capsys: p
     said = "text.txt is short: evaluated on 2 x 14 tokens instead of 3 x 14"
     assert said in printed.err
     assert said in report["notes"][0]
+
+
+def test_logits_that_are_nan_have_no_perplexity() -> None:
+    windows = torch.arange(8).view(2, 4)
+    right, wrong = torch.zeros(2, 2, 4, 8)
+    wrong[1, 2, 3] = math.nan
+    assert evaluate(lambda _: right, windows, lambda _: right, batch=2).perplexity == pytest.approx(8)
+    with pytest.raises(ValueError, match="the model gives logits that are NaN"):
+        evaluate(lambda _: wrong, windows, batch=2)
+    with pytest.raises(ValueError, match="the reference gives logits that are NaN"):
+        evaluate(lambda _: right, windows, lambda _: wrong, batch=2)

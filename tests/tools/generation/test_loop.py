@@ -33,7 +33,7 @@ class Alphabet(LanguageModel):
     def __init__(self, context: int | None = None, **config: Any) -> None:
         self.tokenizer = tiny_tokenizer()
         self._context, self._config = context, config
-        self.fed = 0
+        self.fed, self.broken = 0, 0.0
 
     @property
     def context(self) -> int | None:
@@ -54,6 +54,7 @@ class Alphabet(LanguageModel):
     def _scores(self, token: int) -> Logits:
         scores = np.zeros(259, np.float32)
         scores[[(token + 1) % 256, (token + 2) % 256]] = 2, 1
+        scores[7] += np.float32(self.broken)
         return scores
 
 
@@ -96,6 +97,29 @@ def test_tokens_that_are_not_allowed_or_asked_for() -> None:
     assert continued(Alphabet(forced_bos_token_id=letter("x")), count=3) == ("xyz", "length")
     assert continued(Alphabet(forced_bos_token_id=letter("x")), "aa", count=2) == ("bc", "length")
     assert continued(Alphabet(forced_eos_token_id=letter("."), eos_token_id=letter("q")), count=3) == ("bc.", "length")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 4}])
+def test_no_token_is_chosen_among_logits_that_are_no_numbers(bad: float, more: dict[str, Any]) -> None:
+    """An fp16 file whose activations overflow gave token 0 again and again, without a word."""
+    model = Alphabet()
+    assert generate(model, "a", GenerateOptions(max_new_tokens=2, **more)).tokens == 2
+    model.broken = bad
+    for config in ({}, {"suppress_tokens": [letter("z")]}):
+        model._config = config
+        with pytest.raises(errors.CheckFailedError, match="NaN or infinite"):
+            generate(model, "a", GenerateOptions(max_new_tokens=2, **more))
+
+
+def test_temperatures_and_numbers_of_tokens() -> None:
+    for wrong in (np.nan, np.inf, -1.0):
+        with pytest.raises(errors.UsageError, match="is negative or not finite"):
+            GenerateOptions(temperature=wrong)
+    for count in (0, -3):
+        with pytest.raises(ValueError, match="give at least 1"):
+            GenerateOptions(max_new_tokens=count)
+    assert continued(Alphabet(), temperature=1e-320) == ("bcdefg", "length"), "next to greedy"
 
 
 def test_a_stop_string_that_is_a_special_token_is_one() -> None:

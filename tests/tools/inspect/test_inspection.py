@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import struct
 import time
+from pathlib import Path
 
 import onnx
 import pytest
 from onnx import helper
 
+from rankbook.calibration.checkpoint.format import open_checkpoint
+from rankbook.exporter.export import export
+from rankbook.exporter.file import ExportedModel
+from rankbook.exporter.options import ExportOptions
 from rankbook.tools import errors
 from rankbook.tools.inspect.inspection import inspect
+from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import chain_model, run_cli, stdout_json
 
 
@@ -40,6 +46,28 @@ def test_a_plain_model_shows_dense_layers(tmp_path):
     found = inspect(tmp_path)
     assert found.kind == "model"
     assert [(layer.name, layer.bits) for layer in found.layers] == [("b.2", 16), ("b.10", 16)]
+
+
+def test_tied_embeddings_count_once(tmp_path: Path):
+    """Layers of 2 bits and embeddings of 8: the embeddings were counted twice, with their bits (a file) or without."""
+    checkpoint = make_checkpoint(tmp_path, "llama", model={"tie_word_embeddings": True}, bits=2, quantize_embeddings=8)
+    report = export(checkpoint, tmp_path / "onnx", ExportOptions())
+    specs = open_checkpoint(checkpoint).layers
+    once = [spec for name, spec in specs.items() if name != "lm_head"]
+    wanted = sum(sum(spec.stored_bits().values()) for spec in once) / sum(spec.weights for spec in once)
+    found = inspect(checkpoint)
+    assert found.bits_per_weight == pytest.approx(wanted)
+    assert report.bits_per_weight == pytest.approx(wanted)
+    shared = {layer.name: layer.stored_bits or 0 for layer in found.layers}
+    assert shared["lm_head"] == 0 < shared["model.embed_tokens"]
+    held = inspect(tmp_path / "onnx")
+    bits = [layer.stored_bits or 0 for layer in held.layers]
+    weights = [layer.out_features * layer.in_features for layer in held.layers]
+    file = ExportedModel.open(tmp_path / "onnx")
+    constants = {tensor.name: tensor for node in file.packed for tensor in node.constants.values()}
+    stored = sum(8 * tensor.bytes for name, tensor in constants.items() if not name.endswith(".bias"))
+    assert sum(b * w for b, w in zip(bits, weights, strict=True)) == pytest.approx(stored)
+    assert held.bits_per_weight == pytest.approx(stored / sum(spec.weights for spec in once))
 
 
 def test_a_file_that_is_not_ours_is_a_clear_sentence(tmp_path, capsys):

@@ -10,17 +10,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rankbook.tools import errors
 from rankbook.tools.commands.serve import Serve, prepare
 from rankbook.tools.dev import serve_load
 from rankbook.tools.generation.loop import GenerateOptions, generate
+from rankbook.tools.generation.settings import GenerationSettings
 from rankbook.tools.runtimes import open_model
 from rankbook.tools.runtimes.ort import native_unavailable
-from tests.tiny import tiny_model, write_text
+from rankbook.tools.serve.protocol import Chat, Completion, Writer
+from rankbook.tools.serve.scheduler import Piece, Request, Scheduler
+from rankbook.tools.serve.slots import Slots
+from tests.tiny import tiny_model, tiny_tokenizer, write_text
 from tests.tools.files import run_cli
 
 openai = pytest.importorskip("openai")
@@ -193,8 +199,28 @@ def test_stop_strings_seeds_and_several_prompts(server: Server, alone: dict[str,
     sampled = {**GREEDY, "temperature": 1.5, "prompt": first}
     texts = [client.completions.create(**sampled, seed=seed).choices[0].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+    twice = client.completions.create(**{**sampled, "prompt": [first, first]})  # without a seed
+    assert twice.choices[0].text != twice.choices[1].text
     ids = client.completions.create(**{**GREEDY, "prompt": [104, 105], "logprobs": 1}).choices[0]
     assert len(ids.logprobs.tokens) == 12
+
+
+def test_probabilities_of_bytes_that_are_no_character() -> None:
+    """Of several tokens with one text the likeliest is told, and no bytes that are not its own."""
+    top = tuple((token, -float(place)) for place, token in enumerate([65, 200, 66, 201, 202]))
+    texts = {65: "A", 66: "B"}
+    tokenizer = SimpleNamespace(decode=lambda ids: texts.get(ids[0], "\ufffd"))
+    piece = Piece("", 200, -1.0, top)
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 5}
+    completion = Completion.model_validate({"model": "tiny", "prompt": "x", "logprobs": 5})
+    plain = Writer(completion, tokenizer)._logprobs([piece])
+    assert plain is not None
+    assert plain["top_logprobs"] == [{"A": 0.0, "\ufffd": -1.0, "B": -2.0}]
+    chat = Writer(Chat.model_validate(asked), tokenizer)._logprobs([piece])
+    assert chat is not None
+    (entry,) = chat["content"]
+    assert [item["bytes"] for item in entry["top_logprobs"]] == [[65], None, [66], None, None]
+    assert (entry["bytes"], entry["logprob"]) == (None, -1.0)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +231,7 @@ def test_stop_strings_seeds_and_several_prompts(server: Server, alone: dict[str,
         ("completions", {"tempreature": 1}, 400, "tempreature is not served"),
         ("completions", {"temperature": -1}, 400, "temperature: Input should be greater"),
         ("completions", {"prompt": ""}, 400, "prompt is empty"),
+        ("completions", {"prompt": []}, 400, "prompt is empty"),
         ("completions", {"prompt": [300]}, 400, "no tokens"),
         ("completions", {"prompt": ["a"] * 17}, 400, "17 prompts"),
         ("completions", {"model": "other"}, 404, "'other' is not served; there is 'tiny'"),
@@ -212,6 +239,12 @@ def test_stop_strings_seeds_and_several_prompts(server: Server, alone: dict[str,
         ("completions", {"max_tokens": 0}, 400, "max_tokens"),
         ("chat/completions", {}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            400,
+            "tool_calls is not served",
+        ),
         ("embeddings", {}, 404, "is not served; there are"),
     ],
 )
@@ -333,3 +366,27 @@ def test_what_cannot_be_served_is_said(folder: Path, capsys: pytest.CaptureFixtu
         prepare(replace(options(folder), model=str(folder / "q"), no_native=False))
     assert run_cli("serve", folder / "tiny", "--host", "0.0.0.0") == errors.USAGE
     assert "give an API key" in capsys.readouterr().err
+
+
+def test_a_text_without_a_next_token_fails_alone() -> None:
+    """Logits that are NaN end the text that they belong to; the one beside it goes on."""
+
+    class Rows(Slots):
+        def _compute(self, begin: int, tokens: Any, past: Any) -> Any:
+            scores = np.zeros((len(tokens), 259), np.float32)
+            scores[:, 65] = 1
+            scores[tokens[:, -1] == 66] = np.nan
+            return scores
+
+    scheduler = Scheduler(Rows(2, 16), tiny_tokenizer(), GenerationSettings(), queue=4)
+    told: dict[int, list[Piece]] = {65: [], 66: []}
+    for token, pieces in told.items():
+        scheduler.submit(Request([token], GenerateOptions(max_new_tokens=3), pieces.append))
+    deadline = time.monotonic() + 20
+    while not all(pieces and pieces[-1].finish_reason for pieces in told.values()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    scheduler.stop()
+    assert [piece.token for piece in told[65]] == [65, 65, 65, None]
+    assert told[65][-1].finish_reason == "length"
+    assert [(piece.token, piece.finish_reason) for piece in told[66]] == [(None, "error")]
+    assert "NaN or infinite" in told[66][0].message
