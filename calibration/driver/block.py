@@ -20,6 +20,7 @@ from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.report import Errors, Reporter, output_errors
 from rankbook.calibration.driver.resume import BlockResult
 from rankbook.calibration.driver.solve import solve_layer
+from rankbook.calibration.fitting.grids import Grid
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
@@ -91,6 +92,11 @@ class BlockSolver:
     placement: Placement
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
+    def options_of(self, name: str) -> QuantizeOptions:
+        """Return what holds for a layer by its full name: the choice of a budget, or what the options say."""
+        choice = self.choices.get(name)
+        return self.options.of_layer(name) if choice is None else choice.applied(self.options)
+
     def trains(self) -> bool:
         """Return whether blocks are trained."""
         return self.options.trains()
@@ -113,7 +119,7 @@ class BlockSolver:
         def first_output() -> Tensor:
             return streams.calls[site.index](block, streams.inputs.values[:1].to(device, torch.float32))
 
-        scaled = self._scale_inputs(block, first_output, statistics)
+        scaled = self._scale_inputs(site, first_output, statistics)
         share = _QUANTIZE_SHARE if streams.targets is not None else 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed + site.index)
@@ -168,9 +174,7 @@ class BlockSolver:
         def solve(position: int, name: str) -> tuple[QuantizedLinear, Errors]:
             full, device = f"{site.prefix}{name}", free.get()
             self.reporter.tell(f"quantizing {full}", site.index, share * position / len(site.layers))
-            chosen = self.options.of_layer(full)
-            if full in self.choices:
-                chosen = self.choices[full].applied(self.options)
+            chosen = self.options_of(full)
             try:
                 problem = self._problem(site, name, statistics)
                 given = moved(replace(problem, name=full), device)
@@ -215,12 +219,16 @@ class BlockSolver:
         return {name: LayerStatistics.unseen(width, self.placement.device) for name, width in widths.items()}
 
     def _scale_inputs(
-        self, block: nn.Module, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]
+        self, site: Site, run: Callable[[], Tensor], statistics: Mapping[str, LayerStatistics]
     ) -> scaling.Scaled:
-        options, kind = self.options, self.options.scaling()
+        block, prefix, options, kind = site.block, site.prefix, self.options, self.options.scaling()
         if kind == "none":
             return scaling.Scaled()
-        choose = scaling.chooser(kind, options.bits, options.group, options.scale_strength)
+
+        def grid(problem: LayerProblem) -> Grid:
+            return self.options_of(f"{prefix}{problem.name}").grid(problem.weight.shape[1])
+
+        choose = scaling.chooser(kind, grid, options.scale_strength)
         # What enters an expert is also given to the router, and to the other experts: nothing could carry a scaling.
         alone = {name: statistics[name] for name in statistics if not matrix_of(name)}
         return scaling.scale_inputs(block, run, alone, choose, self.dtype)

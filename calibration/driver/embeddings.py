@@ -125,19 +125,19 @@ def quantize_rows(
     def problem(rows: Tensor) -> LayerProblem:
         return LayerProblem(name, rows.detach().to(device, torch.float32), None, statistics)
 
-    pieces = torch.split(weight, _ROWS_AT_ONCE)
+    pieces, config = torch.split(weight, _ROWS_AT_ONCE), options.method_config()
+    grid = Grid(bits, group, param_bits=getattr(config, "param_bits", 8))
     if bits == _FITTED_BITS and method.rows is not None:
-        rank = {} if options.rank is None else {"rank": options.rank}
-        config = method.config_type(bits=bits, group_size=group, **rank)
+        config = replace(config, bits=bits, group_size=group)
         if len(pieces) == 1:
             parts = [method.quantize(problem(weight), config)]
         else:  # an even choice of rows finds what all share
             quantize = method.rows(problem(weight[:: len(pieces)]), config)
             parts = [quantize(problem(rows)) for rows in pieces]
     elif bits == _FITTED_BITS:
-        parts = [round_with_feedback(problem(rows), Grid(bits, group), "gptq") for rows in pieces]
+        parts = [round_with_feedback(problem(rows), grid, "gptq") for rows in pieces]
     else:
-        parts = [round_nearest(problem(rows), Grid(bits, group), "rtn") for rows in pieces]
+        parts = [round_nearest(problem(rows), grid, "rtn") for rows in pieces]
     return _stack([moved(part, CPU) for part in parts], None if bias is None else bias.detach().float())
 
 

@@ -28,6 +28,7 @@ from rankbook.plugins.widths import BITS
 
 if TYPE_CHECKING:
     from rankbook.calibration.driver.rules import Rules
+    from rankbook.calibration.fitting.grids import Grid
     from rankbook.calibration.methods import Method
     from rankbook.calibration.model.placement import Placement
 
@@ -243,6 +244,18 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
         fields = self._config_fields()
         known = {name: value for name, value in own.items() if name in fields and value is not None}
         return self._method().config_type(**{**known, "group_size": group, **self.method_options})
+
+    def grid(self, in_features: int) -> Grid:
+        """Return the grid that rows are rounded to, ranges unsearched; an even one where codebooks are fitted.
+
+        Raises:
+            ValueError: As `method_config`.
+        """
+        from rankbook.calibration.fitting.grids import Grid
+
+        config = self.method_config(in_features)
+        found: Grid = config.grid() if hasattr(config, "grid") else Grid(config.bits, config.group_size)
+        return dataclasses.replace(found, clip_search=False)
 
     def group(self, in_features: int) -> int:
         """Return the group size for rows of ``in_features`` weights.

@@ -98,27 +98,26 @@ def scale_inputs(
     return done
 
 
-def chooser(kind: str, bits: int, group_of: Callable[[int], int], strength: float = 0.5) -> Chooser:
+def chooser(kind: str, grid_of: Callable[[LayerProblem], Grid], strength: float = 0.5) -> Chooser:
     """Return how scales are chosen.
 
     Args:
         kind: ``awq`` or ``smoothquant``.
-        bits: Width for which AWQ searches.
-        group_of: Group size for rows of K weights, for which AWQ searches.
+        grid_of: What a layer will be rounded to, for which AWQ searches.
         strength: SmoothQuant's alpha, 0 (all difficulty stays with the activations) to 1.
 
     Raises:
         ValueError: Another kind.
     """
     if kind == "awq":
-        return lambda problems: awq_scale(problems, bits, group_of(problems[0].weight.shape[1]))
+        return lambda problems: awq_scale(problems, [grid_of(problem) for problem in problems])
     if kind == "smoothquant":
         return lambda problems: smoothquant_scale(problems, strength)
     raise ValueError(f"input scaling {kind!r} is unknown; choose one of {', '.join(SCALINGS)}")
 
 
-def awq_scale(problems: Sequence[LayerProblem], bits: int, group: int) -> Tensor:
-    """Return the power of the mean input magnitude (K,) with the least output error of layers rounded to nearest.
+def awq_scale(problems: Sequence[LayerProblem], grids: Sequence[Grid]) -> Tensor:
+    """Return the power of the mean input magnitude (K,) with the least output error of layers rounded to their grids.
 
     AWQ (Lin et al. 2024, equation 5); the error is exact for up to 512 rows of each layer (evenly spaced ones above).
     """
@@ -126,11 +125,10 @@ def awq_scale(problems: Sequence[LayerProblem], bits: int, group: int) -> Tensor
     magnitude = shared.mean_magnitude()
     magnitude = magnitude.clamp_min(1e-4 * float(magnitude.max()) + torch.finfo(torch.float32).tiny)
     rows = [problem.weight[:: -(-len(problem.weight) // _SEARCH_ROWS)] for problem in problems]
-    grid = Grid(bits, group)
 
     def error(scale: Tensor) -> float:
         lost = 0.0
-        for problem, weight in zip(problems, rows, strict=True):
+        for problem, weight, grid in zip(problems, rows, grids, strict=True):
             rounded = round_nearest(replace(problem, weight=weight * scale), grid, "search").weight()
             change = rounded / scale - weight
             lost += float(((change @ shared.gram) * change).sum())

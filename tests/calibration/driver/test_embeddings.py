@@ -17,6 +17,7 @@ from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Embeddings, adapter_of
 from rankbook.calibration.model.packed_modules import CodebookEmbedding, CodebookLinear, TiedCodebookLinear
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.plugins.forms import Form
 from tests.tiny import tiny_model
 
 
@@ -59,6 +60,18 @@ def test_four_bits_are_fitted_to_what_enters(method: str, written: str, monkeypa
     fitted = embeddings.quantize_rows("embedding", weight, None, 4, options, inputs)
     assert fitted.method == written
     assert error(fitted) < 0.1 * error(rounded)  # 0.044 and 0.035 here
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", ["rtn", "lcq"])
+def test_the_storage_is_what_the_options_say(bits: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "_ROWS_AT_ONCE", 64)
+    weight = torch.randn(150, 48, generator=torch.Generator().manual_seed(1))
+    options = QuantizeOptions(method=method, group_size=16, param_bits=16, level_dtype="float16")
+    record = embeddings.quantize_rows("embedding", weight, None, bits, options)
+    assert record.params.form is Form.FLOAT16
+    fitted = bits == 4 and method == "lcq"  # what is rounded to a grid has integers as levels
+    assert record.levels.dtype == (torch.float16 if fitted else torch.int8)
 
 
 def test_what_enters_the_output_layer_is_measured() -> None:

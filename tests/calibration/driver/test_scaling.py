@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration.driver import scaling
 from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.fitting.grids import Grid, round_nearest
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
@@ -141,12 +143,39 @@ def outliers() -> LayerProblem:
 
 def test_awq_scales_important_inputs_up_and_never_loses() -> None:
     problem = outliers()
-    scale = scaling.awq_scale([problem], 3, 64)
+    scale = scaling.awq_scale([problem], [Grid(3, 64)])
     assert float(scale[::16].mean()) > 1.5 * float(scale.median())
     plain = METHODS["rtn"].quantize(problem, METHODS["rtn"].config_type(bits=3))
     scaled = LayerProblem("layer", problem.weight * scale, None, problem.statistics)
     decoded = METHODS["rtn"].quantize(scaled, METHODS["rtn"].config_type(bits=3)).weight() / scale
     assert problems.output_error(problem, decoded) < 0.8 * problems.output_error(problem, plain.weight())
+
+
+def test_awq_searches_for_the_grid_that_a_layer_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rules, a budget or the format: it searched for even levels in the bits of the run."""
+    problem, grid = outliers(), Grid(4, 32, "mxint")
+
+    def lost(scale: Tensor) -> float:
+        scaled = LayerProblem("layer", problem.weight * scale, None, problem.statistics)
+        return problems.output_error(problem, round_nearest(scaled, grid, "").weight() / scale)
+
+    chosen, other = (scaling.awq_scale([problem], [each]) for each in (grid, Grid(3, 64)))
+    assert lost(chosen) < 0.9 * lost(other)
+    seen: dict[str, Grid] = {}
+    search = scaling.awq_scale
+
+    def noted(given: Sequence[LayerProblem], grids: Sequence[Grid]) -> Tensor:
+        seen.update(zip([each.name for each in given], grids, strict=True))
+        return search(given, grids)
+
+    monkeypatch.setattr(scaling, "awq_scale", noted)
+    tiny_model("llama", tmp_path / "model")
+    rules = ("*.k_proj: bits=8 group=16", "*.v_proj: method=lqer branch=none")
+    quantize_model(tmp_path / "model", tmp_path / "out", options(tmp_path, method="awq", bits=4, rules=rules))
+    found = {name.rpartition(".")[2]: (grid.bits, grid.group_size, grid.format) for name, grid in seen.items()}
+    assert found["q_proj"] == (4, 48, "affine")
+    assert found["k_proj"] == (8, 16, "affine")
+    assert found["v_proj"] == (4, 48, "mxint")
 
 
 def test_smoothquant_is_its_formula() -> None:
@@ -165,7 +194,7 @@ def test_inputs_that_never_were_active_keep_a_scale_like_the_others() -> None:
     scale = scaling.smoothquant_scale([problem], 0.5)
     assert float(scale[3]) == float(scale.median())
     with pytest.raises(ValueError, match="none, awq, smoothquant"):
-        scaling.chooser("quip", 3, lambda k: k)
+        scaling.chooser("quip", lambda _: Grid(3, 64))
 
 
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
