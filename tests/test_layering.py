@@ -18,7 +18,19 @@ from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("plugins", "calibration", "exporter", "tools")
-BASE = ("device", "memory", "notes", "option", "schema", "settings", "source", "text", "versions", "evaluate")
+BASE = (
+    "device",
+    "memory",
+    "notes",
+    "option",
+    "schema",
+    "settings",
+    "source",
+    "text",
+    "threads",
+    "versions",
+    "evaluate",
+)
 """Modules of calibration that import none but each other."""
 ROOMS = (
     *("record", "checkpoint", "fitting", "training", "methods"),

@@ -103,6 +103,10 @@ def _run(arguments: list[str]) -> int:
     options = _resolve(commands[verb], given, known)
     # Bars of other libraries would mix with the progress shown and fill log files; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # PyTorch's threads wait for each other in a loop, by default for 20 ms: where other programs run too, mostly for a
+    # thread that does not run. This many rounds take half a millisecond. The library reads it when it is loaded.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "10000"
     if options.quiet:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Libraries that print must not spoil the JSON on stdout.

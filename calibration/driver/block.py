@@ -29,8 +29,11 @@ from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.placement import Placement, Stream
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.threads import workers
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 
+_SMALL = 1 << 22
+"""Weights of a layer up to which threads gain more from a layer each than from sharing one; bounds the memory."""
 _QUANTIZE_SHARE = 0.3
 """Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
 
@@ -165,15 +168,17 @@ class BlockSolver:
     ) -> dict[str, tuple[QuantizedLinear, Errors]]:
         """Solve every layer, and measure its error while its statistics are at hand.
 
-        On several devices as many are solved at once, each by itself, so that the result is the same.
+        On several devices, and of small layers on the processor, as many are solved at once, each by itself, so that
+        the result is the same.
         """
+        devices, places = self.placement.devices, {name: place for place, name in enumerate(site.layers)}
         free: SimpleQueue[torch.device] = SimpleQueue()
-        for device in self.placement.devices:
+        for device in devices if len(devices) > 1 else devices * len(places):
             free.put(device)
 
-        def solve(position: int, name: str) -> tuple[QuantizedLinear, Errors]:
+        def solve(name: str) -> tuple[QuantizedLinear, Errors]:
             full, device = f"{site.prefix}{name}", free.get()
-            self.reporter.tell(f"quantizing {full}", site.index, share * position / len(site.layers))
+            self.reporter.tell(f"quantizing {full}", site.index, share * places[name] / len(places))
             chosen = self.options_of(full)
             try:
                 problem = self._problem(site, name, statistics)
@@ -183,11 +188,13 @@ class BlockSolver:
             finally:
                 free.put(device)
 
-        places, names = range(len(site.layers)), list(site.layers)
-        if len(self.placement.devices) == 1:
-            return dict(zip(names, map(solve, places, names), strict=True))
-        with ThreadPoolExecutor(len(self.placement.devices)) as pool:
-            return dict(zip(names, pool.map(solve, places, names), strict=True))
+        if len(devices) > 1:
+            with ThreadPoolExecutor(len(devices)) as pool:
+                return dict(zip(places, pool.map(solve, places), strict=True))
+        small = [name for name in places if _is_small(site.block, name)]
+        with workers(self.placement.device) as at_once:
+            found = dict(zip(small, at_once.map(solve, small), strict=True))
+        return {name: found[name] if name in found else solve(name) for name in places}
 
     def _problem(self, site: Site, name: str, statistics: Mapping[str, LayerStatistics]) -> LayerProblem:
         """Return the problem of a layer; the statistics of one of an expert are computed here."""
@@ -246,6 +253,12 @@ def _decoded(block: nn.Module, records: Mapping[str, QuantizedLinear]) -> Iterat
     finally:
         for name, layer in layers.items():
             layer.weight = before[name]
+
+
+def _is_small(block: nn.Module, name: str) -> bool:
+    """Return whether a layer is solved on one thread; one of an expert is not, whose statistics are computed first."""
+    weight: Any = block.get_submodule(name).weight
+    return matrix_of(name) is None and weight.numel() <= _SMALL
 
 
 def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:

@@ -20,6 +20,7 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.settings import EFFORTS
+from rankbook.calibration.threads import Workers, workers
 
 LOSSES = ("relative", "square")
 """Error of a block's output: relative for each token (see `token_errors`), or the plain square, summed over tokens."""
@@ -149,16 +150,16 @@ def train_block(
     best = dict(start)
     before = best_loss = _loss(problem, best, judged, config)
     batches = _batches(len(problem.inputs), config, problem.seed)
-    for step in range(config.steps):
-        grads = _gradients(problem, layers, next(batches), config)
-        for name, layer in layers.items():
-            layer.update(grads.pop(name), 1 - step / config.steps)
-        if step + 1 in check_at:
-            state = {name: layer.record() for name, layer in layers.items()}
-            loss = _loss(problem, state, judged, config)
-            if loss < best_loss:
-                best_loss, best = loss, state
-        problem.progress((step + 1) / config.steps)
+    largest_first = sorted(layers, key=lambda name: -problem.layers[name].weight.numel())
+    with workers(problem.device) as at_once:
+        for step in range(config.steps):
+            _step(problem, {name: layers[name] for name in largest_first}, at_once, next(batches), config, step)
+            if step + 1 in check_at:
+                state = {name: layer.record() for name, layer in layers.items()}
+                loss = _loss(problem, state, judged, config)
+                if loss < best_loss:
+                    best_loss, best = loss, state
+            problem.progress((step + 1) / config.steps)
     return TrainResult(best, before, best_loss)
 
 
@@ -243,11 +244,25 @@ def swapped_weights(block: nn.Module, weights: Mapping[str, nn.Parameter]) -> It
             module._parameters["weight"] = kept[name]
 
 
+def _step(
+    problem: BlockProblem,
+    layers: Mapping[str, TrainableLayer],
+    at_once: Workers,
+    batch: Tensor,
+    config: TrainConfig,
+    step: int,
+) -> None:
+    """Move every layer by the gradient of a batch."""
+    dtype, left = compute_dtype(config.compute, problem.device), 1 - step / config.steps
+    decoded = at_once.map(lambda layer: nn.Parameter(layer.weight().to(dtype)), list(layers.values()))
+    grads = _gradients(problem, dict(zip(layers, decoded, strict=True)), batch, config)
+    at_once.map(lambda name: layers[name].update(grads.pop(name), left), list(layers))
+
+
 def _gradients(
-    problem: BlockProblem, layers: Mapping[str, TrainableLayer], batch: Tensor, config: TrainConfig
+    problem: BlockProblem, weights: Mapping[str, nn.Parameter], batch: Tensor, config: TrainConfig
 ) -> dict[str, Tensor]:
     dtype = compute_dtype(config.compute, problem.device)
-    weights = {name: nn.Parameter(layer.weight().to(dtype)) for name, layer in layers.items()}
     inputs, targets = problem.sequences(batch)
     with swapped_weights(problem.block, weights), torch.enable_grad(), arithmetic(dtype, problem.device):
         output = problem.forward(problem.block, inputs)

@@ -189,6 +189,16 @@ def echo(monkeypatch):
 
 
 @pytest.mark.usefixtures("echo")
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_wait_briefly_for_each_other_unless_told_otherwise(given, spins, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    assert run_cli("echo", "x", "--json") == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.usefixtures("echo")
 class TestConfiguration:
     def test_json_is_all_there_is_on_stdout(self, capsys):
         assert run_cli("echo", "x", "--json") == 0
