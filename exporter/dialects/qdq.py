@@ -43,8 +43,8 @@ def refuse(layer: PackedLayer) -> str:
             affine.scales()
     except NotAffineError as error:
         return str(error)
-    half = 1 << (spec.bits - 1)
-    if spec.has_offset or affine.first != round(affine.first) or not -half <= affine.first <= -half + 1:
+    half, top = 1 << (spec.bits - 1), affine.first + int(affine.recode.max())
+    if spec.has_offset or affine.first != round(affine.first) or affine.first < -half or top >= half:
         return (
             "it is asymmetric (an offset or zero point per group), which TensorRT refuses; quantize with"
             " --weight-format symmetric, or use --dialect ort or rankbook"

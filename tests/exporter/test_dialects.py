@@ -14,6 +14,7 @@ import torch
 
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.imports.base import Numbers
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.record.halves import NotHeldError
@@ -55,6 +56,19 @@ def test_one_layer_is_the_product_with_its_weight(case, branch_bits):
         got = run_layer(name, record, x)
         # float32 sums of 48 products in another order.
         assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("bits", "zero"), [(4, 7), (4, 9), (8, 127)])
+def test_levels_beyond_the_integers_of_qdq_are_refused(bits: int, zero: int) -> None:
+    """One zero point for all groups, next to the middle, as other tools may write it: level 8 became -8 in INT4."""
+    codes = torch.arange(40 * 48).reshape(40, 48).remainder(1 << bits).to(torch.uint8)
+    record = Numbers(codes, bits, [torch.rand(40, 3) + 0.5], "gptq", zeros=zero).record()
+    layer = PackedLayer("a.b", "a.b", record.spec(), False, record.pack().__getitem__)
+    with pytest.raises(DialectError, match="it is asymmetric"):
+        check_layers(dialects.dialect("qdq"), [layer])
+    x = np.random.default_rng(0).standard_normal((2, 3, 48)).astype(np.float32)
+    want = x @ record.weight().numpy().T
+    assert np.abs(run_layer("ort", record, x) - want).max() < 1e-5 * np.abs(want).max()
 
 
 def quantized(*, branch_bits: int = 0, **options: Any) -> QuantizedLinear:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rankbook.calibration.device import AUTO, DeviceOptions
 from rankbook.calibration.memory import MemoryOptions, limited
 from rankbook.calibration.model.hub import HubOptions, at_revision
-from rankbook.calibration.option import argument, option
+from rankbook.calibration.option import argument, described, option
 from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
@@ -51,6 +51,9 @@ class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, MemoryOpti
             raise UsageError("--text is missing; give it, or --tasks of lm-evaluation-harness")
         if self.tasks and (self.text or self.reference):
             raise UsageError("--tasks bring their own texts; leave --text and --reference out")
+        for item in described(EvalOptions) if self.tasks else ():
+            if getattr(self, item.name) != item.default:
+                raise UsageError(f"--{item.name.replace('_', '-')} belongs to --text; leave it out of --tasks")
         if not self.tasks and (self.task_folder or self.limit or self.fewshot is not None):
             raise UsageError("--task-folder, --limit and --fewshot belong to --tasks; leave them out")
 

@@ -75,6 +75,8 @@ def _with_engine(options: Parity) -> bool:
         found = False
     if options.results is not None and not found:
         raise UsageError("--results saves the outputs of an engine; give an engine folder, or leave it out")
+    if options.every_node and found:
+        raise UsageError("--every-node checks the nodes of a file; leave the engine out, or the flag")
     return found
 
 

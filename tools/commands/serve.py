@@ -91,7 +91,7 @@ def prepare(options: Serve, key: str = "") -> Any:
     slots = slots_of(model, options.slots, options.max_context)
     settings = GenerationSettings.of(model.generation_config, model.tokenizer)
     scheduler = Scheduler(slots, model.tokenizer, settings, queue=options.queue)
-    limits = Limits(options.max_body, options.max_new_tokens, slots.context)
+    limits = Limits(options.max_body, options.max_new_tokens)
     return Served(options.name or Path(options.model).resolve().name, model.tokenizer, scheduler, limits, key)
 
 

@@ -194,7 +194,7 @@ def _opened(given: Given, options: ParityOptions) -> Contestants:
     checkpoint, original = given.checkpoint or noted_checkpoint(file.path), None
     if checkpoint is not None:
         open_checkpoint(checkpoint, verify=True)
-        original = TorchModel(checkpoint, threads=options.threads)
+        original = TorchModel(checkpoint, threads=options.threads, device=options.device)
     return Contestants(engine, model, original, file, open_engine)
 
 

@@ -29,13 +29,11 @@ class Limits:
     Attributes:
         body_bytes: Largest body.
         max_new_tokens: Most new tokens of a text; a request that asks for none gets so many.
-        context: Positions of a text, prompt and answer together.
         prompts: Most prompts in one request.
     """
 
     body_bytes: int
     max_new_tokens: int
-    context: int
     prompts: int = 16
 
 

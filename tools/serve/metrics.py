@@ -34,6 +34,6 @@ class Metrics(Collector):
         yield CounterMetricFamily("rankbook_prompt_tokens", "Tokens of prompts that were computed.", now.prompt_tokens)
         yield CounterMetricFamily("rankbook_tokens", "Tokens that were generated.", now.tokens)
         finished = CounterMetricFamily("rankbook_requests", "Requests that ended, by how.", labels=["finish_reason"])
-        for reason, count in now.finished.items():
+        for reason, count in dict(now.finished).items():  # the scheduler adds reasons meanwhile
             finished.add_metric([reason], count)
         yield finished

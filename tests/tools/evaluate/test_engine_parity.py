@@ -137,7 +137,14 @@ def test_an_engine_with_more_outputs_is_built(work, engine, tmp_path):
 
 
 def test_what_is_not_there_is_said(work, engine, tmp_path, state, capsys):
-    """The checkpoint is gone: no comparison with PyTorch, and a line about it; the file is gone or another one."""
+    """The checkpoint is gone: no comparison with PyTorch, and a line about it; the file is gone or another one.
+
+    So is the device that PyTorch is to compute on; nodes are those of a file.
+    """
+    assert run_cli("parity", engine, "--device", "cuda:99", "--quiet") == errors.MISSING
+    assert "cuda:99" in capsys.readouterr().err
+    assert run_cli("parity", engine, "--every-node", "--quiet") == errors.USAGE
+    assert "--every-node checks the nodes of a file" in capsys.readouterr().err
     shutil.copytree(work / "onnx", tmp_path / "onnx")
     (tmp_path / "onnx" / "rankbook-export.yaml").unlink()
     code, report = parity(capsys, tmp_path / "onnx", engine)

@@ -114,6 +114,8 @@ def test_a_harness_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ([], "--text is missing"),
         (["--tasks", "wikitext", "--text", "a.txt"], "bring their own texts"),
         (["--text", "a.txt", "--limit", "3"], "belong to --tasks"),
+        (["--tasks", "wikitext", "--max-tokens", "99"], "--max-tokens belongs to --text"),
+        (["--tasks", "wikitext", "--chat"], "--chat belongs to --text"),
     ],
 )
 def test_a_text_or_tasks(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
