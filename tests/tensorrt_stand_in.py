@@ -420,8 +420,8 @@ class IExecutionContext:
                     assert dimension == size, f"{name} has {dimension} there"
                 elif known.setdefault(dimension, size) != size:
                     raise RuntimeError(f"{dimension} is {known[dimension]} and {size}")
-        total = known.get("total_sequence")
-        if total is not None and total != known["past_sequence"] + known["sequence"]:
+        total, past = known.get("total_sequence"), known.get("past_sequence")  # of states alone nothing is known
+        if total is not None and past is not None and total != past + known["sequence"]:
             raise RuntimeError(f"past and new tokens do not make the total: {known}")
         return known
 

@@ -154,6 +154,26 @@ def test_positions_beyond_the_cache_are_refused(work: Path, capsys: pytest.Captu
     assert "up to 128 positions" in capsys.readouterr().err
 
 
+def test_a_call_that_failed_changes_nothing(work: Path) -> None:
+    """A token that the model has not: the text is what it was, and the next call of that shape is its own."""
+    export(work / "checkpoint", work / "ort", ExportOptions(graph="ort"))
+    export(work / "checkpoint", work / "standard", ExportOptions())
+    for name in ("all", "ort", "standard"):
+        file, whole = OrtModel(work / name), OrtModel(work / name)
+        with pytest.raises(errors.UsageError, match="a step comes after the start"):
+            file.step(1)
+        want = [whole.start(TOKENS[:1, :5]), whole.step(7), whole.step(8)]
+        for call in (lambda file=file: file.start(np.full((1, 5), 9999)), lambda file=file: file.step_batch([7])):
+            with pytest.raises(Exception, match=r"out of data bounds|a step comes after the start"):
+                call()
+        found = [file.start(TOKENS[:1, :5])]
+        for token in (7, 8):
+            with pytest.raises(Exception, match="out of data bounds"):
+                file.step(9999)
+            found.append(file.step(token))
+        np.testing.assert_array_equal(np.stack(found), np.stack(want))
+
+
 def test_options_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="belong to graph 'static'"):
         ExportOptions(max_context=8)

@@ -92,17 +92,11 @@ def check_parser(model: ExportedModel, version: str | None) -> None:
 
 
 def check_cache(model: ExportedModel) -> None:
-    """Refuse a cache that TensorRT cannot write in place, or that `rankbook.tools.runtimes.trt_model` cannot keep.
+    """Refuse a cache that TensorRT cannot write in place.
 
     Raises:
-        UsageError: It is of a fixed length and holds codes, or grows beside states of convolutions and recurrences.
+        UsageError: It is of a fixed length and holds codes.
     """
-    states = sum(map(cache_names.is_state, model.inputs))
-    if states and not model.metadata.max_context:
-        raise UsageError(
-            f"{model.path} keeps {states} states of convolutions and recurrences, which the padding on the right"
-            " that engines use would change; export with --graph static, whose states end with the last real token"
-        )
     if model.metadata.max_context and model.metadata.kv != "float":
         raise UsageError(
             f"TensorRT writes caches of floating-point numbers in place, and that of {model.path} is"

@@ -108,9 +108,7 @@ class FileModel(LanguageModel):
 
     def step(self, token: int) -> Logits:
         """Continue with one token, return the next logits (vocabulary,)."""
-        import numpy as np
-
-        return self._advance(np.array([[token]], np.int64))
+        return self._advance(self._next([token]))
 
     def start_batch(self, rows: Sequence[Tokens]) -> Logits:
         """Begin several texts of one length side by side, see `LanguageModel.start_batch`.
@@ -127,10 +125,20 @@ class FileModel(LanguageModel):
 
     def step_batch(self, tokens: Sequence[int]) -> Logits:
         """Continue every text with one token, return the next logits (batch, vocabulary)."""
+        self._advance(self._next(tokens))
+        return self._ends
+
+    def _next(self, tokens: Sequence[int]) -> Tokens:
+        """Return the tokens of a step, (batch, 1).
+
+        Raises:
+            UsageError: No text has begun: without a start, or since that failed.
+        """
         import numpy as np
 
-        self._advance(np.array(tokens, np.int64)[:, None])
-        return self._ends
+        if not self._length:
+            raise UsageError(f"{self.name}: a step comes after the start of a text")
+        return np.array(tokens, np.int64)[:, None]
 
     def _check_rows(self, rows: Sequence[Tokens]) -> None:
         if len({len(row) for row in rows}) != 1:

@@ -210,11 +210,9 @@ class OrtModel(FileModel):
 
     def step_best(self, tokens: Sequence[int]) -> Tokens:
         """Continue every text with one token; return the best next one of each, see `start_best`."""
-        import numpy as np
-
         if NEXT_TOKEN not in self.file.outputs:
             return super().step_best(tokens)
-        return self._choose(np.array(tokens, np.int64)[:, None])
+        return self._choose(self._next(tokens))
 
     def _choose(self, tokens: Tokens) -> Tokens:
         self._reserve(self._length + tokens.shape[1])
@@ -246,14 +244,15 @@ class OrtModel(FileModel):
         self._check_slots(positions)
         if positions <= self._held:
             return
-        self._held, self._steps = max(positions + _ROOM, 2 * self._held), {}
+        held, cache = max(positions + _ROOM, 2 * self._held), dict(self._cache)
         for name, value in self._cache.items():
             if is_state(name):
                 continue
             batch, heads, _, size = value.shape()
-            wide = untouched((batch, heads, self._held, size), self._types[name])
+            wide = untouched((batch, heads, held, size), self._types[name])
             wide[:, :, : self._length] = value.numpy()[:, :, : self._length]
-            self._cache[name] = self._placed(wide)
+            cache[name] = self._placed(wide)
+        self._held, self._steps, self._cache = held, {}, cache  # all of them, or none where memory ends
 
     def _placed(self, values: Array) -> Any:
         """Return an array as an OrtValue on the device."""

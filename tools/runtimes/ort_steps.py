@@ -84,19 +84,20 @@ class BoundSteps:
         own_pace = np.ndim(past) > 0
         end = int(np.max(past)) + length
         known = bool(self._inputs) and self._inputs["input_ids"].shape == tokens.shape
+        inputs = self._inputs
         if not known:
-            self._inputs = {
+            inputs = {
                 name: np.full(batch, length, kind) if name in _ROWS else np.empty(tokens.shape, kind)
                 for name, kind in self._types.items()
             }
-        self._inputs["input_ids"][:] = tokens
+        inputs["input_ids"][:] = tokens
         for name, value in self._spare.items():  # other steps on the same cache leave states elsewhere
             self._bind(name, self._cache[name], value)
-        if "write_indices" in self._inputs:
-            self._inputs["write_indices"][:] = past
-        if "position_ids" in self._inputs:
+        if "write_indices" in inputs:
+            inputs["write_indices"][:] = past
+        if "position_ids" in inputs:
             new = self._positions[:length]
-            self._inputs["position_ids"][:] = np.add.outer(past, new) if own_pace else past + new
+            inputs["position_ids"][:] = np.add.outer(past, new) if own_pace else past + new
         if self._mask is not None and own_pace:
             mask = self._positions[:end] < np.add(past, length)[:, None]
             self._binding.bind_cpu_input("attention_mask", mask.astype(self._where.types["attention_mask"]))
@@ -104,11 +105,13 @@ class BoundSteps:
             kind, place = np.dtype(self._where.types["attention_mask"]).type, self._mask.data_ptr()
             self._binding.bind_input("attention_mask", self._where.device, 0, kind, (batch, end), place)
         if known:
-            for name, value in self._inputs.items():
+            for name, value in inputs.items():
                 self._bound[name].update_inplace(value)
             self._where.session.run_with_iobinding(self._binding)
         else:
-            self._run_first()
+            self._inputs = {}  # a shape is known once it has run
+            self._run_first(inputs)
+            self._inputs = inputs
         for name, value in self._spare.items():
             self._cache[name], self._spare[name] = value, self._cache[name]
         return self._found
@@ -117,9 +120,9 @@ class BoundSteps:
         self._binding.bind_ortvalue_input(name, read)
         self._binding.bind_ortvalue_output(self._outputs[name], written)
 
-    def _run_first(self) -> None:
+    def _run_first(self, inputs: Mapping[str, Array]) -> None:
         """Run for a new shape; from now on the session reads and writes the same memory."""
-        self._bound = {name: self._placed(value) for name, value in self._inputs.items()}
+        self._bound = {name: self._placed(value) for name, value in inputs.items()}
         for name, value in self._bound.items():
             self._binding.bind_ortvalue_input(name, value)
         self._binding.bind_output(self._wanted)

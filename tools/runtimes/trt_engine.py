@@ -257,18 +257,20 @@ class Engine:
         return bounds
 
     def _switch(self, profile: int) -> None:
+        self._profile, self._shapes, self._places, self._graph, self._last = None, {}, {}, None, None
         self._must(self._context.set_optimization_profile_async(profile, self.memory.stream), f"profile {profile}")
         self.memory.finish()
-        self._profile, self._shapes, self._places, self._graph, self._last = profile, {}, {}, None, None
+        self._profile = profile
 
     def _set_shapes(self, shapes: Shapes) -> None:
         new = {name: shape for name, shape in shapes.items() if self._shapes.get(name) != shape}
-        for name, shape in new.items():
-            self._must(self._context.set_input_shape(name, shape), f"the shape {_text(shape)} of {name}")
         if not new:
             return
-        self._shapes.update(new)
         self._graph = self._last = None
+        for name, shape in new.items():
+            self._shapes.pop(name, None)  # what is refused leaves none that is known
+            self._must(self._context.set_input_shape(name, shape), f"the shape {_text(shape)} of {name}")
+            self._shapes[name] = shape
         if missing := self._context.infer_shapes():
             raise CheckFailedError(f"{self.name}: the shapes of {', '.join(missing)} are not known; build it again")
 

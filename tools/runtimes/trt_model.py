@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 
 _COMPILED = (1, 64)
 """Steps after which TensorRT-RTX has compiled the kernels of both profiles, and those that it makes meanwhile."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A run that is prepared.
+
+    Attributes:
+        uploads: Its inputs, in pinned memory.
+        ends: Columns up to the last new token of each text, (batch,).
+        lengths: Tokens of each text behind it, (batch,).
+        mask: Which columns hold a token then, (batch, columns).
+    """
+
+    uploads: dict[str, Array]
+    ends: Array
+    lengths: Array
+    mask: Array
 
 
 class EngineModel(LanguageModel):
@@ -67,11 +85,12 @@ class EngineModel(LanguageModel):
         self._swapped = {output: past for past, output in self.caches.items() if output not in aliased}
         bounds = self.engine.profiles[0]
         self._growing = {name for name in self.caches if bounds[name][0][2] != bounds[name][1][2]}
+        # A cache that grows has a column for padding too. Windows and biases count columns: within a text are none.
+        self._pads_left = "attention_mask" in self.engine.inputs
         self.engine.reserve(Plan(self._largest, self._swapped))
         self._host: dict[str, Array] = {}
         self._turned, self._steps = False, 0
-        self._lengths: Array | None = None
-        self._mask: Array | None = None
+        self._text: tuple[Array, Array] | None = None  # lengths and mask of a `_Call`
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -142,10 +161,10 @@ class EngineModel(LanguageModel):
         """Score tokens (batch, length) from an empty cache: float32 (batch, length or 1, vocabulary)."""
         import numpy as np
 
-        self._begin(len(tokens))
         if self.last_only:
-            return self._extend(list(tokens), self._call)[:, None]
-        return np.concatenate([self._call(part) for part in self._pieces(list(tokens))], axis=1)
+            return self.start_batch(list(tokens))[:, None]
+        self._begin(len(tokens))
+        return np.concatenate([self._call(part) for part, _ in self._pieces(list(tokens))], axis=1)
 
     def start(self, tokens: Tokens) -> Logits:
         """Begin a generation with tokens (1, length): fill the cache, return the last logits (vocabulary,)."""
@@ -158,9 +177,8 @@ class EngineModel(LanguageModel):
         return last
 
     def start_batch(self, rows: Sequence[Tokens]) -> Logits:
-        """Begin several texts, see `LanguageModel.start_batch`; shorter ones are padded on the right."""
-        self._begin(len(rows))
-        return self._extend(rows, self._call)
+        """Begin several texts, see `LanguageModel.start_batch`; shorter ones are padded."""
+        return self._start(rows, self._call)
 
     def step_batch(self, tokens: Sequence[int]) -> Logits:
         """Continue every text with one token, return the next logits (batch, vocabulary)."""
@@ -170,8 +188,7 @@ class EngineModel(LanguageModel):
         """Begin several texts; return the best next token of each, which the engine chooses where it can."""
         if NEXT_TOKEN not in self.engine.outputs:
             return super().start_best(rows)
-        self._begin(len(rows))
-        return self._extend(rows, self._choose)
+        return self._start(rows, self._choose)
 
     def step_best(self, tokens: Sequence[int]) -> Tokens:
         """Continue every text with one token; return the best next one of each, see `start_best`."""
@@ -181,8 +198,7 @@ class EngineModel(LanguageModel):
         """Begin several texts; return the best next tokens, which the engine chooses where it gives so many."""
         if not self._gives(count):
             return super().start_top(rows, count)
-        self._begin(len(rows))
-        return self._extend(rows, self._rank)[..., :count]
+        return self._start(rows, self._rank)[..., :count]
 
     def step_top(self, tokens: Sequence[int], count: int) -> Top:
         """Continue every text with one token; return the best next ones, see `start_top`."""
@@ -201,16 +217,16 @@ class EngineModel(LanguageModel):
     def values(self, tokens: Tokens, names: Sequence[str]) -> dict[str, Array]:
         """Return inner values that are outputs of this engine, for tokens (batch, length) of one call, as float32."""
         self._begin(len(tokens))
-        uploads, _ = self._prepare(list(tokens))
+        call = self._prepare(list(tokens))
         memory, outputs = self.engine.memory, self.engine.outputs
         held = {name: memory.pinned(self.engine.shape(name), outputs[name]) for name in names}
-        self.engine.run(uploads, [Copy(name, array) for name, array in held.items()])
+        self._run(call, [Copy(name, array) for name, array in held.items()])
         return {name: array.astype("float32") for name, array in held.items()}
 
     def _begin(self, batch: int) -> None:
         import numpy as np
 
-        self._lengths, self._mask = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
+        self._text = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
         places = self._places()
         for name in filter(cache_names.is_state, self.caches):
             shape = (batch, *self.engine.profiles[0][name][1][1:])
@@ -218,8 +234,19 @@ class EngineModel(LanguageModel):
             self.engine.memory.upload(places.get(name) or self.engine.region(name), zeros)
         self.engine.memory.finish()  # before another profile is chosen
 
+    def _start(self, rows: Sequence[Tokens], call: Callable[..., Array]) -> Array:
+        """Begin texts, see `_extend`; where that fails, none has begun."""
+        if empty := [str(index) for index, row in enumerate(rows) if not len(row)]:
+            raise UsageError(f"text {', '.join(empty)} of {len(rows)} has no tokens; give each at least one")
+        self._begin(len(rows))
+        try:
+            return self._extend(rows, call)
+        except BaseException:
+            self._text = None
+            raise
+
     def _step(self, tokens: Sequence[int], call: Callable[..., Array]) -> Array:
-        """Append a token to every text, see `_extend`."""
+        """Append a token to every text, see `_extend`; where that fails, all are what they were."""
         import numpy as np
 
         found = self._extend([np.array([token]) for token in tokens], call)
@@ -232,51 +259,44 @@ class EngineModel(LanguageModel):
         """Append tokens to every text; return what ``call`` gives behind the last of each, by text.
 
         Args:
-            rows: The tokens of each text.
-            call: `_call` or `_choose`.
+            rows: The tokens of each text, at least one.
+            call: `_call`, `_choose` or `_rank`.
         """
         import numpy as np
 
-        last: Array | None = None
-        begun = 0
-        for part in self._pieces(rows):
-            width = max(map(len, part))
-            ending = [index for index, row in enumerate(rows) if begun < len(row) <= begun + width]
-            found = call(part, ending)
-            last = np.zeros((len(rows), *found.shape[1:]), found.dtype) if last is None else last
-            last[ending] = found
-            begun += width
-        if last is None:
-            raise UsageError(f"{self.name} was given no tokens; give at least one")
-        return last
+        pieces = [(ending, call(part, ending)) for part, ending in self._pieces(rows)]
+        order = np.argsort([row for ending, _ in pieces for row in ending])
+        return np.concatenate([found for _, found in pieces])[order]
 
-    def _pieces(self, rows: Sequence[Tokens]) -> list[list[Tokens]]:
-        """Cut rows into pieces of at most what a profile takes in one call."""
+    def _pieces(self, rows: Sequence[Tokens]) -> Iterator[tuple[list[Tokens], list[int]]]:
+        """Cut padded rows into pieces of at most what a profile takes in one call; say which texts end in each."""
         most = max(bounds["input_ids"][1][1] for bounds in self.engine.profiles)
         longest = max(map(len, rows))
-        return [[row[begin : begin + most] for row in rows] for begin in range(0, longest, most)]
+        padded = [(row, longest - len(row) if self._pads_left else 0) for row in rows]
+        for begin in range(0, longest, most):
+            end = min(begin + most, longest)
+            part = [row[max(0, begin - before) : max(0, end - before)] for row, before in padded]
+            yield part, [index for index, (row, before) in enumerate(padded) if begin < before + len(row) <= end]
 
     def _call(self, rows: Sequence[Tokens], ending: Sequence[int] | None = None) -> Logits:
         """Run the engine once.
 
         Args:
-            rows: New tokens of each text; a text that has ended has none.
+            rows: New tokens of each text; one that has ended, or begins later, has none.
             ending: Texts whose last logits are wanted, (len(ending), vocabulary); of all positions,
                 (batch, length, vocabulary), when None.
         """
-        uploads, count = self._prepare(rows)
-        host, wanted = self.wanted(count, ending)
-        self.engine.run(uploads, wanted)
-        self._turned ^= bool(self._swapped)
+        prepared = self._prepare(rows)
+        host, wanted = self.wanted(prepared.ends, ending)
+        self._run(prepared, wanted)
         found: Logits = host.astype("float32")  # a copy: the next call writes there
         return found if ending is None else found[:, 0]
 
     def _choose(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Tokens:
         """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, (len(ending),)."""
-        uploads, _ = self._prepare(rows)
+        prepared = self._prepare(rows)
         host = self._results(NEXT_TOKEN, self.engine.shape(NEXT_TOKEN))
-        self.engine.run(uploads, [Copy(NEXT_TOKEN, host)])
-        self._turned ^= bool(self._swapped)
+        self._run(prepared, [Copy(NEXT_TOKEN, host)])
         best: Tokens = host[list(ending), 0]
         return best
 
@@ -284,25 +304,29 @@ class EngineModel(LanguageModel):
         """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, see `best_tokens`."""
         import numpy as np
 
-        uploads, _ = self._prepare(rows)
+        prepared = self._prepare(rows)
         hosts = [self._results(name, self.engine.shape(name)) for name in TOP]
-        self.engine.run(uploads, [Copy(name, host) for name, host in zip(TOP, hosts, strict=True)])
-        self._turned ^= bool(self._swapped)
+        self._run(prepared, [Copy(name, host) for name, host in zip(TOP, hosts, strict=True)])
         return np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
 
-    def _prepare(self, rows: Sequence[Tokens]) -> tuple[dict[str, Array], Array]:
-        """Set shapes and addresses for new tokens of each text; return the inputs, and the numbers of tokens."""
+    def _prepare(self, rows: Sequence[Tokens]) -> _Call:
+        """Set shapes and addresses for new tokens of each text."""
         import numpy as np
 
-        lengths, mask = self._state()
+        if self._text is None:
+            raise UsageError(f"{self.name}: a step comes after the start of a text")
+        lengths, mask = self._text
         count = np.array([len(row) for row in rows])
-        ids = np.zeros((len(rows), int(count.max())), np.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = row
-        self.check_room(int(lengths.max()) + ids.shape[1], "the text")
-        grown = np.concatenate([mask, np.arange(ids.shape[1]) < count[:, None]], axis=1)
-        # Padding stands behind the text: what it writes is hidden by the mask, or overwritten by the next tokens.
-        positions = np.minimum(lengths[:, None] + np.arange(ids.shape[1]), self.context - 1)
+        width = int(count.max())
+        self.check_room(int(lengths.max()) + width, "the text")
+        # Behind a text the mask hides padding, or the next tokens overwrite it.
+        before = width - count if self._pads_left else np.zeros_like(count)
+        place = np.arange(width) - before[:, None]
+        new = (place >= 0) & (place < count[:, None])
+        ids = np.zeros(new.shape, np.int64)
+        ids[new] = np.concatenate(rows)
+        grown = np.concatenate([mask, new], axis=1)
+        positions = np.where(place < 0, 0, lengths[:, None] + place)
         values = {"input_ids": ids, "attention_mask": grown, "position_ids": positions}
         values |= {"write_indices": lengths, "lengths": count}
         given = [name for name in self.engine.inputs if name not in self.caches]
@@ -312,13 +336,13 @@ class EngineModel(LanguageModel):
             shapes[name] = (len(rows), heads, mask.shape[1] if name in self._growing else held, *size)
         self.engine.prepare(self.engine.choose(shapes), shapes, self._places())
         uploads = {name: self.staged(name, values[name]) for name in given}
-        self._lengths, self._mask = lengths + count, grown
-        return uploads, count
+        return _Call(uploads, before + count, lengths + count, grown)
 
-    def _state(self) -> tuple[Array, Array]:
-        if self._lengths is None or self._mask is None:
-            raise UsageError(f"{self.name}: a step comes after the start of a text")
-        return self._lengths, self._mask
+    def _run(self, call: _Call, wanted: Sequence[Copy]) -> None:
+        """Run the engine; only what ran counts."""
+        self.engine.run(call.uploads, wanted)
+        self._turned ^= bool(self._swapped)
+        self._text = call.lengths, call.mask
 
     def staged(self, name: str, values: Array) -> Array:
         """Return an input in pinned memory; the same memory serves every call."""
@@ -355,14 +379,12 @@ class EngineModel(LanguageModel):
         """The memory of caches that change places: every other call reads where an output was written."""
         if not self._turned:
             return {}
-        region = self.engine.region
-        return {past: region(output) for output, past in self._swapped.items()} | {
-            output: region(past) for output, past in self._swapped.items()
-        }
+        both = [*self._swapped.items(), *((past, output) for output, past in self._swapped.items())]
+        return {name: self.engine.region(other) for name, other in both}
 
     def _longest(self, bounds: Bounds) -> int:
         """Positions that a profile holds."""
-        if "attention_mask" in bounds and self._growing:
+        if self._pads_left:
             return bounds["attention_mask"][1][1]
         slots = [bounds[name][1][2] for name in self.caches if not cache_names.is_state(name)]
         return min(slots, default=int(self.manifest.metadata.max_context or bounds["input_ids"][1][1]))

@@ -51,16 +51,27 @@ class Slots(ABC):
         self._lengths[slot] = 0
 
     def extend(self, slot: int, tokens: Array) -> Logits:
-        """Put tokens (length,) behind the text of a row; return the logits (vocabulary,) of the next one."""
+        """Put tokens (length,) behind the text of a row; return the logits (vocabulary,) of the next one.
+
+        Raises:
+            UsageError: The row has no room for them.
+        """
+        self._check_room(slot, len(tokens))
         scores = self._run(slot, slot + 1, tokens[None])
         self._lengths[slot] += len(tokens)
         last: Logits = scores[0]
         return last
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Logits]:
-        """Put one token behind the text of each given row; return the logits (vocabulary,) of the next ones."""
+        """Put one token behind the text of each given row; return the logits (vocabulary,) of the next ones.
+
+        Raises:
+            UsageError: A row has no room for it.
+        """
         import numpy as np
 
+        for slot in tokens:
+            self._check_room(slot, 1)
         end = max(tokens) + 1
         given = np.zeros((end, 1), np.int64)
         for slot, token in tokens.items():
@@ -70,11 +81,19 @@ class Slots(ABC):
             self._lengths[slot] += 1
         return {slot: scores[slot] for slot in tokens}
 
+    def _check_room(self, slot: int, count: int) -> None:
+        if self._lengths[slot] + count > self.context:
+            raise UsageError(
+                f"row {slot} holds {self._lengths[slot]} tokens and was given {count} more; a row has {self.context}"
+                " positions: end its text before, or serve with a larger --max-context"
+            )
+
     def _run(self, begin: int, end: int, tokens: Array) -> Array:
         """Compute rows ``begin`` to ``end``; return their last logits (rows, vocabulary) in float32."""
         import numpy as np
 
-        past = np.minimum(self._lengths[begin:end], self.context - tokens.shape[1])  # idle rows have no room to need
+        # An idle row that is full has no room for the token that nobody reads; its text cannot go on anyway.
+        past = np.minimum(self._lengths[begin:end], self.context - tokens.shape[1])
         return self._compute(begin, tokens, past)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -76,6 +77,41 @@ def test_the_median_turn_counts_and_turns_go_on_until_enough_is_spent() -> None:
     assert meter.seconds(calls.append, ["a", "b"]) == 7.0 / 2
     assert calls == ["a", "b"] * 5  # once before the clock runs
     assert next(ticks, None) is None
+
+
+def test_on_a_gpu_its_own_clock_counts_while_it_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host takes to launch a turn is no part of it: the device still runs the turn before."""
+    calls: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, _: Event) -> float:
+            return 8.0  # milliseconds
+
+    @contextlib.contextmanager
+    def recorded(_: Graph) -> Iterator[None]:
+        calls.append("begin")
+        yield
+        calls.append("end")
+
+    for name, stand_in in {"CUDAGraph": Graph, "Event": Event, "graph": recorded}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("wait"))
+    assert Meter(torch.device("cuda:0")).seconds(calls.append, ["a", "b"]) == 0.008 / 2
+    turn = ["replay", "record", "replay", "record", "wait"]
+    assert calls == ["a", "b", "wait", "begin", "a", "b", "end", *turn * 3]
 
 
 @pytest.mark.usefixtures("kernels")

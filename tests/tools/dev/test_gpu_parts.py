@@ -174,6 +174,11 @@ def test_cases_that_fail_or_do_not_begin_are_wrong(request_: Request, tmp_path: 
     found = gpu_parts.cases(request_, str(script))
     assert found["summary"].startswith("gpu -m pytest")
     assert found["wrong"] == []
+    script.write_text(
+        "#!/bin/sh\necho 'a.py::one PASSED'; echo 'a.py::two FAILED'; echo 'a.py::three '; exec sleep 60\n"
+    )
+    late = gpu_parts.cases(dataclasses.replace(request_, seconds=2.0), str(script))
+    assert late == {"summary": "3 cases", "wrong": ["a.py::two FAILED"], "left_out": ["stopped after 2 s"]}
 
 
 def test_the_cases_are_those_of_the_kernels() -> None:

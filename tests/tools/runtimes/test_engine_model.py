@@ -12,6 +12,7 @@ from rankbook.exporter.options import BEST
 from rankbook.plugins import library
 from rankbook.tools import errors
 from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.dev import family_models
 from rankbook.tools.runtimes import open_model, trt
 from rankbook.tools.runtimes.trt_engine import RUNTIME_CACHE_NAME
 from rankbook.tools.runtimes.trt_model import EngineModel
@@ -140,15 +141,88 @@ def test_eval_gives_the_figures_of_onnx_runtime(file, work, tmp_path, state, cap
 
 @pytest.mark.parametrize("file", FILES)
 def test_texts_of_several_lengths_side_by_side(file, work, tmp_path, state):
-    """Shorter ones are padded on the right, over several pieces; each gets the logits that it gets alone."""
-    model = opened(build(state, work / file, tmp_path / "engine"))
-    tokens = np.random.default_rng(0).integers(0, 256, (3, 24))
+    """Shorter ones are padded, over several pieces; each gets the logits that it gets alone."""
+    check_side_by_side(opened(build(state, work / file, tmp_path / "engine")))
+
+
+@pytest.mark.parametrize("graph", ["standard", "static"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "mpt"])
+def test_windows_and_biases_count_tokens_and_no_padding(family, graph, tmp_path, rtx):
+    """Windows of 8 tokens, and biases that grow with the distance between two."""
+    family_models.tiny(family, tmp_path / "model")
+    assert run_cli("quantize", tmp_path / "model", "--method", "rtn", "--bits", 8, "-o", tmp_path / "q", "--quiet") == 0
+    how = ["--graph", graph, *(["--max-context", CONTEXT] if graph == "static" else [])]
+    assert run_cli("export", tmp_path / "q", "-o", tmp_path / graph, *how, "--quiet") == 0
+    model = opened(build(rtx, tmp_path / graph, tmp_path / "engine"))
+    check_side_by_side(model)
+    file, tokens = open_model(tmp_path / graph, "bodies"), np.arange(19)[None]
+    np.testing.assert_allclose(model.start(tokens), file.start(tokens), atol=1e-4)
+
+
+def check_side_by_side(model: EngineModel) -> None:
+    tokens = np.random.default_rng(0).integers(0, 250, (3, 32))
     rows = [tokens[0, :19], tokens[1, :3], tokens[2, :8]]
-    together = [model.start_batch(rows), *(model.step_batch(tokens[:, 20 + step].tolist()) for step in range(3))]
+    together = [model.start_batch(rows), *(model.step_batch(tokens[:, 20 + step].tolist()) for step in range(9))]
     for index, row in enumerate(rows):
-        alone = [model.start(row[None]), *(model.step(int(tokens[index, 20 + step])) for step in range(3))]
+        alone = [model.start(row[None]), *(model.step(int(tokens[index, 20 + step])) for step in range(9))]
         for one, many in zip(alone, together, strict=True):
             np.testing.assert_allclose(many[index], one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("file", ["standard-last", "static-last"])
+def test_a_step_that_failed_changes_nothing(file, work, tmp_path, state, monkeypatch):
+    """Whether the engine wrote into the cache before or not, the step can be taken again; half a start is none."""
+    model = opened(build(state, work / file, tmp_path / "engine"))
+    want = [model.start(np.arange(19)[None]), *(model.step(token) for token in range(4))]
+    run, broken = model.engine.run, ["before", "after"]
+
+    def failing(*given: Any) -> None:
+        when = broken.pop() if broken else ""
+        if when != "before":
+            run(*given)
+        if when:
+            raise errors.CheckFailedError("the device is gone")
+
+    found = [model.start(np.arange(19)[None])]
+    monkeypatch.setattr(model.engine, "run", failing)
+    for token in range(4):
+        while broken:
+            with pytest.raises(errors.CheckFailedError):
+                model.step(token)
+        found.append(model.step(token))
+        broken += ["after", "before"][: token % 3]
+    np.testing.assert_array_equal(found, want)
+    broken[:] = ["before", "", ""]  # the third piece of the prompt
+    with pytest.raises(errors.CheckFailedError):
+        model.start(np.arange(19)[None])
+    with pytest.raises(errors.UsageError, match="a step comes after the start"):
+        model.step(1)
+
+
+def test_a_shape_that_is_refused_is_told_again(work, tmp_path, rtx, monkeypatch):
+    """The library has some of the new shapes then; the next call must not take it to have the old ones."""
+    model = opened(build(rtx, work / FILE, tmp_path / "engine"))
+    tokens = np.arange(6)
+    want, other = model.start(tokens[None]), model.start(tokens[None, :3])
+    context = model.engine._context
+    told: list[str] = []
+
+    def refusing(name: str, shape: tuple[int, ...]) -> bool:
+        told.append(name)
+        return len(told) != 2 and type(context).set_input_shape(context, name, shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "set_input_shape", refusing)
+        with pytest.raises(errors.CheckFailedError, match="refuses the shape"):
+            model.start_batch([tokens, tokens])
+    np.testing.assert_array_equal(model.start(tokens[None, :3]), other)
+    np.testing.assert_array_equal(model.start(tokens[None]), want)
+
+
+def test_texts_without_tokens_are_refused(work, tmp_path, rtx):
+    model = opened(build(rtx, work / FILE, tmp_path / "engine"))
+    with pytest.raises(errors.UsageError, match="text 1 of 2 has no tokens; give each at least one"):
+        model.start_batch([np.arange(3), np.arange(0)])
 
 
 def opened(folder: Path) -> EngineModel:

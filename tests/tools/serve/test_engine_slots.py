@@ -78,6 +78,22 @@ def test_rows_do_not_see_each_other(work: Path) -> None:
     np.testing.assert_allclose(many.step({0: 1, 1: 2, 2: 3})[1], alone.step({0: 2})[0], atol=1e-5)
 
 
+def test_a_row_that_is_full_is_refused(work: Path) -> None:
+    slots, same = (slots_of(open_model(work / "static", "bodies"), 2) for _ in range(2))
+    for held in (slots, same):
+        held.extend(0, np.arange(CONTEXT - 2))
+        held.extend(1, np.arange(3))
+    with pytest.raises(UsageError, match=rf"row 0 holds 62 tokens and was given 3 more; a row has {CONTEXT} positions"):
+        slots.extend(0, np.arange(3))
+    for token in (4, 5):
+        found, want = (held.step({0: token, 1: token}) for held in (slots, same))
+        np.testing.assert_array_equal(found[0], want[0])
+    with pytest.raises(UsageError, match="row 0 holds 64 tokens and was given 1 more"):
+        slots.step({0: 6, 1: 6})
+    assert [slots.length(row) for row in range(2)] == [CONTEXT, 5]
+    np.testing.assert_array_equal(slots.step({1: 7})[1], same.step({1: 7})[1])
+
+
 def test_engines_that_cannot_be_served_say_what_would(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
