@@ -12,6 +12,7 @@ from torch import nn
 
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.memory import peak_rss_bytes
+from rankbook.calibration.model.adapter import Embeddings
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -203,8 +204,25 @@ def totals(layers: Mapping[str, LayerReport], others: Mapping[str, Any]) -> dict
             parts[part] = parts.get(part, 0) + bits
     weights = sum(layer.spec.weights for layer in layers.values())
     stored = sum(parts.values())
-    linear = {"weights": weights, "stored_bits": stored, "bits_per_weight": stored / weights, "parts": parts}
+    linear = {"weights": weights, "stored_bits": stored, "bits_per_weight": stored / max(weights, 1), "parts": parts}
     return {"linear": linear, **others}
+
+
+def outside(found: Embeddings, layers: Mapping[str, LayerReport]) -> dict[str, Any]:
+    """Return the stored bits of the embedding and, where there is one, of the output layer; packed ones by name."""
+    entries = {"embeddings": _outside(*found.embedding, layers)}
+    if found.head is not None:
+        shared = {"name": found.head[0], "shared_with": found.embedding[0]}
+        entries["lm_head"] = shared if found.tied else _outside(*found.head, layers)
+    return entries
+
+
+def _outside(name: str, module: Any, layers: Mapping[str, LayerReport]) -> dict[str, Any]:
+    if packed := layers.get(name):
+        count, bits = packed.spec.weights, sum(packed.stored_bits.values())
+    else:
+        count, bits = module.weight.numel(), 8 * module.weight.nbytes
+    return {"name": name, "weights": count, "stored_bits": bits, "bits_per_weight": bits / count}
 
 
 def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from rankbook.calibration.driver.report import (
     QuantizeReport,
     Reporter,
     in_float,
+    outside,
     totals,
 )
 from rankbook.calibration.driver.resume import PartialState
@@ -272,12 +273,8 @@ class _Run:
 
     def report(self, output: Path, data: CalibrationData, resumed: int, start: float) -> QuantizeReport:
         """Sum up."""
-        entries = {"embeddings": self._embedding_entry(self.embeddings.embedding)}
-        if self.embeddings.head is not None:
-            entries["lm_head"] = self._embedding_entry(self.embeddings.head)
-            if self.embeddings.tied:
-                entries["lm_head"] = {"name": self.embeddings.head[0], "shared_with": self.embeddings.embedding[0]}
         layers = {**self.embedding_layers, **self.layers}
+        entries = outside(self.embeddings, layers)
         entries["blocks"] = in_float(self.blocks.modules, self.layers.values())
         entries["model"] = in_float([self.model], layers.values())
         report = QuantizeReport(
@@ -303,13 +300,6 @@ class _Run:
         """Return what was calibrated on beside what was asked for."""
         asked = {"windows_asked": self.options.calib_sequences, "tokens_asked": self.options.calib_length}
         return {"windows": tokens.shape[0], "tokens": tokens.shape[1], **asked}
-
-    def _embedding_entry(self, found: tuple[str, nn.Module]) -> dict[str, Any]:
-        name, module = found
-        packed = self.embedding_layers.get(name)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        bits = sum(packed.stored_bits.values()) if packed else 8 * weight.nbytes
-        return {"name": name, "weights": weight.numel(), "stored_bits": bits, "bits_per_weight": bits / weight.numel()}
 
 
 def _check_finite_outside(model: nn.Module, blocks: Blocks) -> None:

@@ -61,12 +61,16 @@ def fit_error_branch(
 
 
 def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
-    """Return the diagonal of M (K,) for the kinds other than ``qera``, normalized as LQER's code does it."""
+    """Return the diagonal of M (K,) for the kinds other than ``qera``, normalized as LQER's code does it.
+
+    Channels that hardly are active count with 1e-4 of the mean; LQER's code has 1e-4, whatever the size of the inputs.
+    """
     statistics = problem.statistics
     if kind == "lqer" or statistics.tokens == 0:
         return torch.ones(problem.weight.shape[1], device=problem.weight.device)
     magnitude = statistics.peak_mean_abs if kind == "l2qer" else statistics.second_moment().sqrt()
-    floored = magnitude.float().clamp_min(1e-4)
+    magnitude = magnitude.float()
+    floored = magnitude.clamp_min(1e-4 * float(magnitude.mean()) + torch.finfo(torch.float32).tiny)
     return floored / (floored.min() * floored.max()).sqrt()
 
 

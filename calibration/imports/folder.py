@@ -30,6 +30,8 @@ Read = tuple[Numbers, "Tensor | None"]
 
 _NOT_OWN = ("weight", "bias", "input_scale", "k_scale", "v_scale")
 """Parts of quantized layers that other modules have too."""
+_LONGEST = 1000
+"""Characters of a tensor's name."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,10 @@ class Stored:
             raise ValueError(f"{location} says that it is {form.title}, but none of its tensors is named *{ends}")
         others = []
         for name in files:
-            parts = name.split(form.joint)
-            heads = [form.joint.join(parts[:cut]) for cut in range(1, len(parts))]
-            for layer in heads:
-                if layer in layers:
-                    layers[layer].append(name.removeprefix(f"{layer}{form.joint}"))
-            if layers.keys().isdisjoint(heads):
+            owners = [layer for layer in _heads(name, form.joint) if layer in layers]
+            for layer in owners:
+                layers[layer].append(name.removeprefix(f"{layer}{form.joint}"))
+            if not owners:
                 others.append(name)
         own = {part for parts in layers.values() for part in parts} - {*_NOT_OWN}
         for layer, _, part in (name.rpartition(form.joint) for name in others):
@@ -224,6 +224,22 @@ def read_layer(name: str, form: Format, stored: Stored, entry: Mapping[str, Any]
             return form.numbers(tensors, entry), tensors.get("bias")
     except ImportRefusedError as error:
         raise ImportRefusedError(f"layer {name}: {error}") from error
+
+
+def _heads(name: str, joint: str) -> Iterator[str]:
+    """Yield what stands before each joint of a name.
+
+    Raises:
+        ImportRefusedError: It is longer than names are: what stands before its joints would fill the memory.
+    """
+    if len(name) > _LONGEST:
+        raise ImportRefusedError(
+            f"the name of a tensor, {name[:40]}..., has {len(name)} characters; the file is damaged"
+        )
+    at = name.find(joint)
+    while at >= 0:
+        yield name[:at]
+        at = name.find(joint, at + len(joint))
 
 
 def _files(location: str) -> Iterator[tuple[str, Path]]:

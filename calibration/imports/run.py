@@ -11,7 +11,7 @@ from typing import Any
 from rankbook.calibration.checkpoint.format import MANIFEST, write_checkpoint
 from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.driver.parts import checkpoint_parts
-from rankbook.calibration.driver.report import LayerReport, in_float, totals
+from rankbook.calibration.driver.report import LayerReport, in_float, outside, totals
 from rankbook.calibration.driver.selection import has_weights
 from rankbook.calibration.imports.folder import load_folder
 from rankbook.calibration.imports.gguf import load_gguf
@@ -53,7 +53,7 @@ class ImportReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the packed layers."""
+        """Stored bits per weight of the packed layers of the blocks."""
         return float(self.totals["linear"]["bits_per_weight"])
 
     def to_json(self) -> dict[str, Any]:
@@ -124,14 +124,15 @@ def _report(
     layers = {layer: LayerReport(spec) for layer, spec in specs.items()}
     blocks = adapter_of(model).blocks()
     inside = {layer: report for layer, report in layers.items() if layer.startswith(f"{blocks.name}.")}
-    entries = {"blocks": in_float(blocks.modules, inside.values()), "model": in_float([model], layers.values())}
+    entries = outside(adapter_of(model).embeddings(), layers)
+    entries |= {"blocks": in_float(blocks.modules, inside.values()), "model": in_float([model], layers.values())}
     left = {layer: KEPT for layer, module in model.named_modules() if layer not in specs and has_weights(module)}
     return ImportReport(
         output_dir=output,
         format=source[0],
         settings=dict(source[1]),
         layers=layers,
-        totals=totals({layer: report for layer, report in layers.items() if not report.spec.shared_with}, entries),
+        totals=totals(inside, entries),
         left_alone=left,
         seconds=time.monotonic() - start,
         peak_rss_bytes=peak_rss_bytes(),

@@ -56,7 +56,8 @@ def _table(report: ImportReport) -> Table:
     rows: list[tuple[str, object]] = [
         ("format", report.format),
         ("imported layers", len(report.layers)),
-        ("stored bits per weight of these", report.bits_per_weight),
+        ("stored bits per weight, linear layers", report.bits_per_weight),
+        ("stored bits per weight, whole model", report.totals["model"]["bits_per_weight"]),
         *[(f"layers by {text}", spread(specs, name)) for name, text in {"bits": "bits", "group": "group"}.items()],
         ("weights of the blocks in float", f"{report.totals['blocks']['float_share']:.1%}"),
         ("weights of the model in float", f"{report.totals['model']['float_share']:.1%}"),

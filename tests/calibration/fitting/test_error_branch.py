@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +45,19 @@ def test_truncated_error_is_the_tail_of_the_singular_values() -> None:
         left = torch.linalg.norm((error - branch.dense()) * scale)
         tail = torch.linalg.svdvals(error * scale)[8:].square().sum().sqrt()
         torch.testing.assert_close(left, tail, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["l2qer", "qera-diag", "qera"])
+def test_the_branch_does_not_depend_on_the_size_of_the_inputs(kind: str) -> None:
+    problem, record, _ = _case()
+    small = copy.deepcopy(problem.statistics)
+    small.divide(torch.full((64,), 1e6))
+    first, second = (
+        fit_error_branch(replace(problem, statistics=each), record, kind, 8, 32) for each in (problem.statistics, small)
+    )
+    assert first is not None
+    assert second is not None
+    torch.testing.assert_close(first.dense(), second.dense(), rtol=0, atol=1e-3 * float(first.dense().abs().max()))
 
 
 def test_qera_equals_the_paper_with_a_symmetric_square_root() -> None:

@@ -109,6 +109,13 @@ def test_a_damaged_configuration_is_refused(field: str, value: int, message: str
         import_model(source, tmp_path / "q")
 
 
+def test_a_name_of_many_parts_is_refused(tmp_path: Path) -> None:
+    """What stands before its dots would have taken half the square of its length, gigabytes for a file of 100 KB."""
+    source = changed("gptq", tmp_path / "source", {}, {".".join("a" * 5000): torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"the name of a tensor, a\.a.*, has 9999 characters; the file is damaged"):
+        import_model(source, tmp_path / "q")
+
+
 def test_a_plain_model_is_sent_to_quantize(tmp_path: Path) -> None:
     source = changed("gptq", tmp_path / "source", {})
     config = json.loads((source / "config.json").read_text("utf-8"))

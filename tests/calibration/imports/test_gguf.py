@@ -17,11 +17,16 @@ from tests.gguf_files import write_gguf
 
 def test_a_packed_embedding_stays_tied(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", tied=True, ffn_up="Q8_0", token_embd="Q4_1")
-    import_model(tmp_path / "model.gguf", tmp_path / "q")
+    report = import_model(tmp_path / "model.gguf", tmp_path / "q")
     layers = open_checkpoint(tmp_path / "q").layers
     assert set(layers) == {"model.embed_tokens", "lm_head", "model.layers.0.mlp.up_proj"}
     assert layers["model.embed_tokens"].kind == "embedding"
     assert layers["lm_head"].shared_with == "model.embed_tokens"
+    # As in a quantization's report: linear layers are those of the blocks, the embedding counts for itself.
+    assert report.totals["linear"]["weights"] == layers["model.layers.0.mlp.up_proj"].weights
+    assert report.bits_per_weight == layers["model.layers.0.mlp.up_proj"].bits_per_weight()
+    assert report.totals["embeddings"]["bits_per_weight"] == layers["model.embed_tokens"].bits_per_weight()
+    assert report.totals["lm_head"]["shared_with"] == "model.embed_tokens"
     dense, _ = load_model(tmp_path / "model.gguf")
     packed, _ = load_model(tmp_path / "q")
     ids = torch.arange(3, 20)[None]
