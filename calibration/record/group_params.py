@@ -208,11 +208,12 @@ def panel_range(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def panel_max(values: Tensor) -> Tensor:
     """Return the largest of values (N, G, Q) in each panel of 32 rows, (ceil(N / 32), Q)."""
-    rows, _, planes = values.shape
+    rows, groups, planes = values.shape
     panels = layout.ceil_div(rows, layout.PANEL)
-    peaks = values.amax(1)  # (N, Q)
-    padding = peaks[-1:].expand(panels * layout.PANEL - rows, planes)
-    return torch.cat([peaks, padding]).view(panels, layout.PANEL, planes).amax(1)
+    flat = values.reshape(rows, -1)  # rows first: a maximum over the few groups would not use vector instructions
+    if missing := panels * layout.PANEL - rows:
+        flat = torch.cat([flat, flat[-1:].expand(missing, -1)])
+    return flat.view(panels, layout.PANEL, -1).amax(1).view(panels, groups, planes).amax(1)
 
 
 def _per_row(per_panel: Tensor, values: Tensor) -> Tensor:
