@@ -87,7 +87,7 @@ def _parts(config: Any, layer: int, kept: Any) -> Iterator[Part]:
     attention = known.DynamicLayer, known.DynamicSlidingWindowLayer, known.DynamicIndexedLayer
     both = known.LinearAttentionAndFullAttentionLayer, known.LinearAttentionAndSlidingWindowAttentionLayer
     if type(kept) not in (*attention, *both, known.LinearAttentionLayer, known.DummyLayer):
-        raise refusal.NotExportableError(config, f"the cache of layer {layer} is a {type(kept).__name__}")
+        raise refusal.NotExportableError(config, f"its cache has a form of its own ({type(kept).__name__})")
     found: dict[str, Tensor | None] = {}
     if isinstance(kept, known.DynamicLayer):
         found |= {"key": kept.keys, "value": kept.values}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rankbook.tools.dev.docs import ROOT
-from rankbook.tools.dev.family_models import FAMILIES, MOST_USED, tiny
+from rankbook.tools.dev.family_models import FAMILIES, FURTHER, MOST_USED, tiny
 from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, describe
 from rankbook.tools.report import Table
 
@@ -40,6 +40,7 @@ _CLOSE = 1e-4
 _SAME = 1e-5
 """Largest difference after a reload, relative to the largest logit: sums of float32 in another order."""
 _REFUSED = "refused"
+_ALL = (*FAMILIES, *FURTHER)
 
 
 @dataclass
@@ -324,11 +325,13 @@ def _read(path: Path) -> Row:
 
 def document(rows: Mapping[str, Row]) -> str:
     """Return docs/families.md."""
-    found = [rows[family] for family in FAMILIES if family in rows]
-    served, wrong = (sum(getattr(row, name) for row in found) for name in ("served", "wrong"))
+    found, listed, further = (
+        [rows[family] for family in names if family in rows] for names in (_ALL, FAMILIES, FURTHER)
+    )
+    wrong = sum(row.wrong for row in found)
     tried = [row for row in found if "static" in row.passed]
     fixed = sum(row.passed["static"] for row in tried)
-    missing = [f"`{family}`" for family in FAMILIES if family not in rows]
+    missing = [f"`{family}`" for family in _ALL if family not in rows]
     said = sum(bool(row.cannot_export or "quantize" in row.reasons) for row in found)
     columns = ("family", "packed", "reload", *SERVED, *DEPLOYED, "why not")
     lines = [
@@ -344,10 +347,11 @@ def document(rows: Mapping[str, Row]) -> str:
         " plugins, built by TensorRT-RTX and not run on a GPU yet: *fused* means one fused attention kernel for every"
         " layer with keys and values, and caches written in place. `*`: some layers keep the standard attention,"
         " because ONNX Runtime's operator cannot express theirs. `-`: not measured.",
-        f"Of {len(found)} families {served} pass quantization, reload, export and parity on the graphs `standard` and"
-        f" `ort`; of {len(tried)} families tried on the graph `static`, {fixed} pass. {said} are refused by"
-        f" `quantize`, or it says at once that they cannot be exported; {wrong} give wrong numbers; the last column has"
-        " the reasons.",
+        f"Of the {len(listed)} families of a list that was made beforehand {sum(row.served for row in listed)} pass"
+        " quantization, reload, export and parity on the graphs `standard` and `ort`; of"
+        f" {len(further)} more, tried later, {sum(row.served for row in further)} do. Of {len(tried)} families tried on"
+        f" the graph `static`, {fixed} pass. {said} are refused by `quantize`, or it says at once that they cannot be"
+        f" exported; {wrong} give wrong numbers; the last column has the reasons.",
         *([f"Not run: {', '.join(missing)}."] if missing else []),
         Table("", columns, [_cells(row) for row in found]).markdown(),
     ]
@@ -360,7 +364,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     exports = [_verdict(row, name) for name in (*SERVED, *DEPLOYED)]
     own = [f"{name}: {row.reasons[name]}" for name in DEPLOYED if name in row.reasons]
     others = [reason for name, reason in row.reasons.items() if name not in DEPLOYED]
-    why = dict.fromkeys(reason for reason in (row.cannot_export, *others, *own) if reason)
+    why = dict.fromkeys([row.cannot_export] if row.cannot_export else [*others, *own])
     return f"`{row.family}`", packed, reload, *exports, "; ".join(why).replace("|", "\\|").replace("\n", " ")
 
 
@@ -392,9 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds for a family (default: 600)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "families", help="folder for the models")
     args = parser.parse_args(argv)
-    asked = {None: tuple(FAMILIES), "used": MOST_USED}.get(args.families) or tuple(args.families.split(","))
-    if unknown := sorted(set(asked) - set(FAMILIES)):
-        print(f"unknown families {', '.join(unknown)}; known are {', '.join(FAMILIES)}", file=sys.stderr)
+    asked = {None: _ALL, "used": MOST_USED}.get(args.families) or tuple(args.families.split(","))
+    if unknown := sorted(set(asked) - set(_ALL)):
+        print(f"unknown families {', '.join(unknown)}; known are {', '.join(_ALL)}", file=sys.stderr)
         return USAGE
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"})
     steps = tuple(args.steps.split(","))

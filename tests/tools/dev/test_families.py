@@ -24,10 +24,12 @@ def test_the_document_counts_what_is_served_refused_and_wrong() -> None:
     good = Row("llama", 1.0, "", 0.0, {"standard": 1e-6, "ort": 1e-6}, {"standard": True, "ort": True}, {"1": "why"})
     good.passed |= {"engine": True}
     wrong = Row("mixtral", 1.0, "", 0.0, {"standard": 0.3}, {"standard": False}, {}, {"standard": "parity fails"})
-    refused = Row("mamba", 0.9, "layers keep a state", 0.0)
+    refused = Row("mamba", 0.9, "layers keep a state", 0.0, reasons={"ort": "mamba cannot: layers keep a state"})
+    later = Row("afmoe", 1.0, "", 0.0, dict(good.errors), dict(good.passed))
     assert (good.served, wrong.wrong, refused.served or refused.wrong) == (True, True, False)
-    text = families.document({row.family: row for row in (good, wrong, refused)})
-    assert "Of 3 families 1 pass" in text
+    text = families.document({row.family: row for row in (good, wrong, refused, later)})
+    assert "Of the 3 families of a list that was made beforehand 1 pass" in text
+    assert "of 1 more, tried later, 1 do" in text
     assert "1 are refused" in text
     assert "1 give wrong numbers" in text
     assert "Not run: `qwen2`, `qwen3`," in text
@@ -75,3 +77,13 @@ def test_a_run_of_some_families_does_not_drop_the_others_from_the_document() -> 
     page = (ROOT / "docs" / "families.md").read_text()
     assert families.without_result(page, FAMILIES) == []
     assert len(families.without_result(page, ("llama", "qwen2"))) == len(FAMILIES) - 2
+
+
+def test_a_sweep_goes_on_where_a_step_has_no_result(tmp_path: Path) -> None:
+    rows = {"none": None, "half": Row("half", 1.0, passed={"standard": True})}
+    rows |= {"refused": Row("refused", 1.0, "it keeps a state"), "failed": Row("failed", None)}
+    for name, row in rows.items():
+        (tmp_path / name).mkdir()
+        if row is not None:
+            families._keep(tmp_path / name, row)
+    assert [name for name in rows if families._lacks(tmp_path / name, ["standard", "ort"])] == ["none", "half"]
