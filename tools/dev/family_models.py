@@ -69,6 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {
         "intermediate_size_mlp": 128,
         "attention_chunk_size": 64,
+        "floor_scale": 8,
         "moe_layers": [0, 1],
         "no_rope_layers": [1, 0],
         "layer_types": ["chunked_attention", "full_attention"],
@@ -165,7 +166,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 FURTHER: dict[str, dict[str, Any]] = {
     "afmoe": {"layer_types": _SLIDING},
     "axk1": _MLA,
-    "bailing_hybrid": {"layer_types": _HYBRID},
+    "bailing_hybrid": {**_MLA, "layer_types": _HYBRID},
     "biogpt": {},
     "cohere2_moe": {"layer_types": _SLIDING},
     "cwm": {},

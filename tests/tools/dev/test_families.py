@@ -53,7 +53,7 @@ KEPT = {"deepseek_v3": {"0", "1"}, "llama4_text": {"0"}}
 @pytest.mark.parametrize("family", [family for family in MOST_USED if family not in tiny.FAMILIES])
 def test_families_that_are_used_most_pass(family: str, tmp_path: Path, one_trace: None) -> None:
     """From quantize to parity on both graphs; the others are in `tests.exporter.test_families`."""
-    steps = ("standard", "ort", *(["static"] if family == "deepseek_v3" else []))
+    steps = ("standard", "ort", *(["static"] if family in KEPT else []))
     row = families.sweep(family, tmp_path, steps)
     assert row.reasons == {}
     assert row.passed == dict.fromkeys(steps, True)
