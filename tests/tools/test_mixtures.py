@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rankbook.calibration.checkpoint.format import open_checkpoint
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.exporter.export import ExportOptions, export
+from rankbook.exporter.file import ExportedModel
 from rankbook.tools.deploy.engine import build
 from rankbook.tools.deploy.options import BuildOptions
 from rankbook.tools.dev.family_models import tiny
+from rankbook.tools.inspect.sizes import packed_size
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.rtx import needs_rtx
@@ -32,6 +35,8 @@ def test_the_native_library_computes_mixtures(family: str, tmp_path: Path) -> No
     quantize_model(tmp_path / "model", tmp_path / "checkpoint", how)
     report = export(tmp_path / "checkpoint", tmp_path / "onnx", ExportOptions(logits="all"))
     assert report.nodes["CodebookExpertsLowRank4"] == 4
+    specs = open_checkpoint(tmp_path / "checkpoint").layers.values()
+    assert packed_size(ExportedModel.open(tmp_path / "onnx"))[1] == sum(spec.weights for spec in specs)
     want = TorchModel(tmp_path / "checkpoint").logits(TOKENS)
     for kernels, bound in BOUNDS.items():
         model = OrtModel(tmp_path / "onnx", kernels=kernels)

@@ -22,7 +22,9 @@ def packed_size(file: ExportedModel) -> tuple[int, int]:
         seen |= {tensor.name for tensor in new.values()}
         packed += sum(tensor.bytes for tensor in new.values())
         if "codes" in new:
-            sizes = (node.attributes.get(name) for name in ("out_features", "in_features"))
+            sizes = [node.attributes.get(name) for name in ("out_features", "in_features")]
+            if node.operator is not None and node.operator.one_of is not None:
+                sizes += new["codes"].shape[:1]  # experts, stacked along an axis in front
             weights += math.prod(size if isinstance(size, int) else 0 for size in sizes)  # conform names what is wrong
     return packed, weights
 
