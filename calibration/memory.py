@@ -79,6 +79,18 @@ def read_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def read_gigabytes(text: str) -> float:
+    """Read a size: GB, or a number with a unit as `read_size`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return read_size(text) / 1e9
+
+
 @contextlib.contextmanager
 def limited(size: str | None) -> Iterator[None]:
     """Hold a limit, see `MemoryOptions`; None changes nothing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
@@ -119,6 +120,8 @@ class Options:
                     continue
                 if item.about.choices is not None:
                     choose(item.name, one, item.about.choices)
+                if isinstance(one, float) and not math.isfinite(one):  # NaN is on neither side of a bound
+                    raise ValueError(f"{item.name} is {one}; give a finite number")
                 if item.about.least is not None and one < item.about.least:
                     raise ValueError(f"{item.name} is {one}; give at least {item.about.least}")
 

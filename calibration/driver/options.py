@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.device import DeviceOptions
-from rankbook.calibration.memory import MemoryOptions
+from rankbook.calibration.memory import MemoryOptions, read_gigabytes
 from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, near, option
 from rankbook.calibration.settings import (
     ACTIVATION_FORMATS,
@@ -149,9 +149,11 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
     )
     device_memory: float | None = option(
         None,
-        "device memory for activations, the rest stays on the host; default: half of what is free",
+        "device memory for activations, in GB or with a unit, the rest stays on the host; default: half of what is"
+        " free",
         metavar="GB",
         least=0,
+        parse=read_gigabytes,
         group=ADVANCED,
     )
     devices: str | None = option(

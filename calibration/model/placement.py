@@ -60,7 +60,10 @@ class Placement:
         devices: tuple[torch.device, ...] = (resolve(name),)
         if indexes:
             if devices[0] == CPU:
-                raise DeviceError("the CPU solves layers by itself; leave out --devices, or name GPUs: --device cuda")
+                raise DeviceError(
+                    f"--devices {','.join(map(str, indexes))} are GPUs, and --device {name} is the CPU here, which"
+                    " solves layers by itself; leave out --devices, or give --device cuda where there are GPUs"
+                )
             devices = tuple(resolve(f"{devices[0].type}:{index}") for index in indexes)
         room = None if gigabytes is None else int(gigabytes * 1e9)
         if room is None and devices[0].type == "cuda":

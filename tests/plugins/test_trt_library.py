@@ -134,13 +134,14 @@ def test_the_printed_polygraphy_command_builds_the_engine_with_plugins(tmp_path)
     model = chain_model(tmp_path / "onnx", nodes=2)
     options = BuildOptions(compute_capability=("SM80",), max_batch=1, max_sequence=8, max_context=16)
     command = engine.build(model, tmp_path / "engine", options, lambda *_: None).commands["polygraphy"]
+    (tmp_path / "engine" / ENGINE_NAME).unlink()
     environment = trt.rtx_environment(tmp_path / "libraries")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        ["sh", "-c", command], env=environment, cwd=tmp_path / "engine", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (tmp_path / ENGINE_NAME).stat().st_size > 0
+    assert (tmp_path / "engine" / ENGINE_NAME).stat().st_size > 0
 
 
 @needs_rtx

@@ -31,7 +31,8 @@ class Finding:
         kind: ``package``, ``runtime``, ``library``, ``device``, ``header`` or ``tool``.
         found: Whether it was found.
         detail: Version or place; where missing, how to get it.
-        enables: What it is for; it names the verbs, or none where it is for all of them.
+        enables: What it is for; it names the verbs, or none where it is for all of them. The name of a verb alone: that
+            one does nothing without it.
         needed: Whether what it is for cannot work without it.
     """
 
@@ -62,14 +63,19 @@ _PACKAGES = (
     ("scipy", "quantize --target-bits", False),
     ("matplotlib", "the pictures of bench and report", False),
     ("pynvml", "clocks and power of the GPU in bench --device cuda", False),
+    ("fastapi", "serve", False),
+    ("uvicorn", "serve", False),
+    ("prometheus_client", "serve", False),
 )
 _DISTRIBUTIONS = {"yaml": "PyYAML", "pynvml": "nvidia-ml-py"}
 _LIBRARIES = {
-    "ort": "--kernels native and native-int8 of generate, eval, parity and bench",
+    "ort": "--kernels native and native-int8 of generate, eval, parity, bench and serve",
     "ort-cuda": "--kernels native-cuda of generate, eval, parity and bench",
-    "trt": "engines with this project's kernels: build, and generate, eval, parity, bench of them",
+    "trt": "engines with this project's kernels: build, and generate, eval, parity, bench, serve of them",
 }
 """What the native libraries are for."""
+_ENGINES = "generate, eval, parity, bench, serve"
+"""The verbs that run engines."""
 
 
 def run(_: Common) -> Outcome:
@@ -97,7 +103,7 @@ def by_verb(findings: Sequence[Finding]) -> dict[str, dict[str, Any]]:
     used = [item for item in findings if item.kind not in ("header", "tool") and not item.found]
     return {
         verb: {
-            "works": not any(item.needed for item in used if verb in item.verbs),
+            "works": not any(item.needed or item.enables == verb for item in used if verb in item.verbs),
             "missing": [item.name for item in used if verb in item.verbs],
         }
         for verb in ORDER
@@ -134,13 +140,13 @@ def _devices() -> list[Finding]:
     detail = _gpu_names() if gpu else "no NVIDIA driver answers; everything but running engines works without one"
     memory = trt.gpu_unavailable()
     return [
-        Finding("NVIDIA GPU", "device", gpu, detail, "build --target trt; generate, eval, parity, bench of engines"),
+        Finding("NVIDIA GPU", "device", gpu, detail, f"build --target trt; {_ENGINES} of engines"),
         Finding(
             "GPU memory of PyTorch",
             "device",
             memory is None,
             memory or f"the driver serves CUDA {trt.driver_version()}",
-            "quantize, eval, generate with --device cuda; memory of engines in generate, eval, parity, bench",
+            f"quantize, eval, generate, parity with --device cuda; memory of engines in {_ENGINES}",
         ),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from rankbook.calibration.source import ENGINE_MANIFEST, ENGINE_NAME, is_checkpo
 from rankbook.calibration.versions import installed
 from rankbook.plugins import library
 from rankbook.tools.child import run_module
-from rankbook.tools.deploy import engine_commands, engine_log, gpu_code, step
+from rankbook.tools.deploy import engine_commands, engine_log, gpu_code, polygraphy_network, step
 from rankbook.tools.deploy.checks import check_cache, check_parser, has_plugin, verify, verify_cache, verify_plugins
 from rankbook.tools.deploy.manifest import EngineReport, EngineSource
 from rankbook.tools.deploy.options import BuildOptions
@@ -93,15 +94,13 @@ def build(
         result, graph = _build_either_way(model, request, work, progress)
         log = engine_log.read(work / "build.log")
         kept = graph == model.path or options.keep_files
-        places = {
-            "source": _final(model.path, folder, output),
-            # Its commands run in the folder, wherever that is by then.
-            "graph": (graph.relative_to(folder) if graph.is_relative_to(folder) else graph) if kept else None,
-        }
+        places = {"source": _named(model.path, folder), "graph": _named(graph, folder) if kept else None}
         report = _report(model, options, profiles, {**result, **places}, log, sha256_file(folder / ENGINE_NAME))
         (folder / ENGINE_MANIFEST).write_text(json.dumps(plain(report), indent=2) + "\n", encoding="utf-8")
         if report.commands:
             (folder / COMMANDS).write_text(engine_commands.script(report.commands), encoding="utf-8")
+            if plugins:
+                shutil.copyfile(polygraphy_network.__file__, folder / engine_commands.NETWORK)
         if (model.path.parent / "config.json").is_file():  # not any folder in which a graph lies
             copy_extras(model.path.parent, folder, also=("config.json",))
     return report
@@ -135,9 +134,9 @@ def _exported(
     return folder / MODEL
 
 
-def _final(path: Path, folder: Path, output: Path) -> Path:
-    """Return where a file of the unfinished folder will lie; of others, where it is."""
-    return output.resolve() / path.relative_to(folder) if path.is_relative_to(folder) else path
+def _named(path: Path, folder: Path) -> Path:
+    """Return how a file is named in the folder, which may be moved: by the way from there, or if outside as a whole."""
+    return path.relative_to(folder) if path.is_relative_to(folder) else path.absolute()
 
 
 def _why_no_plugins(options: BuildOptions) -> str:

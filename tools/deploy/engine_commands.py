@@ -1,7 +1,8 @@
-"""Command lines of other tools that build the engine that `rankbook build` builds."""
+"""Command lines of other tools that build the engine that `rankbook build` builds, for a shell in its folder."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from rankbook.tools.deploy import polygraphy_network
 from rankbook.tools.deploy.profiles import Shapes
+
+NETWORK = "polygraphy_network.py"
+"""Copy of `rankbook.tools.deploy.polygraphy_network` in the engine folder."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,22 @@ def trtexec(build: Build) -> str:
         parts.append(f"--computeCapabilities={','.join(name.removeprefix('SM') for name in build.capabilities)}")
     else:
         parts.append("--timingCacheFile=timing.cache")
+    library = ""
     if build.plugins is not None:
         # One flag stores the library and loads it, the other only loads it.
-        flag = "setPluginsToSerialize" if build.self_contained else "dynamicPlugins"
-        parts.append(f"--{flag}={build.plugins}")
+        library = f"--{'setPluginsToSerialize' if build.self_contained else 'dynamicPlugins'}={_library(build.plugins)}"
     for index, shapes in enumerate(build.profiles.values()):
         parts.append(f"--profile={index}")
         for bound, flag in enumerate(("minShapes", "optShapes", "maxShapes")):
             sizes = [f"{name}:{'x'.join(map(str, bounds[bound]))}" for name, bounds in shapes.items()]
             parts.append(f"--{flag}={','.join(sizes)}")
-    return shlex.join(parts)
+    return " ".join(filter(None, [shlex.join(parts), library]))
+
+
+def _library(path: Path) -> str:
+    """Return the plugin library as a word of a shell: what the variable says, or where it lay at the build."""
+    escaped = re.sub(r'(["\\$`}])', r"\\\1", str(path))
+    return f'"${{{polygraphy_network.LIBRARY_VARIABLE}:-{escaped}}}"'
 
 
 def polygraphy(build: Build) -> str:
@@ -63,9 +73,9 @@ def polygraphy(build: Build) -> str:
     parts = ["polygraphy", "convert", str(build.graph), "--convert-to", "trt", "-o", build.engine]
     settings = ["POLYGRAPHY_USE_TENSORRT_RTX=1"] if build.target == "rtx" else []
     if build.plugins is not None:
-        parts[2:5] = [polygraphy_network.__file__, "--model-type", "trt-network-script", "--convert-to", "trt"]
+        parts[2:5] = [NETWORK, "--model-type", "trt-network-script", "--convert-to", "trt"]
         settings.append(f"{polygraphy_network.MODEL_VARIABLE}={shlex.quote(str(build.graph))}")
-        settings.append(f"{polygraphy_network.LIBRARY_VARIABLE}={shlex.quote(str(build.plugins))}")
+        settings.append(f"{polygraphy_network.LIBRARY_VARIABLE}={_library(build.plugins)}")
     for shapes in build.profiles.values():
         for index, flag in enumerate(("--trt-min-shapes", "--trt-opt-shapes", "--trt-max-shapes")):
             parts.append(flag)
@@ -76,6 +86,7 @@ def polygraphy(build: Build) -> str:
 def script(commands: Mapping[str, str]) -> str:
     """Return a shell script of commands by the names of their tools."""
     lines = ["#!/bin/sh", "# The engine of this folder, built without rankbook; run one of them.", ""]
+    lines += [f"# {polygraphy_network.LIBRARY_VARIABLE} names the plugin library where it has moved.", ""]
     lines += ['cd "$(dirname "$0")" || exit', ""]
     for name, command in commands.items():
         lines += [f"# {name}", command, ""]

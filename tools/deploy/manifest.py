@@ -29,7 +29,7 @@ class EngineSource:
     """The ONNX file that an engine was built from.
 
     Attributes:
-        path: Where it was then.
+        path: Where it was then, or in the folder of the engine.
         sha256: Of the file.
         metadata: Its properties.
     """
@@ -127,8 +127,8 @@ class Manifest:
 
     @property
     def source(self) -> Path:
-        """The ONNX file that it was built from, wherever it was then."""
-        return Path(self.facts["source"]["path"])
+        """The ONNX file that it was built from, wherever it was then; one within the folder has moved with it."""
+        return Path(self.folder, self.facts["source"]["path"])
 
     @cached_property
     def metadata(self) -> Metadata:

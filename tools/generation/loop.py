@@ -32,11 +32,11 @@ class GenerateOptions(Seeded):
     top_p: float = option(1.0, "sample from the smallest set with this probability", metavar="P")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 <= self.temperature < math.inf:
             raise UsageError(
                 f"temperature {self.temperature} is negative or not finite; 0 is greedy, 1 samples as the model says"
             )
+        super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not a probability; give a number above 0 and at most 1")
 

@@ -329,7 +329,9 @@ def _runtime(
 
 
 RUNTIMES = (
-    _runtime("native", "faster generate and eval", native_unavailable, lambda: _library_name("ort"), automatic=True),
+    _runtime(
+        "native", "faster generate, eval and serve", native_unavailable, lambda: _library_name("ort"), automatic=True
+    ),
     _runtime(
         "bodies",
         "eval, parity, generate: the standard operators in the file",

@@ -166,7 +166,7 @@ RUNTIMES = (
     Runtime(
         "trt-rtx",
         "tensorrt-rtx, engines",
-        "generate, eval, parity, bench of engines of --target rtx",
+        "generate, eval, parity, bench, serve of engines of --target rtx",
         rtx_run_unavailable,
         lambda: version("tensorrt-rtx"),
         _ENGINES,
@@ -178,7 +178,7 @@ RUNTIMES = (
     Runtime(
         "trt",
         "tensorrt",
-        "build --target trt; generate, eval, parity, bench of such engines",
+        "build --target trt; generate, eval, parity, bench, serve of such engines",
         unavailable,
         lambda: version("tensorrt"),
         _ENGINES,

@@ -205,14 +205,28 @@ class Engine:
             for item in wanted:
                 self.memory.download(item.to, self._places[item.name], item.offset)
 
-        if self._graph is None and self._records and self._last == key:
-            self._graph = key, self.memory.capture(queue)
+        last, self._last = self._last, None  # of a run that fails nothing is recorded
+        if self._graph is None and self._records and last == key:
+            self._graph = self._recorded(key, queue)
         if self._graph is not None and self._graph[0] == key:
             self._graph[1]()
         else:
             queue()
         self.memory.finish()
         self._last = key
+
+    def _recorded(
+        self, key: tuple[Any, ...], queue: Callable[[], None]
+    ) -> tuple[tuple[Any, ...], Callable[[], None]] | None:
+        """Record a run as a CUDA graph; None where the engine does something in it that cannot be, which is said."""
+        from rankbook.calibration.notes import note
+
+        try:
+            return key, self.memory.capture(queue)
+        except (CheckFailedError, RuntimeError) as error:
+            self._records = False
+            note(f"{self.name}: steps cannot be recorded as a CUDA graph and are launched kernel by kernel ({error})")
+            return None
 
     def keep_compiled(self) -> None:
         """Write what TensorRT-RTX compiled beside the engine; a folder that cannot be written to is said so."""

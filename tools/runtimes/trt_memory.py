@@ -73,7 +73,11 @@ class DeviceMemory(ABC):
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``work`` queues, without running it; return a function that queues all of it at once."""
+        """Record what ``work`` queues, without running it; return a function that queues all of it at once.
+
+        Raises:
+            RuntimeError: It does something that cannot be recorded.
+        """
 
     @abstractmethod
     def room(self) -> tuple[int, int]:
@@ -146,8 +150,12 @@ class TorchMemory(DeviceMemory):
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads of the process do with the device must not end the capture.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        # thread_local: what other threads of the process do with the device must not end the capture. The outer stream
+        # is left in any case, that of a capture only where it succeeds.
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             work()
 
         def replay() -> None:

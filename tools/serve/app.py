@@ -218,6 +218,13 @@ async def _answer(served: Served, request: Request, asked: Any, prompts: list[li
         raise RefusedError(
             f"{len(prompts)} prompts in one request; {served.limits.prompts} are allowed", param="prompt"
         )
+    limit, named = served.limits.max_new_tokens, asked.model_fields_set & {"max_tokens", "max_completion_tokens"}
+    if named and (most or 0) > limit:
+        raise RefusedError(
+            f"max_tokens is {most} and this server's answers have at most {limit} tokens; ask for no more, or start it"
+            " with a larger --max-new-tokens",
+            param=max(named),
+        )
     texts, writer = _Texts(served, asked, prompts, most), Writer(asked, served.tokenizer)
     writer.count(prompt=sum(map(len, prompts)))
     if asked.stream:

@@ -11,7 +11,13 @@ def test_everything_has_a_purpose(capsys):
     findings = {item["name"]: item for item in stdout_json(capsys)["findings"]}
     assert findings["torch"]["found"]
     assert {"onnxruntime", "tensorrt-rtx", "tensorrt", "NVIDIA GPU", "TensorRT headers", "nvcc"} <= set(findings)
-    for verb in ("generate", "eval", "parity", "bench"):  # what running an engine lacks is said of each of them
+    for verb in (
+        "generate",
+        "eval",
+        "parity",
+        "bench",
+        "serve",
+    ):  # what running an engine lacks is said of each of them
         for name in ("tensorrt-rtx, engines", "tensorrt", "GPU memory of PyTorch", "trt"):
             assert verb in findings[name]["enables"]
     assert findings["pynvml"]["detail"].startswith("pip install nvidia-ml-py") or findings["pynvml"]["found"]
@@ -20,12 +26,13 @@ def test_everything_has_a_purpose(capsys):
 
 def test_what_each_verb_lacks(monkeypatch, capsys):
     """Names for each verb, in the JSON and in a table; what is missing for one is no fault of another."""
-    monkeypatch.setattr(doctor, "_PACKAGES", (("scipy_", "quantize --target-bits", False), ("onnx_", "export", True)))
+    packages = (("scipy_", "quantize --target-bits", False), ("onnx_", "export", True), ("fastapi_", "serve", False))
+    monkeypatch.setattr(doctor, "_PACKAGES", packages)
     pretend(monkeypatch, "rtx", "tensorrt-rtx is not installed: pip install 'rankbook[cpu]'")
     run_cli("doctor", "--json")
     verbs = stdout_json(capsys)["verbs"]
     assert set(verbs) == set(ORDER)
-    assert (verbs["export"]["works"], verbs["quantize"]["works"]) == (False, True)
+    assert [verb for verb in ORDER if not verbs[verb]["works"]] == ["export", "serve"]
     assert "scipy_" in verbs["quantize"]["missing"]
     assert "scipy_" not in verbs["export"]["missing"]
     assert [verb for verb in ORDER if "tensorrt-rtx" in verbs[verb]["missing"]] == ["build"]

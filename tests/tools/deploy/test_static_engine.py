@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.output import check_replaceable
+from rankbook.calibration.source import ENGINE_NAME
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
+from rankbook.plugins import library
 from rankbook.tools import errors
-from rankbook.tools.deploy import engine, engine_log, step
+from rankbook.tools.deploy import engine, engine_log, polygraphy_network, step
 from rankbook.tools.deploy.checks import check_parser
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.deploy.options import BuildOptions
-from rankbook.tools.runtimes import trt
+from rankbook.tools.runtimes import open_model, trt
 from rankbook.tools.runtimes.trt_engine import RUNTIME_CACHE_NAME
+from tests import tensorrt_stand_in as stand_in
 from tests.exporter.checkpoints import make_checkpoint
 from tests.exporter.rtx import build as rtx_build
 from tests.tools.files import run_cli
@@ -69,12 +77,43 @@ def test_a_checkpoint_becomes_an_engine_that_writes_its_cache_in_place(built):
     assert report["step_bytes"]["outputs"] == 4 * 259 + 8
     assert report["profiles"]["decode"]["past_key_values.1.value"] == [[1, 3, 64, 64]] * 3
     assert report["source"]["metadata"]["rankbook.max_context"] == "64"
-    assert Path(report["source"]["path"]) == out / engine.GRAPH / "model.onnx"
+    assert report["source"]["path"] == f"{engine.GRAPH}/model.onnx", "the folder may be moved"
     names = {item.name for item in out.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
     commands = (out / engine.COMMANDS).read_text()
     assert all(command in commands for command in report["commands"].values())
     assert f"--onnx={engine.GRAPH}/model.onnx" in report["commands"]["trtexec"], "the folder may be moved"
+
+
+@needs_rtx
+@pytest.mark.trt
+def test_a_folder_that_was_moved_is_built_again_and_opens(built, tmp_path, monkeypatch):
+    """By its commands, with the plugin library where it is now; nothing of the old place is looked at."""
+    moved = shutil.copytree(built, tmp_path / "far" / "moved")
+    text = (moved / engine.COMMANDS).read_text()
+    assert str(built) not in text + (moved / "engine.json").read_text()
+    environment = trt.rtx_environment(tmp_path / "libraries")
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    if json.loads((moved / "engine.json").read_text())["plugin_layers"]:
+        here = shutil.copy(library.library("trt"), tmp_path)
+        text = text.replace(str(library.library("trt")), "/gone/librankbook_trt.so")
+        environment[polygraphy_network.LIBRARY_VARIABLE] = str(here)
+    (moved / engine.COMMANDS).write_text(text)
+    first = (moved / ENGINE_NAME).rename(tmp_path / "first")
+    done = subprocess.run(
+        ["sh", moved / engine.COMMANDS], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (moved / ENGINE_NAME).stat().st_size > 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first.replace(moved / ENGINE_NAME)
+    state = stand_in.install(monkeypatch, memory=stand_in.HostMemory(capability="SM89"))
+    state.folders.append(moved)
+    shutil.move(built / engine.GRAPH, tmp_path / "away")  # what is opened is the copy
+    try:
+        model = open_model(moved)
+        assert np.isfinite(model.start(np.arange(3)[None])).all()
+        assert model.packed[1] > 0
+    finally:
+        shutil.move(tmp_path / "away", built / engine.GRAPH)
 
 
 @needs_rtx

@@ -281,6 +281,21 @@ def test_decoding_is_one_cuda_graph(work, tmp_path, state):
     assert state.runs == 2 * 7
 
 
+def test_an_engine_that_cannot_be_recorded_runs_without_a_graph(work, tmp_path, monkeypatch):
+    state = stand_in.install(monkeypatch, "tensorrt")
+    folder = build(state, work / FILE, tmp_path / "engine")
+    want = [(model := opened(folder)).start(np.arange(3)[None]), *(model.step(token) for token in range(4))]
+    assert state.memory.launches == 3
+    state.waits = True
+    model = opened(folder)
+    found = [model.start(np.arange(3)[None]), model.step(0)]
+    with pytest.warns(UserWarning, match=r"launched kernel by kernel \(.*not permitted when stream is capturing"):
+        found.append(model.step(1))
+    found += [model.step(token) for token in (2, 3)]
+    np.testing.assert_array_equal(found, want)
+    assert state.memory.launches == 3
+
+
 def test_what_rtx_compiled_is_kept_beside_the_engine(work, tmp_path, rtx):
     folder = build(rtx, work / FILE, tmp_path / "engine")
     for again in (False, True):

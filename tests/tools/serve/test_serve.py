@@ -237,6 +237,7 @@ def test_probabilities_of_bytes_that_are_no_character() -> None:
         ("completions", {"model": "other"}, 404, "'other' is not served; there is 'tiny'"),
         ("completions", {"stop": list("abcde")}, 400, "more than 4"),
         ("completions", {"max_tokens": 0}, 400, "max_tokens"),
+        ("completions", {"max_tokens": 1025}, 400, "max_tokens is 1025 and this server's answers have at most 1024"),
         ("chat/completions", {}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
         (

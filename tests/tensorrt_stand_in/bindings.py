@@ -1,13 +1,4 @@
-"""Stands for ``tensorrt`` and ``tensorrt_rtx`` where there is no GPU: engines run in ONNX Runtime on host memory.
-
-Classes have the names, methods and arguments of the bindings, and nothing else that is public
-(`tests.tools.runtimes.test_stand_in` compares them). They are strict about what a GPU would not forgive: work happens
-when the stream is waited for and not before, memory must live until then, sizes must lie within the profile, shapes and
-addresses must be set after the profile, an aliased output must have the address of its input, and what is recorded into
-a CUDA graph keeps shapes and addresses. What is wrong in the caller is an AssertionError, which no command catches.
-
-An engine is any file: the ONNX file comes from the manifest of the folder that holds it.
-"""
+"""The classes of ``tensorrt`` and ``tensorrt_rtx``: names, methods and arguments, and nothing else that is public."""
 
 from __future__ import annotations
 
@@ -15,135 +6,17 @@ import ctypes
 import hashlib
 import itertools
 import json
-import sys
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pytest
 
 from rankbook.calibration.source import ENGINE_MANIFEST
-from rankbook.tools.deploy import engine as deploy
-from rankbook.tools.deploy.options import BuildOptions
-from rankbook.tools.runtimes import ort, trt_memory
-from rankbook.tools.runtimes.trt_memory import DeviceMemory, Region
-from tests.tools.files import pretend
-
-VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}
-_handles = itertools.count(7000)
-_streams: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()
-
-
-class HostRegion(Region):
-    """Host memory in place of a GPU's."""
-
-    def __init__(self, size: int) -> None:
-        self.array = np.zeros(max(1, size), np.uint8)
-        self.address, self.size = self.array.ctypes.data, size
-
-
-class HostMemory(DeviceMemory):
-    """Host memory, and a stream whose work is done when it is waited for.
-
-    Attributes:
-        launches: How often a recorded graph was run.
-        downloaded: Bytes of each copy from the device.
-    """
-
-    def __init__(self, total: int = 1 << 30, capability: str = "SM86") -> None:
-        self.stream, self.device, self.capability = next(_handles), "Stand-in GPU", capability
-        self.total = total
-        self.launches = 0
-        self.downloaded: list[int] = []
-        self._regions: weakref.WeakSet[HostRegion] = weakref.WeakSet()
-        self._pinned: list[Any] = []
-        self._queue: list[Callable[[], None]] = []
-        self._recording: list[Callable[[], None]] | None = None
-        _streams[self.stream] = self
-
-    def allocate(self, size: int) -> Region:
-        if size > self.room()[0]:
-            raise MemoryError("out of memory")
-        region = HostRegion(size)
-        self._regions.add(region)
-        return region
-
-    def pinned(self, shape, dtype):
-        array = np.zeros(shape, dtype)
-        self._pinned.append(array)
-        return array
-
-    def upload(self, region: Region, values) -> None:
-        self._check_pinned(values)
-        target, source, size = region.address, values.ctypes.data, values.nbytes
-        assert size <= region.size, "an upload beyond the end of the memory"
-        self._push(lambda: self._copy(target, source, size, device=target))
-
-    def download(self, values, region: Region, offset: int = 0) -> None:
-        self._check_pinned(values)
-        source, target, size = region.address + offset, values.ctypes.data, values.nbytes
-        assert offset + size <= region.size, "a download beyond the end of the memory"
-
-        def fetch() -> None:
-            self._copy(target, source, size, device=source)
-            self.downloaded.append(size)
-
-        self._push(fetch)
-
-    def finish(self) -> None:
-        assert self._recording is None, "a stream must not be waited for while it is recorded"
-        queue, self._queue = self._queue, []
-        for work in queue:
-            work()
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        recorded: list[Callable[[], None]] = []
-        self._recording = recorded
-        try:
-            work()
-        finally:
-            self._recording = None
-
-        def replay() -> None:
-            self.launches += 1
-            self._queue.extend(recorded)
-
-        return replay
-
-    def room(self) -> tuple[int, int]:
-        return self.total - sum(region.size for region in self._regions), self.total
-
-    def check_live(self, address: int, size: int) -> None:
-        """Check that a piece of memory was taken here and is not freed."""
-        spans = [(region.address, region.address + region.size) for region in self._regions]
-        inside = (begin <= address and address + size <= end for begin, end in spans)
-        assert any(inside), "device memory that was never taken, is too small, or was freed while it was in use"
-
-    @property
-    def recording(self) -> bool:
-        return self._recording is not None
-
-    def _push(self, work: Callable[[], None]) -> None:
-        (self._queue if self._recording is None else self._recording).append(work)
-
-    def _copy(self, target: int, source: int, size: int, device: int) -> None:
-        self.check_live(device, size)
-        ctypes.memmove(target, source, size)
-
-    def _check_pinned(self, values) -> None:
-        assert values.flags.c_contiguous
-        inside = (
-            array.ctypes.data <= values.ctypes.data
-            and values.ctypes.data + values.nbytes <= array.ctypes.data + array.nbytes
-            for array in self._pinned
-        )
-        assert any(inside), "only pinned memory is copied without waiting"
+from rankbook.tools.runtimes import ort
+from tests.tensorrt_stand_in.memory import HostMemory, streams
 
 
 class _OfLibrary:
@@ -254,7 +127,7 @@ class ICudaEngine:
 
         self._runtime = runtime  # which must outlive it
         self._profiles = list(facts["profiles"].values())
-        path = Path(facts["source"]["path"])
+        path = folder / facts["source"]["path"]
         data = runtime._library.data
         self._session = ort.session(path.read_bytes() if data else path, data_folder=data)
         graph = onnx.load(path, load_external_data=False).graph
@@ -357,8 +230,8 @@ class IExecutionContext:
         self._warm = False  # something ran since the last change
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        memory = _streams[stream_handle]
-        idle = not memory._queue and not memory.recording
+        memory = streams[stream_handle]
+        idle = not memory.queue and not memory.recording
         assert idle, "work of the other profile is not done"
         self._profile, self._shapes, self._addresses, self._warm = profile_index, {}, {}, False
         return 0 <= profile_index < len(self._engine._profiles)
@@ -394,11 +267,14 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert not self.infer_shapes(), "a shape is missing"
-        memory, engine = _streams[stream_handle], self._engine
+        memory, engine = streams[stream_handle], self._engine
         assert set(self._addresses) == set(engine._kinds), "an address is missing"
         for output, source in engine._aliases.items():
             assert self._addresses[output] == self._addresses[source], f"{output} must lie where {source} lies"
         assert self._warm or not memory.recording, "the first run of a shape cannot be recorded"
+        if memory.recording and engine._state.waits:
+            self._say("operation not permitted when stream is capturing")
+            return False
         places = {
             name: (self._addresses[name], self.get_tensor_shape(name), np.dtype(kind))
             for name, kind in engine._kinds.items()
@@ -407,7 +283,7 @@ class IExecutionContext:
         for name, (address, _, _) in places.items():
             memory.check_live(address, sizes[name])
         _check_apart(places, sizes, engine._aliases)
-        memory._push(lambda: _execute(engine, memory, places, sizes))
+        memory.push(lambda: _execute(engine, memory, places, sizes))
         self._warm = True
         return True
 
@@ -472,6 +348,7 @@ class State:
         refusal: The library refuses every engine with this message.
         broken: There is no runtime, with this message.
         no_context: There is no context, with this message.
+        waits: Engines wait in the middle of a run, which no CUDA graph can hold.
         configs: Runtime configurations of contexts that were made; None for none.
         caches: Runtime caches that were read.
         plugins: Plugin libraries that were loaded.
@@ -487,6 +364,7 @@ class State:
     refusal: str = ""
     broken: str = ""
     no_context: str = ""
+    waits: bool = False
     configs: list[Any] = field(default_factory=list)
     caches: list[bytes] = field(default_factory=list)
     plugins: list[str] = field(default_factory=list)
@@ -498,51 +376,3 @@ class State:
             if json.loads((folder / ENGINE_MANIFEST).read_text())["engine_sha256"] == digest:
                 return folder
         raise AssertionError("no folder holds this engine")
-
-
-def install(monkeypatch: pytest.MonkeyPatch, name: str = "tensorrt_rtx", memory: HostMemory | None = None) -> State:
-    """Put a stand-in into the place of a library, and host memory into that of the GPU's."""
-    module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)
-    module.__dict__["__version__"] = VERSIONS[name]
-    state = State(module, memory or HostMemory())
-    classes: list[type] = [ILogger, IStreamReaderV2, ICudaEngine, IExecutionContext]
-    classes += [TensorIOMode, SeekPosition, DataType]
-    classes += [CudaGraphStrategy, IRuntimeConfig, IRuntimeCache] if name == "tensorrt_rtx" else []
-    registry = type("IPluginRegistry", (IPluginRegistry,), {"_library": state})
-    module.__dict__.update({item.__name__: item for item in classes})
-    module.__dict__["Runtime"] = type("Runtime", (Runtime,), {"_library": state})
-    module.__dict__["get_plugin_registry"] = registry
-    monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(trt_memory, "memory", lambda: state.memory)
-    pretend(monkeypatch, RUNTIMES[name])
-    return state
-
-
-RUNTIMES = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
-"""Which runtime each library is."""
-
-
-def work(request: dict[str, Any], _progress: object) -> dict[str, Any]:
-    """Stand for the builder's process: write some bytes as the engine."""
-    Path(request["log"]).write_text("", encoding="utf-8")
-    content = b"engine " + hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest() * 4096
-    Path(request["engine"]).write_bytes(content)
-    facts: dict[str, Any] = {"version": VERSIONS[request["module"]], "engine_bytes": len(content), "seconds": 0.0}
-    return {**facts, "network_layers": 0, "plugin_layers": 0, "inputs": [], "outputs": [], "profiles": 2}
-
-
-def build(state: State, source: Path, output: Path, options: BuildOptions) -> Path:
-    """Write an engine folder as `rankbook build` does, but for the builder; the plugin library takes no part."""
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deploy, "run_worker", work)
-        deploy.build(source, output, replace(options, no_plugins=True))
-    state.folders.append(output)
-    return output
-
-
-def change(folder: Path, **facts: Any) -> None:
-    """Change what a manifest says."""
-    path = folder / ENGINE_MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
