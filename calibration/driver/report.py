@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.memory import peak_rss_bytes
 from rankbook.calibration.model.adapter import Embeddings
+from rankbook.calibration.model.packed_modules import PackedModule
+from rankbook.calibration.record.codebooks import mxint_levels
+from rankbook.calibration.record.group_params import GroupParams
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -242,6 +246,12 @@ def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dic
         "stored_bits": bits,
         "bits_per_weight": bits / weights,
     }
+
+
+def is_coarse(layer: PackedModule) -> bool:
+    """Return whether 8 bits are coarse for parameters of some rows, see `GroupParams.coarse_rows`."""
+    exact = torch.equal(layer.get_buffer("levels").cpu(), mxint_levels(layer.spec.bits))
+    return not exact and GroupParams.unpack(layer.packed(), layer.spec).coarse_rows() > 0
 
 
 def output_errors(problem: LayerProblem, record: QuantizedLinear) -> Errors:

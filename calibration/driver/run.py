@@ -30,6 +30,7 @@ from rankbook.calibration.driver.report import (
     QuantizeReport,
     Reporter,
     in_float,
+    is_coarse,
     outside,
     totals,
 )
@@ -51,6 +52,7 @@ from rankbook.calibration.source import Kind, hub_origin
 from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
 
+_FINER = "input scaling does that: give --param-bits 16"
 _HEAD_TOKENS = 8192
 """Calibration tokens that run through the original model to say what enters its output layer."""
 
@@ -151,6 +153,7 @@ class _Run:
     embedding_layers: dict[str, LayerReport] = field(default_factory=dict)
     scaled: list[str] = field(default_factory=list)
     few_tokens: list[str] = field(default_factory=list)
+    coarse: list[str] = field(default_factory=list)
 
     @property
     def model(self) -> Any:
@@ -264,6 +267,7 @@ class _Run:
                     replace_module(self.model, name, module)
         self.scaled += result.scaled
         self.few_tokens += result.few_tokens
+        self.coarse += [name for name, module in result.layers.items() if is_coarse(module)]
         for name, module in result.layers.items():
             self.layers[name] = LayerReport(module.spec, result.errors[name], result.without_branch.get(name))
 
@@ -294,6 +298,9 @@ class _Run:
         )
         if report.unknown:
             note(report.unknown)
+        if self.coarse:
+            some = f"{len(self.coarse)} layers such as {self.coarse[0]}"
+            note(f"8-bit parameters are coarse for rows of {some}, since scales beside theirs are larger; {_FINER}")
         return report
 
     def _calibration_windows(self, tokens: Tensor) -> dict[str, int]:

@@ -15,6 +15,8 @@ from rankbook.plugins import layout
 from rankbook.plugins.forms import Form
 from rankbook.plugins.layer_spec import LayerSpec
 
+COARSE = 0.1
+"""Error of a row's scales, relative, from which 8 bits are coarse for it."""
 _TENSORS = ("codes", "step", "base", "values")
 """Fields that are tensors, in order."""
 
@@ -184,6 +186,17 @@ class GroupParams:
             raise ValueError("8-bit group parameters need codes, step and base")
         codes = stored.float()
         return codes * _per_row(step, codes) + _per_row(base, codes)
+
+    def coarse_rows(self) -> int:
+        """Return for how many rows 8 bits are coarse, because rows beside them have much larger scales.
+
+        The first plane counts. Rows of zeros are exact, and so are powers of two (`powers_of_two`), for which this says
+        nothing.
+        """
+        if self.codes is None or self.step is None or self.compact:
+            return 0
+        scales, half = self.dense()[..., 0].abs().median(1).values, _per_row(self.step, self.codes)[:, 0, 0] / 2
+        return int(((half > COARSE * scales) & (scales > 1e-4 * half)).sum())
 
     def pack(self) -> dict[str, Tensor]:
         """Return the parts that hold data, see `LayerSpec.tensors`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,17 @@ def test_a_resumed_run_has_the_scaled_norms(tmp_path: Path) -> None:
     assert report.resumed_at == 1
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert len(report.scaled) == 2 * 6
+
+
+@pytest.mark.parametrize(("param_bits", "said"), [(8, True), (16, False)])
+def test_rows_beside_much_larger_ones_are_said(tmp_path: Path, param_bits: int, said: bool) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[7] *= 100
+    model.save_pretrained(tmp_path / "model")
+    chosen = options(tmp_path, method="rtn", calib=None, param_bits=param_bits)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantize_model(tmp_path / "model", tmp_path / "out", chosen)
+    texts = [str(one.message) for one in caught]
+    assert said == any("coarse for rows of 1 layers such as model.layers.1.mlp.up_proj" in text for text in texts)

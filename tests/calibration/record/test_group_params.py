@@ -58,3 +58,16 @@ def test_forms_do_not_mix() -> None:
 def test_the_largest_of_a_panel_includes_its_last_rows() -> None:
     rows = torch.arange(40.0)[:, None, None]
     assert panel_max(rows).flatten().tolist() == [31.0, 39.0]
+
+
+def test_rows_beside_much_larger_ones_are_coarse_in_eight_bits() -> None:
+    values = torch.rand(70, 4, 2, generator=torch.Generator().manual_seed(0)) + 1
+    assert GroupParams.quantize(values).coarse_rows() == 0
+    values[5] *= 100  # steps of 0.7 for scales of 1 to 2 in the first panel
+    values[40], values[41] = 0, 0.9
+    found = GroupParams.quantize(values)
+    error = (found.dense() - values)[..., 0].abs().median(1).values / values[..., 0].median(1).values.clamp_min(1e-9)
+    assert found.coarse_rows() == 31
+    assert float(error[:32].max()) > 0.1
+    assert float(error[32:].max()) < 0.01
+    assert GroupParams.quantize(values, 16).coarse_rows() == 0
