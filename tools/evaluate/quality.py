@@ -55,9 +55,11 @@ def evaluate(
     tokenizer = model.tokenizer or (reference.tokenizer if reference else None)
     if tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
-    context = min(options.context, model.context or options.context)
-    if context < options.context:
-        note(f"{model.name} holds {context} positions: windows have {context} tokens instead of {options.context}")
+    context = options.context
+    for held in (model, reference):
+        if held is not None and held.context is not None and held.context < context:
+            context = held.context
+            note(f"{held.name} holds {context} positions: windows have {context} tokens instead of {options.context}")
     wanted = None if options.max_tokens is None else max(1, -(-options.max_tokens // context))
     windows = token_windows(tokenizer, text, context, most=wanted)
     count, length = windows.tokens.shape

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import processors
 
 from rankbook.calibration.evaluate import evaluate
-from tests.tiny import tiny_model, tiny_tokenizer
+from rankbook.calibration.notes import Note
+from rankbook.calibration.text import plain_text
+from rankbook.tools.evaluate import quality
+from rankbook.tools.evaluate.options import EvalOptions
+from rankbook.tools.runtimes.base import LanguageModel
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 from tests.tools.files import run_cli
+
+if TYPE_CHECKING:
+    from rankbook.tools.runtimes.base import Logits, Tokens
 
 
 def test_eval_begins_as_a_prompt_and_says_what_it_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +65,30 @@ def test_logits_that_are_nan_have_no_perplexity() -> None:
         evaluate(lambda _: wrong, windows, batch=2)
     with pytest.raises(ValueError, match="the reference gives logits that are NaN"):
         evaluate(lambda _: right, windows, lambda _: wrong, batch=2)
+
+
+def test_windows_fit_the_reference_too() -> None:
+    """Beyond the positions of a reference with rotary embeddings its logits are any numbers."""
+
+    class Even(LanguageModel):
+        def __init__(self, name: str, context: int | None) -> None:
+            self.name, self.tokenizer, self._context = name, tiny_tokenizer(), context
+
+        @property
+        def context(self) -> int | None:
+            return self._context
+
+        def start(self, tokens: Tokens) -> Logits:
+            return self.scores(tokens)[0, -1]
+
+        def step(self, token: int) -> Logits:
+            return self.start(np.array([[token]]))
+
+        def scores(self, tokens: Tokens) -> Logits:
+            return np.zeros((*tokens.shape, VOCABULARY), np.float32)
+
+    text, options = plain_text("0123456789" * 4), EvalOptions(context=16)
+    with pytest.warns(Note, match="short holds 8 positions: windows have 8 tokens instead of 16"):
+        result = quality.evaluate(Even("long", 12), text, options, reference=Even("short", 8))
+    assert result.windows["length"] == 8
+    assert result.perplexity == pytest.approx(VOCABULARY)
