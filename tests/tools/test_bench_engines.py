@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_listed(exported, engine, monkeypatch):
 def nvml() -> Any:
     """Stands for the module ``pynvml``: a GPU that becomes slower and hotter."""
     clocks = iter((1980, 2619, 1755, 2619))
-    names: dict[str, Any] = {"nvmlInit": lambda: None, "nvmlDeviceGetHandleByIndex": lambda index: index}
+    names: dict[str, Any] = {"nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": {"GPU-0a-1b": 0}.__getitem__}
     names |= {"nvmlDeviceGetName": lambda _: b"NVIDIA L4", "nvmlSystemGetDriverVersion": lambda: "580.1"}
     names |= {"nvmlDeviceGetClockInfo": lambda *_: next(clocks), "nvmlDeviceGetPowerUsage": lambda _: 71_500}
     names |= {"nvmlDeviceGetTemperature": lambda *_: 60, "NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2}
@@ -158,7 +158,7 @@ def nvml() -> Any:
 
 
 def test_clocks_and_power_are_spans():
-    watch = gpu.GpuWatch(nvml())
+    watch = gpu.GpuWatch("0a-1b", nvml())
     watch.look()
     watch.look()
     seen = watch.describe()

@@ -31,7 +31,7 @@ def instruments() -> tuple[Callable[[], dict[str, Any]], Instruments]:
     if reason := gpu.nvml_unavailable():
         name = torch.cuda.get_device_name()
         return lambda: {"gpu": name, "clocks and power": reason}, Instruments(copy, free)
-    watch = gpu.GpuWatch(index=torch.cuda.current_device())
+    watch = gpu.GpuWatch(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     return watch.describe, Instruments(copy, free, watch.look)
 
 

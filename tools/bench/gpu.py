@@ -37,17 +37,17 @@ def nvml_unavailable() -> str | None:
 class GpuWatch:
     """Looks at a GPU now and then."""
 
-    def __init__(self, nvml: Any = None, index: int = 0) -> None:
+    def __init__(self, uuid: str, nvml: Any = None) -> None:
         """Begin.
 
         Args:
+            uuid: Of the GPU, as PyTorch writes it. NVML counts all GPUs of the machine, PyTorch those it may use.
             nvml: The module ``pynvml``; imported when None.
-            index: Which GPU.
         """
         nvml = nvml or importlib.import_module("pynvml")
         self._nvml = nvml
         nvml.nvmlInit()
-        self._handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
         self.states: list[GpuState] = []
 
     def look(self) -> None:

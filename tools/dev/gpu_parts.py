@@ -263,16 +263,20 @@ def engine(request: Request) -> Found:
     if not checkpoint.is_dir():
         raise MissingError("there is no checkpoint to build an engine from: the part model did not end well")
     from rankbook.plugins import library
-    from rankbook.tools.runtimes import runtimes
+    from rankbook.tools.runtimes import runtimes, trt
     from rankbook.tools.stages import run_stage
 
     reasons = {target: runtimes()[name].unavailable() for target, name in (("rtx", "trt-rtx"), ("trt", "trt"))}
+    gpu = f"SM{request.architecture}"
+    if gpu not in trt.RTX_CAPABILITIES:
+        reasons["rtx"] = f"TensorRT-RTX builds no engines for {gpu}"
     target = next((target for target, reason in reasons.items() if reason is None), None)
     if target is None or (reason := library.unavailable("trt")):
         raise MissingError("; ".join(map(str, reasons.values())) if target is None else str(reason))
     folder, log = Path(request.folder) / "engine", Path(request.folder) / "engine.log"
-    limits = ["--max-batch", "1", "--max-sequence", "256", "--max-context", "512"]
-    stages = [run_stage("build", ["build", str(checkpoint), "--target", target, *limits, "-o", str(folder)], log)]
+    how = ["--target", target, *(["--compute-capability", gpu] if target == "rtx" else [])]
+    how += ["--max-batch", "1", "--max-sequence", "256", "--max-context", "512"]
+    stages = [run_stage("build", ["build", str(checkpoint), *how, "-o", str(folder)], log)]
     prompt = ["--prompt", _PROMPT, "--max-new-tokens", "64", "--ignore-eos"]
     stages.append(run_stage("generate", ["generate", str(folder), *prompt], log))
     stages.append(run_stage("parity", ["parity", str(folder), "--no-layers"], log))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.tools.errors import CheckFailedError, CommandError, MissingError, UsageError
+from rankbook.tools.runtimes.trt import RTX_CAPABILITIES
 
 if TYPE_CHECKING:
     from rankbook.tools.deploy.manifest import Manifest
@@ -186,8 +187,10 @@ class Loader:
     def _other_gpu(self) -> UsageError:
         facts, memory = self.manifest.facts, self.memory
         if facts.get("target") == "rtx":
-            built = " and ".join(facts.get("capabilities", ()))
-            what = f"is for {built}; build one with `rankbook build --compute-capability {memory.capability}`"
+            advice = f"build one with `rankbook build --compute-capability {memory.capability}`"
+            if memory.capability not in RTX_CAPABILITIES:
+                advice = "TensorRT-RTX builds none for this GPU: build one on it with `rankbook build --target trt`"
+            what = f"is for {' and '.join(facts.get('capabilities', ()))}; {advice}"
         else:
             what = "is for another GPU; TensorRT builds for the GPU it runs on: build it here with `rankbook build`"
         return UsageError(f"{memory.device} is {memory.capability} and {self.manifest.folder} {what}")

@@ -143,8 +143,12 @@ def test_an_engine_is_built_run_and_compared_with_flags_that_there_are(
     monkeypatch.setattr(library, "unavailable", lambda _: None)
     here = {name: SimpleNamespace(unavailable=lambda: None) for name in ("trt-rtx", "trt")}
     monkeypatch.setattr(runtimes, "runtimes", lambda: here)
-    found = gpu_parts.engine(request_)
+    assert gpu_parts.engine(request_)["target"] == "trt", "TensorRT-RTX has nothing for an H200"
+    assert "--compute-capability" not in commands[0]
+    commands.clear()
+    found = gpu_parts.engine(dataclasses.replace(request_, architecture=89))
     assert (found["target"], found["tokens_per_second"]) == ("rtx", 9.0)
+    assert commands[0][4:6] == ["--compute-capability", "SM89"]
     assert found["wrong"] == [f"parity: a check failed, see {tmp_path / 'engine.log'}"]
     assert [words[:2] for words in commands] == [
         ["build", str(tmp_path / "checkpoint")],

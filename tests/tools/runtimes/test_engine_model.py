@@ -335,6 +335,8 @@ def test_an_engine_of_another_gpu(work, tmp_path, monkeypatch, capsys):
     state = stand_in.install(monkeypatch, memory=HostMemory(capability="SM120"))
     folder = build(state, work / FILE, tmp_path / "engine", compute_capability=("SM86", "SM89"))
     refused(folder, capsys, errors.USAGE, "is SM120", "SM86 and SM89", "--compute-capability SM120")
+    monkeypatch.setattr(state.memory, "capability", "SM90")
+    refused(folder, capsys, errors.USAGE, "is SM90", "TensorRT-RTX builds none for this GPU", "--target trt")
 
 
 @pytest.mark.parametrize(
