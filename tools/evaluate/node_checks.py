@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rankbook.calibration.notes import note
 from rankbook.plugins.experts import NUMBERS
 from rankbook.tools.evaluate.node_model import graph_with_outputs, single_node
 from rankbook.tools.evaluate.options import ParityOptions
@@ -169,6 +170,10 @@ def capture_layers(torch_model: TorchModel, tokens: Tokens) -> Captured:
 def compare_layers(model: FileModel, captured: Captured, tokens: Tokens, tolerance: float) -> tuple[LayerCheck, ...]:
     """Compare the output of every packed layer with that of the torch module of its name, in graph order."""
     outputs = {name: output for name, output in model.file.outputs_of.items() if name in captured.outputs}
+    if left := [name for name in model.file.outputs_of if name not in outputs]:
+        note(
+            f"{len(left)} packed layers ({left[0]}, ...) have no module of their name in PyTorch: they are not compared"
+        )
     if not outputs:
         return ()
     graph, feeds = graph_with_outputs(model.file, list(outputs.values())), model.feeds(tokens)

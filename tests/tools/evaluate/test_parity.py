@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rankbook.calibration.notes import Note
 from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate import parity
+from rankbook.tools.evaluate.node_checks import Captured, compare_layers
 from rankbook.tools.evaluate.options import ParityOptions
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
@@ -66,3 +68,9 @@ def test_too_few_tokens_for_the_check_of_the_cache(tmp_path: Path) -> None:
         parity.compared_tokens(held, VOCABULARY, tmp_path / "text.txt", ParityOptions(tokens=8))
     with pytest.raises(UsageError, match="--tokens 4 is too few; give at least 5"):
         parity.parity("nothing", options=ParityOptions(tokens=4))
+
+
+def test_layers_that_are_not_compared_are_said() -> None:
+    file: Any = SimpleNamespace(file=SimpleNamespace(outputs_of={"a.proj": "x", "b.proj": "y"}))
+    with pytest.warns(Note, match=r"2 packed layers \(a.proj, ...\) have no module"):
+        assert compare_layers(file, Captured(), np.zeros((1, 8), np.int64), 1e-4) == ()
