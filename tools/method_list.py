@@ -19,7 +19,7 @@ class MethodOption:
 
     Attributes:
         name: What ``--method-option`` takes.
-        default: The method's own.
+        default: What a run takes where nothing is given: its own default if it has one, else the method's.
         text: What it means.
         choices: Values allowed; empty where it is not a choice.
         flag: The flag of ``rankbook quantize`` that sets it; empty if only ``--method-option`` does.
@@ -64,10 +64,11 @@ def entries() -> list[MethodEntry]:
 
 def _entry(method: Method) -> MethodEntry:
     flags = {renamed(name): flag.shown for name, flag in flags_of(QuantizeOptions).items()}
+    run = {renamed(item.name): item.default for item in described(QuantizeOptions) if item.default is not None}
     options = tuple(
         MethodOption(
             item.name,
-            None if item.default is MISSING else item.default,
+            None if item.default is MISSING else run.get(item.name, item.default),
             item.about.text,
             item.about.choices or (),
             flags.get(item.name, ""),
