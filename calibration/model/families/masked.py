@@ -6,9 +6,9 @@ from rankbook.calibration.model.adapter import ModelAdapter
 
 
 class Masked(ModelAdapter):
-    """BLOOM (biases that grow with the place of a key: a softmax knows differences alone), Falcon and XGLM."""
+    """BLOOM (biases that grow with the place of a key: a softmax knows differences alone), Falcon, XGLM and others."""
 
-    families = ("bloom", "falcon", "xglm")
+    families = ("bloom", "falcon", "gpt_neox_japanese", "xglm")
     sees_by_mask = True
 
 
