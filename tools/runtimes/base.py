@@ -219,6 +219,16 @@ def best_token(logits: Logits) -> Tokens:
     return best
 
 
+def check_tokens(name: str, tokens: Tokens, vocabulary: int) -> None:
+    """Check tokens that a model is given, where looking up others would read any memory.
+
+    Raises:
+        UsageError: The model ``name`` has no such token.
+    """
+    if wrong := [int(token) for token in (tokens.min(), tokens.max()) if not 0 <= token < vocabulary]:
+        raise UsageError(f"token {wrong[0]} is not one of {name}, whose tokens are 0 to {vocabulary - 1}")
+
+
 def best_tokens(logits: Logits, count: int) -> Top:
     """Return logits and numbers of the best tokens, (batch, 2, count) in falling order, of logits (batch, vocabulary).
 

@@ -13,7 +13,7 @@ from rankbook.exporter.options import BEST
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_settings
-from rankbook.tools.runtimes.base import NEXT_TOKEN, TOP, LanguageModel
+from rankbook.tools.runtimes.base import NEXT_TOKEN, TOP, LanguageModel, check_tokens
 from rankbook.tools.runtimes.trt_engine import Copy, Engine, Plan
 
 if TYPE_CHECKING:
@@ -335,8 +335,8 @@ class EngineModel(LanguageModel):
             _, heads, held, *size = self.engine.profiles[0][name][1]
             shapes[name] = (len(rows), heads, mask.shape[1] if name in self._growing else held, *size)
         self.engine.prepare(self.engine.choose(shapes), shapes, self._places())
-        uploads = {name: self.staged(name, values[name]) for name in given}
-        return _Call(uploads, before + count, lengths + count, grown)
+        check_tokens(self.name, ids, self.engine.shape("logits")[-1])
+        return _Call({name: self.staged(name, values[name]) for name in given}, before + count, lengths + count, grown)
 
     def _run(self, call: _Call, wanted: Sequence[Copy]) -> None:
         """Run the engine; only what ran counts."""

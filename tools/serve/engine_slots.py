@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.exporter.cache_names import is_state
 from rankbook.tools.errors import UsageError
+from rankbook.tools.runtimes.base import check_tokens
 from rankbook.tools.runtimes.trt_memory import Part
 from rankbook.tools.serve.slots import Slots
 
@@ -78,6 +79,7 @@ class EngineSlots(Slots):
         for name, present in model.caches.items() if begin else ():
             places |= dict.fromkeys((name, present), self._part(name, begin))
         engine.prepare(engine.choose(shapes), shapes, places)
+        check_tokens(model.name, tokens, engine.shape("logits")[-1])
         uploads = {name: model.staged(name, values[name]) for name in given}
         host, wanted = model.wanted(values["lengths"], range(rows))
         engine.run(uploads, wanted)

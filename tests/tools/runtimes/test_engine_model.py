@@ -219,10 +219,13 @@ def test_a_shape_that_is_refused_is_told_again(work, tmp_path, rtx, monkeypatch)
     np.testing.assert_array_equal(model.start(tokens[None]), want)
 
 
-def test_texts_without_tokens_are_refused(work, tmp_path, rtx):
+def test_texts_without_tokens_or_with_others_are_refused(work, tmp_path, rtx):
     model = opened(build(rtx, work / FILE, tmp_path / "engine"))
     with pytest.raises(errors.UsageError, match="text 1 of 2 has no tokens; give each at least one"):
         model.start_batch([np.arange(3), np.arange(0)])
+    for token in (-1, 259):  # which a GPU would look up somewhere
+        with pytest.raises(errors.UsageError, match=f"token {token} is not one of .*, whose tokens are 0 to 258"):
+            model.start_batch([np.arange(3), np.array([5, token])])
 
 
 def opened(folder: Path) -> EngineModel:
