@@ -27,6 +27,7 @@ from rankbook.calibration.checkpoint.card import write_served_card
 from rankbook.calibration.checkpoint.extras import copy_extras, settle_tokenizer
 from rankbook.calibration.checkpoint.format import MANIFEST, Checkpoint, open_checkpoint, write_tensors
 from rankbook.calibration.checkpoint.output import replaced_folder
+from rankbook.calibration.checkpoint.results import carry_results
 from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.language import language_view
@@ -146,6 +147,7 @@ def export_compressed_tensors(
         copy_extras(checkpoint.folder, folder)
         settle_tokenizer(folder)
         write_served_card(folder, checkpoint.layers, checkpoint.manifest, {"format": NAME, "dtype": _DTYPES[dtype]})
+        carry_results(checkpoint.folder, folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     _note(schemes, decoded)
     counts: dict[str, int] = defaultdict(int)

@@ -19,6 +19,7 @@ from rankbook.calibration.checkpoint.card import write_export_card
 from rankbook.calibration.checkpoint.extras import copy_extras, settle_tokenizer
 from rankbook.calibration.checkpoint.format import Checkpoint, open_checkpoint
 from rankbook.calibration.checkpoint.output import replaced_folder
+from rankbook.calibration.checkpoint.results import carry_results
 from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.experts import stacks
 from rankbook.calibration.model.language import language_view
@@ -150,6 +151,7 @@ def export(
         settle_tokenizer(folder)
         served = write_genai_config(folder, model, checkpoint.config, options, with_library=with_library)
         write_export_card(folder, checkpoint.layers, checkpoint.manifest, options.described())
+        carry_results(checkpoint.folder, folder)
         if problems := conform.check_model(folder / MODEL):
             raise RuntimeError("the exported model breaks the contract of its operators: " + "; ".join(problems))
         report("check", 0, 1)

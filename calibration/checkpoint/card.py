@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from rankbook.calibration.checkpoint.extras import GENAI_CONFIG
+from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.notes import note
 from rankbook.plugins.layer_spec import LayerSpec
 
@@ -21,6 +22,15 @@ BESIDE = "README.source.md"
 
 _BEGIN, _END = "<!-- card of rankbook: begin -->", "<!-- card of rankbook: end -->"
 _OLD = re.compile(f"{_BEGIN}.*?{_END}\n*", re.DOTALL)
+_FIRST, _LAST = "<!-- results of rankbook: begin -->", "<!-- results of rankbook: end -->"
+_RESULTS = re.compile(f"{_FIRST}.*?{_LAST}\n*", re.DOTALL)
+_USAGE = "## How to run\n"
+_MEASURES = {
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the unquantized model",
+    "kl": "KL divergence from the unquantized model, nats",
+    "top1_agreement": "same most likely token as the unquantized model",
+}
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*$\n*", re.DOTALL | re.MULTILINE)
 _CHECKPOINT = """
 ```sh
@@ -105,6 +115,47 @@ def write_served_card(
     _write(folder, _title(manifest), {**_facts(layers, manifest), **settings}, _SERVED)
 
 
+def put_results(folder: Path, results: Iterable[Mapping[str, Any]]) -> None:
+    """Put a table of results into the card of a folder, in place of an earlier one; a folder without a card gets one.
+
+    Args:
+        folder: A checkpoint or an exported folder.
+        results: As `rankbook.calibration.checkpoint.results` keeps them.
+    """
+    front, text = _source(folder / CARD, _RESULTS)
+    place = max(0, text.find(_USAGE, text.find(_BEGIN))) if _BEGIN in text else 0
+    rows = "\n".join(f"| {' | '.join(map(_cell, row))} |" for result in results for row in _rows(result))
+    table = f"## Results\n\n| measured on | measure | value | computed by |\n|---|---|---|---|\n{rows}\n"
+    commands = "\n".join(f"{result.get('command', '')}  # {_made(result)}" for result in results)
+    block = f"{_FIRST}\n{table}\n```sh\n{commands}\n```\n{_LAST}\n\n"
+    head = f"---\n{front}---\n\n" if front else ""
+    write_text_atomic(folder / CARD, head + text[:place] + block + text[place:])
+
+
+def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what was measured on, measure, value and runtime."""
+    on = str(result.get("on", ""))
+    runtime = str(result.get("runtime", "")) + (", the checkpoint" if result.get("model") == "checkpoint" else "")
+    for name, measure in _MEASURES.items():
+        if result.get(name) is not None:
+            yield on, measure, f"{result[name]:.5g}", runtime
+    for task, metrics in result.get("tasks", {}).items():
+        for metric, value in metrics.items():
+            if isinstance(value, (int, float)):
+                yield f"{task}{on and f', {on}'}", metric.removesuffix(",none"), f"{value:.5g}", runtime
+
+
+def _made(result: Mapping[str, Any]) -> str:
+    """Say when a result was measured, and with which versions."""
+    found = " ".join(f"{package} {version}" for package, version in result.get("versions", {}).items())
+    return f"{result.get('date', '')}, {found}"
+
+
+def _cell(text: str) -> str:
+    """Return text that stays within a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def spread(layers: Iterable[LayerSpec], name: str) -> str:
     """Say how many layers have each value of a property; the value alone where all have it."""
     counts = Counter(getattr(spec, name) for spec in layers)
@@ -139,20 +190,20 @@ def _facts(layers: Mapping[str, LayerSpec], manifest: Mapping[str, Any]) -> dict
 
 
 def _write(folder: Path, title: str, facts: Mapping[str, str], usage: str, base: str = "") -> None:
-    front, text = _source(folder / CARD)
+    front, text = _source(folder / CARD, _OLD)
     if base and not re.search(r"^base_model\s*:", front, re.MULTILINE):
         front += f"base_model: {base}\nbase_model_relation: quantized\n"
-    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    rows = "\n".join(f"| {what} | {_cell(value)} |" for what, value in facts.items())
     parts = [f"---\n{front}---\n"] if front else []
-    parts += [f"{_BEGIN}\n# {title}, quantized\n", f"| | |\n|---|---|\n{rows}\n", f"## How to run\n{usage}"]
+    parts += [f"{_BEGIN}\n# {title}, quantized\n", f"| | |\n|---|---|\n{rows}\n", f"{_USAGE}{usage}"]
     parts += ["## The model that it was made from\n"] if text else []
     (folder / CARD).write_text("\n".join([*parts, f"{_END}\n", text]), encoding="utf-8")
 
 
-def _source(path: Path) -> tuple[str, str]:
-    """Return front matter and text of the source's README, without a card that an earlier step put there."""
+def _source(path: Path, left_out: re.Pattern[str]) -> tuple[str, str]:
+    """Return front matter and text of a README, without what an earlier step put there."""
     try:
-        text = _OLD.sub("", path.read_text(encoding="utf-8"))
+        text = left_out.sub("", path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "", ""
     except UnicodeDecodeError:

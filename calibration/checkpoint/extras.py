@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from rankbook.calibration.checkpoint.output import LISTING
+from rankbook.calibration.checkpoint.output import LISTING, RESULTS
 from rankbook.calibration.notes import note
 from rankbook.calibration.schema import read_object
 from rankbook.calibration.source import MANIFEST
@@ -25,7 +25,7 @@ MOST_FILES = 1000
 GENAI_CONFIG, LIBRARY = "genai_config.json", "librankbook_ort.so"
 """What an exported folder holds for ONNX Runtime GenAI, and the native library beside it."""
 _WRITTEN = frozenset({"config.json", "quantize_config.json", "hf_quant_config.json", MANIFEST, LISTING})
-_WRITTEN |= {GENAI_CONFIG, LIBRARY}
+_WRITTEN |= {GENAI_CONFIG, LIBRARY, RESULTS}
 """Files that describe the source's weights, or run them; the new folder has its own."""
 _SHOWN = 3
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 _CHUNK_BYTES = 1 << 20
 
@@ -17,6 +18,11 @@ def sha256_file(path: Path) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return size and hash of a file, as manifests hold them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankbook.calibration.checkpoint.card import write_checkpoint_card
 from rankbook.calibration.checkpoint.extras import settle_tokenizer
-from rankbook.calibration.checkpoint.files import sha256_file
+from rankbook.calibration.checkpoint.files import describe_file, sha256_file
 from rankbook.calibration.checkpoint.integrity import (
     INDEX,
     Streams,
@@ -197,11 +197,7 @@ def write_checkpoint(folder: Path, parts: CheckpointParts, shard_bytes: int = SH
         settle_tokenizer(temporary)
         write_checkpoint_card(temporary, parts.layers, parts.manifest)
         manifest = {"format_version": FORMAT_VERSION, "versions": versions(), **parts.manifest}
-        manifest["files"] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.iterdir())
-            if path.is_file()
-        }
+        manifest["files"] = {path.name: describe_file(path) for path in sorted(temporary.iterdir()) if path.is_file()}
         _write_json(temporary / MANIFEST, manifest)
 
 

@@ -12,20 +12,23 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from rankbook.calibration.checkpoint.files import sync_folder
+from rankbook.calibration.checkpoint.files import sync_folder, write_text_atomic
 from rankbook.calibration.notes import note
+from rankbook.calibration.schema import read_object
 from rankbook.calibration.source import MANIFEST
 
 LISTING = "rankbook-files.json"
 """Names every file that a run wrote into its folder; nobody else writes such a file."""
+RESULTS = "rankbook-evaluation.json"
+"""What `rankbook.calibration.checkpoint.results` keeps in a folder."""
 
 _WRITING, _PREVIOUS, _LOCK = "rankbook-tmp", "rankbook-old", "rankbook-lock"
 """Ends of the names of what lies beside an output while it is written."""
-_CONFIGURATION = re.compile(r"rankbook-[a-z]+\.yaml|runtime\.cache")
-"""Written into a finished folder by the command line, and by a run of an engine."""
+_LATER = re.compile(rf"rankbook-[a-z]+\.yaml|runtime\.cache|{re.escape(RESULTS)}")
+"""Written into a finished folder by the command line, by a run of an engine, and by `eval --card`."""
 _SHOWN = 3
 _NOT_WRITTEN = "rankbook did not write it; give a new folder"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -125,6 +128,17 @@ def claim(folder: Path) -> None:
     if any(folder.iterdir()) and not any((folder / name).is_file() for name in (LISTING, "rankbook-demo.yaml")):
         raise FileExistsError(f"{folder} is not empty and holds no {LISTING}: {_NOT_WRITTEN}")
     (folder / LISTING).write_text('{"files": []}\n', encoding="utf-8")
+
+
+def add_to_listing(folder: Path, names: Collection[str]) -> None:
+    """List files that were put into a finished folder as those of this project.
+
+    Raises:
+        SchemaError: Its listing is damaged.
+    """
+    listed = read_object(folder / LISTING, "write the folder again").get("files", [])
+    content = {"files": sorted({*map(str, listed), *names})}
+    write_text_atomic(folder / LISTING, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _beside(target: Path, end: str, *, unique: bool = False) -> Path:
@@ -280,7 +294,7 @@ def _foreign(folder: Path) -> list[str]:
     """Return the files of an output that no run of this project wrote."""
     listed = _listed(folder)
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path))
-    return sorted(name for name in names if name not in listed and not _CONFIGURATION.fullmatch(name))
+    return sorted(name for name in names if name not in listed and not _LATER.fullmatch(name))
 
 
 def _listed(folder: Path) -> set[str]:

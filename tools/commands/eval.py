@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rankbook.calibration.checkpoint.output import RESULTS
 from rankbook.calibration.device import AUTO, DeviceOptions
 from rankbook.calibration.memory import MemoryOptions, limited
 from rankbook.calibration.model.hub import HubOptions, at_revision
@@ -13,6 +14,7 @@ from rankbook.calibration.settings import ACTIVATION_FORMATS, KV_BITS
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import UsageError
+from rankbook.tools.evaluate.kept import folder_of, keep
 from rankbook.tools.evaluate.options import EvalOptions, HarnessOptions
 from rankbook.tools.kernel_options import KernelOptions
 from rankbook.tools.report import Table
@@ -44,6 +46,11 @@ class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, MemoryOpti
         choices=KV_BITS,
     )
     tokenizer: str | None = option(None, "take the tokenizer from this model", metavar="MODEL")
+    card: bool = option(
+        False,
+        "keep the result in the model's folder too: in the table of results of its model card (README.md), and in"
+        " rankbook-evaluation.json; in place of an earlier one that was measured in the same way",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,12 +67,18 @@ class Eval(EvalOptions, HarnessOptions, KernelOptions, DeviceOptions, MemoryOpti
 
 def run(options: Eval) -> Outcome:
     """Evaluate."""
+    from rankbook.calibration.checkpoint.card import CARD
     from rankbook.tools.runtimes import find
 
     if options.memory_limit and not find(options.model, options.chosen_kernels())[0].devices:
         raise UsageError("--memory-limit is for models that PyTorch runs; ONNX Runtime maps its files by itself")
+    folder = folder_of(options.model) if options.card else None
     with limited(options.memory_limit):
-        return _tasks(options) if options.tasks else _text(options)
+        outcome = _tasks(options) if options.tasks else _text(options)
+    if folder is None:
+        return outcome
+    keep(folder, outcome.report)
+    return replace(outcome, text=f"kept in {folder / CARD} and {folder / RESULTS}")
 
 
 def _tasks(options: Eval) -> Outcome:
@@ -84,7 +97,10 @@ def _tasks(options: Eval) -> Outcome:
         for metric, value in metrics.items()
         if isinstance(value, (int, float))
     ]
-    report = {"model": options.model, "kernels": model.kernels, "flags": _flags(options), "tasks": found}
+    asked: dict[str, Any] = {"tasks": options.tasks, "limit": options.limit, "fewshot": options.fewshot}
+    asked["task-folder"] = options.task_folder
+    given = {"model": options.model, "kernels": model.kernels, "flags": _flags(options)}
+    report = {**given, "asked": {name: value for name, value in asked.items() if value is not None}, "tasks": found}
     return Outcome(report, [Table(options.model, ("task", "metric", "value"), rows)])
 
 

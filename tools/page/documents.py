@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -43,6 +44,13 @@ class _Evaluated:
         rounded = [f"--{name} {self.flags[name]}" for name in ("activations", "kv-bits") if name in self.flags]
         return " ".join([self.kernels, *rounded])
 
+    def _command(self, *words: object) -> str:
+        """Return the command that repeats it."""
+        typed = ["rankbook", "eval", self.model, *map(str, words)]
+        for name, value in self.flags.items():
+            typed += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return shlex.join(typed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(_Evaluated, EvalResult):
@@ -64,12 +72,41 @@ class Evaluation(_Evaluated, EvalResult):
         name = Path(self.text).name if self.text else "a text that is not named"
         return f"{name}, {shape or self.tokens} tokens{chat}"
 
+    @property
+    def command(self) -> str:
+        """The command that repeats it; empty where the text is not named."""
+        if not self.text:
+            return ""
+        given = {**self.windows.get("asked", {}), "reference": self.reference}
+        flags = [(f"--{name.replace('_', '-')}", value) for name, value in given.items() if value]
+        return self._command("--text", self.text, *(word for flag in flags for word in flag))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores(_Evaluated):
-    """What ``rankbook eval --tasks --json`` prints."""
+    """What ``rankbook eval --tasks --json`` prints.
+
+    Attributes:
+        tasks: Metrics of each task.
+        asked: Tasks as they were named, and the flags that say how much of them; empty in reports of before it was
+            written.
+    """
 
     tasks: dict[str, dict[str, Any]]
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on(self) -> str:
+        """What of the tasks was taken, where it is not all of them as they are."""
+        words = {"limit": "the first {} documents", "fewshot": "{} examples"}
+        return ", ".join(text.format(self.asked[name]) for name, text in words.items() if name in self.asked)
+
+    @property
+    def command(self) -> str:
+        """The command that repeats it; empty in reports that do not say what was asked."""
+        flags = [(f"--{name}", value) for name, value in self.asked.items() if name != "tasks"]
+        tasks = self.asked.get("tasks")
+        return self._command("--tasks", *tasks, *(word for flag in flags for word in flag)) if tasks else ""
 
 
 @dataclass(frozen=True)

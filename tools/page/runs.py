@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankbook.calibration.checkpoint.format import open_checkpoint
+from rankbook.calibration.checkpoint.output import LISTING, RESULTS
 from rankbook.calibration.source import Kind, identify
 from rankbook.exporter.properties import Metadata
 from rankbook.tools.errors import UsageError
 from rankbook.tools.evaluate.engine_parity import EngineParityReport
+from rankbook.tools.evaluate.kept import kept
 from rankbook.tools.evaluate.parity import ParityReport
 from rankbook.tools.inspect.inspection import Inspection, inspect
 from rankbook.tools.page.documents import (
@@ -167,6 +169,9 @@ def collect(paths: Iterable[Path]) -> Collection:
             else:
                 unused.append(item)
     runs = _runs(parts.values())
+    for run in runs:
+        for part in run.parts:
+            run.reports += [Report(part.folder / RESULTS, content) for content in kept(part.folder)]
     held = Collection(runs, [], unused)
     shared = [report for path, content in documents.items() if (report := _placed(path, content, held)) is not None]
     for index, run in enumerate(runs):
@@ -189,7 +194,7 @@ def _look(path: Path, depth: int) -> Iterator[Part | Path]:
         return
     for inner in sorted(path.iterdir()):
         wanted = inner.suffix == ".json" if inner.is_file() else inner.is_dir() and depth > 1
-        if wanted and not inner.name.startswith(".") and inner.name != "rankbook-files.json":
+        if wanted and not inner.name.startswith(".") and inner.name not in (LISTING, RESULTS):
             yield from _look(inner, depth - 1)
 
 

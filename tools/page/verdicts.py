@@ -9,7 +9,7 @@ from typing import Any
 from rankbook.calibration.source import Kind
 from rankbook.tools.evaluate.engine_parity import EngineParityReport
 from rankbook.tools.evaluate.parity import ParityReport
-from rankbook.tools.page.documents import DemoReport, DeviceSpeeds, Evaluation, LayerSpeeds, ModelSpeeds
+from rankbook.tools.page.documents import DemoReport, DeviceSpeeds, Evaluation, LayerSpeeds, ModelSpeeds, TaskScores
 from rankbook.tools.page.runs import Collection, Part, Report, Run
 from rankbook.tools.page.sections import Bar, Bars, Code, Section, share
 from rankbook.tools.report import Table
@@ -228,15 +228,8 @@ def _configurations(run: Run, part: Part, section: Section) -> Iterator[Code]:
 def _command(report: Report) -> str:
     """Return the command that made a report, from what it says about itself."""
     content = report.content
-    if isinstance(content, Evaluation) and content.text:
-        asked = content.windows.get("asked", {})
-        words = ["rankbook", "eval", content.model, "--text", content.text]
-        words += ["--context", asked["context"]] if asked.get("context") else []
-        words += ["--max-tokens", asked["max_tokens"]] if asked.get("max_tokens") else []
-        words += ["--reference", content.reference] if content.reference else []
-        for name, value in content.flags.items():
-            words += [f"--{name}"] if value is True else [f"--{name}", value]
-        return _typed(words)
+    if isinstance(content, (Evaluation, TaskScores)):
+        return content.command
     if isinstance(content, ParityReport):
         return _typed(["rankbook", "parity", content.model, "--checkpoint", content.checkpoint])
     if isinstance(content, EngineParityReport):
