@@ -12,6 +12,7 @@ from rankbook.calibration.checkpoint.card import CARD
 from rankbook.calibration.checkpoint.output import LISTING, RESULTS
 from rankbook.calibration.checkpoint.results import keep_result
 from rankbook.calibration.schema import SchemaError
+from tests.calibration.checkpoint.writing import result_rows
 
 TASKS: dict[str, Any] = {
     **{"model": ".", "kernels": "native", "flags": {}, "asked": {"tasks": ["one|two"], "limit": 5}},
@@ -20,19 +21,12 @@ TASKS: dict[str, Any] = {
 }
 
 
-def table(folder: Path) -> list[list[str]]:
-    """Return the rows of the results in a card."""
-    text = (folder / CARD).read_text("utf-8")
-    lines = text[text.index("## Results") : text.index("```sh", text.index("## Results"))].splitlines()
-    return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
-
-
 def test_a_card_that_was_lost_and_names_that_would_break_a_table(tmp_path: Path) -> None:
     (tmp_path / LISTING).write_text('{"files": []}')
     keep_result(tmp_path, TASKS)
-    assert table(tmp_path) == [[r"one\|two, the first 5 documents", "acc", "0.5", "native"]]
+    assert result_rows(tmp_path) == [[r"one\|two, the first 5 documents", "acc", "0.5", "native"]]
     keep_result(tmp_path, {**TASKS, "tasks": {"one|two": {"acc,none": 0.75}}})
-    assert [row[2] for row in table(tmp_path)] == ["0.75"]
+    assert [row[2] for row in result_rows(tmp_path)] == ["0.75"]
     assert json.loads((tmp_path / LISTING).read_text())["files"] == [CARD, RESULTS]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of layers in every form, for the tests."""
+"""A checkpoint of layers in every form, and what a card has as results, for the tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rankbook.calibration.checkpoint import format as ck
+from rankbook.calibration.checkpoint.card import CARD
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from tests.calibration.records import FORMS, random_record
 
@@ -25,3 +26,10 @@ def write(
     parts = ck.CheckpointParts({"model_type": "toy"}, layers, tensors, {"options": {"bits": 3}})
     ck.write_checkpoint(folder, parts, shard_bytes)
     return {**records, "head": records[first]}
+
+
+def result_rows(folder: Path) -> list[list[str]]:
+    """Return the rows of the results in a card."""
+    text = (folder / CARD).read_text("utf-8")
+    lines = text[text.index("## Results") : text.index("```sh", text.index("## Results"))].splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]

@@ -15,7 +15,7 @@ from rankbook.calibration.checkpoint.results import read_results
 from rankbook.calibration.source import ONNX_NAME
 from rankbook.tools import errors
 from rankbook.tools.page.page import make_page
-from tests.calibration.checkpoint.test_results import table
+from tests.calibration.checkpoint.writing import result_rows
 from tests.exporter.checkpoints import make_checkpoint
 from tests.tools.files import run_cli, stdout_json
 
@@ -40,7 +40,7 @@ def test_results_go_into_card_manifest_listing_export_and_page(
     assert kept[1]["perplexity"] == report["perplexity"]
     assert (kept[1]["model"], kept[1]["text"], kept[1]["reference"]) == (".", "text.txt", "model")
     assert str(checkpoint.parent) not in (checkpoint / RESULTS).read_text()
-    assert table(checkpoint)[4:] == [
+    assert result_rows(checkpoint)[4:] == [
         ["text.txt, 2 x 16 tokens", measure, f"{report[name]:.5g}", "dense"]
         for name, measure in (
             ("perplexity", "perplexity"),
@@ -62,9 +62,9 @@ def test_results_go_into_card_manifest_listing_export_and_page(
 
     onnx = tmp_path / "onnx"
     assert run_cli("export", checkpoint, "-o", onnx, "--logits", "all", "--quiet") == errors.OK
-    assert table(onnx) == [[*row[:3], "dense, the checkpoint"] for row in table(checkpoint)]
+    assert result_rows(onnx) == [[*row[:3], "dense, the checkpoint"] for row in result_rows(checkpoint)]
     assert run_cli("eval", onnx, "--text", text, "--context", 16, "--max-tokens", 32, "--card", "--quiet") == errors.OK
-    assert len(table(onnx)) == len(table(checkpoint)) + 1
+    assert len(result_rows(onnx)) == len(result_rows(checkpoint)) + 1
     check_replaceable(onnx, ONNX_NAME)
     page = make_page([checkpoint, onnx], "", 0).html()
     assert "no evaluation" not in page
