@@ -148,15 +148,16 @@ def train_block(
     judged = _judge_batches(len(problem.inputs), config)
     check_at = {round(config.steps * (i + 1) / config.checks) for i in range(config.checks)}
     best = dict(start)
-    before = best_loss = _loss(problem, best, judged, config)
     batches = _batches(len(problem.inputs), config, problem.seed)
     largest_first = sorted(layers, key=lambda name: -problem.layers[name].weight.numel())
     with workers(problem.device) as at_once:
+        before = best_loss = _loss(problem, best, at_once, judged, config)
         for step in range(config.steps):
             _step(problem, {name: layers[name] for name in largest_first}, at_once, next(batches), config, step)
             if step + 1 in check_at:
-                state = {name: layer.record() for name, layer in layers.items()}
-                loss = _loss(problem, state, judged, config)
+                records = at_once.map(lambda layer: layer.record(), list(layers.values()))
+                state = dict(zip(layers, records, strict=True))
+                loss = _loss(problem, state, at_once, judged, config)
                 if loss < best_loss:
                     best_loss, best = loss, state
             problem.progress((step + 1) / config.steps)
@@ -276,11 +277,18 @@ def _gradients(
 
 @torch.no_grad()
 def _loss(
-    problem: BlockProblem, records: Mapping[str, QuantizedLinear], batches: Sequence[Tensor], config: TrainConfig
+    problem: BlockProblem,
+    records: Mapping[str, QuantizedLinear],
+    at_once: Workers,
+    batches: Sequence[Tensor],
+    config: TrainConfig,
 ) -> float:
     dtype = compute_dtype(config.compute, problem.device)
-    decoded = {name: record.weight(with_low_rank=True).to(dtype) for name, record in records.items()}
-    weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in decoded.items()}
+
+    def decoded(record: QuantizedLinear) -> nn.Parameter:
+        return nn.Parameter(record.weight(with_low_rank=True).to(dtype), requires_grad=False)
+
+    weights = dict(zip(records, at_once.map(decoded, list(records.values())), strict=True))
     total = 0.0
     with swapped_weights(problem.block, weights), arithmetic(dtype, problem.device):
         for batch in batches:
