@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from rankbook.calibration.checkpoint.files import write_text_atomic
 from rankbook.calibration.checkpoint.integrity import read_layers
+from rankbook.calibration.driver.allocation import Choice
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.schema import mismatch, read_object
 
-_STATE, _TOKENS = "state.json", "tokens.safetensors"
+_STATE, _TOKENS, _CHOICES = "state.json", "tokens.safetensors", "choices.json"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,27 @@ class PartialState:
     def save_tokens(self, tokens: Tensor, description: str) -> None:
         """Store the calibration tokens."""
         self._write(self.folder / _TOKENS, {"tokens": tokens.to(torch.int32)}, {"description": description})
+
+    def choices(self) -> dict[str, Choice] | None:
+        """Return what the interrupted run chose for the layers within a budget, if it is stored.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        path = self.folder / _CHOICES
+        if not path.is_file():
+            return None
+        found = read_object(path, "start again without --resume")
+        try:
+            if wrong := mismatch(found, dict[str, Choice], "choices"):
+                raise TypeError(wrong)
+            return {name: Choice(**entry) for name, entry in found.items()}
+        except TypeError as error:
+            raise ValueError(f"{path} is damaged ({error}); start again without --resume") from error
+
+    def save_choices(self, choices: Mapping[str, Choice]) -> None:
+        """Store what was chosen for the layers: made anew on another number of threads it might be something else."""
+        write_text_atomic(self.folder / _CHOICES, json.dumps({name: asdict(item) for name, item in choices.items()}))
 
     def remove(self) -> None:
         """Remove the folder: the result is complete."""

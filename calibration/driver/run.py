@@ -189,7 +189,7 @@ class _Run:
     def blocks_in_order(self, tokens: Tensor, state: PartialState) -> None:
         """Quantize the embeddings and every block, or take finished blocks from ``state``."""
         finished = state.finished()
-        choices = self._allocate(tokens) if finished < len(self.blocks.modules) else {}
+        choices = self._allocate(tokens, state) if finished < len(self.blocks.modules) else {}
         solver = BlockSolver(self.options, self.model.dtype, self.reporter, self.placement, choices)
         streaming, device = self.options.weighs_inputs(), self.placement.device
         if streaming:
@@ -216,13 +216,17 @@ class _Run:
         packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
         self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
 
-    def _allocate(self, tokens: Tensor) -> dict[str, Choice]:
+    def _allocate(self, tokens: Tensor, state: PartialState) -> dict[str, Choice]:
         """Return the choice for layers where a budget was given; elsewhere the options hold."""
         if self.options.target_bits is None:
             return {}
+        if (known := state.choices()) is not None:
+            return known
         self.reporter.tell("spending the budget", -1)
         with within_range(self.model):
-            return allocate(self.model, self.selection.names(self.blocks), tokens, self.options)
+            chosen = allocate(self.model, self.selection.names(self.blocks), tokens, self.options)
+        state.save_choices(chosen)
+        return chosen
 
     def _first_inputs(self, tokens: Tensor, placement: Placement) -> Stream:
         dtype = next(self.blocks.modules[0].parameters()).dtype

@@ -11,9 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rankbook.calibration.driver.allocation import Choice
 from rankbook.calibration.driver.resume import BlockResult, PartialState
+from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.model.packed_modules import CodebookLinear
+from tests.calibration import runs
 from tests.calibration.records import random_record
+from tests.tiny import tiny_model
 
 
 def saved(folder: Path) -> tuple[PartialState, CodebookLinear]:
@@ -73,3 +77,28 @@ def test_damaged_tokens_are_named(content: bytes | str, tmp_path: Path) -> None:
         save_file({name: torch.ones(1, 2)}, path, metadata)
     with pytest.raises(ValueError, match=r"tokens.safetensors is damaged .*start again without --resume"):
         state.tokens()
+
+
+def test_choices_come_back_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    state = PartialState(tmp_path / "out", {}, resume=False)
+    assert state.choices() is None
+    chosen = {"a.b": Choice(3), "a.c": Choice(4, 2, 0)}
+    state.save_choices(chosen)
+    assert state.choices() == chosen
+    for content in ('{"a.b": {"bits": "3"}}', '{"a.b": {"planes": 2}}', '{"a.b": {"bits": 3, "width": 1}}', "["):
+        (state.folder / "choices.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"choices.json .*start again without --resume"):
+            state.choices()
+
+
+def test_a_resumed_run_keeps_what_its_budget_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums on another number of threads may choose otherwise: blocks of two choices may exceed the budget."""
+    pytest.importorskip("scipy")
+    tiny_model("llama", tmp_path / "model")
+    options = runs.options(tmp_path, method="rtn", clip_search=True, target_bits=6.5, group_size=16)
+    quantize_model(tmp_path / "model", tmp_path / "whole", options)
+    runs.interrupted(tmp_path, options)
+    monkeypatch.delattr("rankbook.calibration.driver.run.allocate")
+    report = quantize_model(tmp_path / "model", tmp_path / "out", options, resume=True)
+    assert report.resumed_at == 1
+    assert runs.files(tmp_path / "out") == runs.files(tmp_path / "whole")
