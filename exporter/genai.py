@@ -87,7 +87,7 @@ def write_genai_config(
     """
     if with_library:
         shutil.copyfile(library.library("ort"), folder / LIBRARY)
-    if reason := _refusal(model, options):
+    if reason := refusal(model, options):
         return GenAiReport(reason=reason, library=with_library)
     generation = _read(folder / "generation_config.json") or {"eos_token_id": config.get("eos_token_id")}
     kind = str(config.get("model_type", ""))
@@ -123,7 +123,7 @@ def wants_library(options: ExportOptions) -> bool:
     return options.graph == "ort" and library.unavailable("ort") is None
 
 
-def _refusal(model: ir.Model, options: ExportOptions) -> str:
+def refusal(model: ir.Model, options: ExportOptions) -> str:
     """Return why GenAI cannot run the file, or an empty text."""
     if options.dtype == "bf16":
         return "bf16 does not run on a CPU; export with --dtype fp32 or fp16"

@@ -23,7 +23,8 @@ class DecomposeAttention(ir.passes.InPlacePass):
     """Replaces Attention by MatMul and Softmax.
 
     * float32 activations: TensorRT has kernels for half precision only and refuses to build anything else.
-    * Head sizes without a kernel, and a softcap (Gemma 2), which its parser refuses.
+    * Head sizes without a kernel, and what its parser refuses: a softcap (Gemma 2), values of another size than keys
+      (multi-head latent attention of DeepSeek).
     * Sinks (gpt-oss), which the operator does not have: a term in the denominator of the softmax of each head.
 
     Other nodes stay. Query heads that share a key head are computed together, so keys are not repeated; the boolean
@@ -113,8 +114,10 @@ class _Decomposition:
 
 
 def _has_kernel(node: ir.Node) -> bool:
-    query = node.inputs[0]
+    query, value = node.inputs[0], node.inputs[2]
     if node.domain or query is None or query.shape is None or float_attribute(node, "softcap", 0.0):
         return False
     size = query.shape[3]
+    if value is not None and value.shape is not None and value.shape[3] != size:
+        return False
     return query.dtype in _KERNEL_TYPES and isinstance(size, int) and size % _KERNEL_STEP == 0 and size <= _KERNEL_MAX

@@ -220,12 +220,17 @@ def _parity(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
 def _genai(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     """Compare a prompt and steps in ONNX Runtime GenAI with PyTorch."""
     import numpy as np
+    import onnx_ir as ir
 
+    from rankbook.exporter import genai
+    from rankbook.exporter.export import MODEL, ExportOptions
     from rankbook.tools.runtimes.base import Setting
     from rankbook.tools.runtimes.genai import GenAiModel
     from rankbook.tools.runtimes.torch import TorchModel
 
     row.errors[name], row.passed[name] = None, False
+    if not (folder / "ort" / genai.GENAI_CONFIG).is_file():
+        raise ValueError(genai.refusal(ir.load(folder / "ort" / MODEL), ExportOptions(graph="ort")))
     tokens = _random()[:1]
     want = TorchModel(checkpoint, threads=1).logits(tokens)[0, -_STEPS - 1 :]
     model = GenAiModel(folder / "ort", Setting(threads=1))
