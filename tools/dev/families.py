@@ -222,6 +222,7 @@ def _genai(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     import numpy as np
     import onnx_ir as ir
 
+    from rankbook.calibration.checkpoint.extras import GENAI_CONFIG
     from rankbook.exporter import genai
     from rankbook.exporter.export import MODEL, ExportOptions
     from rankbook.tools.runtimes.base import Setting
@@ -229,7 +230,7 @@ def _genai(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     from rankbook.tools.runtimes.torch import TorchModel
 
     row.errors[name], row.passed[name] = None, False
-    if not (folder / "ort" / genai.GENAI_CONFIG).is_file():
+    if not (folder / "ort" / GENAI_CONFIG).is_file():
         raise ValueError(genai.refusal(ir.load(folder / "ort" / MODEL), ExportOptions(graph="ort")))
     tokens = _random()[:1]
     want = TorchModel(checkpoint, threads=1).logits(tokens)[0, -_STEPS - 1 :]
