@@ -17,7 +17,7 @@ from rankbook.calibration.model.loading import load_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFUSED = ("gptq-act-order",)
-WRITTEN = sorted(path.name for path in FIXTURES.iterdir() if path.name not in REFUSED)
+WRITTEN = sorted(path.parent.name for path in FIXTURES.glob("*/config.json") if path.parent.name not in REFUSED)
 BITS = {"compressed-w4-symmetric": 4.5, "compressed-mxfp4": 4.25, "auto-round": 4.5, "gptq-v2-3bit": 3.5}
 """Stored bits per weight but for levels, where scales keep the bits that the source has for them."""
 

@@ -2,11 +2,12 @@
 
 Run in an environment with the packages (not those of this project), from the root of the repository:
 
-    pip install torch transformers gptqmodel autoawq auto-round compressed-tensors bitsandbytes
+    pip install torch transformers gptqmodel autoawq auto-round compressed-tensors bitsandbytes nvidia-modelopt
     python tests/calibration/imports/write_fixtures.py [NAME ...]
 
 Each folder holds the checkpoint as the package wrote it, and ``expected.json``: for each layer the SHA-256 of the
-weight that the package itself decodes, in its dtype, and the logits of a dense model with these weights.
+weight that the package itself decodes, in its dtype, and the logits of a dense model with these weights. ModelOpt's
+holds single layers, each beside what the package decodes.
 """
 
 from __future__ import annotations
@@ -220,6 +221,40 @@ def auto_round(folder: Path, form: str, **settings: Any) -> None:
     expect(folder, decoded, "auto-round")
 
 
+def modelopt(folder: Path) -> None:
+    """ModelOpt's own tensors, one layer in each format, beside what they decode to.
+
+    It calibrates a model in NVFP4 on a GPU only; what it packs there goes through these classes.
+    """
+    from modelopt.torch.quantization.qtensor import (  # type: ignore[import-not-found]
+        FP8QTensor,
+        INT8QTensor,
+        MXFP4QTensor,
+        NVFP4QTensor,
+    )
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    weight, found = torch.randn(8, 64), {}
+    packed, scale, double = NVFP4QTensor.quantize(weight, 16)
+    decoded = packed.dequantize(scale=scale, double_scale=double, block_sizes={-1: 16}, dtype=torch.float32)
+    found["nvfp4"] = (packed, {"weight_scale": scale, "weight_scale_2": double}, decoded)
+    packed, scale = MXFP4QTensor.quantize(weight, 32)
+    decoded = packed.dequantize(scale=scale, block_sizes={-1: 32}, dtype=torch.float32)
+    found["mxfp4"] = (packed, {"weight_scale": scale.reshape(8, 2)}, decoded)
+    for name, kind, axis, shape in (("fp8", FP8QTensor, {}, ()), ("int8", INT8QTensor, {"axis": 0}, (8,))):
+        packed, scale = kind.quantize(weight, **axis)
+        decoded = packed.dequantize(scale=scale, dtype=torch.float32)
+        found[name] = (packed, {"weight_scale": scale.reshape(shape)}, decoded)
+    tensors = {
+        f"{name}.{part}": tensor.contiguous()
+        for name, (packed, scales, decoded) in found.items()
+        for part, tensor in {"weight": packed._quantized_data, **scales, "decoded": decoded}.items()
+    }
+    written = f"nvidia-modelopt {version('nvidia-modelopt')}"
+    save_file(tensors, folder / "layers.safetensors", {"written_by": written})
+
+
 def save_plain(folder: str) -> None:
     """Save the model before quantization, with a tokenizer of 32 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -257,6 +292,7 @@ FIXTURES: dict[str, Callable[[Path], None]] = {
     "auto-round": lambda at: auto_round(at, "auto_round", bits=4, sym=True),
     "auto-round-awq": lambda at: auto_round(at, "auto_round:auto_awq", bits=4, sym=False),
     "auto-round-raw-2bit": lambda at: auto_round(at, "auto_round", bits=2, sym=False),
+    "modelopt": modelopt,
 }  # fmt: skip
 
 if __name__ == "__main__":

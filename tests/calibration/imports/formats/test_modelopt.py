@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rankbook.calibration.imports.base import ImportRefusedError
 from rankbook.calibration.imports.formats.modelopt import numbers
@@ -44,6 +44,14 @@ def test_integers_and_mxfp4_keep_their_weight() -> None:
     scales = (exponents.double() - 127).exp2().repeat_interleave(32, 1)
     assert torch.equal(found.weight().double(), writers.e2m1_values(layer.codes) * scales)
     assert found.params.form.name == "INT8"
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8", "int8"])
+def test_layers_that_the_package_wrote_decode_as_it_decodes_them(name: str) -> None:
+    tensors = load_file(writers.FIXTURES / "modelopt" / "layers.safetensors")
+    parts = {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items() if full.startswith(f"{name}.")}
+    decoded = parts.pop("decoded")
+    assert torch.equal(numbers(parts, {}).record().weight(), decoded)
 
 
 @pytest.mark.parametrize(
