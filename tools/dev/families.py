@@ -41,6 +41,8 @@ _SAME = 1e-5
 """Largest difference after a reload, relative to the largest logit: sums of float32 in another order."""
 _REFUSED = "refused"
 _ALL = (*FAMILIES, *FURTHER)
+_NEW = "new.json"
+"""What a child found; the row of a family stays until its run has ended."""
 
 
 @dataclass
@@ -264,11 +266,11 @@ def _child(family: str, folder: Path, steps: Sequence[str]) -> None:
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _keep(folder, sweep(family, folder, steps))
+    _keep(folder, sweep(family, folder, steps), _NEW)
 
 
-def _keep(folder: Path, row: Row) -> None:
-    (folder / "row.json").write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
+def _keep(folder: Path, row: Row, name: str = "row.json") -> None:
+    (folder / name).write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
 
 
 def run(families: Sequence[str], folder: Path, limit_s: float, steps: Sequence[str] = SERVED) -> None:
@@ -277,17 +279,18 @@ def run(families: Sequence[str], folder: Path, limit_s: float, steps: Sequence[s
     for family in families:
         place = folder / family
         before = _read(place / "row.json") if (place / "row.json").is_file() else Row(family)
-        (place / "row.json").unlink(missing_ok=True)
+        (place / _NEW).unlink(missing_ok=True)
         process = multiprocessing.get_context("fork").Process(target=_child, args=(family, place, steps))
         process.start()
         process.join(limit_s)
         if process.is_alive():
             process.kill()
             process.join()
-        if not (place / "row.json").is_file():
+        if (place / _NEW).is_file():
+            row = _read(place / _NEW)
+        else:
             ended = f"ended after {limit_s:g} s" if process.exitcode == -9 else f"ended with {process.exitcode}"
-            _keep(place, Row(family, reasons={"run": ended}))
-        row = _read(place / "row.json")
+            row = Row(family, reasons={"run": ended})
         _join(row, before, steps)
         _keep(place, row)
         print(json.dumps(asdict(row)), flush=True)
