@@ -39,7 +39,10 @@ ROOMS = (
 """Folders and other modules of calibration: each imports those before it alone."""
 METHODS = frozenset(path.stem for path in (ROOT / "calibration/methods").glob("*.py")) - {"__init__", "base"}
 LAZY = frozenset(
-    {"accelerate", "datasets", "gguf", "onnxruntime", "polygraphy", "scipy", "tensorrt", "tensorrt_rtx", "transformers"}
+    {
+        *("accelerate", "datasets", "gguf", "onnxruntime", "polygraphy", "ray", "scipy"),
+        *("tensorrt", "tensorrt_rtx", "transformers"),
+    }
 )
 """Imported inside functions only: a missing runtime must be a sentence, not an ImportError at start."""
 OWN_LIBRARIES = {

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.activations.settings import in_block
-from rankbook.calibration.device import moved
 from rankbook.calibration.driver import scaling
 from rankbook.calibration.driver.allocation import Choice
 from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.report import Errors, Reporter, output_errors
+from rankbook.calibration.driver.report import Reporter, output_errors
 from rankbook.calibration.driver.resume import BlockResult
-from rankbook.calibration.driver.solve import solve_layer
+from rankbook.calibration.driver.solve import Executor, InProcess, LayerTask, Solved
 from rankbook.calibration.fitting.grids import Grid
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
@@ -29,7 +26,6 @@ from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.placement import Placement, Stream
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
-from rankbook.calibration.threads import workers
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 
 _SMALL = 1 << 22
@@ -87,6 +83,7 @@ class BlockSolver:
         reporter: Told of every layer.
         placement: Where it is computed.
         choices: Bits and ranks of layers where a budget chose them; elsewhere the options hold.
+        elsewhere: What solves the layers in the place of this process.
     """
 
     options: QuantizeOptions
@@ -94,6 +91,12 @@ class BlockSolver:
     reporter: Reporter
     placement: Placement
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    elsewhere: Executor | None = None
+
+    @property
+    def executor(self) -> Executor:
+        """What solves the layers."""
+        return self.elsewhere or InProcess(self.placement.devices)
 
     def options_of(self, name: str) -> QuantizeOptions:
         """Return what holds for a layer by its full name: the choice of a budget, or what the options say."""
@@ -163,38 +166,19 @@ class BlockSolver:
         with self.rounded_inputs(site, streams), _decoded(site.block, fixed):
             return records | refine(problem, given, options.method_config())
 
-    def _closed_forms(
-        self, site: Site, statistics: Mapping[str, LayerStatistics], share: float
-    ) -> dict[str, tuple[QuantizedLinear, Errors]]:
-        """Solve every layer, and measure its error while its statistics are at hand.
+    def _closed_forms(self, site: Site, statistics: Mapping[str, LayerStatistics], share: float) -> dict[str, Solved]:
+        """Solve every layer, and measure its error while its statistics are at hand."""
 
-        On several devices, and of small layers on the processor, as many are solved at once, each by itself, so that
-        the result is the same.
-        """
-        devices, places = self.placement.devices, {name: place for place, name in enumerate(site.layers)}
-        free: SimpleQueue[torch.device] = SimpleQueue()
-        for device in devices if len(devices) > 1 else devices * len(places):
-            free.put(device)
+        def task(name: str) -> LayerTask:
+            full = f"{site.prefix}{name}"
+            alone = _is_small(site.block, name)
+            return LayerTask(full, self.options_of(full), lambda: self._problem(site, name, statistics), alone)
 
-        def solve(name: str) -> tuple[QuantizedLinear, Errors]:
-            full, device = f"{site.prefix}{name}", free.get()
-            self.reporter.tell(f"quantizing {full}", site.index, share * places[name] / len(places))
-            chosen = self.options_of(full)
-            try:
-                problem = self._problem(site, name, statistics)
-                given = moved(replace(problem, name=full), device)
-                record = moved(solve_layer(given, chosen), self.placement.device)
-                return record, output_errors(problem, record)
-            finally:
-                free.put(device)
+        def tell(stage: str, done: float) -> None:
+            self.reporter.tell(stage, site.index, share * done)
 
-        if len(devices) > 1:
-            with ThreadPoolExecutor(len(devices)) as pool:
-                return dict(zip(places, pool.map(solve, places), strict=True))
-        small = [name for name in places if _is_small(site.block, name)]
-        with workers(self.placement.device) as at_once:
-            found = dict(zip(small, at_once.map(solve, small), strict=True))
-        return {name: found[name] if name in found else solve(name) for name in places}
+        names = list(site.layers)
+        return dict(zip(names, self.executor.solve(list(map(task, names)), tell), strict=True))
 
     def _problem(self, site: Site, name: str, statistics: Mapping[str, LayerStatistics]) -> LayerProblem:
         """Return the problem of a layer; the statistics of one of an expert are computed here."""

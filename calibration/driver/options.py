@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.device import DeviceOptions
+from rankbook.calibration.driver.cluster_options import ClusterOptions
 from rankbook.calibration.memory import MemoryOptions, read_gigabytes
 from rankbook.calibration.option import ADVANCED, EFFORT, WHAT, WHERE, Seeded, choose, near, option
 from rankbook.calibration.settings import (
@@ -55,7 +56,7 @@ def group_size(text: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
+class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions, ClusterOptions):
     """Options of a run. ``None`` means the method's own default; `method_config` hands them to the method.
 
     Raises:
@@ -210,7 +211,8 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions):
             raise ValueError(f"scale_strength is {self.scale_strength}; give a number from 0 to 1")
         if isinstance(self.group_size, str):
             choose("group_size", self.group_size, ("auto", "channel"))
-        self.device_indexes()
+        if self.device_indexes() and self.cluster:
+            raise ValueError("devices and cluster both distribute layers; leave one of them out")
         fields = self._config_fields()
         for name in ("rank", "weight_format", "clip_search", "level_dtype"):
             if getattr(self, name) is not None and renamed(name) not in fields:
@@ -372,8 +374,8 @@ def _methods() -> Mapping[str, Method]:
     return METHODS
 
 
-_PLACES = ("device", "device_memory", "devices", "memory_limit")
-"""Options that say where a run computes; devices differ in the order of sums, and in no more."""
+_PLACES = ("device", "device_memory", "devices", "memory_limit", "cluster", "cluster_gpus")
+"""Options that say where a run computes; places differ in the order of sums, and in no more."""
 _FIELD = {"weight_format": "format", "branch_passes": "passes"}
 """Options whose name differs from the field of the methods' configs."""
 

@@ -126,6 +126,8 @@ class QuantizeReport:
         peak_rss_bytes: Peak resident memory of the process.
         devices: Where it was computed.
         rules: For how many layers each rule holds.
+        cluster: What solved the layers in the place of this process, see
+            `rankbook.calibration.driver.cluster.Cluster.about`; empty where nothing did.
     """
 
     output_dir: Path
@@ -141,6 +143,7 @@ class QuantizeReport:
     peak_rss_bytes: int
     devices: tuple[str, ...] = ("cpu",)
     rules: Mapping[str, int] = field(default_factory=dict)
+    cluster: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:

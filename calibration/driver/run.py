@@ -20,6 +20,7 @@ from rankbook.calibration.data import CalibrationData, calibration_batches
 from rankbook.calibration.driver import embeddings
 from rankbook.calibration.driver.allocation import Choice, allocate
 from rankbook.calibration.driver.block import BlockSolver, Site, Streams
+from rankbook.calibration.driver.cluster import Cluster, connected
 from rankbook.calibration.driver.estimate import memory, planned_specs
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.parts import checkpoint_parts
@@ -91,16 +92,16 @@ def quantize_model(
     Raises:
         ValueError: Options that do not fit the model, weights with NaN, empty calibration text, a state to resume that
             belongs to other options.
-        DeviceError: The device is not there, or its memory does not suffice.
+        DeviceError: The device or the cluster is not there, or the memory does not suffice.
         FileExistsError: ``output_dir`` holds something else, or another run writes there.
         OSError: Writing failed; an earlier result is untouched.
     """
     start = time.monotonic()
-    with limited(options.memory_limit), locked(Path(output_dir)) as output:
+    with limited(options.memory_limit), locked(Path(output_dir)) as output, connected(options) as cluster:
         check_replaceable(output, MANIFEST)
         placement = replace(options.placement(), folder=output.parent)
         model, tokenizer = _load_original(source)
-        run = _Run.prepare(model, options, placement, progress)
+        run = replace(_Run.prepare(model, options, placement, progress), cluster=cluster)
         if begin is not None:
             begin(model.config, run.plan())
         digest = model_hash(source)
@@ -154,6 +155,7 @@ class _Run:
     scaled: list[str] = field(default_factory=list)
     few_tokens: list[str] = field(default_factory=list)
     coarse: list[str] = field(default_factory=list)
+    cluster: Cluster | None = None
 
     @property
     def model(self) -> Any:
@@ -190,7 +192,7 @@ class _Run:
         """Quantize the embeddings and every block, or take finished blocks from ``state``."""
         finished = state.finished()
         choices = self._allocate(tokens, state) if finished < len(self.blocks.modules) else {}
-        solver = BlockSolver(self.options, self.model.dtype, self.reporter, self.placement, choices)
+        solver = BlockSolver(self.options, self.model.dtype, self.reporter, self.placement, choices, self.cluster)
         streaming, device = self.options.weighs_inputs(), self.placement.device
         if streaming:
             self.reporter.tell("first inputs", -1)
@@ -299,6 +301,7 @@ class _Run:
             peak_rss_bytes=peak_rss_bytes(),
             devices=tuple(map(str, self.placement.devices)),
             rules=self.selection.rules,
+            cluster=self.cluster.about() if self.cluster else {},
         )
         if report.unknown:
             note(report.unknown)
@@ -383,5 +386,6 @@ def _manifest(report: QuantizeReport, options: QuantizeOptions, source: Mapping[
             "peak_rss_bytes": report.peak_rss_bytes,
             "threads": torch.get_num_threads(),
             "devices": list(report.devices),
+            "cluster": dict(report.cluster),
         },
     }

@@ -1,14 +1,95 @@
-"""Solving one layer: the method's closed form, and an error branch where the driver adds one."""
+"""Solving layers: the method's closed form, and an error branch where the driver adds one; here or elsewhere."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Protocol
 
+import torch
+
+from rankbook.calibration.device import moved
 from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.report import output_error
+from rankbook.calibration.driver.report import Errors, output_error, output_errors
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.threads import workers
+
+Solved = tuple[QuantizedLinear, Errors]
+"""The record of a layer and its errors."""
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A layer to solve; layers do not depend on each other, so where and in which order makes no difference.
+
+    Attributes:
+        name: Full name of the layer.
+        options: What holds for it.
+        problem: Makes its problem. It is called when the layer's turn comes: the statistics of an expert are computed
+            then.
+        small: Whether it is solved on one thread, see `rankbook.calibration.threads.workers`.
+    """
+
+    name: str
+    options: QuantizeOptions
+    problem: Callable[[], LayerProblem]
+    small: bool = False
+
+
+class Executor(Protocol):
+    """Solves layers somewhere."""
+
+    def solve(self, tasks: Sequence[LayerTask], tell: Callable[[str, float], None]) -> list[Solved]:
+        """Return the record and the errors of each layer, in the order of the tasks.
+
+        Args:
+            tasks: What to solve.
+            tell: Told what is being done and which share of it is done.
+        """
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Solves layers in this process: as many at once as there are devices; of small ones, as there are threads.
+
+    Attributes:
+        devices: Where; the problems come from the first one, and the records return there.
+    """
+
+    devices: Sequence[torch.device]
+
+    def solve(self, tasks: Sequence[LayerTask], tell: Callable[[str, float], None]) -> list[Solved]:
+        """See `Executor`."""
+        free: SimpleQueue[torch.device] = SimpleQueue()
+        for device in self.devices if len(self.devices) > 1 else list(self.devices) * len(tasks):
+            free.put(device)
+
+        def one(position: int) -> Solved:
+            task, device = tasks[position], free.get()
+            tell(f"quantizing {task.name}", position / len(tasks))
+            try:
+                return solve_task(task.name, task.problem(), task.options, device)
+            finally:
+                free.put(device)
+
+        places = range(len(tasks))
+        if len(self.devices) > 1:
+            with ThreadPoolExecutor(len(self.devices)) as pool:
+                return list(pool.map(one, places))
+        small = [place for place in places if tasks[place].small]
+        with workers(self.devices[0]) as at_once:
+            found = dict(zip(small, at_once.map(one, small), strict=True))
+        return [found[place] if place in found else one(place) for place in places]
+
+
+def solve_task(name: str, problem: LayerProblem, options: QuantizeOptions, device: torch.device) -> Solved:
+    """Solve the layer ``name`` on a device; its record and its errors are where the problem is."""
+    record = moved(solve_layer(moved(replace(problem, name=name), device), options), problem.weight.device)
+    return record, output_errors(problem, record)
 
 
 def solve_layer(problem: LayerProblem, options: QuantizeOptions) -> QuantizedLinear:

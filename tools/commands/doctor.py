@@ -61,6 +61,7 @@ _PACKAGES = (
     ("gguf", "quantize, eval and generate of GGUF files; demo", False),
     ("datasets", "quantize --calib with a data set of the Hugging Face hub", False),
     ("scipy", "quantize --target-bits", False),
+    ("ray", "quantize --cluster", False),
     ("matplotlib", "the pictures of bench and report", False),
     ("pynvml", "clocks and power of the GPU in bench --device cuda", False),
     ("fastapi", "serve", False),

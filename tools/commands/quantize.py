@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -73,6 +75,8 @@ def run(options: Quantize) -> Outcome:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    elif workers := options.local_workers():
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     chosen: QuantizeOptions = part(options, QuantizeOptions)
     console = Console(quiet=options.quiet)
     width = f"{chosen.bits} bits" if chosen.target_bits is None else f"{chosen.target_bits} stored bits"
@@ -87,6 +91,8 @@ def run(options: Quantize) -> Outcome:
         config, planned = plan(model, chosen)
         if chosen.target_bits is not None:
             note("target_bits is spent while the run reads text: what is shown is without it")
+        if chosen.cluster:
+            note("the time is that of this machine alone, without the cluster")
         return _dry(planned, _cannot_export(config, options))
     with console.progress(f"quantizing with {chosen.method} at {width}") as show:
 
@@ -94,7 +100,11 @@ def run(options: Quantize) -> Outcome:
             where = f"block {step.block + 1}/{step.blocks}, " if step.block >= 0 else ""
             show(step.fraction, f"{where}{step.stage}")
 
-        report = quantize_model(model, options.output, chosen, resume=options.resume, progress=progress, begin=begin)
+        # What Ray says of workers that are lost goes to stdout otherwise, into the JSON.
+        with contextlib.redirect_stdout(sys.stderr) if chosen.cluster else contextlib.nullcontext():
+            report = quantize_model(
+                model, options.output, chosen, resume=options.resume, progress=progress, begin=begin
+            )
     if chosen.calib is None and report.calibration_windows["windows"]:
         console.log("calibrated on text sampled from the model itself; --calib FILE with text of your use fits better")
     summary = {
@@ -191,6 +201,7 @@ def _tables(report: QuantizeReport) -> list[Table]:
         *_experts(report),
         *[(f"layers by {text}", spread(specs, name)) for name, text in _COUNTED.items()],
         ("computed on", ", ".join(report.devices)),
+        *_cluster(report),
         ("seconds", report.seconds),
         ("peak memory, GB", report.peak_rss_bytes / 1e9),
     ]
@@ -201,6 +212,13 @@ def _tables(report: QuantizeReport) -> list[Table]:
 
 _COUNTED = {"bits": "bits", "planes": "planes", "branch_rank": "rank of the error branch"}
 """What the table calls properties of a `LayerSpec`."""
+
+
+def _cluster(report: QuantizeReport) -> list[tuple[str, object]]:
+    """Say what solved the layers where it was not this process."""
+    if not (about := report.cluster):
+        return []
+    return [("layers solved on", f"{about['address']}, {about['tasks_at_once']} at once")]
 
 
 def _experts(report: QuantizeReport) -> list[tuple[str, object]]:
