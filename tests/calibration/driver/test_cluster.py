@@ -195,8 +195,8 @@ def test_a_cluster_that_does_not_fit_is_refused(
     chosen = options(tmp_path, method="rtn", cluster="auto")
     with pytest.raises(DeviceError, match="no machine has the 1 CPUs and 1 GPUs that a task takes; give --device cpu"):
         quantize_model(tmp_path / "model", tmp_path / "q", replace(chosen, device="cuda"))
-    there = cluster.versions()
-    monkeypatch.setattr(cluster, "versions", lambda: {**there, "torch": "0.1"})  # in this process alone
+    there = cluster._facts()
+    monkeypatch.setattr("rankbook.calibration.driver.cluster.versions", lambda: {**there, "torch": "0.1"})  # here alone
     with pytest.raises(DeviceError, match=rf"workers have torch {re.escape(there['torch'])}, this process has 0\.1;"):
         quantize_model(tmp_path / "model", tmp_path / "q", chosen)
     assert not (tmp_path / "q").exists()
