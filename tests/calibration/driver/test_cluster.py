@@ -162,6 +162,7 @@ def test_a_run_of_one_process_goes_on_on_a_cluster(workers: cluster.Cluster, tmp
     assert files(tmp_path / "whole") == files(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_line_joins_a_cluster_by_its_address(workers: cluster.Cluster, tmp_path: Path) -> None:
     import ray
 
