@@ -44,7 +44,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {"method": "lcq", "scale_inputs": "awq", "method_options": {"steps": 2, "compute": "float32"}},
     ),
-    "experts": ("mixtral", {"method": "gptq"}),
+    "experts, two threads": ("mixtral", {"method": "gptq"}),
 }
 
 
@@ -66,17 +66,22 @@ def test_a_cluster_gives_the_files_of_one_process(name: str, workers: cluster.Cl
     family, changes = _METHODS[name]
     _model(family, tmp_path / "model")
     chosen = options(tmp_path, **changes)
-    quantize_model(tmp_path / "model", tmp_path / "one", chosen)
     told: list[Progress] = []
-    report = quantize_model(
-        tmp_path / "model", tmp_path / "many", replace(chosen, cluster="auto"), progress=told.append
-    )
+    threads, before = (2 if family == "mixtral" else 1), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        quantize_model(tmp_path / "model", tmp_path / "one", chosen)
+        report = quantize_model(
+            tmp_path / "model", tmp_path / "many", replace(chosen, cluster="auto"), progress=told.append
+        )
+    finally:
+        torch.set_num_threads(before)
     assert files(tmp_path / "one") == files(tmp_path / "many")
     manifests = [json.loads((tmp_path / name / MANIFEST).read_text()) for name in ("one", "many")]
     assert manifests[0]["layers"] == manifests[1]["layers"]
     assert manifests[0]["run"]["cluster"] == {}
-    assert manifests[1]["run"]["cluster"] == report.cluster == {**workers.about(), "address": "auto"}
-    assert report.cluster["tasks_at_once"] == WORKERS
+    assert manifests[1]["run"]["cluster"] == report.cluster
+    assert (report.cluster["tasks_at_once"], report.cluster["threads_of_a_task"]) == (WORKERS // threads, threads)
     shares = [step.fraction for step in told if step.stage.startswith("solving layers")]
     assert len(shares) == len(report.layers)
     assert shares == sorted(shares)
