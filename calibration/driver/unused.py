@@ -35,5 +35,7 @@ def _idle(options: QuantizeOptions) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("activation_range",), f"{options.activations} finds its ranges anew for each token"
     if options.activations != "none" and not options.trains():
         yield ("activation_training",), "nothing is trained"
+    if options.cluster is None:
+        yield ("cluster_gpus",), "no cluster is given"
     if options.calib is None:
         yield ("calib_chat",), "no calibration text is given"
