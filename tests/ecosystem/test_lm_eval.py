@@ -34,7 +34,7 @@ from rankbook.tools.evaluate.options import HarnessOptions
 
 work, metric = Path(sys.argv[1]), "word_perplexity,none"
 found = {}
-for kind, name in (("hf", "checkpoint"), ("onnxruntime-genai", "onnx")):
+for kind, name in (("hf", "checkpoint"), ("onnxruntime", "onnx"), ("onnxruntime-genai", "onnx")):
     manager = TaskManager(include_path=str(work / "tasks"))
     given = f"pretrained={work / name}"
     done = simple_evaluate(kind, given, ["small_text"], bootstrap_iters=0, device="cpu", task_manager=manager)
@@ -47,7 +47,7 @@ print(json.dumps(found))
 
 
 def test_every_way_gives_the_same_word_perplexity(tmp_path: Path):
-    """The harness with transformers and with GenAI, and `rankbook eval --tasks` of a checkpoint and of its file."""
+    """The harness with transformers, ONNX Runtime or GenAI, and `rankbook eval --tasks` of both folders."""
     model = {"hidden_size": 64, "initializer_range": 0.1}
     checkpoint = make_checkpoint(tmp_path, "llama", bits=4, model=model)
     export(checkpoint, tmp_path / "onnx", ExportOptions(logits="all", graph="ort"))
@@ -57,5 +57,5 @@ def test_every_way_gives_the_same_word_perplexity(tmp_path: Path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "small.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
     found = json.loads(run_in("lm-eval", SCRIPT, tmp_path).splitlines()[-1])
-    assert set(found) == {"hf", "onnxruntime-genai", "checkpoint", "onnx"}
+    assert set(found) == {"hf", "onnxruntime", "onnxruntime-genai", "checkpoint", "onnx"}
     assert max(found.values()) == pytest.approx(min(found.values()), rel=1e-4), found
