@@ -153,10 +153,14 @@ def test_products_of_one_x_are_what_each_is_alone(case):
     assert emulated.ON_GPU or kernels == launches
 
 
-@pytest.mark.parametrize("rank", [0, 5])
-def test_blocks_may_have_parts_of_two_tiles(rank):
-    """Four tiles for three blocks: each has more than a tile and less than two, and one in the middle is whole."""
-    op = Case(**LONG | {"rank": rank, "out_features": 257}, dtype="float16", bias=True).draw(tokens=(65,))
+@pytest.mark.parametrize(("rank", "factor_bits"), [(0, 8), (5, 8), (70, 8), (70, 16)])
+def test_blocks_may_have_parts_of_two_tiles(rank, factor_bits):
+    """Four tiles for three blocks: each has more than a tile and less than two, and one in the middle is whole.
+
+    Blocks that share a tile share its ranks, 16 at a time; 64 are in shared memory at once.
+    """
+    sizes = LONG | {"rank": rank, "factor_bits": factor_bits, "out_features": 257}
+    op = Case(**sizes, dtype="float16", bias=True).draw(tokens=(65,))
     if emulated.ON_GPU:
         check(RUNNERS["cuda"], op)
         return

@@ -172,9 +172,7 @@ def test_seventeen_tokens_cost_little_more_than_sixteen(times: list[layer_time.T
     for each in times:
         for layer in layer_time.LAYERS:
             few, more = each.of(layer, 16), each.of(layer, 17)
-            # The smallest layer has few tiles to share: 5.07 on the widest GPU, where up to 16 tokens the product runs
-            # beside its branch and from 17 on there is no room for both; 1.8 on an H100, where there is.
-            assert more.busy <= (5.1 if layer.rows == 1024 else 2.0) * few.busy, (each.gpu.name, layer)
+            assert more.busy <= 2.0 * few.busy, (each.gpu.name, layer)
 
 
 def test_blocks_that_share_columns_help_where_tiles_are_few(times: list[layer_time.Times]) -> None:
@@ -206,9 +204,10 @@ def test_behind_the_first_kernel_others_start_early_where_the_gpu_can(times: lis
             one = each.of(Layer(4096, 4096), tokens)
             early = each.gpu.code >= layer_time.EARLY
             assert one.in_turn == (1 if early else one.launches)
-            beside = min(one.branch, one.product) if early else 0.0
-            # From 17 tokens on registers decide whether blocks of both kernels fit; on an H100 they do.
-            assert one.hidden == beside or (one.hidden == 0.0 and tokens > 16 and each.gpu.name != "H100-SXM")
+            assert one.hidden == (min(one.branch, one.product) if early else 0.0), (each.gpu.name, tokens)
+        # Beside one block of many tokens, room for one of x down^T with 48 registers; 3 bits would spill.
+        forms = {key: count for key, count in each.registers.items() if key[0] == "prefill" and key[1] != 3}
+        assert not early or all(count <= 208 for count in forms.values()), each.gpu.name
 
 
 def test_many_tokens_keep_tensor_cores_busy_on_an_h100(times: list[layer_time.Times]) -> None:

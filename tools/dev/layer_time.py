@@ -33,7 +33,7 @@ SATURATING = 0.7
 PANEL, WARPS, TILE_ROWS, TILE_TOKENS = 32, 8, 256, 64
 EARLY = 90
 """Architecture from which kernels start early (programmatic dependent launch)."""
-BRANCH_REGISTERS, WIDE_BRANCH = {8: 40, 16: 48}, 128
+BRANCH_REGISTERS, WIDE_BRANCH = {8: 48, 16: 48}, 128
 """Registers of a thread of `branch_down_mma` by tokens of a block, and blocks from which it takes the more."""
 
 
@@ -130,7 +130,7 @@ class Split:
     parts: int
 
     @staticmethod
-    def best(steps: int, tiles: int, slots: int, most: int) -> Split:
+    def best(steps: int, tiles: int, slots: int, most: int, tokens: int) -> Split:
         """Choose for tiles of ``steps`` steps on a device that runs ``slots`` blocks at once."""
         cut = [(n, math.ceil(steps / n)) for n in range(2, most + 1)]
         choices = [Split(steps, tiles, 1, 1, 0), *(Split(own, tiles * n, n, 1, tiles * n) for n, own in cut)]
@@ -140,11 +140,12 @@ class Split:
             if own % steps:
                 shares, begins = (steps + own - 2) // own + 1, (own + steps - 2) // steps + 1
                 choices.append(Split(own, blocks, shares, begins, blocks + min(blocks, tiles)))
-        return min((each for each in choices if each.shares <= most or not each.parts), key=lambda it: it.cost(slots))
+        possible = (each for each in choices if each.shares <= most or not each.parts)
+        return min(possible, key=lambda it: it.cost(slots, min(tokens, TILE_TOKENS)))
 
-    def cost(self, slots: int) -> int:
-        """Return the time in steps."""
-        toll = 1 + math.ceil(5 * self.parts / slots) if self.parts else 0
+    def cost(self, slots: int, live: int) -> int:
+        """Return the time in steps; ``live``: tokens of a tile."""
+        toll = 1 + math.ceil(3 * live * self.parts / (TILE_TOKENS * slots)) if self.parts else 0
         return math.ceil(self.blocks / slots) * (self.own + 2 * self.begins) + toll
 
 
@@ -187,30 +188,34 @@ def _reads_x(instruction: sass.Instruction) -> bool:
 
 @dataclass(frozen=True)
 class _Branch:
-    """x down^T: its blocks, ranks and tokens of one, and whether tensor cores do it."""
+    """x down^T: its blocks, ranks and tokens of one, how many share the columns, and whether tensor cores do it."""
 
     blocks: int
     ranks: int
     tokens: int
+    shares: int
     mma: bool
 
     @staticmethod
     def of(gpu: Gpu, layer: Layer, tokens: int) -> _Branch:
-        """Choose as `down` of kernels/cuda/products.cuh."""
+        """Choose as `down` of kernels/cuda/products.cuh and `branch_shares` of branch.cuh."""
+        shares = 1
+        if tokens <= 64 and (tokens > 16 or gpu.code < EARLY):
+            shares = max(1, min(4, layer.columns // (1024 if tokens > 16 else 2048)))
 
         def blocks(ranks: int, at_once: int) -> int:
             return math.ceil(layer.branch_rank / ranks) * math.ceil(tokens / at_once)
 
         if tokens > 16 and (gpu.code >= EARLY or blocks(4, 8) > WIDE_BRANCH):
             at_once = 16 if blocks(16, 8) > WIDE_BRANCH else 8
-            return _Branch(blocks(16, at_once), 16, at_once, True)
-        return _Branch(blocks(4, 8), 4, min(8, tokens), False)
+            return _Branch(blocks(16, at_once) * shares, 16, at_once, shares, True)
+        return _Branch(blocks(4, 8) * shares, 4, min(8, tokens), shares, False)
 
     def time(self, gpu: Gpu, columns: int) -> float:
         """Microseconds: x and the factor through the second-level cache, conversions, one access and the sums."""
         if not self.blocks:
             return 0.0
-        clock = gpu.clock * 1e3  # per microsecond
+        clock, columns = gpu.clock * 1e3, columns // self.shares  # per microsecond
         # Of a lane for one column: conversions of codes, and multiply-adds where no tensor core does them.
         work = (2.5 * self.ranks if self.mma else 1.5 * self.ranks * self.tokens) * columns * self.blocks
         reads = self.blocks * columns * (self.ranks + 2 * self.tokens)
@@ -244,16 +249,18 @@ def _prefill(gpu: Gpu, cost: sass.LoopCost, layer: Layer, tokens: int, of_a_thre
     across, tiles = math.ceil(layer.rows / TILE_ROWS), math.ceil(tokens / TILE_TOKENS)
     slots, steps = gpu.multiprocessors * _resident(of_a_thread), math.ceil(layer.columns / step_columns(layer.bits))
     across *= tiles
-    most = max(1, min(8, 512 // across)) if share else 1
-    split = Split.best(steps, across, slots, most) if share else Split(steps, across, 1, 1, 0)
+    most = max(1, min(32, 512 // across)) if share else 1
+    split = Split.best(steps, across, slots, most, tokens) if share else Split(steps, across, 1, 1, 0)
     waves = math.ceil(split.blocks / slots)
     filled = across * steps / (waves * slots * split.own)
     clock = gpu.clock * 1e3
     lives = [min(TILE_TOKENS, 16 * math.ceil((tokens - first) / 16)) for first in range(0, tokens, TILE_TOKENS)]
     clocks = sum(_clocks(gpu, cost, layer, int8=False, live=live / TILE_TOKENS) for live in lives)
     pipes = layer.rows * layer.columns / 32 * clocks / (gpu.multiprocessors * clock)
-    # The second half of the branch: three products of 16 ranks where the main loop has one of 16 columns.
-    pipes *= 1 + 3 * layer.branch_rank / layer.columns
+    # The second half of the branch: three products of 16 ranks where the main loop has one of 16 columns. Blocks that
+    # share a tile share the ranks, sixteen at a time.
+    own_ranks = split.begins * 16 * math.ceil(math.ceil(layer.branch_rank / 16) / split.shares)
+    pipes *= 1 + 3 * own_ranks / (split.own * step_columns(layer.bits))
     memory = layer.memory(tokens) / gpu.bandwidth / 1e3
     table = waves * TABLE_CLOCKS / clock if layer.bits in (4, 8) else 0.1
     again = (

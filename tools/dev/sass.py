@@ -179,10 +179,12 @@ def main_loop(code: list[Instruction], tokens: int) -> LoopCost:
     with_mma = [span for span in spans if any(i.pipe == "tensor" for i in code[span[0] : span[1] + 1])]
     if not with_mma:
         raise ValueError("the function has no loop with tensor-core instructions")
-    # Not the loop of the error branch at the end, of which one pass has fewer products than a step.
-    passes = [_longest(code, span, None, _slow_blocks(code, span)) for span in with_mma]
+    # Not a loop around others, such as that of tiles, and not the loop of the error branch at the end, of which one
+    # pass has fewer products than a step.
+    innermost = [s for s in with_mma if not any(s[0] < other[0] and other[1] <= s[1] for other in with_mma)]
+    passes = [_longest(code, span, None, _slow_blocks(code, span)) for span in innermost]
     products = [sum(i.pipe == "tensor" for i in found) for found in passes]
-    inner, step = with_mma[products.index(max(products))], passes[products.index(max(products))]
+    inner, step = innermost[products.index(max(products))], passes[products.index(max(products))]
     outer = next((s for s in with_mma if s[0] <= inner[0] and s[1] >= inner[1] and s != inner), None)
     group = _longest(code, outer, inner, _slow_blocks(code, outer)) if outer else ()
     weights = 8 * sum(i.pipe == "tensor" for i in step) // (tokens // 8)

@@ -23,6 +23,7 @@
 
 #define RB_DEVICE inline
 #define RB_KERNEL(...) void
+#define RB_KERNEL_REGISTERS(...) void
 
 struct uint2 {
   std::uint32_t x, y;
@@ -141,6 +142,7 @@ namespace rankbook::cuda {
 constexpr int kMostBlocksY = 128;
 constexpr std::size_t kMostDense = 8 * 1024;
 constexpr int kWideBranch = 10;
+constexpr int kUShareColumns = 64;
 
 template <typename T>
 T load(const T* address) {

@@ -16,6 +16,8 @@ from tests.plugins.ptx.memory import Array, Device
 KINDS = {"float32": "5Float", "float16": "4Half", "bfloat16": "6BFloat"}
 """The mangled names of the types of activations."""
 WARPS, PANEL = 8, 32
+U_SHARES = 2
+"""Blocks that share the columns of x down^T."""
 
 
 class MatmulKernel(c.Structure):
@@ -27,6 +29,7 @@ class MatmulKernel(c.Structure):
         ("arrivals", c.c_void_p),
         ("first_row", c.c_int),
         ("dense_rows", c.c_int),
+        ("u_shares", c.c_int),
     ]
 
 
@@ -67,7 +70,7 @@ class Module:
         if pattern not in self._kernels:
             kernel = parser.parse(self.text, pattern)
             self._kernels[pattern] = kernel, semantics.compile_kernel(kernel)
-        machine.run(*self._kernels[pattern], device, arguments, grid=grid, shared=shared)
+        machine.run(*self._kernels[pattern], device, arguments, grid=grid, shared=shared, threads=machine.WARP * WARPS)
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -114,11 +117,13 @@ def matmul(
 
 def _branch_down(module: Module, device: Device, kernel: MatmulKernel, dtype: str) -> None:
     m = kernel.m
+    kernel.u_shares, filler = U_SHARES, np.full((U_SHARES, m.tokens, m.rank), np.nan, np.float32)
+    kernel.u = device.add(filler, writable=True)
     if m.tokens > 16 and dtype != "float32" and not m.down.scale_full and m.weight.columns % 16 == 0:
-        grid, shared = (ceil_div(m.rank, 16), ceil_div(m.tokens, 8)), 4 * WARPS * 16 * 8
+        grid, shared = (ceil_div(m.rank, 16) * U_SHARES, ceil_div(m.tokens, 8)), 4 * WARPS * 16 * 8
         module.launch(rf"branch_down_mma.*{KINDS[dtype]}ELi1E", device, bytes(kernel), grid, shared)
         return
-    grid = (ceil_div(m.rank, 4), ceil_div(m.tokens, 8))
+    grid = (ceil_div(m.rank, 4) * U_SHARES, ceil_div(m.tokens, 8))
     module.launch(f"branch_downI.*{KINDS[dtype]}E", device, bytes(kernel), grid, 4 * 32 * WARPS)
 
 
@@ -126,7 +131,7 @@ def arguments_of(
     device: Device, tensors: Mapping[str, Array], attributes: Mapping[str, Any], x: Array, dtype: str
 ) -> MatmulKernel:
     """Return the arguments of a product, everything in the memory of the device; y holds a filler."""
-    kernel = MatmulKernel(cuda_abi.product(device.add, tensors, attributes))
+    kernel = MatmulKernel(cuda_abi.product(device.add, tensors, attributes), u_shares=1)
     m = kernel.m
     m.x, m.type, m.tokens = device.add(x), emulated.TYPES[dtype], len(x)
     m.y = device.add(np.full((len(x), m.weight.rows), -1).astype(x.dtype), writable=True)

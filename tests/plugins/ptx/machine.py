@@ -161,13 +161,13 @@ def run(
         arguments: The bytes of its parameters.
         grid: Blocks in x, y and z.
         shared: Bytes of dynamic shared memory.
-        threads: Threads of a block; 0: what the kernel declares.
+        threads: Threads of a block; 0: what the kernel declares, if it declares any.
 
     Raises:
         PtxError: The kernel does what it must not.
     """
     state = State(kernel, device, (*grid, 1)[:3], threads or kernel.threads, shared, arguments)
-    if state.threads % WARP or (kernel.threads and state.threads > kernel.threads):
+    if not state.threads or state.threads % WARP or (kernel.threads and state.threads > kernel.threads):
         raise PtxError(f"{state.threads} threads are not whole warps or more than the {kernel.threads} of the kernel")
     schedule = Schedule(state)
     leaders = set(kernel.labels.values())

@@ -22,19 +22,21 @@ def test_shares_fill_waves(panels: int, steps: int, slots: int, taken: int, shar
 
 
 @pytest.mark.parametrize(
-    ("steps", "tiles", "slots", "most", "split"),
+    ("steps", "tiles", "slots", "most", "tokens", "split"),
     [
-        (64, 16, 132, 8, (8, 128, 8, 1, 128)),  # 4,096 rows and 17 tokens on an H100
-        (64, 128, 132, 4, (64, 128, 1, 1, 0)),  # 512 tokens: full without sharing
-        (128, 112, 132, 4, (109, 132, 3, 2, 244)),  # 28,672 rows: every multiprocessor has as much as every other
-        (40, 4, 3, 8, (54, 3, 2, 3, 6)),
-        (64, 300, 132, 1, (64, 300, 1, 1, 0)),  # sums of so many tiles have no room
+        (64, 16, 132, 32, 17, (8, 128, 8, 1, 128)),  # 4,096 rows and 17 tokens on an H100
+        (64, 4, 170, 32, 17, (2, 128, 32, 1, 128)),  # 1,024 rows on an RTX 5090: not 32 blocks
+        (64, 4, 132, 32, 64, (3, 88, 22, 1, 88)),  # more tokens, more to add up
+        (64, 128, 132, 4, 512, (64, 128, 1, 1, 0)),  # 512 tokens: full without sharing
+        (128, 112, 132, 4, 64, (109, 132, 3, 2, 244)),  # 28,672 rows: every multiprocessor has as much as every other
+        (40, 4, 3, 8, 64, (54, 3, 2, 3, 6)),
+        (64, 300, 132, 1, 64, (64, 300, 1, 1, 0)),  # sums of so many tiles have no room
     ],
 )
 def test_tiles_are_cut_evenly_where_they_leave_places_empty(
-    steps: int, tiles: int, slots: int, most: int, split: tuple[int, ...]
+    steps: int, tiles: int, slots: int, most: int, tokens: int, split: tuple[int, ...]
 ) -> None:
-    assert layer_time.Split.best(steps, tiles, slots, most) == layer_time.Split(*split)
+    assert layer_time.Split.best(steps, tiles, slots, most, tokens) == layer_time.Split(*split)
 
 
 def test_bytes_of_a_layer() -> None:

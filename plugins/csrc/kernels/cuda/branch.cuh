@@ -20,16 +20,19 @@ namespace rankbook::cuda {
 // from the second-level cache but for the first; with a rank of 32 and one token there are 8 blocks, which read 16 KB each
 // in about the time of one access to memory.
 constexpr int kBranchRanks = 4, kBranchTokens = 8;
+// The most blocks that share the columns, and the most tokens for which they do, see `branch_shares`.
+constexpr int kMostUShares = 4, kMostUTokens = 64;
 
 // Arguments of every kernel of a product. What they point to lies in the workspace.
 struct MatmulKernel {
   Matmul m;
-  float* u = nullptr;             // (M, R)
+  float* u = nullptr;             // (u_shares, M, R)
   void* dense = nullptr;          // (dense_rows, K)
   float* shares = nullptr;        // sums of blocks that share outputs, see `reduce_and_store` and `store_share`
   unsigned* arrivals = nullptr;   // (panels) blocks that have left their sums; null where no panel is shared
   int first_row = 0;              // of the part of the weight that `dense` holds
   int dense_rows = 0;
+  int u_shares = 1;               // blocks that share the columns of x down^T: the sum of what they left is u
 };
 
 // Where the tokens of a product are in x, y and u: all of them, in their order. `ListedTokens` (experts.cuh) are some.
@@ -131,12 +134,18 @@ RB_DEVICE void store_u(const Matmul& m, int rank, int token, float sum, float* u
   store(u + static_cast<std::size_t>(token) * m.rank + rank, sum * scale);
 }
 
-// u of four ranks and up to eight tokens from `first` on; the warps share the columns. Shared memory: the sums of the warps.
+// Where a block that has one of the shares of the columns leaves its part of u.
+RB_DEVICE float* share_of_u(const MatmulKernel& arguments, int share) {
+  return arguments.u + static_cast<std::size_t>(share) * arguments.m.tokens * arguments.m.rank;
+}
+
+// u of four ranks and up to eight tokens from `first` on; the warps share the columns, or a share of them. Shared memory: the
+// sums of the warps.
 template <typename T, typename Tokens>
-RB_DEVICE void multiply_down(const MatmulKernel& arguments, const Tokens& tokens, int rank, int first) {
+RB_DEVICE void multiply_down(const MatmulKernel& arguments, const Tokens& tokens, int rank, int first, int share = 0) {
   const int lane = thread_index() & 31, warp = thread_index() >> 5;
   float sums[32] = {};
-  down_sums<T>(arguments.m, tokens, rank, first, warp, kWarps, sums);
+  down_sums<T>(arguments.m, tokens, rank, first, share * kWarps + warp, arguments.u_shares * kWarps, sums);
   auto* partial = reinterpret_cast<float*>(shared_memory());
   partial[32 * warp + lane] = sum_of_lanes<>(sums);
   barrier();
@@ -146,21 +155,23 @@ RB_DEVICE void multiply_down(const MatmulKernel& arguments, const Tokens& tokens
 #pragma unroll
   for (int other = 0; other < kWarps; ++other) sum += partial[32 * other + lane];
   const int token = first + lane % kBranchTokens;
-  if (token < tokens.count) store_u(arguments.m, rank + lane / kBranchTokens, tokens.at(token), sum, arguments.u);
+  if (token >= tokens.count) return;
+  store_u(arguments.m, rank + lane / kBranchTokens, tokens.at(token), sum, share_of_u(arguments, share));
 }
 
-// Blocks (x: 4 ranks, y: 8 tokens).
+// Blocks (x: 4 ranks, for each share of the columns; y: 8 tokens).
 template <typename T>
 RB_KERNEL(2) branch_down(MatmulKernel arguments) {
   let_next_start();
   if (block_x() == 0 && block_y() == 0) clear_arrivals(arguments.arrivals, arguments.m.weight.rows);
-  multiply_down<T>(arguments, AllTokens{arguments.m.tokens}, block_x() * kBranchRanks, block_y() * kBranchTokens);
+  const int shares = arguments.u_shares, rank = block_x() / shares * kBranchRanks;
+  multiply_down<T>(arguments, AllTokens{arguments.m.tokens}, rank, block_y() * kBranchTokens, block_x() % shares);
 }
 
 // The same by tensor cores for many tokens, where `down` is stored as int8, whose codes are exact in fp16 and bfloat16.
-// Blocks (x: 16 ranks, y: 8 kTiles tokens); the warps share the columns. Ranks are the rows of operand A, tokens the columns
-// of B; a lane takes 16 neighbouring columns of both, as in decode_mma.cuh. `branch_down` would read x R / 4 times: at 1,024
-// tokens longer than a fifth of the product takes. Shared memory: the sums of the warps.
+// Blocks (x: 16 ranks, for each share of the columns; y: 8 kTiles tokens), whose warps share the columns. Ranks are the rows of
+// operand A, tokens the columns of B; a lane takes 16 neighbouring columns of both, as in decode_mma.cuh. `branch_down` would
+// read x R / 4 times: at 1,024 tokens longer than a fifth of the product takes. Shared memory: the sums of the warps.
 constexpr int kBranchMmaRanks = 16;
 constexpr std::size_t branch_mma_bytes(int tiles) { return sizeof(float) * kWarps * kBranchMmaRanks * 8 * tiles; }
 
@@ -176,11 +187,12 @@ RB_DEVICE void floats_of_codes(std::uint32_t codes, std::uint32_t& low, std::uin
 }
 
 template <typename T, int kTiles>
-RB_KERNEL(4) branch_down_mma(MatmulKernel arguments) {
+RB_KERNEL(5) branch_down_mma(MatmulKernel arguments) {
   constexpr int kColumns = 64;  // of a warp and step
   const Matmul& m = arguments.m;
   const int lane = thread_index() & 31, warp = thread_index() >> 5, p = lane >> 2, q = lane & 3;
-  const int first_rank = block_x() * kBranchMmaRanks, first_token = block_y() * 8 * kTiles, columns = m.weight.columns;
+  const int shares = arguments.u_shares, share = block_x() % shares, columns = m.weight.columns;
+  const int first_rank = block_x() / shares * kBranchMmaRanks, first_token = block_y() * 8 * kTiles;
   let_next_start();
   const std::int8_t* down[2];  // ranks and tokens that do not exist repeat the last ones: rows and columns do not mix
 #pragma unroll
@@ -196,7 +208,7 @@ RB_KERNEL(4) branch_down_mma(MatmulKernel arguments) {
   }
   float sums[kTiles][4] = {};
 #pragma unroll(kTiles == 1 ? 4 : 1)
-  for (int k = kColumns * warp + 16 * q; k - 16 * q < columns; k += kColumns * kWarps) {
+  for (int k = kColumns * (share * kWarps + warp) + 16 * q; k - 16 * q < columns; k += kColumns * kWarps * shares) {
     uint4 codes[2] = {{0u, 0u, 0u, 0u}, {0u, 0u, 0u, 0u}};
     if (k < columns) {  // rows are multiples of 16
 #pragma unroll
@@ -238,19 +250,27 @@ RB_KERNEL(4) branch_down_mma(MatmulKernel arguments) {
     float sum = 0.0f;
 #pragma unroll
     for (int other = 0; other < kWarps; ++other) sum += partial[kSums * other + i];
-    store_u(m, first_rank + i % kBranchMmaRanks, first_token + i / kBranchMmaRanks, sum, arguments.u);
+    store_u(m, first_rank + i % kBranchMmaRanks, first_token + i / kBranchMmaRanks, sum, share_of_u(arguments, share));
   }
 }
 
-// Four neighbouring elements of u, zero past the last rank.
-RB_DEVICE void read_u(const float* u, int rank, int ranks, float (&out)[4]) {
-  if ((ranks & 3) == 0) {
-    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (rank < ranks) v = load_fresh(reinterpret_cast<const float4*>(u + rank));
-    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-  } else {
+// Four neighbouring elements of u of a token, zero past the last rank; shares are added in their order.
+RB_DEVICE void read_u(const MatmulKernel& arguments, int token, int rank, float (&out)[4]) {
+  const int ranks = arguments.m.rank;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = rank + i < ranks ? load_fresh(u + rank + i) : 0.0f;
+  for (int i = 0; i < 4; ++i) out[i] = 0.0f;
+#pragma unroll
+  for (int share = 0; share < kMostUShares; ++share) {  // unrolled, so that their loads are on the way together
+    const bool exists = share < arguments.u_shares;
+    const float* u = share_of_u(arguments, share) + static_cast<std::size_t>(token) * ranks + rank;
+    if ((ranks & 3) == 0) {
+      float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (exists && rank < ranks) v = load_fresh(reinterpret_cast<const float4*>(u));
+      out[0] += v.x, out[1] += v.y, out[2] += v.z, out[3] += v.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] += exists && rank + i < ranks ? load_fresh(u + i) : 0.0f;
+    }
   }
 }
 
@@ -258,11 +278,10 @@ RB_DEVICE void read_u(const float* u, int rank, int ranks, float (&out)[4]) {
 RB_DEVICE float epilogue(const MatmulKernel& arguments, int token, int row) {
   const Matmul& m = arguments.m;
   float sum = load(m.bias + (m.bias_full ? row : 0));
-  const float* u = arguments.u + static_cast<std::size_t>(token) * m.rank;
   for (int r = 0; r < m.rank; r += 4) {
     float up[4], values[4];
     read_factor(m.up, row, r, m.rank, up);
-    read_u(u, r, m.rank, values);
+    read_u(arguments, token, r, values);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum += values[i] * up[i];
   }
@@ -342,7 +361,17 @@ inline int panel_shares(const Matmul& m, int steps, int slots, int taken) {
   return best;
 }
 
-// Blocks of `branch_down`.
+// Blocks of `branch_down` for each share of the columns.
 inline dim3 branch_grid(const Matmul& m) { return dim3(ceil_div(m.rank, kBranchRanks), ceil_div(m.tokens, kBranchTokens)); }
+
+// How many blocks share the columns of x down^T. A block reads what it multiplies at the rate of one multiprocessor: 4,096
+// columns take 1.5 to 2.3 us on an H100. Who reads u adds the shares up, which pays while tokens are few; up to 16 tokens
+// only where the product does not run beside it (`early`).
+inline int branch_shares(const Matmul& m, bool early) {
+  const bool few = m.tokens <= kMaxDecodeTokens;
+  if (m.tokens > kMostUTokens || (few && early)) return 1;
+  const int shares = m.weight.columns / (few ? 2 * kUShareColumns : kUShareColumns);
+  return shares < 1 ? 1 : (shares < kMostUShares ? shares : kMostUShares);
+}
 
 }  // namespace rankbook::cuda

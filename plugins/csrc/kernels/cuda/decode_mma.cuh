@@ -163,6 +163,51 @@ struct Steps {
   }
 };
 
+// What a warp reads of a panel for steps `step` to `last`: codes a step ahead of the products, parameters a group ahead.
+template <int kBits, int kPlanes>
+struct PanelReader {
+  using U = Unit<kBits>;
+  using C = Chunk<kBits>;
+
+  int panel, p, q, chunks, chunk;  // the lane's chunk of the step
+  const uint4* codes;
+  C ahead = {};
+  PanelParams<kPlanes> params;
+  typename PanelParams<kPlanes>::Words words = {};
+  bool common;
+  int group;
+
+  // Lanes without columns keep what they have: every byte is a valid code, and their activations are zero.
+  RB_DEVICE PanelReader(const PackedWeight& w, const Steps<kBits>& steps, int panel_, int step, int last)
+      : panel(panel_), p((thread_index() & 31) >> 2), q(thread_index() & 3), params(w, panel_, 4 * p), common(params.common(w)) {
+    const int units = U::count(w.columns);
+    chunks = units / U::kChunk, chunk = 4 * step + q;
+    const auto* of_panel = reinterpret_cast<const uint4*>(w.codes + static_cast<std::size_t>(panel) * units * U::kWords * kPanel);
+    prefetch_codes<kBits>(of_panel, 4 * step, 4 * last < chunks ? 4 * last : chunks);
+    codes = of_panel + static_cast<std::size_t>(chunk) * C::kPitch + p;
+    if (step < last && chunk < chunks) ahead.load_from(codes);
+    fetch_group(w, steps.group(step, q));
+  }
+
+  RB_DEVICE void fetch_group(const PackedWeight& w, int next) {
+    group = next;
+    if (common) params.fetch(w, group, words);
+  }
+
+  RB_DEVICE GroupNumbers<kPlanes> numbers(const PackedWeight& w) const {
+    return common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p);
+  }
+
+  // The codes of a step; those of the next one, if there is one, are asked for.
+  RB_DEVICE C next_codes(bool more) {
+    const C now = ahead;
+    codes += 4 * C::kPitch;
+    chunk += 4;
+    if (more && chunk < chunks) ahead.load_from(codes);
+    return now;
+  }
+};
+
 // Table and sums share their memory: the table is not needed once the products are done.
 template <int kBits, int kPlanes, typename T>
 struct DecodeShared {
@@ -179,37 +224,26 @@ struct DecodeShared {
 // and the table shared, and a layer of 4,096 rows still has 128 blocks.
 template <int kBits, int kPlanes, int kTiles, typename T, bool kShared = true, typename Tokens>
 RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments, const Tokens& tokens) {
-  using U = Unit<kBits>;
   using C = Chunk<kBits>;
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
   let_next_start();
   const int lane = thread_index() & 31, warp = (kShared ? block_y() * kWarps : 0) + (thread_index() >> 5), panel = block_x();
-  const int p = lane >> 2, q = lane & 3, units = U::count(w.columns), chunks = units / U::kChunk;
+  const int p = lane >> 2, q = lane & 3;
 
   const Steps<kBits> steps(w);
   const int warps = kShared ? grid_y() * kWarps : kWarps, share = (steps.count + warps - 1) / warps;
-  int step = warp * share, chunk = 4 * step + q;
+  int step = warp * share;
   const int last = step + share < steps.count ? step + share : steps.count;
-  // The first codes and parameters are on their way while the table is made. Lanes without columns keep what they have:
-  // every byte is a valid code, and their activations are zero.
-  const auto* of_panel = reinterpret_cast<const uint4*>(w.codes + static_cast<std::size_t>(panel) * units * U::kWords * kPanel);
-  prefetch_codes<kBits>(of_panel, 4 * step, 4 * last < chunks ? 4 * last : chunks);
-  const auto* codes = of_panel + static_cast<std::size_t>(chunk) * C::kPitch + p;
-  C ahead = {};
-  if (step < last && chunk < chunks) ahead.load_from(codes);
-  PanelParams<kPlanes> params(w, panel, 4 * p);
-  typename PanelParams<kPlanes>::Words words = {};
-  const bool common = params.common(w);
-  int group = steps.group(step, q);
-  if (common) params.fetch(w, group, words);
+  // The first codes and parameters are on their way while the table is made.
+  PanelReader<kBits, kPlanes> reader(w, steps, panel, step, last);
 
   float scales[kPlanes];
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
     scales[plane] = plane < w.planes() ? plane_scale<kBits>(w, plane) : 1.0f;  // the same branch in all lanes
   }
-  params.prepare(w, panel, scales);
+  reader.params.prepare(w, panel, scales);
   typename LookupOf<T, kBits, kPlanes>::Type lookup;
   lookup.prepare(w, scales, shared_memory());
   barrier();
@@ -220,22 +254,18 @@ RB_DEVICE void multiply_panel_mma(const MatmulKernel& arguments, const Tokens& t
     const int token = 8 * tile + p;  // columns of B do not mix: an absent token may hold whatever another one holds
     x[tile] = reinterpret_cast<const uint4*>(
         static_cast<const std::uint16_t*>(m.x) +
-        static_cast<std::size_t>(tokens.at(token < tokens.count ? token : tokens.count - 1)) * w.columns + chunk * C::kColumns);
+        static_cast<std::size_t>(tokens.at(token < tokens.count ? token : tokens.count - 1)) * w.columns + reader.chunk * C::kColumns);
   }
-  int left = w.columns - chunk * C::kColumns;                    // inputs from the lane's chunk on
-  int warp_left = w.columns - (chunk - q + 4) * C::kColumns;     // inputs behind the warp's step
+  int left = w.columns - reader.chunk * C::kColumns;                    // inputs from the lane's chunk on
+  int warp_left = w.columns - (reader.chunk - q + 4) * C::kColumns;     // inputs behind the warp's step
   float sums[2][kTiles][4] = {};
   int end = step / steps.span * steps.span;
   while (step < last) {
-    lookup.set_group(common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p));
+    lookup.set_group(reader.numbers(w));
     end = end + steps.span < last ? end + steps.span : last;
-    group = steps.group(end, q);
-    if (common) params.fetch(w, group, words);
+    reader.fetch_group(w, steps.group(end, q));
     for (; step < end; ++step) {
-      const C now = ahead;
-      codes += 4 * C::kPitch;
-      chunk += 4;
-      if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
+      const C now = reader.next_codes(step + 1 < last);
       std::uint32_t b[kTiles][C::kColumns / 2];
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {

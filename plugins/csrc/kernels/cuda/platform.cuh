@@ -19,10 +19,20 @@
 // Everything is inlined into its kernel: a call would put arrays of registers into memory.
 #define RB_DEVICE __device__ __forceinline__
 #define RB_KERNEL(...) __global__ void __launch_bounds__(rankbook::cuda::kWarps * 32, __VA_ARGS__)
+#define RB_KERNEL_REGISTERS(...) __global__ void __maxnreg__(__VA_ARGS__)
 
 namespace rankbook::cuda {
 
 constexpr int kMostBlocksY = 65535;  // of a grid; in x there may be 2^31 - 1
+
+// Registers of a thread of a kernel of which one block runs on a multiprocessor, so that one of `branch_down_mma`, with 40 or 48,
+// has room beside it, where kernels start early.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kRegistersBeside = 208;
+#else
+constexpr int kRegistersBeside = 255;
+#endif
+
 // Bytes of a dense weight in scratch: one that needs more (1 GB in fp16 for a head of 128,256 x 4,096) is decoded and
 // multiplied in parts. A part this large still has 4,096 rows of 16,384 inputs, enough blocks for any GPU.
 constexpr std::size_t kMostDense = std::size_t{128} << 20;
@@ -30,6 +40,9 @@ constexpr std::size_t kMostDense = std::size_t{128} << 20;
 // Blocks from which one of `branch_down_mma` takes 16 tokens and not 8: `down` is read half as often then, and beside one block
 // a multiprocessor has room for one of the product.
 constexpr int kWideBranch = 128;
+
+// Columns for which one block more shares x down^T, see `branch_shares`.
+constexpr int kUShareColumns = 1024;
 
 template <typename T>
 RB_DEVICE T load(const T* address) {

@@ -13,7 +13,7 @@
 // Where tiles would leave multiprocessors idle, all of them or in a last wave, the steps of all tiles, one after another,
 // are cut evenly (Osama et al. 2023, "Stream-K"): a block may end one tile and begin the next, and `add_shares` adds up what
 // blocks have of tiles that several work on. By arithmetic a layer of 4,096 x 4,096 at 17 tokens takes 30 us on an H100 with
-// 16 blocks and 5 with 128 of them (tools/dev/layer_time.py).
+// 16 blocks and 5 with 128 of them (tools/dev/layer_time.py). Blocks that share a tile share the ranks of the error branch too.
 #pragma once
 
 #include "kernels/cuda/decode_mma.cuh"
@@ -57,25 +57,50 @@ struct PrefillTile {
   }
 };
 
-// Adds u up^T to the sums of a warp in plain fp32: R x 64 multiply-adds a lane, at R = 128 as much work as the product.
-template <int kTiles, typename Tokens>
-RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, const Tokens& tokens, int row, int token, float (&sums)[2][kTiles][4]) {
-  const Matmul& m = arguments.m;
-  for (int r = 0; r < m.rank; r += 4) {
+// The second half of the error branch takes sixteen ranks at a time, and brings u for up to four of these turns at once.
+constexpr int kTurnRanks = 16, kTurns = 4;
+
+// Which turns a block has of a tile: blocks that share it have one after the other.
+struct BranchTurns {
+  int share, shares;
+
+  constexpr int first() const { return kTurnRanks * share; }
+  constexpr int pitch() const { return kTurnRanks * shares; }
+};
+
+// Brings u of the tokens of a tile for the turns from rank `first` on to shared memory, (turns, tokens, 16), where the stages of x
+// were. Read by every warp for itself it would come eight times, and take registers that the loop has not left.
+template <int kTokens, typename Tokens>
+RB_DEVICE void bring_u(const MatmulKernel& arguments, const Tokens& tokens, int first_token, int first, int pitch, float4* staged) {
+  static_assert(kTokens * kTurnRanks / 4 == kWarps * 32, "four ranks of a token for each thread");
+  const int at = first_token + thread_index() / 4, token = tokens.at(at < tokens.count ? at : tokens.count - 1);
+  barrier();  // no warp reads what is there any more
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    float u[4];
+    read_u(arguments, token, first + turn * pitch + 4 * (thread_index() % 4), u);
+    staged[turn * kWarps * 32 + thread_index()] = float4{u[0], u[1], u[2], u[3]};
+  }
+  barrier();
+}
+
+// Adds u up^T for sixteen ranks to the sums of a warp in plain fp32: 1,024 multiply-adds a lane, at R = 128 as much work as the product.
+template <int kTiles>
+RB_DEVICE void add_turn_plain(const Matmul& m, int row, int first, const float4* staged, float (&sums)[2][kTiles][4]) {
+  for (int piece = 0; piece < kTurnRanks / 4 && first + 4 * piece < m.rank; ++piece) {
     float up[4][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) read_factor(m.up, row + i < m.weight.rows ? row + i : m.weight.rows - 1, r, m.rank, up[i]);
+    for (int i = 0; i < 4; ++i) {
+      read_factor(m.up, row + i < m.weight.rows ? row + i : m.weight.rows - 1, first + 4 * piece, m.rank, up[i]);
+    }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const int at = token + 8 * tile + column;
-        float u[4];
-        read_u(arguments.u + static_cast<std::size_t>(tokens.at(at < tokens.count ? at : tokens.count - 1)) * m.rank, r, m.rank, u);
+        const float4 u = staged[4 * (8 * tile + 2 * (thread_index() & 3) + column) + piece];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[i / 2][tile][2 * (i % 2) + column] += u[k] * up[i][k];
+        for (int i = 0; i < 4; ++i) {
+          sums[i / 2][tile][2 * (i % 2) + column] += u.x * up[i][0] + u.y * up[i][1] + u.z * up[i][2] + u.w * up[i][3];
         }
       }
     }
@@ -85,35 +110,45 @@ RB_DEVICE void add_branch_plain(const MatmulKernel& arguments, const Tokens& tok
 // The same on tensor cores where `up` is stored as int8, whose codes are exact in bfloat16. u goes in three terms of 8 bits
 // of mantissa each, which together are the fp32 number: 3 R / 16 products a tile where the main loop has K / 16, 2 % at a
 // rank of 32 and 4,096 inputs. Fragments as in the main loop: lane q holds ranks 4 q .. 4 q + 3 of sixteen.
-template <int kTiles, typename Tokens>
-RB_DEVICE void add_branch(const MatmulKernel& arguments, const Tokens& tokens, int row, int first_token, float (&sums)[2][kTiles][4]) {
-  const Matmul& m = arguments.m;
-  const int p = (thread_index() & 31) >> 2, q = thread_index() & 3;
-  if (!kHasBFloatMma || !m.up.codes_full) return add_branch_plain(arguments, tokens, row, first_token + 2 * q, sums);
-#pragma unroll 1
-  for (int first = 0; first < m.rank; first += 16) {
-    const int rank = first + 4 * q;
-    std::uint32_t a[2][4];
+template <int kTiles>
+RB_DEVICE void add_turn(const Matmul& m, int row, int first, const float4* staged, float (&sums)[2][kTiles][4]) {
+  const int lane = thread_index() & 31;
+  std::uint32_t a[2][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float up[4];
-      read_factor(m.up, row + i < m.weight.rows ? row + i : m.weight.rows - 1, rank, m.rank, up);
-      a[i / 2][i % 2] = pack_bfloat(up[0], up[1]);
-      a[i / 2][2 + i % 2] = pack_bfloat(up[2], up[3]);
+  for (int i = 0; i < 4; ++i) {
+    float up[4];
+    read_factor(m.up, row + i < m.weight.rows ? row + i : m.weight.rows - 1, first + 4 * (lane & 3), m.rank, up);
+    a[i / 2][i % 2] = pack_bfloat(up[0], up[1]);
+    a[i / 2][2 + i % 2] = pack_bfloat(up[2], up[3]);
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    float4 u = staged[32 * tile + lane];  // of token 8 tile + lane / 4
+#pragma unroll
+    for (int term = 0; term < 3; ++term) {
+      const std::uint32_t b0 = pack_bfloat(u.x, u.y), b1 = pack_bfloat(u.z, u.w);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma_bfloat(sums[i][tile], a[i], b0, b1);
+      u.x -= float_of(b0 << 16), u.y -= float_of(b0 & 0xffff0000u);
+      u.z -= float_of(b1 << 16), u.w -= float_of(b1 & 0xffff0000u);
     }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int token = first_token + 8 * tile + p;
-      float u[4];
-      read_u(arguments.u + static_cast<std::size_t>(tokens.at(token < tokens.count ? token : tokens.count - 1)) * m.rank, rank, m.rank, u);
-#pragma unroll
-      for (int term = 0; term < 3; ++term) {
-        const std::uint32_t b0 = pack_bfloat(u[0], u[1]), b1 = pack_bfloat(u[2], u[3]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) mma_bfloat(sums[i][tile], a[i], b0, b1);
-        u[0] -= float_of(b0 << 16), u[1] -= float_of(b0 & 0xffff0000u);
-        u[2] -= float_of(b1 << 16), u[3] -= float_of(b1 & 0xffff0000u);
-      }
+  }
+}
+
+// Adds the block's turns of u up^T to the sums of a tile.
+template <int kTiles, typename Tokens>
+RB_DEVICE void add_branch(const MatmulKernel& arguments, const Tokens& tokens, int row, int first_token, const BranchTurns& turns,
+                          float4* staged, float (&sums)[2][kTiles][4]) {
+  const Matmul& m = arguments.m;
+#pragma unroll 1
+  for (int first = turns.first(); first < m.rank; first += kTurns * turns.pitch()) {
+    bring_u<8 * kTiles>(arguments, tokens, first_token, first, turns.pitch(), staged);
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns && first + turn * turns.pitch() < m.rank; ++turn) {
+      const int rank = first + turn * turns.pitch();
+      const float4* of_turn = staged + turn * kWarps * 32;
+      if (kHasBFloatMma && m.up.codes_full) add_turn(m, row, rank, of_turn, sums);
+      else add_turn_plain(m, row, rank, of_turn, sums);
     }
   }
 }
@@ -181,23 +216,24 @@ RB_DEVICE void store_tiles(const Matmul& m, const Tokens& tokens, int row, int t
 template <int kTiles>
 RB_DEVICE void store_share(const MatmulKernel& arguments, int share, int row, int token, const float (&sums)[2][kTiles][4]) {
   const Matmul& m = arguments.m;
-  const std::size_t rows = static_cast<std::size_t>((m.weight.rows + kPanel - 1) / kPanel) * kPanel;
+  const int rows = (m.weight.rows + kPanel - 1) / kPanel * kPanel;
   float* to = arguments.shares + static_cast<std::size_t>(share) * m.tokens * rows + row;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       const int at = token + 8 * tile + column;
-      if (at >= m.tokens) continue;
+      if (at >= m.tokens || row >= rows) continue;
       store(reinterpret_cast<float4*>(to + static_cast<std::size_t>(at) * rows),
             float4{sums[0][tile][column], sums[0][tile][2 + column], sums[1][tile][column], sums[1][tile][2 + column]});
     }
   }
 }
 
-// Adds up what `prefill_mma` left in `shares`, with bias and branch. A kernel of its own, over all multiprocessors: the last
-// block of a tile to arrive would read 64 KB for each share alone, for longer than the product took. Blocks (x: 128 rows,
-// y: 8 tokens), all of one tile; a lane takes four rows of a token.
+// Adds up what `prefill_mma` left in `shares`. A kernel of its own, over all multiprocessors: the last block of a tile to
+// arrive would read 64 KB for each share alone, for longer than the product took. Nothing but sums: bias and branch are in the
+// shares, for here every token would read `up` again. Blocks (x: 128 rows, y: 8 tokens), all of one tile; a lane takes four
+// rows of a token.
 template <typename T>
 RB_KERNEL(2) add_shares(PrefillKernel arguments) {
   const Matmul& m = arguments.k.m;
@@ -206,9 +242,7 @@ RB_KERNEL(2) add_shares(PrefillKernel arguments) {
   wait_for_earlier();
   if (shares == 1 || row >= m.weight.rows || token >= m.tokens) return;  // no barrier follows
   const std::size_t rows = static_cast<std::size_t>((m.weight.rows + kPanel - 1) / kPanel) * kPanel;
-  float sums[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = row + i < m.weight.rows ? epilogue(arguments.k, token, row + i) : 0.0f;
+  float sums[4] = {};
   // In the order of the shares, whoever wrote them first: results repeat bit for bit.
   for (int share = 0; share < shares; ++share) {
     const std::size_t at = (static_cast<std::size_t>(share) * m.tokens + token) * rows + row;
@@ -233,14 +267,12 @@ RB_KERNEL(2) add_shares(PrefillKernel arguments) {
 // second-level cache, while each reads codes of its own.
 template <int kBits, int kPlanes, typename T, typename Tokens>
 RB_DEVICE void multiply_tiles_mma(const MatmulKernel& arguments, const Tokens& tokens, const Split& split) {
-  using U = Unit<kBits>;
   using C = Chunk<kBits>;
   using Tile = PrefillTile<T, kBits, kPlanes>;
   constexpr int kTiles = Tile::kTiles, kRounds = C::kColumns / 16;  // four products, 16 columns of a chunk, to a round
   const Matmul& m = arguments.m;
   const PackedWeight& w = m.weight;
   const int lane = thread_index() & 31, p = lane >> 2, q = lane & 3, panels = (w.rows + kPanel - 1) / kPanel;
-  const int units = U::count(w.columns), chunks = units / U::kChunk;
   const unsigned stages = shared_address(shared_memory()) + static_cast<unsigned>(Tile::Lookup::kBytes);
 
   const Steps<kBits> steps(w);
@@ -266,33 +298,19 @@ RB_DEVICE void multiply_tiles_mma(const MatmulKernel& arguments, const Tokens& t
       if (step + i < last) Tile::copy(m, tokens, first_token, step + i, stages + i * Tile::kStageBytes);
       commit_copies();
     }
-    int chunk = 4 * step + q;
-    const auto* of_panel = reinterpret_cast<const uint4*>(w.codes + static_cast<std::size_t>(panel) * units * U::kWords * kPanel);
-    prefetch_codes<kBits>(of_panel, 4 * step, 4 * last < chunks ? 4 * last : chunks);
-    const auto* codes = of_panel + static_cast<std::size_t>(chunk) * C::kPitch + p;
-    C ahead = {};
-    if (step < last && chunk < chunks) ahead.load_from(codes);
-    PanelParams<kPlanes> params(w, panel, 4 * p);
-    typename PanelParams<kPlanes>::Words words = {};
-    const bool common = params.common(w);
-    int group = steps.group(step, q);
-    if (common) params.fetch(w, group, words);
-    params.prepare(w, panel, scales);
+    PanelReader<kBits, kPlanes> reader(w, steps, panel, step, last);
+    reader.params.prepare(w, panel, scales);
     if (first) lookup.prepare(w, scales, shared_memory());
 
     float sums[2][kTiles][4] = {};
     // A share may begin inside a group: `end` is then that of the group it is in.
     int stage = 0, end = step / steps.span * steps.span;
     while (step < last) {
-      lookup.set_group(common ? params.numbers(words) : params.numbers(w, panel, group, 4 * p));
+      lookup.set_group(reader.numbers(w));
       end = end + steps.span < last ? end + steps.span : last;
-      group = steps.group(end, q);
-      if (common) params.fetch(w, group, words);
+      reader.fetch_group(w, steps.group(end, q));
       for (; step < end; ++step) {
-        const C now = ahead;
-        codes += 4 * C::kPitch;
-        chunk += 4;
-        if (step + 1 < last && chunk < chunks) ahead.load_from(codes);
+        const C now = reader.next_codes(step + 1 < last);
         // The step is here for every warp, and no warp reads the one before it any more: its place takes a later one.
         // One barrier a step: it stands before the copies that overwrite the stage read last.
         wait_copies<Tile::kStages - 2>();
@@ -340,21 +358,19 @@ RB_DEVICE void multiply_tiles_mma(const MatmulKernel& arguments, const Tokens& t
       }
     }
     wait_for_earlier();
-    if (wanted >= panels) continue;
-    const int row = panel * kPanel + 4 * p, token = first_token + 2 * q;
-    if (to - begin < split.steps) {
-      store_share(arguments, block_x() - split.first_block(tile), row, token, sums);
-    } else {
-      add_branch(arguments, tokens, row, first_token, sums);
-      add_bias(m, row, sums);
-      store_tiles<T>(m, tokens, row, token, sums);
-    }
+    const int row = wanted * kPanel + 4 * p, token = first_token + 2 * q;
+    const int share = block_x() - split.first_block(tile), shares = split.blocks_of(tile);
+    auto* staged = reinterpret_cast<float4*>(shared_memory() + Tile::Lookup::kBytes);
+    add_branch(arguments, tokens, row, first_token, {share, shares}, staged, sums);
+    if (share == 0) add_bias(m, row, sums);
+    if (shares > 1) store_share(arguments, share, row, token, sums);
+    else store_tiles<T>(m, tokens, row, token, sums);
   }
 }
 
-// Blocks take steps as `Split` says.
+// Blocks take steps as `Split` says. With 3 bits it would spill what it holds if it left room for x down^T.
 template <int kBits, int kPlanes, typename T>
-RB_KERNEL(1) prefill_mma(PrefillKernel arguments) {
+RB_KERNEL_REGISTERS(kBits == 3 ? 255 : kRegistersBeside) prefill_mma(PrefillKernel arguments) {
   let_next_start();
   multiply_tiles_mma<kBits, kPlanes, T>(arguments.k, AllTokens{arguments.k.m.tokens}, arguments.split);
 }

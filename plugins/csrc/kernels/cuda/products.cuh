@@ -47,7 +47,7 @@ Status down(const MatmulKernel& k, Start start, void* stream) {
     const bool pieces = factor.codes_full && !factor.scale_full && k.m.weight.columns % 16 == 0 && !misaligned(factor.codes, 16);
     const int across = ceil_div(k.m.rank, kBranchMmaRanks);
     const bool wide = across * ceil_div(k.m.tokens, 8) > kWideBranch;
-    const dim3 grid(across, ceil_div(k.m.tokens, wide ? 16 : 8)), plain = branch_grid(k.m);
+    const dim3 grid(across * k.u_shares, ceil_div(k.m.tokens, wide ? 16 : 8)), plain = branch_grid(k.m);
     // Fewer and longer blocks, which pay where they run beside the product or where the others are more than fit at once.
     const bool pays = starts_early(branch_down_mma<T, 1>) || static_cast<int>(plain.x * plain.y) > kWideBranch;
     if (k.m.tokens > kMaxDecodeTokens && pieces && pays) {
@@ -55,10 +55,13 @@ Status down(const MatmulKernel& k, Start start, void* stream) {
                   : launch(branch_down_mma<T, 1>, grid, branch_mma_bytes(1), stream, k, start);
     }
   }
-  return launch(branch_down<T>, branch_grid(k.m), sizeof(float) * 32 * kWarps, stream, k, start);
+  const dim3 each = branch_grid(k.m);
+  return launch(branch_down<T>, dim3(each.x * k.u_shares, each.y), sizeof(float) * 32 * kWarps, stream, k, start);
 }
 
-Status any_down(const MatmulKernel& k, Start start, void* stream) {
+// x down^T, with as many shares of its columns as `k` is told of here.
+Status any_down(MatmulKernel& k, Start start, void* stream) {
+  k.u_shares = branch_shares(k.m, starts_early(branch_down<Float>));
   if (k.m.type == DataType::kFloat32) return down<Float>(k, start, stream);
   return k.m.type == DataType::kFloat16 ? down<Half>(k, start, stream) : down<BFloat>(k, start, stream);
 }
@@ -139,8 +142,11 @@ void place_shares(MatmulKernel& k, char* at) {
   k.shares = reinterpret_cast<float*>(at + aligned(sizeof(unsigned) * ceil_div(k.m.weight.rows, kPanel)));
 }
 
-// u stands first in the workspace, in fp32, (M, R).
-std::size_t u_bytes(const Matmul& m) { return aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * m.tokens); }
+// u stands first in the workspace, in fp32, (shares, M, R): room for what any GPU takes, and for fewer tokens.
+std::size_t u_bytes(const Matmul& m) {
+  const int shared = kMostUShares * (m.tokens < kMostUTokens ? m.tokens : kMostUTokens);
+  return aligned(sizeof(float) * static_cast<std::size_t>(m.rank) * (m.tokens < shared ? shared : m.tokens));
+}
 
 // Products of one x. Every one has a place of its own in the workspace, because their kernels may run side by side.
 struct Products {
@@ -238,26 +244,18 @@ Status add_any_shares(const PrefillKernel& p, void* stream) {
   return launch(add_shares<T>, grid, 0, stream, p, Start::kEarly);
 }
 
-// More tokens, decoded in registers as well. Where no block has a whole tile only the kernel that adds up needs x down^T,
-// which then runs beside the product, on what that leaves free of the multiprocessors.
-Status many_tokens(const MatmulKernel& k, void* stream) {
+// More tokens, decoded in registers as well. The product needs x down^T at the end of a tile only, and runs beside it where
+// registers leave room for a block of both.
+Status many_tokens(MatmulKernel& k, void* stream) {
   const int bits = k.m.weight.bits;
+  const bool branch = k.m.rank > 0;
+  if (branch) {
+    if (const Status status = any_down(k, Start::kInTurn, stream); !status.ok()) return status;
+  }
   const PrefillKernel p{k, by_width(bits, [](auto width, const auto& m) { return width.prefill_split(m); }, k.m)};
-  const auto prefill = [&](Start start) {
-    return by_width(bits, [](auto width, const auto&... all) { return width.prefill(all...); }, p, start, stream);
-  };
-  const bool product_first = p.split.own < p.split.steps;
-  if (product_first) {
-    if (const Status status = prefill(Start::kInTurn); !status.ok()) return status;
-  }
-  if (k.m.rank > 0) {
-    const Status status = any_down(k, product_first ? Start::kEarly : Start::kInTurn, stream);
-    if (!status.ok()) return status;
-  }
-  if (!product_first) {
-    const Status status = prefill(k.m.rank > 0 ? Start::kEarly : Start::kInTurn);
-    if (!status.ok() || p.split.whole()) return status;
-  }
+  const Status status = by_width(
+      bits, [](auto width, const auto&... all) { return width.prefill(all...); }, p, branch ? Start::kEarly : Start::kInTurn, stream);
+  if (!status.ok() || p.split.whole()) return status;
   return k.m.type == DataType::kFloat16 ? add_any_shares<Half>(p, stream) : add_any_shares<BFloat>(p, stream);
 }
 
