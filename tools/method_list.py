@@ -83,7 +83,9 @@ def help_text(entry: MethodEntry) -> str:
     own = [item for item in entry.options if not item.flag]
     width = max((len(item.name) for item in own), default=0) + 2
     lines = [f"method {entry.name}: {entry.summary}" + (f" ({entry.source})" if entry.source else "")]
-    lines += [f"  flags above that it reads: {' '.join(item.flag for item in entry.options if item.flag)}"]
+    read = [f"{item.flag} {item.default}" for item in entry.options if item.flag]
+    text = f"flags above that it reads, with its defaults: {', '.join(read)}"
+    lines += textwrap.wrap(text, 98, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     if own:
         lines.append("  further options (--method-option KEY=VALUE ...):")
     for item in own:

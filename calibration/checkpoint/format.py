@@ -54,7 +54,7 @@ QUANT_METHOD = "rankbook"
 SHARD_BYTES = 2 << 30
 """Largest size of one safetensors file, unless a single tensor is larger."""
 _PIECE_BYTES = 64 << 20
-"""What is read of a file that stays open before it is opened anew."""
+"""What is read of files that stay open before they are opened anew."""
 
 
 @dataclass(frozen=True)

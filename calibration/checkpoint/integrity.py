@@ -157,9 +157,9 @@ class Streams:
     """
 
     def __init__(self, piece_bytes: int = 0) -> None:
-        """Open a file anew when ``piece_bytes`` were read of it: pages of an open file stay in memory."""
-        self._piece_bytes = piece_bytes
-        self._open: dict[Path, tuple[Any, int]] = {}
+        """Open files anew when ``piece_bytes`` were read: pages of an open file stay in memory."""
+        self._piece_bytes, self._read = piece_bytes, 0
+        self._open: dict[Path, Any] = {}
 
     def tensor(self, path: Path, name: str) -> Tensor:
         """Return a tensor by its name in a file.
@@ -168,10 +168,12 @@ class Streams:
             CheckpointError: The file cannot be read, or holds none.
         """
         with _readable(path):
-            stream, done = self._open.pop(path, None) or (safe_open(path, framework="pt"), 0)
+            if (stream := self._open.get(path)) is None:
+                stream = self._open[path] = safe_open(path, framework="pt")
             tensor: Tensor = stream.get_tensor(name)
-        if (done := done + tensor.nbytes) < self._piece_bytes:
-            self._open[path] = stream, done
+        self._read += tensor.nbytes
+        if self._read >= self._piece_bytes:
+            self._open, self._read = {}, 0
         return tensor
 
 

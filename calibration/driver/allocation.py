@@ -182,7 +182,7 @@ def choices(options: QuantizeOptions) -> list[Choice]:
         planes = range(1, (options.rank or _MOST_PLANES) + 1)
     if "branch" in options.allocate:
         branches = sorted({options.error_rank // part for part in (1, 2, 4)} | {0})
-    bits = layout.BITS if "bits" in options.allocate else (options.bits,)
+    bits = layout.BITS if "bits" in options.allocate else (options.code_bits(),)
     found = []
     for item in itertools.starmap(Choice, itertools.product(bits, planes, branches)):
         try:

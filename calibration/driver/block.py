@@ -26,10 +26,9 @@ from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.placement import Placement, Stream
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.threads import SMALL
 from rankbook.calibration.training.reconstruct import arithmetic, compute_dtype
 
-_SMALL = 1 << 22
-"""Weights of a layer up to which threads gain more from a layer each than from sharing one; bounds the memory."""
 _QUANTIZE_SHARE = 0.3
 """Share of a block's time that its closed-form solution takes where a training stage follows; only for the estimate."""
 
@@ -242,7 +241,7 @@ def _decoded(block: nn.Module, records: Mapping[str, QuantizedLinear]) -> Iterat
 def _is_small(block: nn.Module, name: str) -> bool:
     """Return whether a layer is solved on one thread; one of an expert is not, whose statistics are computed first."""
     weight: Any = block.get_submodule(name).weight
-    return matrix_of(name) is None and weight.numel() <= _SMALL
+    return matrix_of(name) is None and weight.numel() <= SMALL
 
 
 def _problem(block: nn.Module, name: str, statistics: Any) -> LayerProblem:

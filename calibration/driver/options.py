@@ -64,7 +64,7 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions, ClusterOptions):
     """
 
     method: str = option("lcq", f"how codes are chosen: {', '.join(method_names())}", metavar="M", group=WHAT)
-    bits: int = option(3, "bits of a code", choices=BITS, group=WHAT)
+    bits: int | None = option(None, "bits of a code; default: the method's", choices=BITS, group=WHAT)
     group_size: int | str = option(
         "auto", "weights that share a codebook: a number, auto or channel", metavar="G", parse=group_size, group=WHAT
     )
@@ -309,6 +309,10 @@ class QuantizeOptions(Seeded, DeviceOptions, MemoryOptions, ClusterOptions):
     def shaping(self) -> dict[str, Any]:
         """Return the options without those that say where it is computed: what shapes the result."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _PLACES}
+
+    def code_bits(self) -> int:
+        """Return the bits of a code: those given, or the method's own."""
+        return int(self.method_config().bits)
 
     def branch(self) -> str:
         """Return the kind of error branch that layers get, from the driver or from the method."""

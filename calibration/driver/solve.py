@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -68,22 +70,22 @@ class InProcess:
         for device in self.devices if len(self.devices) > 1 else list(self.devices) * len(tasks):
             free.put(device)
 
-        def one(position: int) -> Solved:
-            task, device = tasks[position], free.get()
-            tell(f"quantizing {task.name}", position / len(tasks))
+        begun, telling = itertools.count(), threading.Lock()
+
+        def one(task: LayerTask) -> Solved:
+            device = free.get()
+            with telling:
+                tell(f"quantizing {task.name}", next(begun) / len(tasks))
             try:
                 return solve_task(task.name, task.problem(), task.options, device)
             finally:
                 free.put(device)
 
-        places = range(len(tasks))
         if len(self.devices) > 1:
             with ThreadPoolExecutor(len(self.devices)) as pool:
-                return list(pool.map(one, places))
-        small = [place for place in places if tasks[place].small]
+                return list(pool.map(one, tasks))
         with workers(self.devices[0]) as at_once:
-            found = dict(zip(small, at_once.map(one, small), strict=True))
-        return [found[place] if place in found else one(place) for place in places]
+            return at_once.map(one, tasks, lambda task: task.small)
 
 
 def solve_task(name: str, problem: LayerProblem, options: QuantizeOptions, device: torch.device) -> Solved:

@@ -76,7 +76,7 @@ def _features(levels: Tensor, codes: Tensor) -> Tensor:
 def _products(one: Tensor, other: Tensor) -> Tensor:
     """Sum products of (P, group, N) and (Q, group, N) over the group: (N, P, Q).
 
-    Rows of a group stay innermost: as products of small matrices, one for each row, it would take ten times as long.
+    Rows of a group stay innermost: products of small matrices, one for each row, are slow.
     """
     return torch.stack([torch.stack([(a * b).sum(0) for b in other], -1) for a in one], -2)
 

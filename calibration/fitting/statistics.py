@@ -16,7 +16,8 @@ class LayerStatistics:
 
     Attributes:
         gram: Sum of ``x.T @ x`` over tokens, float32 (K, K) (each batch is summed in float32, batches add in place).
-            Under autocast in bfloat16 on a CPU it is that of x rounded to bfloat16, which is what the layer multiplies.
+            Under autocast in bfloat16 on a CPU that multiplies bfloat16 it is that of x rounded to bfloat16, which is
+            what the layer multiplies.
         mean_abs: Sum of ``|x|`` over tokens, float32 (K,).
         peak_mean_abs: Largest batch mean of ``|x|``, float32 (K,): the scale of LQER's official code.
         peak: Largest ``|x|``, float32 (K,).
@@ -90,8 +91,8 @@ class LayerStatistics:
 def _rounding_as_the_block_does(device: torch.device) -> Iterator[None]:
     """Let products of float32 round their inputs to bfloat16 where a block's products on the CPU do; sums are exact.
 
-    Autocast would round what is summed as well. On a CPU that multiplies bfloat16 a Gram matrix takes a quarter of the
-    time.
+    Autocast would round what is summed as well. A Gram matrix takes about two thirds of the time (docs/speed.md). The
+    setting is one of the whole process: statistics are summed by one thread, while no other computes.
     """
     rounds = device.type == "cpu" and torch.is_autocast_enabled("cpu")
     rounds = rounds and torch.get_autocast_dtype("cpu") == torch.bfloat16

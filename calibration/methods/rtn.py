@@ -25,7 +25,7 @@ class RtnConfig(Options):
 
     method: ClassVar[str] = "rtn"
 
-    bits: int = option(4, "bits of a code", choices=BITS)
+    bits: int = option(3, "bits of a code", choices=BITS)
     group_size: int = option(64, "weights of one row that share a scale")
     format: str = option("affine", "fixed levels", choices=FORMATS)
     clip_search: bool = option(False, "search the range of each group by weighted error")

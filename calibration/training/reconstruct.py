@@ -8,10 +8,10 @@ section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.option import Options, option
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.settings import EFFORTS
-from rankbook.calibration.threads import Workers, workers
+from rankbook.calibration.threads import SMALL, Workers, workers
 
 LOSSES = ("relative", "square")
 """Error of a block's output: relative for each token (see `token_errors`), or the plain square, summed over tokens."""
@@ -58,6 +58,7 @@ class TrainingOptions(Options):
 
 
 _CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 class TrainableLayer(Protocol):
@@ -155,8 +156,7 @@ def train_block(
         for step in range(config.steps):
             _step(problem, {name: layers[name] for name in largest_first}, at_once, next(batches), config, step)
             if step + 1 in check_at:
-                records = at_once.map(lambda layer: layer.record(), list(layers.values()))
-                state = dict(zip(layers, records, strict=True))
+                state = _of_each(problem, layers, at_once, lambda name: layers[name].record())
                 loss = _loss(problem, state, at_once, judged, config)
                 if loss < best_loss:
                     best_loss, best = loss, state
@@ -255,9 +255,21 @@ def _step(
 ) -> None:
     """Move every layer by the gradient of a batch."""
     dtype, left = compute_dtype(config.compute, problem.device), 1 - step / config.steps
-    decoded = at_once.map(lambda layer: nn.Parameter(layer.weight().to(dtype)), list(layers.values()))
-    grads = _gradients(problem, dict(zip(layers, decoded, strict=True)), batch, config)
-    at_once.map(lambda name: layers[name].update(grads.pop(name), left), list(layers))
+
+    def decoded(name: str) -> nn.Parameter:
+        return nn.Parameter(layers[name].weight().to(dtype))
+
+    grads = _gradients(problem, _of_each(problem, layers, at_once, decoded), batch, config)
+    _of_each(problem, layers, at_once, lambda name: layers[name].update(grads.pop(name), left))
+
+
+def _of_each(
+    problem: BlockProblem, names: Iterable[str], at_once: Workers, function: Callable[[str], Result]
+) -> dict[str, Result]:
+    """Return what a function gives for each layer by its name; small ones are worked on at once."""
+    order = list(names)
+    found = at_once.map(function, order, lambda name: problem.layers[name].weight.numel() <= SMALL)
+    return dict(zip(order, found, strict=True))
 
 
 def _gradients(
@@ -285,10 +297,10 @@ def _loss(
 ) -> float:
     dtype = compute_dtype(config.compute, problem.device)
 
-    def decoded(record: QuantizedLinear) -> nn.Parameter:
-        return nn.Parameter(record.weight(with_low_rank=True).to(dtype), requires_grad=False)
+    def decoded(name: str) -> nn.Parameter:
+        return nn.Parameter(records[name].weight(with_low_rank=True).to(dtype), requires_grad=False)
 
-    weights = dict(zip(records, at_once.map(decoded, list(records.values())), strict=True))
+    weights = _of_each(problem, records, at_once, decoded)
     total = 0.0
     with swapped_weights(problem.block, weights), arithmetic(dtype, problem.device):
         for batch in batches:

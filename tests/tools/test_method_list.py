@@ -26,7 +26,7 @@ def test_every_method_says_what_it_does_and_each_of_its_fields_is_an_option(caps
         assert "arXiv" in entry["source"] or entry["name"] == "rtn"
         fields = [field.name for field in dataclasses.fields(METHODS[entry["name"]].config_type)]
         assert [item["name"] for item in entry["options"]] == fields
-        # What a run without flags takes: 3 bits, whatever the method's own default is.
+        # What a run without flags takes: the method's bits, and a group size that fits the layers.
         taken = {**dataclasses.asdict(QuantizeOptions(method=entry["name"]).method_config()), "group_size": "auto"}
         assert {item["name"]: item["default"] for item in entry["options"]} == taken
         assert all(item["text"] for item in entry["options"])
@@ -50,6 +50,7 @@ def test_help_of_quantize_lists_the_options_of_the_method_that_is_named(capsys):
     assert "method lrq: low-rank weight-scaling matrices" in text
     assert "scale_rate step size of the grid's scales; 0 derives it from the steps (default: 0.0)" in text
     assert "fit_rounds" not in text
+    assert "flags above that it reads, with its defaults: --effort default, --bits 3, --group-size auto" in text
 
 
 @pytest.mark.parametrize("command", [["methods", "lqr"], ["quantize", "--method=lqr", "--help"]])

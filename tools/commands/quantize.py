@@ -79,7 +79,7 @@ def run(options: Quantize) -> Outcome:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     chosen: QuantizeOptions = part(options, QuantizeOptions)
     console = Console(quiet=options.quiet)
-    width = f"{chosen.bits} bits" if chosen.target_bits is None else f"{chosen.target_bits} stored bits"
+    width = f"{chosen.code_bits()} bits" if chosen.target_bits is None else f"{chosen.target_bits} stored bits"
     reasons: list[str] = []
 
     def begin(config: Any, planned: Plan) -> None:

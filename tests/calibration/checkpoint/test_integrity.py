@@ -197,3 +197,16 @@ def test_files_stay_open_until_much_was_read(
     assert len(found) == openings
     with pytest.raises(CheckpointError, match="cannot be read"):
         streams.tensor(path, "t4")
+
+
+def test_what_was_read_of_all_open_files_counts(tmp_path: Path) -> None:
+    """Of a model in many files each would keep its pages in memory, and its place among the open files."""
+    streams, paths = Streams(64), [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        save_file({"t": torch.arange(8.0)}, path)
+    assert torch.equal(streams.tensor(paths[0], "t"), torch.arange(8.0))
+    paths[0].unlink()
+    assert torch.equal(streams.tensor(paths[0], "t"), torch.arange(8.0))  # 64 bytes: closed behind this one
+    assert torch.equal(streams.tensor(paths[1], "t"), torch.arange(8.0))
+    with pytest.raises(CheckpointError, match="a cannot be read"):
+        streams.tensor(paths[0], "t")

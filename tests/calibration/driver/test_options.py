@@ -87,6 +87,15 @@ def test_config_gets_what_was_given_and_keeps_its_own_defaults() -> None:
     assert QuantizeOptions(method="toy", effort="high").method_config(32) == toy_method.ToyConfig(3, 32)
 
 
+def test_the_bits_are_the_methods_own_where_none_are_given() -> None:
+    """SmoothQuant is for 8-bit weights; it took the 3 bits of all others."""
+    run = QuantizeOptions(method="smoothquant", rules=("a: method=rtn", "b: bits=4"))
+    assert [run.of_layer(name).code_bits() for name in "abc"] == [3, 4, 8]
+    assert run.grid(64).bits == 8
+    given = QuantizeOptions(method="smoothquant", bits=4, rules=("a: method=rtn",))
+    assert [given.of_layer(name).code_bits() for name in "ac"] == [4, 4]
+
+
 def test_the_branch_is_the_methods_own_where_it_has_one() -> None:
     assert QuantizeOptions(method="toy").driver_branch() == "none"
     assert QuantizeOptions(method="toy", error_branch="qera").driver_branch() == "qera"
