@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rankbook.calibration.activations.inputs import is_static
+from rankbook.calibration.device import resolve
 from rankbook.calibration.notes import note
 
 if TYPE_CHECKING:
@@ -37,5 +38,7 @@ def _idle(options: QuantizeOptions) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("activation_training",), "nothing is trained"
     if options.cluster is None:
         yield ("cluster_gpus",), "no cluster is given"
+    if resolve(options.device).type == "cpu":
+        yield ("device_memory",), "this run computes on the CPU"
     if options.calib is None:
         yield ("calib_chat",), "no calibration text is given"

@@ -14,75 +14,26 @@ import functools
 import json
 import multiprocessing
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rankbook.tools.dev.docs import ROOT
-from rankbook.tools.dev.family_models import FAMILIES, FURTHER, MOST_USED, tiny
+from rankbook.tools.dev.family_models import MOST_USED, tiny
+from rankbook.tools.dev.family_page import ALL, DEPLOYED, SERVED, Row, document, without_result
 from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, describe
-from rankbook.tools.report import Table
 
-SERVED = ("standard", "ort", "static", "fp16")
-"""Exports that are compared with PyTorch: the three graphs in float32, and the standard one in half precision."""
-DEPLOYED = ("genai", "engine")
-"""What else a checkpoint can be asked for: ONNX Runtime GenAI with the file of ``ort``, compared too, and an engine."""
 _WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil strong tea in old pots".split()
 _TOKENS = (2, 24)
 _STEPS = 4
 """Tokens that GenAI is given one by one."""
 _CLOSE = 1e-4
 """Largest difference of a float32 file in ONNX Runtime, relative to the largest logit."""
-_SAME = 1e-5
-"""Largest difference after a reload, relative to the largest logit: sums of float32 in another order."""
-_REFUSED = "refused"
-_ALL = (*FAMILIES, *FURTHER)
 _NEW = "new.json"
 """What a child found; the row of a family stays until its run has ended."""
-
-
-@dataclass
-class Row:
-    """What one family does.
-
-    Attributes:
-        family: Its ``model_type``.
-        packed: Share of the weights in the blocks that are packed; None where quantization fails.
-        cannot_export: What `quantize` says before it begins.
-        reload: Largest relative difference of logits after a reload, from those of the original with decoded weights.
-        errors: Largest relative difference of logits, with and without a cache, by export; None where it fails.
-        passed: Whether that is within tolerance, by export; of an engine whether it was built.
-        kept: Why layers of the export ``ort`` keep the standard attention, by number.
-        reasons: Why a step ended, by step.
-        seconds: Wall time.
-        engine: What the builder made of attention.
-    """
-
-    family: str
-    packed: float | None = None
-    cannot_export: str = ""
-    reload: float | None = None
-    errors: dict[str, float | None] = field(default_factory=dict)
-    passed: dict[str, bool] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    engine: str = ""
-
-    @property
-    def wrong(self) -> bool:
-        """Whether something was written that computes other numbers: worse than any refusal."""
-        stale = self.reload is not None and self.reload > _SAME
-        return stale or any(error is not None and not self.passed[name] for name, error in self.errors.items())
-
-    @property
-    def served(self) -> bool:
-        """Whether the family passes quantize, reload, export and parity on both graphs."""
-        return not self.wrong and all(self.passed.get(name) for name in ("standard", "ort"))
 
 
 def sweep(family: str, folder: Path, steps: Sequence[str] = SERVED) -> Row:
@@ -332,66 +283,6 @@ def _read(path: Path) -> Row:
     return Row(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def document(rows: Mapping[str, Row]) -> str:
-    """Return docs/families.md."""
-    found, listed, further = (
-        [rows[family] for family in names if family in rows] for names in (_ALL, FAMILIES, FURTHER)
-    )
-    wrong = sum(row.wrong for row in found)
-    tried = [row for row in found if "static" in row.passed]
-    fixed = sum(row.passed["static"] for row in tried)
-    missing = [f"`{family}`" for family in _ALL if family not in rows]
-    said = sum(bool(row.cannot_export or "quantize" in row.reasons) for row in found)
-    columns = ("family", "packed", "reload", *SERVED, *DEPLOYED, "why not")
-    lines = [
-        "# Model families",
-        "<!-- Made by `python -m rankbook.tools.dev.families`. -->",
-        "The decoder families of transformers, each tried as a tiny random model (two blocks, 64 features, 4 experts of"
-        " which 2 are used, attention windows shorter than the sequence), quantized with RTN at 4 bits in groups of 32."
-        " *Packed* is the share of the blocks' weights that is quantized. *Reload* says whether the loaded checkpoint"
-        " gives the logits of the original model with the decoded weights. The next five columns are differences of"
-        " logits between PyTorch and ONNX Runtime, relative to the largest logit, with or without a cache, whichever is"
-        " larger: `export`, `export --graph ort`, `export --graph static`, `export --dtype fp16`, and the file of"
-        " `--graph ort` in ONNX Runtime GenAI. *Engine* is `rankbook build` (the static graph in fp16) for SM86 without"
-        " plugins, built by TensorRT-RTX and not run on a GPU yet: *fused* means one fused attention kernel for every"
-        " layer with keys and values, and caches written in place. `*`: some layers keep the standard attention,"
-        " because ONNX Runtime's operator cannot express theirs. `-`: not measured.",
-        f"Of the {len(listed)} families of a list that was made beforehand {sum(row.served for row in listed)} pass"
-        " quantization, reload, export and parity on the graphs `standard` and `ort`; of"
-        f" {len(further)} more, tried later, {sum(row.served for row in further)} do. Of {len(tried)} families tried on"
-        f" the graph `static`, {fixed} pass. {said} are refused by `quantize`, or it says at once that they cannot be"
-        f" exported; {wrong} give wrong numbers; the last column has the reasons.",
-        *([f"Not run: {', '.join(missing)}."] if missing else []),
-        Table("", columns, [_cells(row) for row in found]).markdown(),
-    ]
-    return "\n\n".join(lines) + "\n"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    packed = "-" if row.packed is None else f"{row.packed:.0%}"
-    reload = "-" if row.reload is None else "same" if row.reload <= _SAME else f"**{row.reload:.0e}**"
-    exports = [_verdict(row, name) for name in (*SERVED, *DEPLOYED)]
-    own = [f"{name}: {row.reasons[name]}" for name in DEPLOYED if name in row.reasons]
-    others = [reason for name, reason in row.reasons.items() if name not in DEPLOYED]
-    why = dict.fromkeys([row.cannot_export] if row.cannot_export else [*others, *own])
-    return f"`{row.family}`", packed, reload, *exports, "; ".join(why).replace("|", "\\|").replace("\n", " ")
-
-
-def _verdict(row: Row, name: str) -> str:
-    error = row.errors.get(name)
-    if error is None and row.passed.get(name):
-        return row.engine or "built"
-    if error is None:
-        return "-" if name not in row.passed and (name in DEPLOYED or not row.cannot_export) else _REFUSED
-    mark = " *" if row.kept and name == "ort" else ""
-    return f"{error:.0e}{mark}" if row.passed[name] else f"**{error:.0e}**"
-
-
-def without_result(page: str, rows: Collection[str]) -> list[str]:
-    """Return the families of a written document that ``rows`` would leave out."""
-    return [family for family in re.findall(r"^\| `([^`]+)`", page, re.MULTILINE) if family not in rows]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run families and write the document; 1 where one gives wrong numbers or another result than the table said."""
     parser = argparse.ArgumentParser(prog="python -m rankbook.tools.dev.families", description=__doc__.split("\n")[0])
@@ -405,9 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds for a family (default: 600)")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "families", help="folder for the models")
     args = parser.parse_args(argv)
-    asked = {None: _ALL, "used": MOST_USED}.get(args.families) or tuple(args.families.split(","))
-    if unknown := sorted(set(asked) - set(_ALL)):
-        print(f"unknown families {', '.join(unknown)}; known are {', '.join(_ALL)}", file=sys.stderr)
+    asked = {None: ALL, "used": MOST_USED}.get(args.families) or tuple(args.families.split(","))
+    if unknown := sorted(set(asked) - set(ALL)):
+        print(f"unknown families {', '.join(unknown)}; known are {', '.join(ALL)}", file=sys.stderr)
         return USAGE
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"})
     steps = tuple(args.steps.split(","))

@@ -134,9 +134,7 @@ def _ids(served: Served, prompt: str | list[int]) -> list[int]:
 def _chat_ids(served: Served, asked: Chat) -> list[int]:
     if getattr(served.tokenizer, "chat_template", None) is None:
         raise RefusedError(f"{served.name} has no chat template; use /v1/completions", param="messages")
-    turns = [
-        {"role": message.role.replace("developer", "system"), "content": message.text} for message in asked.messages
-    ]
+    turns = [message.turn for message in asked.messages]
     try:
         text = served.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:
@@ -218,12 +216,13 @@ async def _answer(served: Served, request: Request, asked: Any, prompts: list[li
         raise RefusedError(
             f"{len(prompts)} prompts in one request; {served.limits.prompts} are allowed", param="prompt"
         )
-    limit, named = served.limits.max_new_tokens, asked.model_fields_set & {"max_tokens", "max_completion_tokens"}
-    if named and (most or 0) > limit:
+    limit = served.limits.max_new_tokens
+    field = "max_completion_tokens" if getattr(asked, "max_completion_tokens", None) else "max_tokens"
+    if field in asked.model_fields_set and (most or 0) > limit:
         raise RefusedError(
-            f"max_tokens is {most} and this server's answers have at most {limit} tokens; ask for no more, or start it"
+            f"{field} is {most} and this server's answers have at most {limit} tokens; ask for no more, or start it"
             " with a larger --max-new-tokens",
-            param=max(named),
+            param=field,
         )
     texts, writer = _Texts(served, asked, prompts, most), Writer(asked, served.tokenizer)
     writer.count(prompt=sum(map(len, prompts)))

@@ -86,6 +86,13 @@ class EngineSlots(Slots):
         last: Array = host.astype("float32")[:, 0]
         return last
 
+    def _wipe(self, slot: int) -> None:
+        memory, sizes = self._model.engine.memory, {name: self._row_bytes(name) for name in self._model.caches}
+        zeros = memory.pinned((max(sizes.values()),), "uint8")
+        for name, size in sizes.items():
+            memory.upload(self._part(name, slot), zeros[:size])
+        memory.finish()
+
     def _part(self, name: str, row: int) -> Part:
         """Return the memory of a cache from a row on; the same object each time, so that nothing is told twice."""
         if (name, row) not in self._parts:

@@ -17,18 +17,16 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "suffix": (None,),
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "reasoning_effort": (None,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
-"""Fields that are not served, with the values that ask for nothing."""
+"""Fields that are not served, with the values that ask for nothing, beside null."""
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields that change no answer."""
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
@@ -74,15 +72,21 @@ class _Asked(BaseModel):
     stream_options: _StreamOptions | None = None
     ignore_eos: bool = False  # of other servers, too; for benchmarks
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Leave out fields that are null, which is the default; ``max_tokens`` null asks for as many as are allowed."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
+
     @model_validator(mode="after")
     def _only_what_is_served(self) -> _Asked:
         for name, value in (self.model_extra or {}).items():
-            if name in HARMLESS or value in NEUTRAL.get(name, ()):
-                continue
-            known = name in NEUTRAL
-            raise ValueError(
-                f"{name} {'other than ' + repr(NEUTRAL[name][0]) if known else ''} is not served".replace("  ", " ")
-            )
+            if name not in HARMLESS and value not in NEUTRAL.get(name, ()):
+                neutral = NEUTRAL.get(name, ({},))[0]  # nothing to be named where it is empty
+                other = f" other than {json.dumps(neutral)}" if neutral not in ({}, []) else ""
+                raise ValueError(f"{name}{other} is not served")
         if self.stop is not None and len(self.stops) > 4:
             raise ValueError("stop holds more than 4 strings")
         return self
@@ -108,7 +112,7 @@ class _Asked(BaseModel):
 class Completion(_Asked):
     """A request to /v1/completions."""
 
-    prompt: str | list[str] | list[int]
+    prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
 
@@ -126,22 +130,28 @@ class _Part(BaseModel):
 class Message(BaseModel):
     """One turn of a chat."""
 
-    model_config = ConfigDict(extra="allow")
-
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part]
+    name: str | None = None
 
-    @model_validator(mode="after")
-    def _only_what_is_served(self) -> Message:
-        for name, value in (self.model_extra or {}).items():
-            if value and name != "name":  # answers that come back hold empty fields
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_served(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if value and name not in cls.model_fields:  # answers that come back hold empty fields
                 raise ValueError(f"{name} is not served")
-        return self
+        return given
 
     @property
     def text(self) -> str:
         """Its text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """What the chat template is given."""
+        turn = {"role": self.role.replace("developer", "system"), "content": self.text}
+        return turn | ({"name": self.name} if self.name else {})
 
 
 class Chat(_Asked):
@@ -168,9 +178,10 @@ def parse(kind: type[_Asked], body: bytes) -> Any:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or None
-        text = first["msg"].removeprefix("Value error, ")
+        # Of several types that are allowed the one that was meant fails furthest inside; types are no part of a place.
+        wrong = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+        places = [part for part in map(str, wrong["loc"]) if part != "str" and not part.startswith("list[")]
+        where, text = ".".join(places) or None, wrong["msg"].removeprefix("Value error, ")
         raise RefusedError(f"{where}: {text}" if where else text, param=where) from None
 
 

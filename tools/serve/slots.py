@@ -41,6 +41,7 @@ class Slots(ABC):
 
         self.count, self.context = count, context
         self._lengths = np.zeros(count, np.int64)
+        self._spoiled: set[int] = set()
 
     def length(self, slot: int) -> int:
         """Return how many tokens a row holds."""
@@ -57,6 +58,9 @@ class Slots(ABC):
             UsageError: The row has no room for them.
         """
         self._check_room(slot, len(tokens))
+        if slot in self._spoiled and not self._lengths[slot]:
+            self._wipe(slot)
+            self._spoiled.remove(slot)
         scores = self._run(slot, slot + 1, tokens[None])
         self._lengths[slot] += len(tokens)
         last: Logits = scores[0]
@@ -94,11 +98,18 @@ class Slots(ABC):
 
         # An idle row that is full has no room for the token that nobody reads; its text cannot go on anyway.
         past = np.minimum(self._lengths[begin:end], self.context - tokens.shape[1])
-        return self._compute(begin, tokens, past)
+        scores = self._compute(begin, tokens, past)
+        # States that are NaN make every logit NaN, and stay in the cache: a mask multiplies them by 0, which is NaN.
+        self._spoiled |= {begin + int(row) for row in np.flatnonzero(np.isnan(scores[:, 0]))}
+        return scores
 
     @abstractmethod
     def _compute(self, begin: int, tokens: Array, past: Array) -> Array:
         """Do `_run` for tokens (rows, length) of the rows from ``begin`` on, behind ``past`` (rows,) positions."""
+
+    @abstractmethod
+    def _wipe(self, slot: int) -> None:
+        """Fill a row of every cache with zeros."""
 
 
 class OrtSlots(Slots):
@@ -149,6 +160,10 @@ class OrtSlots(Slots):
             self._steps[begin, end] = BoundSteps(self._where, cache, self.context, _LOGITS)
         scores: Array = self._steps[begin, end].run(tokens, past)[:, -1].astype(np.float32)
         return scores
+
+    def _wipe(self, slot: int) -> None:
+        for values in self._cache.values():
+            values[slot] = 0
 
 
 def _positions(model: OrtModel, wanted: int | None) -> int:

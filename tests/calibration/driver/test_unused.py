@@ -16,6 +16,10 @@ UNUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rounding": ({"activation_skip": ("*.down_proj",)}, "has no effect: activations are not rounded"),
     "range": ({"activations": "token8", "activation_range": "minmax"}, "token8 finds its ranges anew"),
     "training": ({"activations": "static8", "activation_training": True}, "nothing is trained"),
+    "memory": (
+        {"device_memory": 0.0, "device": "cpu"},
+        "device_memory 0.0 has no effect: this run computes on the CPU",
+    ),
     "chat": ({"calib_chat": True}, "no calibration text is given"),
 }
 USED: list[dict[str, Any]] = [

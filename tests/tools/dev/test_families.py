@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from rankbook.tools import errors
-from rankbook.tools.dev import families
+from rankbook.tools.dev import families, family_page
 from rankbook.tools.dev.docs import ROOT
-from rankbook.tools.dev.families import Row
 from rankbook.tools.dev.family_models import FAMILIES, FURTHER, MOST_USED
+from rankbook.tools.dev.family_page import Row
 from tests import tiny
 
 
@@ -27,11 +27,11 @@ def test_the_document_counts_what_is_served_refused_and_wrong() -> None:
     refused = Row("mamba", 0.9, "layers keep a state", 0.0, reasons={"ort": "mamba cannot: layers keep a state"})
     later = Row("afmoe", 1.0, "", 0.0, dict(good.errors), dict(good.passed))
     assert (good.served, wrong.wrong, refused.served or refused.wrong) == (True, True, False)
-    text = families.document({row.family: row for row in (good, wrong, refused, later)})
-    assert "Of the 3 families of a list that was made beforehand 1 pass" in text
-    assert "of 1 more, tried later, 1 do" in text
-    assert "1 are refused" in text
-    assert "1 give wrong numbers" in text
+    text = family_page.document({row.family: row for row in (good, wrong, refused, later)})
+    assert "Of the 3 families on the original list, 1 pass quantization" in text
+    assert "of 1 families added later, 1 do" in text
+    assert "1 cannot be quantized" in text
+    assert "1 give wrong results" in text
     assert "Not run: `qwen2`, `qwen3`," in text
     assert "| `llama` | 100% | same | 1e-06 | 1e-06 * | - | - | - | built |  |" in text
     assert "| `mamba` | 90% | same | refused | refused | refused | refused | - | - | layers keep a state |" in text
@@ -76,8 +76,8 @@ def test_steps_that_were_not_run_stay_as_they_are_known() -> None:
 def test_a_run_of_some_families_does_not_drop_the_others_from_the_document() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
     everything = {**FAMILIES, **FURTHER}
-    assert families.without_result(page, everything) == []
-    assert len(families.without_result(page, ("llama", "qwen2"))) == len(everything) - 2
+    assert family_page.without_result(page, everything) == []
+    assert len(family_page.without_result(page, ("llama", "qwen2"))) == len(everything) - 2
 
 
 def test_a_sweep_goes_on_where_a_step_has_no_result(tmp_path: Path) -> None:

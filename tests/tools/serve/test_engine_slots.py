@@ -94,6 +94,35 @@ def test_a_row_that_is_full_is_refused(work: Path) -> None:
     np.testing.assert_array_equal(slots.step({1: 7})[1], same.step({1: 7})[1])
 
 
+@pytest.mark.parametrize("kind", ["file", "engine"])
+def test_a_row_that_held_nan_is_clean_for_the_next_text(
+    kind: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask multiplies what it hides by 0, which leaves NaN; the row beside it goes on meanwhile."""
+    if kind == "file":
+        slots = slots_of(open_model(work / "static", "bodies"), 2)
+        assert isinstance(slots, OrtSlots)
+        caches = [*slots._cache.values()]
+    else:
+        state = stand_in.install(monkeypatch)
+        slots = slots_of(open_model(build(state, work / "static", tmp_path / "engine")), 2)
+        assert isinstance(slots, EngineSlots)
+        regions: list[Any] = [slots._model.engine.region(name) for name in slots._model.caches]
+        caches = [region.array.view(np.float32).reshape(3, -1) for region in regions]
+    want = slots.extend(1, np.arange(9)), slots.step({1: 1})[1]
+    slots.clear(1)
+    other = slots.extend(0, np.arange(5))
+    slots.extend(1, np.arange(40))
+    for cache in caches:
+        cache[1] = np.nan
+    assert np.isnan(slots.step({1: 2})[1]).all()
+    slots.clear(1)
+    np.testing.assert_array_equal(slots.extend(1, np.arange(9)), want[0])
+    np.testing.assert_array_equal(slots.step({0: 3, 1: 1})[1], want[1])
+    slots.clear(0)
+    np.testing.assert_array_equal(slots.extend(0, np.arange(5)), other)
+
+
 def test_engines_that_cannot_be_served_say_what_would(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
