@@ -66,10 +66,27 @@ class Grouped(torch.nn.Linear):
         return super().forward(x.reshape(-1, 4, self.in_features))
 
 
+class Paired(torch.nn.Linear):
+    """A subclass that returns its bias apart."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), self.bias
+
+
+class Asserting(torch.nn.Linear):
+    """A subclass that takes inputs with three axes alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.ndim == 3
+        return super().forward(x)
+
+
 def test_subclasses_are_linear_layers_if_they_compute_what_one_does() -> None:
     assert is_product(Renamed(16, 8))
     assert not is_product(Doubled(16, 8))
     assert not is_product(Grouped(16, 8))
+    assert not is_product(Paired(16, 8))
+    assert not is_product(Asserting(16, 8))
     assert not is_product(torch.nn.Embedding(16, 8))
 
 
