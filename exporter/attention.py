@@ -58,7 +58,9 @@ def attend(
     if others := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _KNOWN]:
         raise ValueError(f"attention with {others[0]} cannot be exported to the ONNX Attention operator")
     sinks, indices = kwargs.get("s_aux"), kwargs.get("indices")
-    if indices is not None and attention_mask is not None:
+    if indices is not None:
+        if attention_mask is None:
+            raise ValueError("attention with indices cannot be exported without a mask, which hides what is not chosen")
         attention_mask = indexer.chosen(attention_mask, indices)
     return _node((query, key, value), attention_mask, scaling, softcap, sinks).transpose(1, 2).contiguous(), None
 

@@ -45,7 +45,12 @@ class DemoOptions(Seeded, Threaded):
     text: Path | None = option(None, "evaluation text; default: the rest of Python's help", metavar="FILE")
     bits: int = option(3, "bits of a code", choices=BITS)
     effort: str = option("default", "training budget", choices=EFFORTS)
-    steps: int = option(40, "training steps per block; 0: as many as the effort says", metavar="N", least=0)
+    steps: int = option(
+        40,
+        "training steps per block; 0: as many as the effort says; --effort fast trains nothing",
+        metavar="N",
+        least=0,
+    )
     error_branch: str = option("qera", "kind of the error branch", choices=ERROR_BRANCHES)
     error_rank: int = option(16, "rank of the error branch", metavar="Q", least=1)
     calib_sequences: int = option(
@@ -145,7 +150,8 @@ def run(demo: Demo, note: Callable[[float, str], None]) -> dict[str, Any]:
     calib = ["--calib", demo.calib, "--calib-sequences", options.calib_sequences]
     branch = ["--error-branch", options.error_branch, "--error-rank", options.error_rank]
     how = ["--method", "lcq", "--rank", 2, "--bits", options.bits, "--group-size", 64, "--effort", options.effort]
-    how += ["--method-option", f"steps={options.steps}"]
+    if options.effort != "fast":  # which trains nothing
+        how += ["--method-option", f"steps={options.steps}"]
     demo.run("quantize", "quantize", demo.model, *how, *branch, *calib, "-o", checkpoint, "--overwrite")
     note(0.6, "evaluate the checkpoint and the original")
     demo.run("eval checkpoint", "eval", checkpoint, *evaluate, "--reference", demo.model)

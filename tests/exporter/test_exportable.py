@@ -18,7 +18,6 @@ from tests.tiny import tiny_model, tiny_tokenizer, write_text
 from tests.tools.files import run_cli
 
 SIZES = {"vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 GEMMA = {**SIZES, "lru_width": 48, "num_attention_heads": 4, "block_types": ["recurrent", "attention"]}
 STATE = "layer 0 keeps its state outside of the cache"
 
@@ -31,7 +30,8 @@ def config(kind: str, **more: Any) -> Any:
     ("asked", "reason"),
     [
         (config("recurrent_gemma", **GEMMA), STATE),
-        (config("minimax", **SIZES, **HEADS, num_local_experts=2), "cannot be traced"),
+        (configuration("qwen4_exp_text"), "cannot be traced"),
+        (configuration("deepseek_v4"), "its cache has a form of its own"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
@@ -41,7 +41,9 @@ def test_what_is_not_served_is_said(asked: Any, reason: str) -> None:
 
 def test_attention_is_given_nothing_that_the_operator_would_leave_out() -> None:
     x = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="attention with indices cannot be exported"):
+    with pytest.raises(ValueError, match="attention with bias cannot be exported"):
+        attention.attend(torch.nn.Module(), x, x, x, None, bias=torch.zeros(1, 3, 2))
+    with pytest.raises(ValueError, match="attention with indices cannot be exported without a mask"):
         attention.attend(torch.nn.Module(), x, x, x, None, indices=torch.zeros(1, 3, 2))
 
 

@@ -93,31 +93,42 @@ def _idle() -> list[psutil.Process]:
     return [child for child in children if "".join(child.cmdline()).startswith("ray::IDLE")]
 
 
-def _held_up(then: Callable[[list[psutil.Process]], None]) -> Callable[[Progress], None]:
+def _held_up(
+    monkeypatch: pytest.MonkeyPatch, then: Callable[[list[psutil.Process]], None]
+) -> Callable[[Progress], None]:
     """Return a listener that stops all idle workers as the first block begins; ``then`` is called when they have work.
 
-    A stopped worker counts as alive: Ray gives each of them a layer, and starts another one where a place is left.
+    A stopped worker counts as alive: Ray gives each of them a layer, and starts another one where a place is left. That
+    is awaited from the moment when there are layers enough, however long the machine took until then.
     """
     import ray
 
-    begun = threading.Event()
+    stopped: list[psutil.Process] = []
+    submit, sent = cluster.Cluster._submit, list[Any]()
     nap = ray.remote(lambda: time.sleep(1))
     while len(_idle()) < 2:
         ray.get([nap.remote() for _ in range(WORKERS)])
 
     def progress(step: Progress) -> None:
-        if step.stage == "solving" and not begun.is_set():
-            begun.set()
-            stopped = _idle()
+        if step.stage == "solving" and not stopped:
+            stopped.extend(_idle())
             assert len(stopped) >= 2
             for worker in stopped:
                 worker.suspend()
-            threading.Timer(2, then, [stopped]).start()
 
+    def sending(*args: Any) -> Any:
+        sent.append(submit(*args))
+        if len(sent) == WORKERS:
+            threading.Timer(2, then, [stopped]).start()
+        return sent[-1]
+
+    monkeypatch.setattr(cluster.Cluster, "_submit", sending)
     return progress
 
 
-def test_a_killed_and_a_slow_worker_change_nothing(workers: cluster.Cluster, tmp_path: Path) -> None:
+def test_a_killed_and_a_slow_worker_change_nothing(
+    workers: cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_model("llama", tmp_path / "model")
     chosen = options(tmp_path, method="lcq", effort="fast")
     quantize_model(tmp_path / "model", tmp_path / "one", chosen)
@@ -132,7 +143,7 @@ def test_a_killed_and_a_slow_worker_change_nothing(workers: cluster.Cluster, tmp
         stopped[1].resume()
 
     everywhere = replace(chosen, cluster="auto")
-    quantize_model(tmp_path / "model", tmp_path / "many", everywhere, progress=_held_up(one_dies))
+    quantize_model(tmp_path / "model", tmp_path / "many", everywhere, progress=_held_up(monkeypatch, one_dies))
     assert done == ["slow"], "the run did not wait for the slow worker"
     assert files(tmp_path / "one") == files(tmp_path / "many")
 
@@ -152,7 +163,7 @@ def test_a_layer_that_is_lost_for_good_ends_the_run_which_goes_on_later(
 
     everywhere = replace(chosen, cluster="auto")
     with pytest.raises(DeviceError, match=r"the cluster lost model\.layers\.0\S+ 1 times .* go on with --resume"):
-        quantize_model(tmp_path / "model", tmp_path / "many", everywhere, progress=_held_up(all_die))
+        quantize_model(tmp_path / "model", tmp_path / "many", everywhere, progress=_held_up(monkeypatch, all_die))
     quantize_model(tmp_path / "model", tmp_path / "many", everywhere, resume=True)
     assert files(tmp_path / "one") == files(tmp_path / "many")
 

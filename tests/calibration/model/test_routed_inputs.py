@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rankbook.calibration.driver import block
+from rankbook.calibration.driver import solve as solving
 from rankbook.calibration.driver.run import quantize_model
-from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import capture, experts
 from rankbook.calibration.model.plain import make_plain
@@ -75,7 +74,7 @@ def test_matrices_of_few_experts_live_at_once(effort: str, tmp_path: Path, monke
     """While layers are solved there are the matrices of other layers, of the expert and of the mean of all."""
     tiny("mixtral", tmp_path / "model")
     made: list[weakref.ref[torch.Tensor]] = []
-    empty, solve, most = LayerStatistics.empty, solve_layer, 0
+    empty, solve, most = LayerStatistics.empty, solving.solve_layer, 0
 
     def noted(*args: Any) -> LayerStatistics:
         found = empty(*args)
@@ -91,10 +90,9 @@ def test_matrices_of_few_experts_live_at_once(effort: str, tmp_path: Path, monke
     gc.collect()
     gc.freeze()  # what the process holds already is not gone through again at every layer
     monkeypatch.setattr(LayerStatistics, "empty", noted)
-    monkeypatch.setattr(block, "solve_layer", counted)
-    given = options(
-        tmp_path, method="lcq", calib_sequences=2, calib_length=16, method_options={"effort": effort, "steps": 2}
-    )
+    monkeypatch.setattr(solving, "solve_layer", counted)
+    chosen = {"effort": effort} | ({} if effort == "fast" else {"steps": 2})
+    given = options(tmp_path, method="lcq", calib_sequences=2, calib_length=16, method_options=chosen)
     try:
         report = quantize_model(tmp_path / "model", tmp_path / "out", given)
     finally:

@@ -143,7 +143,8 @@ class _Compiler:
         return space, type_, count
 
     def _load(self) -> Step:
-        space, type_, count = self._memory_form()
+        # A generic address of global memory is the same number; of another space it is out of range here.
+        space, type_, count = self._memory_form("global")
         target, source = self.it.operands
         writers = [self.write(part) for part in (target.parts or (target,))]
         address = self._address(source, space)
@@ -158,7 +159,6 @@ class _Compiler:
         return load
 
     def _store(self) -> Step:
-        # A generic address of global memory is the same number; of another space it is out of range here.
         space, type_, _ = self._memory_form("global")
         target, source = self.it.operands
         readers = [self.read(part, type_) for part in (source.parts or (source,))]
