@@ -18,7 +18,7 @@ ELSEWHERE = {
     **dict.fromkeys(("bench", "layer_bench", "layers", "model_bench"), BENCH),
     **dict.fromkeys(("genai", "llamacpp"), "tools/test_bench_peers.py"),
     **dict.fromkeys(("ort", "torch", "exported"), "tools/runtimes/test_registry.py"),
-    **dict.fromkeys(("app", "protocol", "scheduler", "serve", "slots"), "tools/serve/test_serve.py"),
+    **dict.fromkeys(("app", "scheduler", "serve", "slots"), "tools/serve/test_serve.py"),
     "errors": "tools/test_cli.py",
     "ort_steps": "tools/runtimes/test_ort_device.py",
     "block": "calibration/driver/test_run.py",
