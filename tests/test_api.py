@@ -51,7 +51,8 @@ def test_names_are_loaded_when_they_are_used() -> None:
     code += "; print(before, 'torch' in sys.modules)"
     assert run_python(code) == "False True"
     assert run_python("from rankbook import plugins; import sys; print('torch' in sys.modules)") == "False"
-    assert run_python("from rankbook import *; print(QuantizeOptions().code_bits, quantize.__name__)") == "3 quantize_model"
+    code = "from rankbook import *; print(QuantizeOptions().code_bits(), quantize.__name__)"
+    assert run_python(code) == "3 quantize_model"
 
 
 @pytest.fixture(scope="module")
