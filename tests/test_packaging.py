@@ -102,6 +102,22 @@ def test_every_declared_library_is_pinned_for_ci() -> None:
     assert wanted - pinned == set()
 
 
+def test_every_pin_but_that_of_torch_has_its_hashes() -> None:
+    """hashes.txt is what `make hashes` writes of constraints.txt."""
+
+    def pins(text: str) -> dict[str, str]:
+        lines = (line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines())
+        found = (re.match(r"([\w.-]+)==([^ ;]+)\s*(?:; python\w+ (\S+ \S+))?", line) for line in lines if line)
+        return {f"{one[1].lower().replace('_', '-')} {one[3]}": one[2] for one in found if one}
+
+    wanted = pins((ROOT / "constraints.txt").read_text("utf-8").replace('"', "'"))
+    hashed = (ROOT / "hashes.txt").read_text("utf-8")
+    assert wanted.pop("torch None")
+    assert pins(hashed) == wanted
+    for entry in re.split(r"^(?=\w)", hashed, flags=re.MULTILINE)[1:]:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry.splitlines()[0]
+
+
 def build(kind: str, out: Path) -> Path:
     """Build a wheel or an sdist of the checkout into ``out`` and return the file."""
     # Without compiling: .ci/run tries the wheel that holds the native library.

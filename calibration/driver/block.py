@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from rankbook.calibration.activations.settings import in_block
 from rankbook.calibration.driver import scaling
 from rankbook.calibration.driver.allocation import Choice
+from rankbook.calibration.driver.cluster_options import PARALLEL
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.report import Reporter, output_errors
 from rankbook.calibration.driver.resume import BlockResult
-from rankbook.calibration.driver.solve import Executor, InProcess, LayerTask, Solved
+from rankbook.calibration.driver.solve import Executor, InProcess, LayerTask, Passage, Solved
 from rankbook.calibration.fitting.grids import Grid
 from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
@@ -38,13 +39,13 @@ class Streams:
     """Calibration activations, moved from block to block in place.
 
     Attributes:
-        calls: How the model calls each block.
-        inputs: Of the quantized prefix.
+        calls: How the model calls each block, by its number.
+        inputs: Of the quantized prefix; of the original one where blocks are solved in parallel.
         targets: Of the original model, or None for methods without a training stage.
         end: Number of blocks that the streams must pass; 0 where no block is left to quantize, or none needs inputs.
     """
 
-    calls: Sequence[capture.BlockCall]
+    calls: Sequence[capture.BlockCall] | Mapping[int, capture.BlockCall]
     inputs: Stream
     targets: Stream | None
     end: int
@@ -106,14 +107,25 @@ class BlockSolver:
         """Return whether blocks are trained."""
         return self.options.trains()
 
+    def in_parallel(self) -> bool:
+        """Return whether blocks are solved with what the original blocks give."""
+        return self.options.order == PARALLEL and self.options.weighs_inputs()
+
+    def follows_original(self) -> bool:
+        """Return whether what flows through the original model is needed."""
+        return self.trains() or self.in_parallel()
+
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of the calibration passes: they compute in what the blocks are trained in.
 
         SmolLM2-135M, LCQ at 3 bits (16 x 512 tokens, 40 steps), error after four blocks on other text: 0.01365 and
         0.01394 (two seeds) with passes in float32, 0.01407 and 0.01377 in bfloat16, in half their CPU time.
         """
+        return arithmetic(self._compute(), self.placement.device)
+
+    def _compute(self) -> torch.dtype:
         compute = getattr(self.options.method_config(), "compute", "float32") if self.trains() else "float32"
-        return arithmetic(compute_dtype(compute, self.placement.device), self.placement.device)
+        return compute_dtype(compute, self.placement.device)
 
     def solve(self, site: Site, streams: Streams) -> BlockResult:
         """Return the records of one block in float32."""
@@ -196,13 +208,17 @@ class BlockSolver:
         return in_block(site.block, site.prefix, site.layers, run, self.options)
 
     def _statistics(self, site: Site, streams: Streams) -> capture.BlockStatistics:
-        """Return what enters each layer."""
-        device = self.placement.device
-        if self.options.weighs_inputs():
-            call, values = streams.calls[site.index], streams.inputs.values
-            with self.arithmetic():
-                return capture.collect(site.block, call, values, site.layers, device)
-        return capture.BlockStatistics(self._unseen(site), {})
+        """Return what enters each layer: the sum over the parts of the text, of which the first is computed here."""
+        if not self.options.weighs_inputs():
+            return capture.BlockStatistics(self._unseen(site), {})
+        passage = Passage(site.block, streams.calls[site.index], site.layers, self._compute())
+        values = streams.inputs.values
+        first, *others = torch.split(values, -(-len(values) // self.options.calib_shards))
+        with self.executor.collecting(passage, others) as further:
+            found = passage.statistics(first, self.placement.device)
+            for part in further:
+                found.add(part)
+        return found
 
     def _unseen(self, site: Site) -> dict[str, LayerStatistics]:
         widths: dict[str, Any] = {name: site.block.get_submodule(name).in_features for name in site.layers}

@@ -1,4 +1,4 @@
-"""Layers solved by the workers of a Ray cluster.
+"""Layers, blocks and statistics computed by the workers of a Ray cluster.
 
 Ray schedules the tasks, moves tensors through its object store, and runs a task again if its worker is lost. A task is
 a function of what it is given, and its results are put in the place of its layer: neither who solves a layer nor who
@@ -12,45 +12,42 @@ import logging
 import os
 import socket
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rankbook.calibration.device import DeviceError, moved, resolve
+from rankbook.calibration.device import DeviceError, moved
 from rankbook.calibration.driver.cluster_options import AUTO
 from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.report import Errors
-from rankbook.calibration.driver.solve import LayerTask, Solved, solve_task
+from rankbook.calibration.driver.parallel import BlockTask
+from rankbook.calibration.driver.report import Reporter
+from rankbook.calibration.driver.resume import BlockResult
+from rankbook.calibration.driver.solve import LayerTask, Passage, Solved
+from rankbook.calibration.driver.worker import (
+    CPU,
+    Setting,
+    narrow,
+    send_tensors_as_arrays,
+    solve_block,
+    solve_layer,
+    statistics_of,
+)
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.notes import Note, note
-from rankbook.calibration.record.quantized_linear import QuantizedLinear
+from rankbook.calibration.model.capture import BlockStatistics
+from rankbook.calibration.notes import note
 from rankbook.calibration.versions import SHAPING, versions
 
-_CPU = torch.device("cpu")
+_Entry = TypeVar("_Entry")
 _RETRIES = 5
 """How often Ray runs a task again whose worker or machine is lost."""
 _PATIENCE_S = 300.0
 """How long a machine may take to start a first worker."""
 _SECONDS_TO_CONNECT = 5.0
 _INSTRUCTIONS = "instructions"
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """How a worker computes.
-
-    Attributes:
-        device: ``cpu`` or ``cuda``; Ray chooses which GPU.
-        threads: They order the sums of products: as many as in a run without a cluster, so that results are equal.
-    """
-
-    device: str
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -94,36 +91,81 @@ class Cluster:
         running: dict[Any, tuple[int, torch.device]] = {}
 
         def collect() -> None:
-            ready = ray.wait(list(running), num_returns=1)[0][0]
-            position, device = running.pop(ready)
-            record, errors, notes = _result(ready, tasks[position].name)
-            for text in notes:
-                note(text)
+            (position, device), (record, errors) = _next(running, lambda entry: tasks[entry[0]].name)
             found[position] = moved(record, device), errors
             tell(f"solving layers on {self.machines} machines", len(found) / len(tasks))
 
         shared: tuple[LayerStatistics, Any] | None = None
-        for position, task in enumerate(tasks):
-            while sum(self._threads(tasks[place]) for place, _ in running.values()) >= 2 * self.slots * self.threads:
+        with _cancelled_at_the_end(running):
+            for position, task in enumerate(tasks):
+                while (
+                    sum(self._threads(tasks[place]) for place, _ in running.values()) >= 2 * self.slots * self.threads
+                ):
+                    collect()
+                problem = task.problem()
+                if shared is None or shared[0] is not problem.statistics:  # those of q, k and v are sent once
+                    shared = problem.statistics, ray.put(moved(problem.statistics, CPU))
+                running[self._submit(task, problem, shared[1])] = position, problem.weight.device
+            while running:
                 collect()
-            problem = task.problem()
-            if shared is None or shared[0] is not problem.statistics:  # those of q, k and v are sent once
-                shared = problem.statistics, ray.put(moved(problem.statistics, _CPU))
-            running[self._submit(task, problem, shared[1])] = position, problem.weight.device
-        while running:
-            collect()
         return [found[position] for position in range(len(tasks))]
+
+    @contextlib.contextmanager
+    def collecting(self, passage: Passage, parts: Sequence[Tensor]) -> Iterator[Iterator[BlockStatistics]]:
+        """See `rankbook.calibration.driver.solve.Executor`; all parts are sent at once, the block a single time."""
+        import ray
+
+        if not parts:
+            yield iter(())
+            return
+        sent = ray.put(replace(passage, call=passage.call.on(Tensor.cpu)))
+        remote = self._remote(statistics_of, "statistics", self.threads)
+        running = {remote.remote(sent, part.cpu(), self._setting(self.threads)): part for part in parts}
+        with _cancelled_at_the_end(running):
+            yield (_result(reference, "a part of the calibration text") for reference in list(running))
+
+    def solve_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[tuple[int, BlockResult]]:
+        """See `rankbook.calibration.driver.solve.Executor`; one more is sent than the cluster solves at once."""
+        import ray
+
+        running: dict[Any, int] = {}
+        sent: dict[int, tuple[Tensor, Any]] = {}
+
+        def shared(values: Tensor | None) -> Any:
+            """Return the reference to a stream, which is the targets of one block and the inputs of the next."""
+            return None if values is None else sent.setdefault(id(values), (values, ray.put(values.cpu())))[1]
+
+        def collect() -> tuple[int, BlockResult]:
+            return _next(running, lambda index: f"block {index}")
+
+        with _cancelled_at_the_end(running):
+            for task in tasks:
+                while len(running) > self.slots:
+                    yield collect()
+                streams = shared(task.inputs), shared(task.targets)
+                sent = {key: entry for key, entry in sent.items() if entry[0] is task.targets}
+                call, empty = task.call.on(Tensor.cpu), torch.empty(0)
+                given = replace(task, call=call, inputs=empty, targets=None, reporter=Reporter(1))
+                remote = self._remote(solve_block, f"solve {task.site.prefix[:-1]}", self.threads)
+                running[remote.remote(given, *streams, self._setting(self.threads))] = task.site.index
+            while running:
+                yield collect()
 
     def _submit(self, task: LayerTask, problem: LayerProblem, statistics: Any) -> Any:
         """Send one task; statistics are a reference to the object store."""
+        given = moved(replace(problem, statistics=LayerStatistics.unseen(problem.weight.shape[1])), CPU)
+        given = replace(given, weight=narrow(given.weight))
+        remote = self._remote(solve_layer, f"solve {task.name}", self._threads(task))
+        return remote.remote(task.name, given, statistics, task.options, self._setting(self._threads(task)))
+
+    def _remote(self, function: Callable[..., Any], name: str, threads: int) -> Any:
         import ray
 
-        given = moved(replace(problem, statistics=LayerStatistics.unseen(problem.weight.shape[1])), _CPU)
-        given = replace(given, weight=_narrow(given.weight))
-        setting = _Setting(self.device, self._threads(task))
-        taken = {"num_cpus": setting.threads, "num_gpus": self.gpus, "max_retries": _RETRIES}
-        remote = ray.remote(_solve).options(name=f"solve {task.name}", **taken)
-        return remote.remote(task.name, given, statistics, task.options, setting)
+        taken = {"num_cpus": threads, "num_gpus": self.gpus, "max_retries": _RETRIES}
+        return ray.remote(function).options(name=name, **taken)
+
+    def _setting(self, threads: int) -> Setting:
+        return Setting(self.device, threads)
 
     def _threads(self, task: LayerTask) -> int:
         return 1 if task.small else self.threads
@@ -148,7 +190,7 @@ def connected(options: QuantizeOptions) -> Iterator[Cluster | None]:
         if not ray.is_initialized():
             _connect(options, held)
             held.callback(ray.shutdown)
-        _send_tensors_as_arrays()
+        send_tensors_as_arrays()
         yield _checked(options)
 
 
@@ -246,12 +288,36 @@ def _facts() -> dict[str, str]:
     return {**versions(), _INSTRUCTIONS: torch.backends.cpu.get_cpu_capability()}
 
 
-def _result(reference: Any, name: str) -> Any:
-    """Return what a task gave; its own error where it failed."""
+@contextlib.contextmanager
+def _cancelled_at_the_end(running: Mapping[Any, Any]) -> Iterator[None]:
+    """Tell the cluster to stop what is still running when the block ends, which is so after an error."""
     import ray
 
     try:
-        return ray.get(reference)
+        yield
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=False)
+
+
+def _next(running: dict[Any, _Entry], name: Callable[[_Entry], str]) -> tuple[_Entry, Any]:
+    """Wait for one of the tasks that run; return what was noted of it, and its result."""
+    import ray
+
+    ready = ray.wait(list(running), num_returns=1)[0][0]
+    entry = running.pop(ready)
+    return entry, _result(ready, name(entry))
+
+
+def _result(reference: Any, name: str) -> Any:
+    """Return what a task gave, and say its notes; its own error where it failed."""
+    import ray
+
+    try:
+        found, notes = ray.get(reference)
+        for text in notes:
+            note(text)
+        return found
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, Exception) else error) from error
@@ -264,60 +330,3 @@ def _result(reference: Any, name: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _solve(
-    name: str, problem: LayerProblem, statistics: LayerStatistics, options: QuantizeOptions, setting: _Setting
-) -> tuple[QuantizedLinear, Errors, list[str]]:
-    """Solve one layer in a worker; return its record, its errors and the notes that were made meanwhile."""
-    _send_tensors_as_arrays()
-    torch.set_num_threads(setting.threads)
-    device = resolve(setting.device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", Note)
-        given = replace(problem, weight=problem.weight.float(), statistics=statistics)
-        try:
-            record, errors = solve_task(name, moved(given, device), options, device)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"the memory of a worker's {device} does not suffice for {name}; give more --cluster-gpus, so that"
-                " fewer tasks share one, or --device cpu, with --resume to go on at this block"
-            ) from error
-    return moved(record, _CPU), errors, [str(one.message) for one in caught if issubclass(one.category, Note)]
-
-
-def _narrow(weight: Tensor) -> Tensor:
-    """Return a float32 weight in 16 bits where these hold it: the model is stored so, and half as much travels."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal((half := weight.to(dtype)).float(), weight):
-            return half
-    return weight
-
-
-def _send_tensors_as_arrays() -> None:
-    """Let Ray send tensors as arrays of numpy, which processes of a machine share without a copy."""
-    from ray.util.serialization import register_serializer
-
-    register_serializer(Tensor, serializer=_to_array, deserializer=_from_array)
-
-
-_Sent = tuple[Any, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def _to_array(tensor: Tensor) -> _Sent:
-    """Return the bytes of a tensor, what they hold, and how it lies in memory: products depend on that in last bits."""
-    strides = tensor.stride()
-    order = tuple(sorted(range(tensor.ndim), key=lambda axis: -strides[axis]))
-    values = tensor.detach().cpu().permute(order)
-    small = values[tuple(slice(1) if stride == 0 else slice(None) for stride in values.stride())]
-    array = small.contiguous().as_strided((small.numel(),), (1,)).view(torch.uint8).numpy()
-    back = tuple(order.index(axis) for axis in range(tensor.ndim))
-    return array, tensor.dtype, tuple(small.shape), tuple(values.shape), back
-
-
-def _from_array(sent: _Sent) -> Tensor:
-    array, dtype, small, shape, back = sent
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to what was sent
-        flat = torch.from_numpy(array).view(dtype) if len(array) else torch.empty(0, dtype=dtype)
-    return flat.view(small).expand(shape).permute(back)

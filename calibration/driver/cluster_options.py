@@ -1,4 +1,4 @@
-"""The option that gives a run a Ray cluster; what it does is in `rankbook.calibration.driver.cluster`."""
+"""The options that distribute a run; what a cluster does is in `rankbook.calibration.driver.cluster`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rankbook.calibration.option import ADVANCED, Options, option
 
 AUTO, LOCAL = "auto", "local:"
+SEQUENTIAL, PARALLEL = "sequential", "parallel"
 
 
 def cluster_name(text: str) -> str:
@@ -26,7 +27,7 @@ def cluster_name(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions(Options):
-    """Which workers solve layers."""
+    """Which workers compute, and what can be computed at the same time."""
 
     cluster: str | None = option(
         None,
@@ -40,6 +41,20 @@ class ClusterOptions(Options):
         1.0,
         "GPUs of each task of a cluster that has some, unless --device is cpu; with a fraction, tasks share one",
         metavar="F",
+        group=ADVANCED,
+    )
+    order: str = option(
+        SEQUENTIAL,
+        "sequential: a block is solved with what the quantized blocks before it give; parallel: with what the original"
+        " ones give, so that a cluster solves several blocks at the same time",
+        choices=(SEQUENTIAL, PARALLEL),
+        group=ADVANCED,
+    )
+    calib_shards: int = option(
+        1,
+        "parts of the calibration text whose statistics are computed apart, by the workers of a cluster, and summed",
+        metavar="N",
+        least=1,
         group=ADVANCED,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rankbook.calibration.driver.cluster_options import PARALLEL
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.solve import solve_layer
 from rankbook.calibration.fitting.problem import LayerProblem
@@ -65,8 +66,10 @@ def memory(model: nn.Module, blocks: Sequence[nn.Module], hidden: int, options: 
         "one block in float32": 4 * sum(parameter.numel() for parameter in largest.parameters()),
     }
     if options.weighs_inputs():
-        tokens = options.calib_sequences * options.calib_length
-        parts["calibration activations"] = (1 + options.trains()) * tokens * hidden * first.element_size()
+        tokens, streams = options.calib_sequences * options.calib_length, 1 + options.trains()
+        if options.order == PARALLEL:  # what enters the first block, and what enters and leaves the present one
+            streams = 3
+        parts["calibration activations"] = streams * tokens * hidden * first.element_size()
         widths = [module.in_features for module in largest.modules() if isinstance(module, nn.Linear)]
         parts["statistics of a block"] = 4 * sum(width * width for width in widths)
     return parts

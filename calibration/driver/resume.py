@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankbook.calibration.checkpoint.files import write_text_atomic
+from rankbook.calibration.checkpoint.files import sha256_file, write_text_atomic
 from rankbook.calibration.checkpoint.integrity import read_layers
 from rankbook.calibration.driver.allocation import Choice
+from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.schema import mismatch, read_object
+from rankbook.calibration.versions import versions
 
 _STATE, _TOKENS, _CHOICES = "state.json", "tokens.safetensors", "choices.json"
 
@@ -73,9 +76,13 @@ class PartialState:
     def finished(self) -> int:
         """Return how many blocks are finished, counted from the first."""
         count = 0
-        while self._path(count).is_file():
+        while self.holds(count):
             count += 1
         return count
+
+    def holds(self, index: int) -> bool:
+        """Return whether a block is finished."""
+        return self._path(index).is_file()
 
     def save(self, index: int, result: BlockResult) -> None:
         """Store a finished block; a reader never sees half of one."""
@@ -168,6 +175,24 @@ class _Others:
     scaled: list[str]
     few_tokens: list[str]
     without_branch: dict[str, float]
+
+
+def fingerprint(options: QuantizeOptions, digest: str) -> dict[str, Any]:
+    """Return everything that shapes the result; a run is resumed only with the same.
+
+    Args:
+        options: Of the run.
+        digest: Of the model, see `rankbook.calibration.model.loading.model_hash`.
+    """
+    text = _text_hash(options)
+    return {"options": options.shaping(), "model": digest, "calibration": text, "versions": versions()}
+
+
+def _text_hash(options: QuantizeOptions) -> str:
+    if options.calib is None:
+        return "sampled from the model"
+    path = Path(options.calib)
+    return sha256_file(path) if path.is_file() else hashlib.sha256(options.calib.encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from rankbook.calibration.activations.settings import chosen_settings
-from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import MANIFEST, write_checkpoint
 from rankbook.calibration.checkpoint.output import check_replaceable, locked
 from rankbook.calibration.data import CalibrationData, calibration_batches
@@ -23,6 +21,7 @@ from rankbook.calibration.driver.block import BlockSolver, Site, Streams
 from rankbook.calibration.driver.cluster import Cluster, connected
 from rankbook.calibration.driver.estimate import memory, planned_specs
 from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.parallel import solve_side_by_side
 from rankbook.calibration.driver.parts import checkpoint_parts
 from rankbook.calibration.driver.report import (
     LayerReport,
@@ -35,7 +34,7 @@ from rankbook.calibration.driver.report import (
     outside,
     totals,
 )
-from rankbook.calibration.driver.resume import PartialState
+from rankbook.calibration.driver.resume import PartialState, fingerprint
 from rankbook.calibration.driver.selection import Selection, select
 from rankbook.calibration.driver.trial import seconds
 from rankbook.calibration.driver.unused import note_unused
@@ -50,7 +49,6 @@ from rankbook.calibration.model.plain import make_plain, restore
 from rankbook.calibration.notes import note
 from rankbook.calibration.record.finite import check_parameters
 from rankbook.calibration.source import Kind, hub_origin
-from rankbook.calibration.versions import versions
 from rankbook.plugins.layer_spec import LayerSpec
 
 _FINER = "input scaling does that: give --param-bits 16"
@@ -105,7 +103,7 @@ def quantize_model(
         if begin is not None:
             begin(model.config, run.plan())
         digest = model_hash(source)
-        state = PartialState(output, _fingerprint(options, digest), resume=resume)
+        state = PartialState(output, fingerprint(options, digest), resume=resume)
         run.reporter.tell("calibration text", -1)
         data = _calibration(state, run, tokenizer)
         resumed = state.finished()
@@ -193,30 +191,43 @@ class _Run:
         finished = state.finished()
         choices = self._allocate(tokens, state) if finished < len(self.blocks.modules) else {}
         solver = BlockSolver(self.options, self.model.dtype, self.reporter, self.placement, choices, self.cluster)
-        streaming, device = self.options.weighs_inputs(), self.placement.device
+        streaming, parallel = self.options.weighs_inputs(), solver.in_parallel()
         if streaming:
             self.reporter.tell("first inputs", -1)
-        calls = capture.record_calls(self.model, self.blocks, tokens, device) if streaming else []
-        shared = self.placement.shared(2 if solver.trains() else 1)
+        calls = capture.record_calls(self.model, self.blocks, tokens, self.placement.device) if streaming else []
         # Before the embedding may change.
-        targets = self._first_inputs(tokens, shared) if solver.trains() else None
+        original = self._first_inputs(tokens, solver) if solver.follows_original() else None
         last = self._last_inputs(tokens, solver)
         packed = embeddings.quantize_embedding(self.adapter, self.embeddings, self.options, last)
         streams = Streams.none()
         if streaming:
-            same = None if packed else targets
-            inputs = self._first_inputs(tokens, shared) if same is None else same.copied()
+            same = None if packed and not parallel else original
+            inputs = self._first_inputs(tokens, solver) if same is None else same.copied()
             # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
-            streams = Streams(calls, inputs, targets, len(calls) if finished < len(calls) else 0)
+            streams = Streams(calls, inputs, original, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
-        for index, (block, layers) in enumerate(zip(self.blocks.modules, self.selection.layers, strict=True)):
-            site = Site(index, f"{self.blocks.name}.{index}.", block, layers)
-            held = [stream.values for stream in (streams.inputs, streams.targets) if stream is not None]
-            with self.placement.enough_memory(site.prefix[:-1], block, held):
-                self._block(site, streams, solver, state, solve=index >= finished)
-            relieve()
+        if parallel:
+            streams, original = replace(streams, targets=None), None
+            solve_side_by_side(self._sites(), streams, solver, state)
+            self._blocks(Streams.none(), solver, state, len(self.blocks.modules))
+        else:
+            self._blocks(streams, solver, state, finished)
         packed |= embeddings.quantize_head(self.adapter, self.embeddings, self.options, last)
         self.embedding_layers = {name: LayerReport(spec) for name, spec in packed.items()}
+
+    def _sites(self) -> list[Site]:
+        each = zip(self.blocks.modules, self.selection.layers, strict=True)
+        return [Site(index, f"{self.blocks.name}.{index}.", *found) for index, found in enumerate(each)]
+
+    def _blocks(self, streams: Streams, solver: BlockSolver, state: PartialState, finished: int) -> None:
+        """Go from block to block; the first ones are ``finished``."""
+        for site in self._sites():
+            if not solver.in_parallel():
+                self.reporter.tell("solving" if site.index >= finished else "replaying", site.index)
+            held = [stream.values for stream in (streams.inputs, streams.targets) if stream is not None]
+            with self.placement.enough_memory(site.prefix[:-1], site.block, held):
+                self._block(site, streams, solver, state, solve=site.index >= finished)
+            relieve()
 
     def _allocate(self, tokens: Tensor, state: PartialState) -> dict[str, Choice]:
         """Return the choice for layers where a budget was given; elsewhere the options hold."""
@@ -230,7 +241,8 @@ class _Run:
         state.save_choices(chosen)
         return chosen
 
-    def _first_inputs(self, tokens: Tensor, placement: Placement) -> Stream:
+    def _first_inputs(self, tokens: Tensor, solver: BlockSolver) -> Stream:
+        placement = self.placement.shared(2 if solver.follows_original() else 1)
         dtype = next(self.blocks.modules[0].parameters()).dtype
         return capture.first_inputs(self.model, self.blocks, tokens, dtype, placement)
 
@@ -247,7 +259,6 @@ class _Run:
         """Quantize one block, or replay it, and move both streams past it."""
         check_parameters(site.block, site.prefix)
         what, device = f"block {site.prefix[:-1]}", self.placement.device
-        self.reporter.tell("solving" if solve else "replaying", site.index)
         with in_float32(site.block, device):
             if streams.targets is not None and site.index < streams.end:
                 with solver.arithmetic():
@@ -327,19 +338,6 @@ def _load_original(source: str | Path) -> tuple[Any, Any]:
     if packed_modules(model):
         raise ValueError(f"{source} is quantized already; give the original model")
     return model, tokenizer
-
-
-def _fingerprint(options: QuantizeOptions, digest: str) -> dict[str, Any]:
-    """Return everything that shapes the result; a run is resumed only with the same."""
-    text = _text_hash(options)
-    return {"options": options.shaping(), "model": digest, "calibration": text, "versions": versions()}
-
-
-def _text_hash(options: QuantizeOptions) -> str:
-    if options.calib is None:
-        return "sampled from the model"
-    path = Path(options.calib)
-    return sha256_file(path) if path.is_file() else hashlib.sha256(options.calib.encode()).hexdigest()
 
 
 def _calibration(state: PartialState, run: _Run, tokenizer: Any) -> CalibrationData:

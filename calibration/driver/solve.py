@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from rankbook.calibration.device import moved
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.report import Errors, output_error, output_errors
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import METHODS
+from rankbook.calibration.model import capture
+from rankbook.calibration.model.placement import Placement
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.threads import workers
+from rankbook.calibration.training.reconstruct import arithmetic
+
+if TYPE_CHECKING:
+    from rankbook.calibration.driver.parallel import BlockTask
+    from rankbook.calibration.driver.resume import BlockResult
 
 Solved = tuple[QuantizedLinear, Errors]
 """The record of a layer and its errors."""
@@ -42,6 +51,28 @@ class LayerTask:
     small: bool = False
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A block through which calibration text runs.
+
+    Attributes:
+        block: In float32.
+        call: How the model calls it.
+        layers: Names of the layers whose inputs are looked at, within the block.
+        compute: Dtype of its matrix products, see `rankbook.calibration.training.reconstruct.arithmetic`.
+    """
+
+    block: nn.Module
+    call: capture.BlockCall
+    layers: Sequence[str]
+    compute: torch.dtype
+
+    def statistics(self, part: Tensor, device: torch.device) -> capture.BlockStatistics:
+        """Return the statistics of a part of the text, (sequences, length, hidden), on the block's device."""
+        with arithmetic(self.compute, device):
+            return capture.collect(self.block, self.call, part, self.layers, device)
+
+
 class Executor(Protocol):
     """Solves layers somewhere."""
 
@@ -51,6 +82,18 @@ class Executor(Protocol):
         Args:
             tasks: What to solve.
             tell: Told what is being done and which share of it is done.
+        """
+
+    def collecting(
+        self, passage: Passage, parts: Sequence[Tensor]
+    ) -> AbstractContextManager[Iterator[capture.BlockStatistics]]:
+        """Provide the statistics of parts of the calibration text, in their order, which can be added only."""
+
+    def solve_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[tuple[int, BlockResult]]:
+        """Yield the number and the result of each block, in any order.
+
+        Args:
+            tasks: What to solve; the block of a task counts until the next task is asked for.
         """
 
 
@@ -86,6 +129,18 @@ class InProcess:
                 return list(pool.map(one, tasks))
         with workers(self.devices[0]) as at_once:
             return at_once.map(one, tasks, lambda task: task.small)
+
+    def collecting(
+        self, passage: Passage, parts: Sequence[Tensor]
+    ) -> AbstractContextManager[Iterator[capture.BlockStatistics]]:
+        """See `Executor`; each is computed when it is asked for."""
+        return nullcontext(passage.statistics(part, self.devices[0]) for part in parts)
+
+    def solve_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[tuple[int, BlockResult]]:
+        """See `Executor`; one after the other."""
+        placement = Placement(tuple(self.devices))
+        for task in tasks:
+            yield task.site.index, task.solved(placement)
 
 
 def solve_task(name: str, problem: LayerProblem, options: QuantizeOptions, device: torch.device) -> Solved:

@@ -38,6 +38,8 @@ def _idle(options: QuantizeOptions) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("activation_training",), "nothing is trained"
     if options.cluster is None:
         yield ("cluster_gpus",), "no cluster is given"
+    if not options.weighs_inputs():
+        yield ("order", "calib_shards"), "nothing that was chosen depends on what enters the blocks"
     if resolve(options.device).type == "cpu":
         yield ("device_memory",), "this run computes on the CPU"
     if options.calib is None:

@@ -57,11 +57,12 @@ class LayerStatistics:
         self.tokens += flat.shape[0]
 
     def add(self, other: LayerStatistics) -> None:
-        """Become the statistics of the tokens of both."""
-        self.gram += other.gram
-        self.mean_abs += other.mean_abs
-        self.peak_mean_abs = torch.maximum(self.peak_mean_abs, other.peak_mean_abs)
-        self.peak = torch.maximum(self.peak, other.peak)
+        """Become the statistics of the tokens of both, wherever the other ones are."""
+        device = self.gram.device
+        self.gram += other.gram.to(device)
+        self.mean_abs += other.mean_abs.to(device)
+        self.peak_mean_abs = torch.maximum(self.peak_mean_abs, other.peak_mean_abs.to(device))
+        self.peak = torch.maximum(self.peak, other.peak.to(device))
         self.tokens += other.tokens
 
     def filled_up(self, others: LayerStatistics) -> LayerStatistics:

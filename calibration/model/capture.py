@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankbook.calibration.device import moved
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model.adapter import Blocks, ModelAdapter, adapter_of
 from rankbook.calibration.model.experts import matrix_of
@@ -162,6 +163,30 @@ class BlockStatistics(Mapping[str, LayerStatistics]):
         """Return the number of layers."""
         return len(self._held) + len(self._routed)
 
+    def add(self, other: BlockStatistics) -> None:
+        """Become the statistics of the tokens of both; the other one may come from another process.
+
+        Raises:
+            RuntimeError: Layers that share their inputs in one of them do not in the other.
+        """
+        pairs = {(id(own), id(other._held[name])): (own, other._held[name]) for name, own in self._held.items()}
+        if (
+            not len(pairs)
+            == len({id(own) for own in self._held.values()})
+            == len({id(o) for o in other._held.values()})
+        ):
+            raise RuntimeError("layers share their inputs in one part of the calibration text and not in another")
+        for own, more in pairs.values():
+            own.add(more)
+        kept = {id(inputs): (inputs, other._routed[name][0]) for name, (inputs, _, _) in self._routed.items()}
+        for inputs, further in kept.values():
+            inputs.extend(further)
+
+    def on(self, device: torch.device) -> BlockStatistics:
+        """Return the statistics on a device; layers that share theirs do so there too."""
+        there = {id(found): moved(found, device) for found in self._held.values()}
+        return BlockStatistics({name: there[id(found)] for name, found in self._held.items()}, self._routed)
+
     def few_tokens(self) -> list[str]:
         """Return the names of the layers of experts that saw fewer tokens than they have inputs."""
         return [name for name, (inputs, matrix, expert) in self._routed.items() if inputs.is_scarce(matrix, expert)]
@@ -173,7 +198,8 @@ def collect(
 ) -> BlockStatistics:
     """Return the statistics of the inputs of the named layers while the stream runs through the block on its device.
 
-    Layers that are given the same tensor (q, k and v; gate and up) share one statistics object.
+    Layers that are given the same tensor (q, k and v; gate and up) share one statistics object. Those of parts of a
+    stream can be added.
     """
     found = {name: matrix_of(name) for name in layers}
     modules: dict[str, Any] = {name: block.get_submodule(name) for name, matrix in found.items() if matrix is None}

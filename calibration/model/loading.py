@@ -12,6 +12,7 @@ import torch
 from rankbook.calibration.checkpoint.extras import WEIGHTS
 from rankbook.calibration.checkpoint.files import sha256_file
 from rankbook.calibration.checkpoint.format import CheckpointError, open_checkpoint
+from rankbook.calibration.checkpoint.integrity import tensor_names
 from rankbook.calibration.model.completeness import check_complete, stored_names, unwrapping
 from rankbook.calibration.model.custom_code import is_trusted
 from rankbook.calibration.model.gguf_file import expert_sizes, read_once
@@ -122,11 +123,27 @@ def _load_weights(found: Source, dtype: torch.dtype | None) -> Any:
     except CheckpointError:
         raise
     except (ImportError, OSError, SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{found.location} cannot be loaded as a causal language model: {error}") from error
+        where = _damaged(found) if isinstance(error, SafetensorError) else ""
+        raise ValueError(f"{found.location} cannot be loaded as a causal language model: {where}{error}") from error
     check_complete(str(found.path), model, info)
     if config is None or (not found.packed and hasattr(config, "quantization_config")):
         _forget_stored_format(model, dtype or (torch.float32 if found.gguf else model.dtype))
     return model.eval().requires_grad_(False)
+
+
+def _damaged(found: Source) -> str:
+    """Return the beginning of a sentence about the first file of weights that cannot be read, or nothing."""
+    files = sorted(Path(found.location).glob("*.safetensors"))
+    name = next((path.name for path in files if not _is_readable(path)), None)
+    return "" if name is None else f"{name} is truncated or damaged; copy or download it again: "
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        tensor_names(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _forget_stored_format(model: Any, dtype: torch.dtype) -> None:

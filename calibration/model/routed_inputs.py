@@ -35,6 +35,14 @@ class RoutedInputs:
         self._everyone: tuple[str, LayerStatistics] | None = None
         self._lock = Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send what was kept alone: whoever gets it has the experts, see `extend`."""
+        return _sent, (type(self), self._calls)
+
+    def extend(self, other: RoutedInputs) -> None:
+        """Keep the inputs of another one too, after those that are kept already."""
+        self._calls += [(_on_disk(hidden), chosen.clone()) for hidden, chosen in other._calls]
+
     def note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what a call of the module is given: a forward pre-hook with keywords."""
         given = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
@@ -111,6 +119,12 @@ def inputs_of(module: Any, matrix: str, device: torch.device) -> tuple[nn.Module
     if hasattr(module, "expert_matrices"):
         return getattr(module, matrix), MatrixInputs(module, device)
     return module, RoutedInputs(module, device)
+
+
+def _sent(kind: type[RoutedInputs], calls: list[tuple[Tensor, Tensor]]) -> RoutedInputs:
+    found = kind(None, torch.device("cpu"))
+    found._calls = calls
+    return found
 
 
 def _on_disk(values: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Killed at any moment, a full disk at any write: what is finished stays, and a run that goes on gives the same files.
+"""Killed at any moment, a full disk at any write, a disk that cannot be written, a clock that goes back.
 
-``RANKBOOK_FAULTS=50`` tries so many moments of each kind (``make faults``); CI tries a few.
+What is finished stays, and a run that goes on gives the same files. ``RANKBOOK_FAULTS=50`` tries so many moments of
+each kind (``make faults``); CI tries a few.
 """

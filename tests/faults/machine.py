@@ -17,11 +17,13 @@ SOURCE = Path(__file__).with_name("disk.c")
 
 
 class Mode(IntEnum):
-    """What the disk does at the n-th event; the numbers are those of `disk.c`."""
+    """What the disk does at the n-th event, or the clock; the numbers are those of `disk.c`."""
 
     COUNT = 1
     KILL = 2
     FULL = 3
+    BACK = 4
+    READ_ONLY = 5
 
 
 class Machine:
@@ -80,7 +82,8 @@ class Machine:
             words: Of the command line.
 
         Returns:
-            ``status``: the exit code, or minus the signal; ``seen``: events; ``said``: stderr.
+            ``status``: the exit code, or minus the signal; ``seen``: events; ``said``: stderr; ``year``: that of the
+            clock at the end, None where the run was killed.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from typing import Any
 
 
@@ -25,17 +26,20 @@ def main() -> None:
     disk.faults_seen.restype = ctypes.c_long
     for line in sys.stdin:
         request = json.loads(line)
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as year:
             child = os.fork()
             if child == 0:
-                _child(disk, request, said.fileno(), cli)
+                _child(disk, request, (said.fileno(), year.fileno()), cli)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             said.seek(0)
+            year.seek(0)
             answer = {"status": status, "seen": disk.faults_seen(), "said": said.read().decode()}
+            answer["year"] = int(year.read() or 0) or None
         print(json.dumps(answer), flush=True)
 
 
-def _child(disk: ctypes.CDLL, request: dict[str, Any], said: int, cli: Any) -> None:
+def _child(disk: ctypes.CDLL, request: dict[str, Any], files: tuple[int, int], cli: Any) -> None:
+    said, year = files
     os.dup2(said, 2)
     os.dup2(said, 1)
     disk.faults_arm(request["folder"].encode(), ctypes.c_long(request["number"]), request["mode"])
@@ -44,6 +48,7 @@ def _child(disk: ctypes.CDLL, request: dict[str, Any], said: int, cli: Any) -> N
         status = cli.main(request["words"])
     finally:
         sys.stderr.flush()
+        os.write(year, str(time.gmtime(time.time()).tm_year).encode())
         os._exit(status)
 
 

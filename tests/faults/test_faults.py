@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,38 @@ def test_a_full_disk_is_named_and_the_earlier_result_stays(
             assert "the disk is full" in done["said"] or "No space left" in done["said"], (moment, done["said"])
         assert contents(place / "out") == whole, moment
         shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_clock_that_goes_back_changes_nothing(
+    verb: str, work: Path, machine: Machine, events: dict[str, int], tmp_path: Path
+) -> None:
+    """By ten years: in the middle of a run, and while an interrupted one waits to go on."""
+    whole, words = contents(work / "whole" / verb), VERBS[verb]
+    middle, now = events[verb] // 2, datetime.now(timezone.utc).year
+    for name in ("during", "between"):
+        place = tmp_path / name
+        place.mkdir()
+        if name == "between":
+            assert machine.run(place, Mode.KILL, middle, *words(work, place / "out"))["status"] == _SIGKILL
+        moment = middle if name == "during" else 0
+        done = machine.run(place, Mode.BACK, moment, *words(work, place / "out"))
+        assert done["status"] == 0, done["said"]
+        assert done["year"] in (now - 11, now - 10), "the clock was not set back"
+        assert contents(place / "out") == whole, name
+        left = [path.name for path in place.iterdir() if path.name != "out" and not path.name.endswith(".lock")]
+        assert left == [], name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(
+    verb: str, work: Path, machine: Machine, events: dict[str, int], tmp_path: Path
+) -> None:
+    shutil.copytree(work / "whole" / verb, tmp_path / "out")
+    words = [*VERBS[verb](work, tmp_path / "out"), *(["--overwrite"] if verb == "quantize" else [])]
+    done = machine.run(tmp_path, Mode.READ_ONLY, 0, *words)
+    assert done["status"] == errors.USAGE, done["said"]
+    assert "Read-only file system" in done["said"]
+    assert str(tmp_path) in done["said"]
+    assert contents(tmp_path / "out") == contents(work / "whole" / verb)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, help="this input alone, with a traceback")
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
     parser.add_argument("--native", action="store_true", help="models for the native library in place of loaders")
+    parser.add_argument("--list", action="store_true", help="only name the targets")
     given = parser.parse_args()
     names = given.target or list(TARGETS)
     if given.native:
@@ -29,6 +30,9 @@ def main() -> int:
 
         TARGETS.update(NATIVE)
         names = given.target or list(NATIVE)
+    if given.list:
+        print("\n".join(names))
+        return 0
     if given.number is not None:
         for name in names:
             print(f"{name}: {try_one(name, given.number)}")

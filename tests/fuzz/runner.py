@@ -64,7 +64,7 @@ def run(name: str, *, seconds: float, inputs: int, begin: int = 0) -> Result:
     """Try inputs until the time is over; a process that crashes or hangs counts as a failure, and another goes on."""
     result, end, kinds = Result(name), time.monotonic() + seconds, set[str]()
     number, last = begin, begin + inputs
-    _made(name)  # here, so that the processes share it
+    made(name)  # here, so that the processes share it
     while time.monotonic() < end and number < last:
         reading, writing = get_context("fork").Pipe()
         process = get_context("fork").Process(target=_work, args=(writing, name, number, last, end), daemon=True)
@@ -104,7 +104,7 @@ def _work(pipe: Connection, name: str, begin: int, last: int, end: float) -> Non
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of the tests' runner
     torch.set_num_threads(1)
     with contextlib.suppress(Exception):  # imports what it needs
-        TARGETS[name].load(_made(name))
+        TARGETS[name].load(made(name))
     pipe.send(None)
     resource.setrlimit(resource.RLIMIT_AS, (_size_of_process() + _RESERVED, resource.RLIM_INFINITY))
     for number in range(begin, last):
@@ -146,7 +146,7 @@ def attempt(name: str, number: int) -> tuple[bool, float, str]:
     Returns:
         Whether it was refused with a sentence, its processor seconds, and what is wrong with the loader, or "".
     """
-    folder = Path(tempfile.mkdtemp(dir=_place()))
+    folder = Path(tempfile.mkdtemp(dir=place()))
     try:
         size = _prepare(name, number, folder)
         before, start = _peak(again=True), time.process_time()
@@ -162,7 +162,7 @@ def attempt(name: str, number: int) -> tuple[bool, float, str]:
         shutil.rmtree(folder)
     if isinstance(error, _EndlessError):
         return False, spent, f"endless {_where(error)}"
-    if error is not None and _is_undeclared(error):
+    if error is not None and is_undeclared(error):
         return False, spent, f"{_where(error)} | {str(error)[:200]!r}"
     if spent > LONGEST:
         return False, spent, f"slow | {spent:.1f} s"
@@ -179,14 +179,14 @@ def try_one(name: str, number: int) -> str:
     try:
         TARGETS[name].load(folder)
     except Exception as error:
-        if _is_undeclared(error):
+        if is_undeclared(error):
             raise
         return describe(error)[0]
     return "read"
 
 
 @cache
-def _place() -> Path:
+def place() -> Path:
     """Return a folder for all inputs, which goes with the process that asked first."""
     folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=_MEMORY_DISK if _MEMORY_DISK.is_dir() else None)
     atexit.register(folder.cleanup)
@@ -194,16 +194,16 @@ def _place() -> Path:
 
 
 @cache
-def _made(name: str) -> Path:
+def made(name: str) -> Path:
     """Return the valid files of a target."""
-    folder = Path(tempfile.mkdtemp(dir=_place()))
+    folder = Path(tempfile.mkdtemp(dir=place()))
     TARGETS[name].make(folder)
     return folder
 
 
 def _prepare(name: str, number: int, folder: Path) -> int:
     """Write the input; return its size. Everything random comes from the name and the number."""
-    shutil.copytree(_made(name), folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    shutil.copytree(made(name), folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
     rng = random.Random(f"{name} {number}")
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     size = sum(path.stat().st_size for path in files)
@@ -216,7 +216,7 @@ def _prepare(name: str, number: int, folder: Path) -> int:
     return size
 
 
-def _is_undeclared(error: BaseException) -> bool:
+def is_undeclared(error: BaseException) -> bool:
     """Return whether `describe` has no sentence for an exception but its type, or one that is about something else."""
     other = isinstance(error, (MemoryError, UnicodeEncodeError, ImportError))
     return other or "run again with --debug" in describe(error)[0]

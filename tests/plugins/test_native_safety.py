@@ -18,7 +18,7 @@ from rankbook.plugins import library
 from tests.ops.cases import Array, Case
 from tests.ops.runners import built, ort_session
 from tests.plugins.merged_ops import draw_several, model_of
-from tests.plugins.toolchain import output, required_tool
+from tests.plugins.toolchain import ort_headers, output, required_tool
 
 CASE = Case(bits=3, out_features=96, in_features=128, rank=4, bias=True, tokens=(2, 3))
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,3 +116,18 @@ def test_built_files_are_hardened(name: str) -> None:
     assert "TEXTREL" not in dynamic
     symbols = output(required_tool("nm"), "-D", "--undefined-only", path)
     assert "__stack_chk_fail" in symbols, "stacks are not watched"
+    if name != "trt":  # none of what that library calls has a form that checks sizes
+        assert "__memcpy_chk" in symbols, "copies are not checked against the size of what they write to"
+
+
+def test_files_of_a_release_are_compiled_with_every_check_of_sizes(tmp_path: Path) -> None:
+    """A built file does not show the level of `_FORTIFY_SOURCE`; the commands that CMake makes do."""
+    cmake, ninja = required_tool("cmake"), required_tool("ninja")
+    command = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    output(*command, "-DRANKBOOK_CUDA=OFF", "-DRANKBOOK_KERNEL_CHECK=ON", f"-DONNXRUNTIME_INCLUDE_DIR={ort_headers()}")
+    flags = re.findall(r"^  FLAGS = (.*)$", (tmp_path / "build.ninja").read_text("utf-8"), re.MULTILINE)
+    assert flags
+    for line in flags:
+        assert "-U_FORTIFY_SOURCE" in line
+        assert "-D_FORTIFY_SOURCE=3" in line
+        assert "-fstack-protector-strong" in line

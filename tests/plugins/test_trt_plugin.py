@@ -205,6 +205,26 @@ def test_missing_attributes_are_refused():
         run(op, y, fields=1)
 
 
+LIES = int(os.environ.get("RANKBOOK_LIES", "2000"))
+"""For each operator; `make fuzz-native` tries more."""
+
+
+@pytest.mark.parametrize("name", ["branch", "look-up", "experts"])
+def test_fields_and_shapes_that_lie_are_refused_or_taken(name):
+    """Attributes of a graph, fields that an engine stores, and shapes: no crash, and under sanitizers no fault."""
+    cases = {"branch": FORMS["branch"], "look-up": Case(bits=4, gather=True), "experts": STACK}
+    op = cases[name].draw(tokens=(7,))
+    values = list(op.inputs.values())
+    dims = (c.c_int64 * (8 * len(values)))()
+    for i, value in enumerate(values):
+        dims[8 * i : 8 * i + value.ndim] = list(value.shape)
+    numbers = (c.c_int32 * 3)(*(op.attributes[key] for key in ("in_features", "out_features", "offset")))
+    types = (c.c_int * len(values))(*(TRT_TYPES[str(value.dtype)] for value in values))
+    ranks, taken = (c.c_int * len(values))(*(value.ndim for value in values)), (c.c_int * 3)()
+    driver().rb_lies(op.op_type.encode(), numbers, len(values), ranks, dims, types, c.c_uint32(0), LIES, taken)
+    assert LIES > taken[0] > taken[1] > taken[2] > LIES // 100, list(taken)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(emulated.EXTRA_FLAGS), reason="this is the run under the sanitizers")
 def test_the_plugin_is_clean_under_sanitizers():

@@ -3,7 +3,10 @@
 
 #include <cstring>
 #include <deque>
+#include <iterator>
+#include <limits>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -113,6 +116,96 @@ std::string build_phase(IPluginV3* plugin, Tensors* t) {
   return "";
 }
 
+// Attributes, stored fields and shapes that lie: what a stranger's graph or engine may hold. Values stay within what
+// TensorRT's own types hold; a field's data are as long as its length and type say.
+struct Liar {
+  explicit Liar(std::uint32_t seed) : random(seed) {}
+
+  template <typename T, std::size_t n>
+  T any(const T (&values)[n]) {
+    return values[random() % n];
+  }
+  bool sometimes(std::uint32_t one_in) { return random() % one_in == 0; }
+  std::int64_t number() {
+    constexpr std::int64_t kNumbers[] = {0,  1,  -1, 2,       3,         7,         8,         31,        32,
+                                         48, 96, 97, 1 << 20, INT32_MAX, 1LL << 31, 1LL << 40, INT64_MAX, INT64_MIN};
+    return any(kNumbers);
+  }
+
+  // A copy of fields in memory of exactly their size, so that a sanitizer sees what is read beyond it.
+  std::vector<PluginField> changed(const PluginFieldCollection& given) {
+    constexpr const char* kNames[] = {"in_features", "out_features", "offset", "layer", "", "x"};
+    constexpr PluginFieldType kTypes[] = {PluginFieldType::kINT32, PluginFieldType::kINT64, PluginFieldType::kCHAR,
+                                          PluginFieldType::kFLOAT32, PluginFieldType::kUNKNOWN};
+    constexpr std::int32_t kLengths[] = {0, 1, 2, 7, -1, INT32_MIN};
+    std::vector<PluginField> fields;
+    for (std::int32_t i = 0; i < given.nbFields; ++i) {
+      PluginField field = given.fields[i];
+      if (sometimes(12)) continue;
+      if (sometimes(12)) field.name = sometimes(4) ? nullptr : any(kNames);
+      const bool lies = sometimes(6);
+      if (lies) {
+        field.type = any(kTypes);
+        field.length = any(kLengths);
+      }
+      const std::size_t item = field.type == PluginFieldType::kINT64   ? 8
+                               : field.type == PluginFieldType::kINT32 ? 4
+                                                                       : 1;
+      const std::size_t size = field.length > 0 ? item * static_cast<std::size_t>(field.length) : 0;
+      auto& bytes = memory.emplace_back(new unsigned char[size]);
+      for (std::size_t b = 0; b < size; ++b) bytes[b] = static_cast<unsigned char>(random());
+      if (!lies && given.fields[i].data != nullptr) std::memcpy(bytes.get(), given.fields[i].data, size);
+      if (!lies && size == 4 && sometimes(6)) {
+        const auto value = static_cast<std::int32_t>(number());
+        std::memcpy(bytes.get(), &value, sizeof value);
+      }
+      field.data = sometimes(16) ? nullptr : bytes.get();
+      fields.push_back(field);
+    }
+    if (!fields.empty() && sometimes(8)) fields.push_back(fields.front());
+    return fields;
+  }
+
+  std::vector<PluginTensorDesc> changed(std::vector<PluginTensorDesc> tensors) {
+    const std::uint32_t changes = random() % 3;
+    for (std::uint32_t i = 0; i < changes; ++i) {
+      PluginTensorDesc& tensor = tensors[random() % tensors.size()];
+      switch (random() % 4) {
+        case 0: tensor.type = static_cast<DataType>(random() % 12); break;
+        case 1: tensor.dims.nbDims = static_cast<std::int32_t>(random() % (Dims::MAX_DIMS + 2)) - 1; break;
+        case 2: tensor.format = static_cast<TensorFormat>(random() % 12); break;
+        default:
+          for (std::int64_t& size : tensor.dims.d) {
+            if (sometimes(3)) size = number();
+          }
+      }
+    }
+    if (sometimes(16)) tensors.pop_back();
+    return tensors;
+  }
+
+  std::mt19937 random;
+  std::vector<std::unique_ptr<unsigned char[]>> memory;
+};
+
+// What a plugin is asked of an engine's shapes; true where it takes them.
+bool takes(IPluginV3* plugin, const std::vector<PluginTensorDesc>& given) {
+  if (given.empty()) return false;
+  Tensors t;
+  t.in = given;
+  const bool builds = build_phase(plugin, &t).empty();
+  const auto inputs = static_cast<std::int32_t>(given.size());
+  if (t.dynamic.empty()) {
+    for (const auto& tensor : given) t.dynamic.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
+    t.dynamic.push_back({t.out, t.out.dims, t.out.dims, t.out.dims});
+  }
+  part<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD)
+      ->getWorkspaceSize(t.dynamic.data(), inputs, &t.dynamic[given.size()], 1);
+  return part<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->onShapeChange(given.data(), inputs, &t.out,
+                                                                                         1) == 0 &&
+         builds;
+}
+
 }  // namespace
 
 #define RB_EXPORT extern "C" __attribute__((visibility("default")))
@@ -187,4 +280,41 @@ RB_EXPORT int rb_run(const char* name, const std::int32_t* attributes, int input
   for (int d = 0; d < t.out.dims.nbDims; ++d) y_dims[1 + d] = t.out.dims.d[d];
   if (runtime->enqueue(t.in.data(), &t.out, data, outputs, workspace, nullptr) != 0) return fail("enqueue");
   return 0;
+}
+
+// Gives `count` lies to an operator: attributes, then the fields that an engine would store of it, then shapes. `dims` and
+// `types` are those of a node that is well; `taken` gets how often a plugin was made, made from stored fields, and took
+// the shapes.
+RB_EXPORT void rb_lies(const char* name, const std::int32_t* attributes, int inputs, const int* ranks,
+                       const std::int64_t* dims, const int* types, std::uint32_t seed, int count, int* taken) {
+  setLoggerFinder(&finder);
+  IPluginCreatorV3One* creator = find(name);
+  std::vector<PluginTensorDesc> tensors;
+  for (int i = 0; i < inputs; ++i) {
+    PluginTensorDesc tensor{};
+    tensor.dims.nbDims = ranks[i];
+    for (int d = 0; d < ranks[i]; ++d) tensor.dims.d[d] = dims[8 * i + d];
+    tensor.type = static_cast<DataType>(types[i]);
+    tensor.format = TensorFormat::kLINEAR;
+    tensors.push_back(tensor);
+  }
+  const PluginField well[] = {{"in_features", &attributes[0], PluginFieldType::kINT32, 1},
+                              {"out_features", &attributes[1], PluginFieldType::kINT32, 1},
+                              {"offset", &attributes[2], PluginFieldType::kINT32, 1}};
+  for (int i = 0; i < count; ++i) {
+    logger.text.clear();
+    Liar liar(seed + static_cast<std::uint32_t>(i));
+    auto fields = liar.changed({static_cast<std::int32_t>(std::size(well)), well});
+    const PluginFieldCollection given{static_cast<std::int32_t>(fields.size()), fields.data()};
+    std::unique_ptr<IPluginV3> made(creator->createPlugin("layer.7", &given, TensorRTPhase::kBUILD));
+    if (!made) continue;
+    ++taken[0];
+    auto stored = liar.changed(
+        *part<IPluginV3OneRuntime>(made.get(), PluginCapabilityType::kRUNTIME)->getFieldsToSerialize());
+    const PluginFieldCollection read{static_cast<std::int32_t>(stored.size()), stored.data()};
+    std::unique_ptr<IPluginV3> loaded(creator->createPlugin("renamed", &read, TensorRTPhase::kRUNTIME));
+    if (!loaded) continue;
+    ++taken[1];
+    taken[2] += takes(loaded.get(), liar.changed(tensors));
+  }
 }

@@ -24,7 +24,7 @@ from rankbook.calibration.checkpoint.format import MANIFEST
 from rankbook.calibration.device import DeviceError
 from rankbook.calibration.driver import cluster
 from rankbook.calibration.driver.options import QuantizeOptions
-from rankbook.calibration.driver.report import Progress
+from rankbook.calibration.driver.report import Progress, QuantizeReport
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.driver.solve import InProcess, LayerTask
 from rankbook.tools import errors
@@ -45,6 +45,15 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "lcq", "scale_inputs": "awq", "method_options": {"steps": 2, "compute": "float32"}},
     ),
     "experts, two threads": ("mixtral", {"method": "gptq"}),
+    "parts of the text, experts": ("mixtral", {"method": "gptq", "calib_shards": 3}),
+    "blocks in parallel, training": (
+        "gemma2",
+        {
+            **{"method": "lcq", "order": "parallel", "calib_shards": 2, "scale_inputs": "awq"},
+            "method_options": {"steps": 2, "compute": "float32"},
+        },
+    ),
+    "blocks in parallel, experts": ("mixtral", {"method": "gptq", "order": "parallel"}),
 }
 
 
@@ -67,7 +76,7 @@ def test_a_cluster_gives_the_files_of_one_process(name: str, workers: cluster.Cl
     _model(family, tmp_path / "model")
     chosen = options(tmp_path, **changes)
     told: list[Progress] = []
-    threads, before = (2 if family == "mixtral" else 1), torch.get_num_threads()
+    threads, before = (2 if "two threads" in name else 1), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         quantize_model(tmp_path / "model", tmp_path / "one", chosen)
@@ -82,9 +91,14 @@ def test_a_cluster_gives_the_files_of_one_process(name: str, workers: cluster.Cl
     assert manifests[0]["run"]["cluster"] == {}
     assert manifests[1]["run"]["cluster"] == report.cluster
     assert (report.cluster["tasks_at_once"], report.cluster["threads_of_a_task"]) == (WORKERS // threads, threads)
-    shares = [step.fraction for step in told if step.stage.startswith("solving layers")]
-    assert len(shares) == len(report.layers)
+    parallel = chosen.order == "parallel"
+    shares = [step.fraction for step in told if step.stage.startswith("solved" if parallel else "solving layers")]
+    assert len(shares) == (_blocks(report) if parallel else len(report.layers))
     assert shares == sorted(shares)
+
+
+def _blocks(report: QuantizeReport) -> int:
+    return len({name.split(".layers.")[1].split(".")[0] for name in report.layers})
 
 
 def _idle() -> list[psutil.Process]:
@@ -206,6 +220,38 @@ def test_errors_of_workers_arrive(workers: cluster.Cluster) -> None:
     assert torch.equal(record.codes, there.codes)
 
 
+def test_tasks_that_wait_are_cancelled_after_an_error(
+    workers: cluster.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    good, chosen = problems.layer(32, 64), QuantizeOptions(method="rtn", group_size=32)
+    bad = replace(good, weight=torch.full_like(good.weight, torch.nan))
+    cancelled: list[Any] = []
+    monkeypatch.setattr(ray, "cancel", lambda one, force: cancelled.append(one))
+    tasks = [LayerTask(f"{index}", chosen, lambda: bad) for index in range(3 * WORKERS)]
+    with pytest.raises(ValueError, match="hold NaN"):
+        workers.solve(tasks, lambda *_: None)
+    assert len(cancelled) == 2 * WORKERS - 1, "all that were sent but the one that failed"
+
+
+def test_blocks_that_wait_are_cancelled_after_an_error(
+    workers: cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama", tmp_path / "model", num_hidden_layers=4)
+    chosen = options(tmp_path, method="gptq", order="parallel", cluster="auto")
+    cancelled: list[Any] = []
+    monkeypatch.setattr("ray.cancel", lambda one, force: cancelled.append(one))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankbook.calibration.driver.resume.PartialState.save", full)
+    with pytest.raises(OSError, match="No space"):
+        quantize_model(tmp_path / "model", tmp_path / "q", chosen)
+    assert cancelled
+
+
 def test_a_cluster_that_does_not_fit_is_refused(
     workers: cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,26 +303,3 @@ def test_an_address_where_nothing_answers_is_said() -> None:
         taken.bind(("127.0.0.1", 0))  # not listening
         with pytest.raises(DeviceError, match=r"nothing answers there .* This machine must belong to the cluster"):
             cluster._check_reachable(f"127.0.0.1:{taken.getsockname()[1]}")
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(24.0).view(2, 3, 4),
-        torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1),
-        torch.randn(6, 8).to(torch.bfloat16)[:, 2:5].T,
-        torch.zeros(()).expand(5, 5),
-        torch.tensor([[True, False]]),
-        torch.tensor(3),
-        torch.empty(0, 4),
-        torch.ones(1, 7)[:, ::3],
-    ],
-)
-def test_tensors_arrive_as_they_lie_in_memory(tensor: torch.Tensor) -> None:
-    sent = cluster._to_array(tensor)
-    assert sent[0].nbytes <= max(tensor.nbytes, tensor.element_size())
-    arrived = cluster._from_array(sent)
-    assert arrived.dtype == tensor.dtype
-    assert torch.equal(arrived, tensor)
-    orders = [sorted(range(t.ndim), key=lambda axis, t=t: -t.stride(axis)) for t in (arrived, tensor)]  # type: ignore[misc]
-    assert orders[0] == orders[1]

@@ -20,6 +20,10 @@ UNUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"device_memory": 0.0, "device": "cpu"},
         "device_memory 0.0 has no effect: this run computes on the CPU",
     ),
+    "distribution": (
+        {"order": "parallel", "calib_shards": 2},
+        "order parallel and calib_shards 2 have no effect: nothing that was chosen depends on what enters",
+    ),
     "chat": ({"calib_chat": True}, "no calibration text is given"),
 }
 USED: list[dict[str, Any]] = [
@@ -32,6 +36,7 @@ USED: list[dict[str, Any]] = [
     {"activations": "static8", "activation_range": "minmax", "activation_skip": ("*.down_proj",)},
     {"activations": "token8", "activation_training": True, "method": "lcq"},
     {"calib_chat": True, "calib": "chats.jsonl"},
+    {"order": "parallel", "calib_shards": 2, "method": "gptq"},
 ]
 
 

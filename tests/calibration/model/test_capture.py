@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import capture, placement
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.experts import matrix_of
+from rankbook.calibration.model.plain import make_plain
+from rankbook.tools.dev.family_models import random_model
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -78,6 +83,33 @@ def test_statistics_are_those_of_the_inputs_and_shared_where_the_input_is() -> N
     assert statistics["mlp.gate_proj"] is not q
     assert statistics["mlp.down_proj"].gram.shape == (80, 80)
     assert not block.self_attn.q_proj._forward_pre_hooks
+
+
+def test_statistics_of_parts_of_a_text_add_up_and_travel() -> None:
+    """Of experts what entered them travels, not their Gram matrices."""
+    model = random_model("mixtral")
+    make_plain(model)
+    ids, blocks = tokens(), adapter_of(model).blocks()
+    call, block = capture.record_calls(model, blocks, ids)[0], blocks.modules[0]
+    values = capture.first_inputs(model, blocks, ids, torch.float32).values
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    names += [name for name in dict(block.named_modules()) if matrix_of(name)]
+    whole = capture.collect(block, call, values, names)
+    first, *others = (capture.collect(block, call, part, names) for part in torch.split(values, 2))
+    for part in others:
+        sent = pickle.dumps(part)
+        assert b"ExpertMatri" not in sent
+        first.add(pickle.loads(sent))
+    assert first["self_attn.q_proj"] is first["self_attn.k_proj"]
+    assert first.few_tokens() == whole.few_tokens()
+    for name in names:
+        found, wanted = first[name], whole[name]
+        assert found.tokens == wanted.tokens
+        for own, other in ((found.gram, wanted.gram), (found.mean_abs, wanted.mean_abs), (found.peak, wanted.peak)):
+            assert torch.allclose(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max())), name
+    split = capture.BlockStatistics({name: LayerStatistics.empty(found.gram.shape[0]) for name in names[:3]}, {})
+    with pytest.raises(RuntimeError, match="share their inputs in one part"):
+        capture.BlockStatistics({name: first[name] for name in names[:3]}, {}).add(split)
 
 
 def test_a_stream_in_fp16_becomes_float32_where_fp16_does_not_hold() -> None:

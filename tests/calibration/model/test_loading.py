@@ -97,6 +97,20 @@ def test_damaged_models(tmp_path: Path) -> None:
         load_model(tmp_path / "broken.gguf")
 
 
+def test_a_shard_that_ends_too_early_is_named(tmp_path: Path) -> None:
+    """Or one that is missing; nothing is left of the output."""
+    tiny_model("llama").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 2
+    whole = shards[1].read_bytes()
+    chosen = QuantizeOptions(method="rtn")
+    for left in (whole[:-100], None):
+        shards[1].write_bytes(left) if left else shards[1].unlink()
+        with pytest.raises(ValueError, match=rf"cannot be loaded as a causal language model: .*{shards[1].name}"):
+            quantize_model(tmp_path / "model", tmp_path / "q", chosen)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_tokenizer_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     tiny_model("llama", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")

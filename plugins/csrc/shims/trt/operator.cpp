@@ -88,12 +88,11 @@ Constant constant_of(DataType type, const Dims& dims) {
   return out;
 }
 
-// 64 bits, since a wrong profile may multiply to more than 2^31; the caller refuses that.
+// -1 as well where a wrong profile multiplies to more than 64 bits hold; the caller refuses that, and more than 2^31.
 std::int64_t count_items(const Operator& op, const Dims& dims) {
   std::int64_t count = 1;
   for (std::int32_t i = 0; i < dims.nbDims - (op.kind == Kind::kGather ? 0 : 1); ++i) {
-    if (dims.d[i] < 0) return -1;
-    count *= dims.d[i];
+    if (dims.d[i] < 0 || __builtin_mul_overflow(count, dims.d[i], &count)) return -1;
   }
   return count;
 }

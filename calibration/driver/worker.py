@@ -1,0 +1,144 @@
+"""What the workers of a Ray cluster do, and how tensors and blocks travel to them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbook.calibration.device import DeviceError, moved, resolve
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.parallel import BlockTask
+from rankbook.calibration.driver.report import Errors
+from rankbook.calibration.driver.resume import BlockResult
+from rankbook.calibration.driver.solve import Passage, solve_task
+from rankbook.calibration.fitting.problem import LayerProblem
+from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.model.capture import BlockStatistics
+from rankbook.calibration.model.placement import Placement, in_float32
+from rankbook.calibration.notes import Note
+from rankbook.calibration.record.quantized_linear import QuantizedLinear
+
+CPU = torch.device("cpu")
+_SMALL_BYTES = 1 << 16
+"""Tensors up to this size are copied on arrival: a block may write to its buffers, and what was sent is read-only."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a worker computes.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``; Ray chooses which GPU.
+        threads: They order the sums of products: as many as in a run without a cluster, so that results are equal.
+    """
+
+    device: str
+    threads: int
+
+
+def solve_layer(
+    name: str, problem: LayerProblem, statistics: LayerStatistics, options: QuantizeOptions, setting: Setting
+) -> tuple[tuple[QuantizedLinear, Errors], list[str]]:
+    """Solve one layer; return its record and its errors, and the notes that were made meanwhile."""
+    with _working(setting, name) as (device, notes):
+        given = replace(problem, weight=problem.weight.float(), statistics=statistics)
+        record, errors = solve_task(name, moved(given, device), options, device)
+        found = moved(record, CPU), errors
+    return found, notes
+
+
+def solve_block(
+    task: BlockTask, inputs: Tensor, targets: Tensor | None, setting: Setting
+) -> tuple[BlockResult, list[str]]:
+    """Solve one block; the streams are given apart, because tasks share them."""
+    with _working(setting, task.site.prefix[:-1]) as (device, notes):
+        found = replace(task, inputs=inputs, targets=targets).solved(Placement((device,)))
+        layers: dict[str, Any] = {name: layer.on(CPU) for name, layer in found.layers.items()}
+        tensors = {name: tensor.to(CPU) for name, tensor in found.tensors.items()}
+    return replace(found, layers=layers, tensors=tensors), notes
+
+
+def statistics_of(passage: Passage, part: Tensor, setting: Setting) -> tuple[BlockStatistics, list[str]]:
+    """Return the statistics of a part of the calibration text, on the CPU."""
+    with _working(setting, "a part of the calibration text") as (device, notes):
+        call = passage.call.on(lambda tensor: tensor.to(device))
+        with in_float32(passage.block, device):
+            found = replace(passage, call=call).statistics(part, device)
+    return found.on(CPU), notes
+
+
+@contextmanager
+def _working(setting: Setting, what: str) -> Iterator[tuple[torch.device, list[str]]]:
+    """Prepare this process for a task; give its device, and a list that holds the notes of the block afterwards.
+
+    Raises:
+        DeviceError: The device is not there, or its memory does not suffice.
+    """
+    send_tensors_as_arrays()
+    torch.set_num_threads(setting.threads)
+    device, notes = resolve(setting.device), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Note)
+        try:
+            yield device, notes
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"the memory of a worker's {device} does not suffice for {what}; give more --cluster-gpus, so that"
+                " fewer tasks share one, or --device cpu, with --resume to go on at this block"
+            ) from error
+    notes += [str(one.message) for one in caught if issubclass(one.category, Note)]
+
+
+def narrow(weight: Tensor) -> Tensor:
+    """Return a weight in 16 bits where these hold it: the model is stored so, and half as much travels."""
+    for dtype in (torch.bfloat16, torch.float16) if weight.dtype == torch.float32 else ():
+        if torch.equal((half := weight.to(dtype)).float(), weight):
+            return half
+    return weight
+
+
+def send_tensors_as_arrays() -> None:
+    """Let Ray send tensors as arrays of numpy, which processes of a machine share; weights in 16 bits, see `narrow`."""
+    from ray.util.serialization import register_serializer
+
+    register_serializer(Tensor, serializer=_to_array, deserializer=_from_array)
+    register_serializer(nn.Parameter, serializer=_from_parameter, deserializer=_to_parameter)
+
+
+_Sent = tuple[Any, torch.dtype, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def _to_array(tensor: Tensor) -> _Sent:
+    """Return the bytes of a tensor, what they hold, and how it lies in memory: products depend on that in last bits."""
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.ndim), key=lambda axis: -strides[axis]))
+    values = tensor.detach().cpu().permute(order)
+    small = values[tuple(slice(1) if stride == 0 else slice(None) for stride in values.stride())]
+    array = small.contiguous().as_strided((small.numel(),), (1,)).view(torch.uint8).numpy()
+    back = tuple(order.index(axis) for axis in range(tensor.ndim))
+    return array, tensor.dtype, tuple(small.shape), tuple(values.shape), back
+
+
+def _from_array(sent: _Sent) -> Tensor:
+    array, dtype, small, shape, back = sent
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to what was sent
+        flat = torch.from_numpy(array).view(dtype) if len(array) else torch.empty(0, dtype=dtype)
+    if flat.nbytes <= _SMALL_BYTES:
+        flat = flat.clone()
+    return flat.view(small).expand(shape).permute(back)
+
+
+def _from_parameter(parameter: nn.Parameter) -> tuple[_Sent, torch.dtype, bool]:
+    return _to_array(narrow(parameter.data)), parameter.dtype, parameter.requires_grad
+
+
+def _to_parameter(sent: tuple[_Sent, torch.dtype, bool]) -> nn.Parameter:
+    array, dtype, trained = sent
+    return nn.Parameter(_from_array(array).to(dtype, copy=True), trained)
