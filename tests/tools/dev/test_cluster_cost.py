@@ -41,7 +41,7 @@ def test_more_gpus_help_until_blocks_or_the_starting_process_limit(trains: bool)
     one, model = work(SMALL, FAST), [SMALL]
     many = blocks_apart(model, FAST, 1000, trains=trains)
     assert many == pytest.approx(4 * one.pass_ + one.gram + one.closed + trains * one.training), "one block in full"
-    assert blocks_apart(model, FAST, 1, trains=trains) > 2 * many
+    assert blocks_apart(model, FAST, 1, trains=trains) > 1.5 * many
     assert layers_apart(model, FAST, 1000, trains=trains) >= 3 * (one.pass_ + trains * one.training)
     assert blocks_apart(model, replace(FAST, network=1.0), 1000, trains=trains) > 3 * one.weight_bytes
     assert layers_apart(model, replace(FAST, start=1.0), 1000, trains=trains) > 9.0
