@@ -47,7 +47,7 @@ def test_equals_the_definition(case: Case) -> None:
 
 
 @built
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avxvnni", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avxvnni", "avx512", "amx"])
 def test_every_instruction_set(isa: str) -> None:
     """So do the kernels of each instruction set that this processor has (others fall back to what it has)."""
     run_in_process(f"{__name__}:check_all_widths", isa)
@@ -92,7 +92,15 @@ def test_levels_that_are_not_whole() -> None:
 
 
 @built
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("group", [32, 96])
+def test_groups_of_an_odd_number_of_blocks(group: int) -> None:
+    """Two blocks of 32 inputs fill a tile of AMX; the third of a group, or the only one, has tiles of its own."""
+    op = WIDE.draw(bits=4, planes=2, in_features=192, group=group, out_features=77, tokens=(35,))
+    np.testing.assert_array_equal(run(op), expected(op))
+
+
+@built
+@pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_one_long_group(tokens: int) -> None:
     """A row that is one group is decoded in parts whose integer sums are carried on."""
     op = WIDE.draw(bits=4, in_features=1999, group=1999, out_features=70, tokens=(tokens,))

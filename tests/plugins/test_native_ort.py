@@ -120,7 +120,7 @@ def test_unknown_instruction_set_is_refused() -> None:
     environment = {**os.environ, "RANKBOOK_NATIVE_ISA": "sse9", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "RANKBOOK_NATIVE_ISA must be one of portable avx2 avxvnni avx512" in done.stderr
+    assert "RANKBOOK_NATIVE_ISA must be one of portable avx2 avxvnni avx512 amx" in done.stderr
 
 
 @built
@@ -280,4 +280,4 @@ def test_library_is_built_in_ci() -> None:
     assert library.unavailable("ort") is None
     info = library.native_info("ort")
     assert info["isa"] in {"portable", "avx2", "avx512"}
-    assert info["isa_int8"] in {"portable", "avx2", "avx-vnni", "avx512-vnni"}
+    assert info["isa_int8"] in {"portable", "avx2", "avx-vnni", "avx512-vnni", "amx"}

@@ -2,6 +2,10 @@
 
 #if defined(RANKBOOK_X86)
 #include <cpuid.h>
+#if defined(RANKBOOK_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(RANKBOOK_ARM)
 #include <sys/auxv.h>
 #endif
@@ -41,6 +45,21 @@ bool has_avx_vnni() {
 
 #endif
 
+#if defined(RANKBOOK_AMX)
+
+// Bits 24 and 25 of edx in leaf 7; and Linux (5.16) gives the registers to a process that asks, its threads included:
+// ARCH_REQ_XCOMP_PERM for feature 18, the data of tiles. Older ones refuse the call.
+bool has_amx() {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  if (!has_avx512_vnni() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx >> 24 & 3U) != 3) return false;
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+
+#endif
+
 #elif defined(RANKBOOK_ARM)
 
 // Headers of old systems do not know the name HWCAP_ASIMDDP.
@@ -63,6 +82,9 @@ const Candidate kCandidates[] = {
 #endif
     {Isa::kAvx512, has_avx512, kAvx512Set},
     {Isa::kAvx512, has_avx512_vnni, kAvx512VnniSet},
+#if defined(RANKBOOK_AMX)
+    {Isa::kAmx, has_amx, kAmxSet},
+#endif
 #elif defined(RANKBOOK_ARM)
     {Isa::kNeon, [] { return true; }, kNeonSet},
     {Isa::kDotProd, has_dot_product, kDotProdSet},

@@ -94,8 +94,8 @@ struct RowKernels {
 enum class Isa { kPortable, kNeon, kDotProd, kBest = kDotProd };
 inline constexpr const char* kIsaNames[] = {"portable", "neon", "dotprod"};
 #else
-enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512, kBest = kAvx512 };
-inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avxvnni", "avx512"};
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512, kAmx, kBest = kAmx };
+inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avxvnni", "avx512", "amx"};
 #endif
 
 // What one instruction set brings (kernels/cpu/sets/), a translation unit each; null where a lesser one serves as well.
@@ -111,7 +111,7 @@ KernelSet select_kernels(Isa limit = Isa::kBest);
 
 extern const KernelSet kPortableSet;
 #if defined(RANKBOOK_X86)
-extern const KernelSet kAvx2Set, kAvxVnniSet, kAvx512Set, kAvx512VnniSet;
+extern const KernelSet kAvx2Set, kAvxVnniSet, kAvx512Set, kAvx512VnniSet, kAmxSet;
 #elif defined(RANKBOOK_ARM)
 extern const KernelSet kNeonSet, kDotProdSet;
 #endif

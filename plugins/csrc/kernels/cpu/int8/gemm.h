@@ -10,6 +10,9 @@
 #include <utility>
 
 #include "kernels/cpu/int8/codes.h"
+#if defined(__AMX_INT8__)
+#include "kernels/cpu/int8/amx.h"
+#endif
 
 namespace rankbook {
 namespace {
@@ -34,6 +37,10 @@ struct Part {
   int32_t centre;
   bool first, last;        // of the group and plane
   bool shifts;             // the offset is added with this part
+#if defined(__AMX_INT8__)
+  const int32_t* products;  // (tokens of a unit, 32): integer sums of this part
+  int64_t products_from;    // the first of these tokens
+#endif
   alignas(64) float value[kPanel];
   alignas(64) float offset[kPanel];
 };
@@ -122,12 +129,32 @@ struct TileSums {
   }
 };
 
+#if defined(__AMX_INT8__)
+
+// The integer sums of one part, which the tiles have computed.
+template <int kTokens, bool>
+inline void dot_part(const Part& part, int64_t, int64_t token, int row, TileSums<kTokens>& sums) {
+  const int32_t* from = part.products + (token - part.products_from) * kPanel + row;
+  RANKBOOK_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    RANKBOOK_UNROLL
+    for (int v = 0; v < TileSums<kTokens>::kVectors; ++v) {
+      I& sum = sums.sum[t][v][0];
+      sum = Bytes::add(sum, Bytes::load(reinterpret_cast<const uint8_t*>(from + t * kPanel + v * kLanes)));
+    }
+  }
+}
+
+#else
+
 // The integer sums of one part. A block at a time: a loop of a few turns is predicted better than one of many.
 template <int kTokens, bool kSigned>
-inline void dot_part(int64_t blocks, const int8_t* x, int64_t stride, const uint8_t* w, TileSums<kTokens>& sums) {
+inline void dot_part(const Part& part, int64_t stride, int64_t token, int row, TileSums<kTokens>& sums) {
+  const int8_t* x = part.x + token * stride;
+  const uint8_t* w = part.entries + row * 4;
   constexpr int kVectors = TileSums<kTokens>::kVectors;
   constexpr int kChains = TileSums<kTokens>::kChains;
-  for (int64_t block = 0; block < blocks; ++block, w += 8 * kWordBytes, x += kBlock) {
+  for (int64_t block = 0; block < part.blocks; ++block, w += 8 * kWordBytes, x += kBlock) {
     RANKBOOK_UNROLL
     for (int lane = 0; lane < 8; ++lane) {
       I entries[kVectors];
@@ -145,6 +172,8 @@ inline void dot_part(int64_t blocks, const int8_t* x, int64_t stride, const uint
     }
   }
 }
+
+#endif
 
 // Where the sums of a part begin: at the share of the centre, or where the part before left them.
 // Levels are stored less a centre; what that takes from every weight is the centre times the sum of the activations, an
@@ -216,7 +245,7 @@ void gemm_tile(const Slice& slice, int64_t stride, int64_t token, int row, int32
   for (const Part* part = slice.parts; part < end; ++part) {
     TileSums<kTokens> sums;
     begin_part(*part, token, partial, sums);
-    dot_part<kTokens, kSigned>(part->blocks, part->x + token * stride, stride, part->entries + row * 4, sums);
+    dot_part<kTokens, kSigned>(*part, stride, token, row, sums);
     if (part->last) {
       end_group(*part, token, row, sums, total);
       continue;
@@ -247,8 +276,8 @@ Tile pick_tile(int64_t tokens, std::integer_sequence<int, kIndex...>) {
 // total (tokens, 32) += slice @ x, in tiles of nearly the same number of tokens: a tile of one loads as many
 // entries as a tile of six.
 // Thirteen tokens go as 4, 4 and 5 rather than 6, 6 and 1.
-void multiply_slice(const Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial,
-                    float* total) {
+void multiply_tokens(const Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial,
+                     float* total) {
   constexpr auto kAll = std::make_integer_sequence<int, Bytes::kTokens>{};
   const int64_t tiles = ceil_div(tokens, Bytes::kTokens);
   int64_t token = 0;
@@ -265,11 +294,49 @@ void multiply_slice(const Slice& slice, bool is_signed, int64_t stride, int64_t 
   }
 }
 
+#if defined(__AMX_INT8__)
+
+// The same, the integer sums of up to 16 tokens at a time in the tiles of AMX first.
+class Multiplier {
+ public:
+  void operator()(Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial, float* total) {
+    const int64_t units = ceil_div(tokens, kUnitTokens);
+    int64_t token = 0;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t count = (tokens - token) / (units - unit);
+      int32_t* out = products_;
+      for (Part* part = slice.parts; part < slice.parts + slice.count; ++part, out += kUnitTokens * kPanel) {
+        part->products = out;
+        part->products_from = first + token;
+        tiles_.multiply(part->x + part->products_from * stride, stride, count, part->entries, part->blocks, out);
+      }
+      multiply_tokens(slice, is_signed, stride, first + token, count, partial + token * kPanel, total + token * kPanel);
+      token += count;
+    }
+  }
+
+ private:
+  TileUnit tiles_;
+  alignas(64) int32_t products_[kSliceBlocks * kUnitTokens * kPanel];
+};
+
+#else
+
+struct Multiplier {
+  void operator()(const Slice& slice, bool is_signed, int64_t stride, int64_t first, int64_t tokens, int32_t* partial,
+                  float* total) {
+    multiply_tokens(slice, is_signed, stride, first, tokens, partial, total);
+  }
+};
+
+#endif
+
 // Groups are the outer loop and planes the inner one, so that fp32 additions happen in the order of the definition.
 void gemm(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens, int32_t* partial,
           float* total) {
   const int64_t all = weight.group_blocks();
   Slice slice;
+  Multiplier multiply_slice;
   const auto flush = [&] {
     multiply_slice(slice, weight.is_signed, all * kBlock, first, tokens, partial, total);
     slice.count = 0;

@@ -34,7 +34,11 @@ struct Halves {
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
 struct Bytes : Halves {
+#if defined(__AMX_INT8__)
+  static constexpr const char* kName = "amx";
+#else
   static constexpr const char* kName = "avx512-vnni";
+#endif
   static constexpr int kUnsignedRange = 255;
   static constexpr bool kSignedTables = false;
   // A tile has 12 integer sums and 12 totals of the 32 registers; a pass of gemv holds sums only, so that eight tokens
