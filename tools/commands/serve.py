@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.option import argument, option
+from rankbook.calibration.option import COMMON, argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
@@ -43,6 +43,13 @@ class Serve(KernelOptions, Common):
     max_body: int = option(1 << 20, "largest body of a request, in bytes", metavar="N", least=1)
     api_key_file: Path | None = option(
         None, f"file with the API key that requests must send; or set {KEY}", metavar="FILE"
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of the model; default: all cores but one, which the server itself needs",
+        metavar="N",
+        least=1,
+        group=COMMON,
     )
 
 
@@ -85,7 +92,10 @@ def prepare(options: Serve, key: str = "") -> Any:
     from rankbook.tools.serve.scheduler import Scheduler
     from rankbook.tools.serve.slots import slots_of
 
-    model = open_model(options.model, options.chosen_kernels(), Setting(options.threads), tokenizer=options.tokenizer)
+    # ONNX Runtime's threads wait for each other in every layer: where the server's own thread, or a client on this
+    # machine, takes a core from one of them, all others stand still.
+    setting = Setting(options.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    model = open_model(options.model, options.chosen_kernels(), setting, tokenizer=options.tokenizer)
     if model.tokenizer is None:
         raise UsageError(f"{model.name} has no tokenizer; name a model that has it: --tokenizer MODEL")
     slots = slots_of(model, options.slots, options.max_context)

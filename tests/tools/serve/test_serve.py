@@ -20,7 +20,7 @@ from rankbook.tools.commands.serve import Serve, prepare
 from rankbook.tools.dev import serve_load
 from rankbook.tools.generation.loop import GenerateOptions, generate
 from rankbook.tools.generation.settings import GenerationSettings
-from rankbook.tools.runtimes import open_model
+from rankbook.tools.runtimes import Setting, open_model
 from rankbook.tools.runtimes.ort import native_unavailable
 from rankbook.tools.serve.scheduler import Piece, Request, Scheduler
 from rankbook.tools.serve.slots import Slots
@@ -110,6 +110,20 @@ def alone(folder: Path) -> dict[str, str]:
     model = open_model(str(folder / "tiny"), "bodies")
     chosen = GenerateOptions(max_new_tokens=12, ignore_eos=True)
     return {prompt: generate(model, prompt, chosen).text for prompt in PROMPTS}
+
+
+def test_a_core_is_left_to_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int | None] = []
+
+    def opened(model: str, kernels: str, setting: Setting, **more: Any) -> Any:
+        chosen.append(setting.threads)
+        return open_model(model, kernels, setting, **more)
+
+    monkeypatch.setattr("rankbook.tools.commands.serve.open_model", opened)
+    for cores, threads in ((4, None), (1, None), (4, 4)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _process, cores=cores: set(range(cores)))
+        prepare(options(folder, threads=threads)).scheduler.stop()
+    assert chosen == [3, 1, 4]
 
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
