@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,25 @@ def needs(name: str) -> pytest.MarkDecorator:
 
 def run_in(name: str, script: str, *arguments: str | Path) -> str:
     """Run a script in an environment and return what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".pkg"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [str(python_of(name)), "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    done = _run(name, script, arguments, with_rankbook=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def refused_in(name: str, script: str, *arguments: str | Path) -> str:
+    """Run a script where rankbook is not on the path; it must fail. Return its errors."""
+    done = _run(name, script, arguments, with_rankbook=False)
+    assert done.returncode != 0, done.stdout[-4000:]
+    return done.stderr
+
+
+def _run(
+    name: str, script: str, arguments: Sequence[str | Path], *, with_rankbook: bool
+) -> subprocess.CompletedProcess[str]:
+    path = {"PYTHONPATH": str(ROOT / ".pkg")} if with_rankbook else {}
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {**kept, **path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [str(python_of(name)), "-c", script, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=python_of(name).parent
+    )

@@ -12,7 +12,7 @@ from rankbook.exporter.export import export
 from rankbook.exporter.options import ExportOptions
 from rankbook.tools.generation.loop import GenerateOptions, generate
 from rankbook.tools.runtimes import open_model
-from tests.ecosystem.environments import needs, run_in
+from tests.ecosystem.environments import needs, refused_in, run_in
 from tests.exporter.checkpoints import make_checkpoint
 
 pytestmark = needs("optimum")
@@ -46,3 +46,17 @@ def test_the_same_tokens_as_generate(graph, tmp_path: Path):
     model = open_model(tmp_path / "out", "bodies")
     wanted = [list(generate(model, prompt, GenerateOptions(max_new_tokens=12)).ids) for prompt in PROMPTS]
     assert json.loads(run_in("optimum", SCRIPT, tmp_path / "out", *PROMPTS).splitlines()[-1]) == wanted
+
+
+ALONE = """
+import sys
+import transformers
+
+transformers.pipeline("text-generation", sys.argv[1])
+"""
+
+
+def test_a_checkpoint_is_refused_where_rankbook_is_not_installed(tmp_path: Path):
+    """That version of transformers would warn, skip the packed layers and go on with random numbers in their place."""
+    folder = make_checkpoint(tmp_path, "llama", bits=4)
+    assert "rankbook" in refused_in("optimum", ALONE, folder)

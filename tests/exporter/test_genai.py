@@ -223,10 +223,7 @@ def test_a_library_that_is_not_built_is_refused_at_once(checkpoint, tmp_path, mo
 
 @pytest.mark.parametrize(("tokens", "past", "total"), [(1, 1, 1), (2, 5, 4), (3, 3, 6)])
 def test_a_mask_shorter_than_past_and_tokens(tokens, past, total, exported) -> None:
-    """Both graphs take the end of the past for room that nothing was written to yet.
-
-    So polygraphy gives inputs by default: 1 for every axis without a size, a mask of one beside a past of one.
-    """
+    """Both graphs take the end of the past for room that nothing was written to yet."""
     scores = []
     for folder in exported.values():
         model = OrtModel(folder)
@@ -244,6 +241,18 @@ def test_a_mask_shorter_than_past_and_tokens(tokens, past, total, exported) -> N
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
 
 
+def test_inputs_that_polygraphy_makes(exported):
+    """By default each axis without a size is 1: a mask of one element beside a past of one position."""
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.comparator import Comparator, DataLoader
+
+    runners = [OnnxrtRunner(SessionFromOnnx(str(folder / "model.onnx"))) for folder in exported.values()]
+    found = Comparator.run(runners, data_loader=DataLoader(val_range={"attention_mask": (1, 1)}))
+    logits = [iterations[0]["logits"] for _, iterations in found]
+    assert logits[0].shape == (1, 1, 259)
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+
+
 def test_a_mask_shorter_than_the_tokens_is_refused(exported):
     """One of a single element would fit any number of keys."""
     model = OrtModel(exported["standard"])
@@ -252,11 +261,40 @@ def test_a_mask_shorter_than_the_tokens_is_refused(exported):
         model.session.run(["logits"], feeds | {"attention_mask": np.ones((1, 1), np.int64)})
 
 
-def example(language: str) -> str:
-    """Return the program in a language that docs/runtimes.md shows."""
-    text = (ROOT / "docs" / "runtimes.md").read_text("utf-8")
+def example(language: str, page: str = "runtimes.md") -> str:
+    """Return the program in a language that a page of docs/ shows."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
     (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return str(found)
+
+
+def compiled(program: str, work: Path, library: Path, *options: str) -> Path:
+    """Compile a program against a library whose names without a version are links in ``work``, and return it."""
+    compiler = required_tool("c++")
+    (work / "program.cpp").write_text(program)
+    where = [f"-L{work}", f"-L{library.parent}", f"-Wl,-rpath,{work}:{library.parent}"]
+    output(
+        compiler,
+        "-std=c++17",
+        "-O1",
+        work / "program.cpp",
+        *where,
+        *options,
+        f"-l:{library.name}",
+        "-o",
+        work / "program",
+    )
+    return work / "program"
+
+
+def onnxruntime_library(work: Path) -> Path:
+    """Link ONNX Runtime's library under the names by which others ask for it."""
+    import onnxruntime
+
+    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*.*")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (work / name).symlink_to(library)
+    return work / "libonnxruntime.so"
 
 
 @needs_genai
@@ -270,21 +308,33 @@ def test_the_example_in_python(exported):
     assert len(done.stdout) > 5
 
 
+@needs_genai
+def test_the_example_in_cpp_of_genai(exported, tmp_path):
+    """The tokens of `rankbook generate` as GenAI decodes them: it leaves out bytes that are no character."""
+    import onnxruntime_genai as og
+
+    library = Path(og.__file__).parent / "libonnxruntime-genai.so"
+    onnxruntime_library(tmp_path)  # which GenAI's library loads by name
+    program = compiled(example("cpp", "deploy.md"), tmp_path, library, f"-I{ROOT / 'tests' / 'native'}")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    texts = []
+    for folder in exported.values():
+        tokenizer = og.Tokenizer(og.Model(str(folder)))
+        for prompt in PROMPTS:
+            command = [program, folder, prompt, str(NEW)]
+            done = subprocess.run(command, capture_output=True, check=True, env=environment)
+            stream = tokenizer.create_stream()
+            texts.append("".join(map(stream.decode, expected(folder, prompt))))
+            assert done.stdout.decode("utf-8") == texts[-1] + "\n"
+    assert len("".join(texts)) > 20
+
+
 @pytest.mark.parametrize("graph", ["ort", "standard"])
 def test_the_example_in_cpp(graph, exported, tmp_path):
     """The same tokens as `rankbook generate`, with the library for `--graph ort`."""
-    import onnxruntime
-
-    headers, compiler = ort_headers(), required_tool("c++")
-    if headers is None:
+    if (headers := ort_headers()) is None:
         pytest.skip("ONNX Runtime's headers are needed: make native gets them")
-    (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*.*")
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (tmp_path / name).symlink_to(library)
-    (tmp_path / "continue.cpp").write_text(example("cpp"))
-    paths = [f"-I{headers}", f"-L{tmp_path}", f"-Wl,-rpath,{tmp_path}"]
-    program = tmp_path / "continue"
-    output(compiler, "-std=c++17", "-O1", tmp_path / "continue.cpp", *paths, "-lonnxruntime", "-o", program)
+    program = compiled(example("cpp"), tmp_path, onnxruntime_library(tmp_path), f"-I{headers}")
     own = exported[graph] / LIBRARY
     model = open_model(exported[graph], "bodies")
     tokens = prompt_ids(model.tokenizer, PROMPTS[1])

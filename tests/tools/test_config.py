@@ -10,6 +10,7 @@ import pytest
 
 from rankbook.calibration.option import WHERE, Options, option
 from rankbook.tools import config
+from rankbook.tools.commands.quantize import Quantize
 from rankbook.tools.errors import UsageError
 from rankbook.tools.flags import flags_of
 
@@ -72,6 +73,15 @@ def test_a_file_that_is_no_configuration(name: str, text: str, said: str, tmp_pa
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=said):
         config.read(tmp_path / name)
+
+
+def test_rules_of_a_file_are_those_of_the_flag(tmp_path: Path) -> None:
+    flags = {"quantize": flags_of(Quantize)}
+    (tmp_path / "file.yaml").write_text("rule:\n- '*.q_proj: bits=8'\n- '*: skip'\n")
+    (tmp_path / "file.toml").write_text("[quantize]\nrule = ['*.q_proj: bits=8', '*: skip']\n")
+    for name in ("file.yaml", "file.toml"):
+        found = config.select(config.read(tmp_path / name), "quantize", flags, name)
+        assert found == {"rules": ("*.q_proj: bits=8", "*: skip")}
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:

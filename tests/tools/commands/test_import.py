@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from rankbook.tools import errors
 from tests.tools.files import run_cli, stdout_json
@@ -13,10 +14,11 @@ from tests.tools.files import run_cli, stdout_json
 FIXTURES = Path(__file__).parents[2] / "calibration/imports/fixtures"
 
 
-def test_an_imported_checkpoint_is_exported_and_computes_the_same(tmp_path, capsys):
+@pytest.mark.parametrize("form", ["pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"])
+def test_an_imported_checkpoint_is_exported_and_computes_the_same(form, tmp_path, capsys):
     import onnxruntime
 
-    source = FIXTURES / "compressed-w4"
+    source = FIXTURES / f"compressed-{form.partition('-')[0].replace('pack', 'w4')}"
     assert run_cli("import", source, "-o", tmp_path / "q", "--json", "--quiet") == 0
     report = stdout_json(capsys)
     assert report["format"] == "compressed-tensors"
@@ -37,7 +39,7 @@ def test_an_imported_checkpoint_is_exported_and_computes_the_same(tmp_path, caps
     assert np.abs(logits - wanted["logits"]).max() < 0.02 * np.abs(wanted["logits"]).max()
     capsys.readouterr()
     assert run_cli("inspect", tmp_path / "q", "--json") == 0
-    assert stdout_json(capsys)["facts"]["imported"]["settings"]["format"] == "pack-quantized"
+    assert stdout_json(capsys)["facts"]["imported"]["settings"]["format"] == form
 
 
 def test_a_checkpoint_is_not_replaced_unasked(tmp_path, capsys):
