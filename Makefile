@@ -134,11 +134,14 @@ faults: $(VENV)/.dev  ## Kill quantize and export at FAULTS moments (50), fill t
 ECOSYSTEM := build/ecosystem
 $(ECOSYSTEM)/%/.installed: tests/ecosystem/%.txt | $(VENV)/.created
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) -r $<
+	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(COMPLETE) $(PIP_ARGS) -r $<
 	@touch $@
 
+# vLLM for CPUs declares packages of audio and video that nothing here needs; its list is complete without them.
+$(ECOSYSTEM)/vllm/.installed: COMPLETE := --no-deps
+
 ECOSYSTEM_ENVS := $(patsubst tests/ecosystem/%.txt,$(ECOSYSTEM)/%/.installed,$(wildcard tests/ecosystem/*.txt))
-test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM_ENVS)  ## Optimum, lm-eval, compressed-tensors
+test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM_ENVS)  ## Optimum, lm-eval, compressed-tensors, vLLM
 	$(BIN)/python -m pytest tests/ecosystem $(PYTEST_ARGS)
 
 # The lowest or the highest versions that pyproject.toml allows, in an environment of its own: VERSIONS=lowest-direct or

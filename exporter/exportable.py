@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankbook.calibration.checkpoint.format import Checkpoint
-from rankbook.exporter import skeleton
+from rankbook.exporter import skeleton, verdicts
 from rankbook.exporter.export import build_model
 from rankbook.exporter.options import ExportOptions
 from rankbook.exporter.refusal import NotExportableError
@@ -26,13 +26,20 @@ _BLOCKS, _KINDS = 2, 4
 def check_exportable(config: Any) -> str:
     """Return why a model cannot be exported, or an empty string.
 
-    A copy of two blocks without weights goes through the whole export but for the writing of files: seconds.
+    A copy of two blocks without weights goes through the whole export but for the writing of files: seconds, unless
+    the same code has done so before (`rankbook.exporter.verdicts`).
 
     Args:
         config: Its transformers configuration; of a model with a vision tower that of the whole model.
     """
     short = _shortened(config)
-    return _check(_Asked(short, json.dumps(short.to_dict(), sort_keys=True, default=str)))
+    text = json.dumps(short.to_dict(), sort_keys=True, default=str)
+    if verdicts.known(short, text):
+        return ""
+    reason = _check(_Asked(short, text))
+    if not reason:
+        verdicts.keep(short, text)
+    return reason
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def _control_group(name: str) -> list[float]:
 
 
 def pytest_configure() -> None:
-    """Give each process its share of the cores, before anything loads a library that asks."""
+    """Give each process its share of the cores, before anything loads a library that asks; use no cache of the user."""
+    os.environ.setdefault("RANKBOOK_CACHE", "")
     count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
     if count:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))

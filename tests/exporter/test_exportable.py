@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankbook.exporter import attention
+import rankbook
+from rankbook.calibration.model.custom_code import trusted_code
+from rankbook.exporter import attention, exportable, verdicts
 from rankbook.exporter.exportable import _shortened, check_exportable
 from rankbook.exporter.skeleton import empty_model
 from rankbook.tools import errors
@@ -60,6 +64,45 @@ def test_a_deep_model_is_judged_by_two_blocks() -> None:
     assert deep.num_hidden_layers == 40
     deep.layer_types = ["full_attention"] * 39 + ["indexed_attention"]
     assert "indexed_attention" in check_exportable(deep)
+
+
+def test_what_was_exported_once_is_known_until_anything_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(verdicts.VARIABLE, str(tmp_path / "cache"))
+    asked = config("llama", **SIZES, num_attention_heads=4)
+    exportable._check.cache_clear()
+    assert check_exportable(asked) == ""
+    monkeypatch.setattr(exportable, "_check", lambda _: "tried again")
+    assert check_exportable(asked) == ""
+    assert check_exportable(config("llama", **SIZES, num_attention_heads=2)) == "tried again"
+    assert len(list((tmp_path / "cache/exportable").iterdir())) == 1, "a refusal is not kept"
+    with trusted_code():
+        assert check_exportable(asked) == ""
+        asked.auto_map = {"AutoModelForCausalLM": "own.Model"}
+        assert check_exportable(asked) == "tried again"
+        del asked.auto_map
+    (tmp_path / "exporter").mkdir()
+    (tmp_path / "exporter/changed.py").touch()
+    changes: list[tuple[Any, str, Any]] = [
+        (importlib.metadata, "distributions", list),
+        (rankbook, "__file__", str(tmp_path / "__init__.py")),
+        (inspect, "getfile", lambda _: str(tmp_path / "modeling.py")),
+    ]
+    for where, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert check_exportable(asked) == "tried again", name
+    assert check_exportable(asked) == ""
+    monkeypatch.setenv(verdicts.VARIABLE, "")
+    assert check_exportable(asked) == "tried again"
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(verdicts.VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setattr(exportable, "_check", lambda _: "")
+    assert check_exportable(config("llama", **SIZES, num_attention_heads=4)) == ""
 
 
 @pytest.mark.parametrize(
