@@ -45,4 +45,4 @@ def test_it_measures_what_the_checkpoint_measures(case: str, tmp_path: Path) -> 
     want = logits[:-1].log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
     got = torch.tensor(json.loads(run_in("vllm", SCRIPT, tmp_path / "out", json.dumps(IDS)).splitlines()[-1]))
     assert want.std() > 0.5
-    assert (got - want).abs().max() < 0.03  # it computes in float16
+    assert (got - want).abs().max() < 0.02  # it computes in float16
