@@ -15,6 +15,8 @@ SAMPLES = ("none", "greedy", "top-k")
 """What the graph chooses from the logits."""
 BEST = 64
 """Tokens of ``--sample top-k``; fewer where the vocabulary is smaller."""
+NO_TOKEN = -1
+"""What ``--sample greedy`` gives where logits are NaN or infinite."""
 INPUTS = {"ids": "input_ids", "embeds": "inputs_embeds"}
 """What tokens are given as, and the name of the input: numbers, or embedded ones (with image features among them)."""
 

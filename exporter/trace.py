@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rankbook.exporter import attention, bounds, embedded, recurrence, refusal, 
 from rankbook.exporter import cache_names as names
 from rankbook.exporter.cache import Part, parts_of, tensors_of, traced_cache
 from rankbook.exporter.functions import OPSET
-from rankbook.exporter.options import BEST, INPUTS, ExportOptions
+from rankbook.exporter.options import BEST, INPUTS, NO_TOKEN, ExportOptions
 from rankbook.exporter.repeat import Plan, UnlikeError
 from rankbook.exporter.skeleton import Skeleton
 
@@ -58,8 +59,7 @@ class _CausalLM(nn.Module):
 
         ``tokens`` are numbers (batch, sequence) or embedded ones (batch, sequence, hidden); ``last`` (batch,) is the
         place of the last real one in each row, whose logits are those of ``--logits last``. Behind the logits comes
-        what ``--sample`` asks for: the best token of each row (batch, 1), or the logits and tokens of the best ones
-        (batch, 1, `BEST`).
+        what ``--sample`` asks for (`chosen`).
         """
         head, hook = self.adapter.embeddings().head, None
         if head is not None and self.options.logits == "last":
@@ -73,12 +73,7 @@ class _CausalLM(nn.Module):
             if hook is not None:
                 hook.remove()
         logits = output.logits.float()
-        return logits, *self._chosen(logits), tensors_of(cache, self.parts)
-
-    def _chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
-        if self.options.sample == "top-k":
-            return tuple(logits.topk(min(BEST, logits.shape[-1])))
-        return (logits.argmax(-1),) if self.options.sample == "greedy" else ()
+        return logits, *chosen(logits, self.options.sample), tensors_of(cache, self.parts)
 
 
 class _StaticLM(_CausalLM):
@@ -94,6 +89,23 @@ class _StaticLM(_CausalLM):
         cache = traced_cache(self.adapter, self.parts, past)
         static.fix_cache(cache, write_indices, lengths, length)
         return self._run(tokens, mask, positions, cache, (lengths - 1).clamp_min(0))
+
+
+def chosen(logits: Tensor, sample: str) -> tuple[Tensor, ...]:
+    """Return what ``--sample`` gives out of logits (batch, 1, vocabulary).
+
+    That is the best token of each row (batch, 1), or the logits and tokens of the best ones (batch, 1, `BEST`). Where a
+    logit of a row is NaN or infinite, the token is `NO_TOKEN` and the best logits are NaN. Minus infinity only hides a
+    token, unless all are hidden.
+    """
+    if sample == "none":
+        return ()
+    best, tokens = logits.topk(1 if sample == "greedy" else min(BEST, logits.shape[-1]))
+    # What a search for the largest makes of NaN depends on the runtime; a sum with one is NaN.
+    usable = (logits.sum(-1, keepdim=True) < math.inf) & (best[..., :1] > -math.inf)
+    if sample == "greedy":
+        return (torch.where(usable, tokens, NO_TOKEN)[..., 0],)
+    return torch.where(usable, best, math.nan), tokens
 
 
 def _mask_of_keys(mask: Tensor, length: int, held: int) -> Tensor:

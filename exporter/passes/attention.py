@@ -24,7 +24,7 @@ class DecomposeAttention(ir.passes.InPlacePass):
 
     * float32 activations: TensorRT has kernels for half precision only and refuses to build anything else.
     * Head sizes without a kernel, and what its parser refuses: a softcap (Gemma 2), values of another size than keys
-      (multi-head latent attention of DeepSeek).
+      (multi-head latent attention of DeepSeek). `rankbook.exporter.passes.static_cache.PadHeads` makes others of them.
     * Sinks (gpt-oss), which the operator does not have: a term in the denominator of the softmax of each head.
 
     Other nodes stay. Query heads that share a key head are computed together, so keys are not repeated; the boolean
@@ -113,11 +113,20 @@ class _Decomposition:
         return self._writer.number(number, self._dtype)
 
 
+def kernel_size(node: ir.Node) -> int | None:
+    """Return the smallest head size with a kernel that queries, keys and values fit into; None where none does."""
+    query, value = given(node, 0), given(node, 2)
+    if node.domain or query.dtype not in _KERNEL_TYPES or float_attribute(node, "softcap", 0.0):
+        return None
+    sizes = [item.shape[3] for item in (query, value) if item.shape is not None]
+    known = [size for size in sizes if isinstance(size, int)]
+    if query.shape is None or len(known) < len(sizes):
+        return None
+    size = -(-max(known) // _KERNEL_STEP) * _KERNEL_STEP
+    return size if size <= _KERNEL_MAX else None
+
+
 def _has_kernel(node: ir.Node) -> bool:
-    query, value = node.inputs[0], node.inputs[2]
-    if node.domain or query is None or query.shape is None or float_attribute(node, "softcap", 0.0):
-        return False
-    size = query.shape[3]
-    if value is not None and value.shape is not None and value.shape[3] != size:
-        return False
-    return query.dtype in _KERNEL_TYPES and isinstance(size, int) and size % _KERNEL_STEP == 0 and size <= _KERNEL_MAX
+    size = kernel_size(node)
+    shapes = [given(node, place).shape for place in (0, 2)]
+    return size is not None and all(shape is None or shape[3] == size for shape in shapes)

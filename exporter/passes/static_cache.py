@@ -1,10 +1,11 @@
-"""Writes new keys and values into a cache of a fixed length with TensorScatter, and says which opset has it."""
+"""Writes new keys and values into a cache of a fixed length, in sizes of heads that attention has kernels for."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from rankbook.exporter.rewrite import TRACE_DOMAIN, Writer
+from rankbook.exporter.passes.attention import kernel_size
+from rankbook.exporter.rewrite import TRACE_DOMAIN, NodePass, Writer, fixed_size, float_attribute, given, producer
 from rankbook.exporter.static import SCATTER
 
 SCATTER_OPSET = 24
@@ -29,6 +30,76 @@ class ScatterCache(ir.passes.InPlacePass):
         for value in [value for value in rows if not value.consumers()]:
             graph.inputs.remove(value)
         return ir.passes.PassResult(model, modified=True)
+
+
+class PadHeads(NodePass):
+    """Appends zeros to heads of sizes for which TensorRT has no attention kernel, up to one for which it has.
+
+    These are heads whose values are narrower than their keys (multi-head latent attention of DeepSeek), and sizes that
+    are no multiple of the kernels' step. Zeros behind queries and keys leave the scores as they are, and the result of
+    values with zeros is cut. What is stored is padded before it is written, for padding the whole cache would copy it
+    in every step; so such a cache has the padded size. Keys and values that are computed from a cache in every step
+    (those of latent attention) are padded as they are.
+    """
+
+    kind = "Attention"
+
+    def change(self, graph: ir.Graph, node: ir.Node) -> bool:
+        """Pad one attention and its cache, unless something else reads that."""
+        size, inputs = kernel_size(node), [given(node, place) for place in range(3)]
+        output = node.outputs[0]
+        sizes = {None if each.shape is None else each.shape[3] for each in (*inputs, output)}
+        if size is None or sizes == {size} or not all(isinstance(each, int) for each in sizes):
+            return False
+        stored = [each for each in inputs[1:] if producer(each, "TensorScatter")]
+        if not all(_read_by_attention(cache, size) for cache in stored):
+            return False
+        for cache in stored:
+            _widen(graph, cache, size)
+        writer = Writer(graph, str(node.name))
+        scale = float_attribute(node, "scale", fixed_size(inputs[0], 3) ** -0.5)
+        padded = [_padded(writer, each, size) for each in inputs]
+        wide = writer.node("Attention", [*padded, *node.inputs[3:]], name=str(node.name))
+        wide.attributes.update(node.attributes)
+        wide.attributes["scale"] = ir.AttrFloat32("scale", scale)
+        wide.outputs[0].type = output.type
+        result, width = wide.outputs[0], fixed_size(output, 3)
+        if width < size:
+            result = writer.op("Slice", result, *(writer.ints(number) for number in (0, width, -1)))
+        writer.replace(node, {output: result})
+        return True
+
+
+def _read_by_attention(cache: ir.Value, size: int) -> bool:
+    """Return whether what a cache holds goes to attentions alone that can have heads of a size."""
+    return all(user.op_type == PadHeads.kind and kernel_size(user) == size for user in cache.consumers())
+
+
+def _widen(graph: ir.Graph, present: ir.Value, size: int) -> None:
+    """Give a cache (batch, heads, slots, ...) another size of heads, with zeros behind what is written."""
+    scatter = present.producer()
+    if scatter is None or fixed_size(present, 3) == size:
+        return
+    writer = Writer(graph, str(present.name))
+    scatter.replace_input_with(1, _padded(writer, given(scatter, 1), size))
+    graph.insert_before(scatter, writer.nodes)
+    for value in (given(scatter, 0), present):
+        value.shape = ir.Shape([*_dims(value), size])
+
+
+def _padded(writer: Writer, value: ir.Value, size: int) -> ir.Value:
+    """Return a value (batch, heads, tokens, ...) with zeros at the end of its last axis."""
+    missing = size - fixed_size(value, 3)
+    if not missing:
+        return value
+    padded = writer.op("Pad", value, writer.ints(0, 0, 0, 0, 0, 0, 0, missing))
+    padded.type, padded.shape = value.type, ir.Shape([*_dims(value), size])
+    return padded
+
+
+def _dims(value: ir.Value) -> list[int | ir.SymbolicDim]:
+    """Return the sizes of all axes but the last."""
+    return list(value.shape or ())[:-1]
 
 
 class RaiseOpset(ir.passes.InPlacePass):

@@ -39,6 +39,12 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+# Machine code for several architectures is nearly all of these libraries; the driver unpacks what it loads of it.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+  set(RANKBOOK_CUDA_COMPRESS --compress-mode=size)
+else()
+  set(RANKBOOK_CUDA_COMPRESS -Xfatbin=-compress-all)
+endif()
 
 add_library(rankbook_cuda_kernels OBJECT
   kernels/cuda/launch.cu
@@ -47,7 +53,7 @@ add_library(rankbook_cuda_kernels OBJECT
   kernels/cuda/width_2.cu kernels/cuda/width_3.cu kernels/cuda/width_4.cu kernels/cuda/width_8.cu)
 target_include_directories(rankbook_cuda_kernels PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 # --expt-relaxed-constexpr: constexpr members of the argument structures serve both sides.
-target_compile_options(rankbook_cuda_kernels PRIVATE --expt-relaxed-constexpr -Werror=all-warnings)
+target_compile_options(rankbook_cuda_kernels PRIVATE --expt-relaxed-constexpr -Werror=all-warnings ${RANKBOOK_CUDA_COMPRESS})
 
 # Kernels as PTX of the oldest architecture that is served, for engines that hold them (plugins/aot.py).
 add_library(rankbook_aot OBJECT

@@ -8,16 +8,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 
 from rankbook.calibration.model.families.masked import Masked
 from rankbook.exporter.export import ExportOptions, export
 from rankbook.exporter.file import ExportedModel
+from rankbook.exporter.options import BEST, NO_TOKEN
+from rankbook.exporter.trace import chosen
 from rankbook.tools import errors
-from rankbook.tools.runtimes import open_model
+from rankbook.tools.dev.family_models import tiny
+from rankbook.tools.runtimes import exported, open_model
 from rankbook.tools.runtimes.ort import OrtModel
 from rankbook.tools.runtimes.torch import TorchModel
 from tests.exporter.checkpoints import FAMILY_OPTIONS, make_checkpoint
+from tests.tiny import tiny_model
 from tests.tools.files import run_cli, stdout_json
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 20))
@@ -116,6 +122,72 @@ def test_padding_at_the_end_of_a_row_is_overwritten(work: Path, expected: Any) -
         np.testing.assert_array_equal(found["next_token"], found["logits"].argmax(-1))
 
 
+@pytest.mark.parametrize("sample", ["greedy", "top-k"])
+def test_no_token_is_chosen_among_logits_that_are_no_numbers(sample: str) -> None:
+    """A search for the largest passes over NaN, or takes it, by where it is; a hidden token is no fault."""
+
+    class Chooser(torch.nn.Module):
+        def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return chosen(logits, sample)
+
+    logits = np.random.default_rng(0).standard_normal((9, 1, 100)).astype(np.float32)
+    broken: list[tuple[int, Any, float]] = [
+        (0, 0, np.nan),
+        (1, 50, np.nan),
+        (2, 99, np.nan),
+        (3, 7, np.inf),
+        (4, slice(None), np.nan),
+    ]
+    for row, place, value in [*broken, (5, slice(None), -np.inf), (6, 3, -np.inf), (7, 8, np.finfo(np.float32).min)]:
+        logits[row, 0, place] = value
+    logits[4, 0, 1], logits[7, 0, :4] = -np.inf, np.finfo(np.float32).min  # of these the sum is minus infinity
+    program = torch.onnx.export(Chooser().eval(), (torch.zeros(9, 1, 100),), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    found = session.run(None, {session.get_inputs()[0].name: logits})
+    whole = np.s_[6:]
+    if sample == "greedy":
+        np.testing.assert_array_equal(found[0][:6], np.full((6, 1), NO_TOKEN))
+        np.testing.assert_array_equal(found[0][whole], logits[whole].argmax(-1))
+    else:
+        assert np.isnan(found[0][:6]).all()
+        np.testing.assert_array_equal(found[0][whole], -np.sort(-logits[whole], axis=-1)[..., :BEST])
+        np.testing.assert_array_equal(np.take_along_axis(logits, found[1], -1)[whole], found[0][whole])
+
+
+def test_a_token_that_the_graph_could_not_choose_is_an_error(work: Path) -> None:
+    """NaN in the cache, as of activations that overflowed."""
+    file = OrtModel(work / "greedy")
+    token = file.start_best([TOKENS[0]])
+    assert file.step_best(token.tolist()) >= 0
+    for value in file._cache.values():
+        value.update_inplace(np.full(value.shape(), np.nan, np.float32))
+    with pytest.raises(errors.CheckFailedError, match="NaN or infinite, from which no token can be chosen"):
+        file.step_best([1])
+
+
+def test_tokens_that_a_model_has_not_are_refused(work: Path) -> None:
+    """A GPU fails for good where it looks one up, or looks up something; -1 is the last row to ONNX Runtime."""
+    export(work / "checkpoint", work / "grows", ExportOptions())
+    files = [OrtModel(work / name) for name in ("grows", "all", "greedy")]
+    original = TorchModel(work / "checkpoint")
+    for model in (*files, original):
+        want, said = model.start(TOKENS[:1]), r"token (-1|259) is not one of .*, whose tokens are 0 to 258"
+        for token in (-1, 259):
+            with pytest.raises(errors.UsageError, match=said):
+                model.scores(np.array([[1, token]]))
+        model.start(TOKENS[:1, :-1])
+        for token in (-1, 259):
+            with pytest.raises(errors.UsageError, match=said):
+                model.step(token)
+        found = model.step(int(TOKENS[0, -1]))
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    with pytest.raises(errors.UsageError, match="token -1 is not one of"):
+        files[2].start_best([np.array([3, -1])])
+    with pytest.raises(errors.UsageError, match="token 300 is not one of"):
+        original.generated(np.array([[300]]), 2)
+
+
 def _buffers(file: OrtModel, batch: int) -> dict[str, Any]:
     file._reset(batch)
     return file._cache
@@ -141,6 +213,25 @@ def test_half_precision_keeps_one_attention_node_a_layer(work: Path, expected: A
     check(work / "fp16", expected, tolerance=1e-2)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_heads_are_padded_to_a_size_that_attention_has_a_kernel_for(family: str, tmp_path: Path) -> None:
+    """Values narrower than keys (16 of 32), computed from a latent cache, and heads of 12; in half precision alone."""
+    if family == "llama":
+        tiny_model(family, tmp_path / "model")
+    else:
+        tiny(family, tmp_path / "model")
+    assert run_cli("quantize", tmp_path / "model", "--method", "rtn", "--bits", 4, "-o", tmp_path / "q", "--quiet") == 0
+    want = TorchModel(tmp_path / "q").logits(TOKENS)
+    for dtype in ("fp16", "fp32"):
+        chosen = ExportOptions(logits="all", graph="static", max_context=CONTEXT, dtype=dtype)
+        export(tmp_path / "q", tmp_path / dtype, chosen)
+        check(tmp_path / dtype, want, tolerance=1e-2 if dtype == "fp16" else TOLERANCE)
+        file = ExportedModel.open(tmp_path / dtype)
+        sizes = {file.inputs[f"past_key_values.1.{part}"][3] for part in ("key", "value")}
+        assert sizes == ({16, 32} if family == "deepseek_v3" else {16 if dtype == "fp16" else 12})
+        assert sum(node.op_type == "Attention" for node in file.proto.graph.node) == (2 if dtype == "fp16" else 0)
+
+
 def test_positions_beyond_the_cache_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = OrtModel(work / "all")
     file.start(np.zeros((1, CONTEXT - 1), np.int64))
@@ -154,8 +245,9 @@ def test_positions_beyond_the_cache_are_refused(work: Path, capsys: pytest.Captu
     assert "up to 128 positions" in capsys.readouterr().err
 
 
-def test_a_call_that_failed_changes_nothing(work: Path) -> None:
-    """A token that the model has not: the text is what it was, and the next call of that shape is its own."""
+def test_a_call_that_failed_changes_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that only ONNX Runtime refuses: the text is what it was, and the next call of that shape is its own."""
+    monkeypatch.setattr(exported, "check_tokens", lambda *_: None)
     export(work / "checkpoint", work / "ort", ExportOptions(graph="ort"))
     export(work / "checkpoint", work / "standard", ExportOptions())
     for name in ("all", "ort", "standard"):

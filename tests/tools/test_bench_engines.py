@@ -125,6 +125,22 @@ def test_what_is_looked_at_beside_the_clock(engine, state):
     assert device_report.tables(report)[0].rows[0][-1] == f"{100 * cell.bandwidth_share:.0f} %"
 
 
+def test_memory_of_larger_batches_counts(exported, monkeypatch):
+    """ONNX Runtime and PyTorch take it at the first turn of a size; what passes in later turns is not the model's."""
+    free = [1000]
+
+    def taking(model: OrtModel, rows: Any) -> Any:
+        free[0] -= len(rows)
+        return LanguageModel.start_best(model, rows)
+
+    monkeypatch.setattr(OrtModel, "start_best", taking)
+    options = DeviceOptions(contexts=(4,), batches=(1, 8), prompts=(8,), steps=1, repeats=1)
+    race = DeviceRace(options, Instruments(free=lambda: free[0]))
+    report = race.run([ModelSubject(exported, "bodies")], lambda *_: None)
+    opened, sizes = 1, (1, 8, 1)
+    assert [item.device_bytes for item in report.footprints] == [opened + sum(sizes)]
+
+
 def test_what_does_not_fit_is_listed(exported, engine, monkeypatch):
     """One contender without memory at one size is no end of the measurement; another error is."""
     state = onnxruntime.capi.onnxruntime_pybind11_state

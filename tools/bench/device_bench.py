@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rankbook.tools.bench.options import DeviceOptions
@@ -76,7 +77,8 @@ class Footprint:
         kernels: What computes packed layers.
         bits: Stored bits per weight of packed layers; None if there are none.
         file_bytes: The files that were opened.
-        device_bytes: Device memory that was taken to open it and to run its largest sizes; None if not known.
+        device_bytes: Device memory that was taken to open it and by its first turn at every size, so what it has at its
+            peak; None if not known.
     """
 
     name: str
@@ -120,6 +122,7 @@ class DeviceRace:
     instruments: Instruments
     report: DeviceReport = field(default_factory=DeviceReport)
     models: dict[str, LanguageModel] = field(default_factory=dict)
+    _taken: dict[str, int] = field(default_factory=dict)
 
     def run(self, subjects: Sequence[ModelSubject], progress: Callable[[float, str], None]) -> DeviceReport:
         """Open and measure every subject; what cannot be is listed with the reason.
@@ -141,6 +144,7 @@ class DeviceRace:
             show = _part(progress, len(cells) + index, total, f"prompt of {length} tokens")
             self.report.prefill += self._prefill(length, show)
         self.instruments.look()
+        self.report.footprints = [self._footprint(name, model) for name, model in self.models.items()]
         seen = {kind(model) for model in self.models.values()}
         for name, how in CONTENDERS.items():
             if name not in seen:
@@ -152,22 +156,31 @@ class DeviceRace:
         options = self.options
         capacity = max(*(context + options.steps for context in options.contexts), *options.prompts) + 1
         for subject in subjects:
-            before = self.instruments.free() if self.instruments.free else None
             try:
-                model = subject.open(Setting(capacity=capacity, shared=True))
-                self._try(model, min(capacity - 1, max(options.prompts)))
+                with self._counted(subject.name):
+                    model = subject.open(Setting(capacity=capacity, shared=True))
+                    self._try(model, min(capacity - 1, max(options.prompts)))
             except Exception as error:
                 errors.append(error)
                 self.report.missing.append(Missing(subject.name, _reason(error)))
                 continue
             self.models[subject.name] = model
-            taken = None if before is None or not self.instruments.free else max(0, before - self.instruments.free())
-            packed, weights = model.packed
-            bits = 8 * packed / weights if weights else None
-            size = Footprint(subject.name, kind(model), model.kernels, bits, model.file_bytes, taken)
-            self.report.footprints.append(size)
         if not self.models:
             raise errors[0]
+
+    @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """Count the device memory that a model takes meanwhile."""
+        free = self.instruments.free
+        before = free() if free else 0
+        yield
+        if free:
+            self._taken[name] = self._taken.get(name, 0) + max(0, before - free())
+
+    def _footprint(self, name: str, model: LanguageModel) -> Footprint:
+        packed, weights = model.packed
+        bits = 8 * packed / weights if weights else None
+        return Footprint(name, kind(model), model.kernels, bits, model.file_bytes, self._taken.get(name))
 
     @staticmethod
     def _try(model: LanguageModel, length: int) -> None:
@@ -225,7 +238,8 @@ class DeviceRace:
         for name, model in self.models.items():
             try:
                 model.check_room(positions, what)
-                turn(name, model)  # the first of the turns that do not count, `_WARM`
+                with self._counted(name):
+                    turn(name, model)  # the first of the turns that do not count, `_WARM`
             except Exception as error:
                 self.report.missing.append(Missing(f"{name}: {what}", _reason(error)))
                 continue

@@ -28,9 +28,16 @@ if TYPE_CHECKING:
 
 
 NEXT_TOKEN = "next_token"
-"""Output of files of ``--sample greedy``, and of engines built from them: the best token of each text (batch, 1)."""
+"""Output of files of ``--sample greedy``, and of engines built from them: the best token of each text (batch, 1).
+
+It is `rankbook.exporter.options.NO_TOKEN` where logits are NaN or infinite.
+"""
 TOP = ("top_logits", "top_tokens")
-"""Outputs of those of ``--sample top-k``: the best ones in falling order (batch, 1, k)."""
+"""Outputs of those of ``--sample top-k``: the best ones in falling order (batch, 1, k); logits NaN where one is."""
+_NO_CHOICE = (
+    "the model gives logits that are NaN or infinite, from which no token can be chosen: its activations overflow"
+    " (export with --dtype fp32 where it is fp16), or its weights are damaged"
+)
 
 
 @dataclass(frozen=True)
@@ -202,10 +209,20 @@ def check_finite(logits: Any) -> None:
     import numpy as np
 
     if not np.isfinite(logits).all():
-        raise CheckFailedError(
-            "the model gives logits that are NaN or infinite, from which no token can be chosen: its activations"
-            " overflow (export with --dtype fp32 where it is fp16), or its weights are damaged"
-        )
+        raise CheckFailedError(_NO_CHOICE)
+
+
+def check_chosen(tokens: Tokens) -> Tokens:
+    """Return tokens that a graph chose (`NEXT_TOKEN`).
+
+    Raises:
+        CheckFailedError: It found logits that are NaN or infinite.
+    """
+    from rankbook.exporter.options import NO_TOKEN
+
+    if (tokens == NO_TOKEN).any():
+        raise CheckFailedError(_NO_CHOICE)
+    return tokens
 
 
 def best_token(logits: Logits) -> Tokens:

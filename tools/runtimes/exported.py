@@ -12,7 +12,7 @@ from rankbook.exporter import cache_names
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_json, read_settings
 from rankbook.tools.inspect.sizes import packed_size
-from rankbook.tools.runtimes.base import LanguageModel
+from rankbook.tools.runtimes.base import LanguageModel, check_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,12 +194,13 @@ class FileModel(LanguageModel):
         """Return the inputs of one call by name, the cache left out.
 
         Raises:
-            UsageError: A cache of a fixed length does not hold so many tokens.
+            UsageError: A cache of a fixed length does not hold so many tokens, or the model has no such token.
         """
         import numpy as np
 
         batch, length = tokens.shape
         self._check_slots(self._length + length)
+        self._check_known(tokens)
         values = {
             "input_ids": tokens,
             "attention_mask": np.ones((batch, self._length + length)),
@@ -214,6 +215,15 @@ class FileModel(LanguageModel):
         """Check that a cache of a fixed length, which the graph does not check, holds so many positions."""
         if self.file.metadata.max_context:
             self.check_room(positions, "the text")
+
+    def _check_known(self, tokens: Tokens) -> None:
+        """Check tokens where the file says how many there are: runtimes look up some of the others without a word."""
+        if isinstance(self._vocabulary, int):
+            check_tokens(self.name, tokens, self._vocabulary)
+
+    @cached_property
+    def _vocabulary(self) -> int | str:
+        return self.file.outputs["logits"][-1]
 
     @cached_property
     def _types(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rankbook.calibration.source import Kind, Source
 from rankbook.exporter.cache_names import is_state
 from rankbook.tools.errors import MissingError, UsageError
-from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel, Runtime, Setting
+from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel, Runtime, Setting, check_chosen
 from rankbook.tools.runtimes.exported import FileModel
 from rankbook.tools.runtimes.ort_memory import anchored, untouched
 from rankbook.tools.runtimes.ort_steps import BoundSteps, Where
@@ -218,7 +218,7 @@ class OrtModel(FileModel):
         self._reserve(self._length + tokens.shape[1])
         best: Tokens = self._run_in_place(tokens, NEXT_TOKEN)[:, 0].copy()  # the next call writes there
         self._length += tokens.shape[1]
-        return best
+        return check_chosen(best)
 
     def _reset(self, batch: int) -> None:
         import numpy as np
@@ -275,6 +275,7 @@ class OrtModel(FileModel):
 
     def _run_in_place(self, tokens: Tokens, wanted: str) -> Any:
         """Compute an output; keys and values are written into the buffers of the cache."""
+        self._check_known(tokens)
         if wanted not in self._steps:
             where = Where(self.session, self.device, self._types)
             self._steps[wanted] = BoundSteps(where, self._cache, self._held, wanted)

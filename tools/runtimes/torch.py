@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.device import AUTO, resolve
 from rankbook.calibration.source import LOADABLE, Source
-from rankbook.tools.runtimes.base import LanguageModel, Runtime
+from rankbook.tools.runtimes.base import LanguageModel, Runtime, check_tokens
 
 if TYPE_CHECKING:
     from rankbook.tools.runtimes.base import Logits, Tokens
@@ -95,7 +96,7 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            output = self.model(input_ids=torch.from_numpy(tokens).to(self.model.device), use_cache=False)
+            output = self.model(input_ids=self._placed(tokens), use_cache=False)
         scores: Logits = output.logits.float().cpu().numpy()
         return scores
 
@@ -122,7 +123,7 @@ class TorchModel(LanguageModel):
         given, self.model.generation_config = self.model.generation_config, settings
         try:
             with torch.inference_mode():
-                ids = torch.from_numpy(tokens).to(self.model.device)
+                ids = self._placed(tokens)
                 text = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         finally:
             self.model.generation_config = given
@@ -132,8 +133,21 @@ class TorchModel(LanguageModel):
         import torch
 
         with torch.inference_mode():
-            last: Logits = self._text.extend(torch.from_numpy(tokens).to(self.model.device))[0].cpu().numpy()
+            last: Logits = self._text.extend(self._placed(tokens))[0].cpu().numpy()
         return last
+
+    def _placed(self, tokens: Tokens) -> Any:
+        """Return tokens on the device; one that does not exist makes a GPU fail in all later calls of the process."""
+        import torch
+
+        check_tokens(self.name, tokens, self._vocabulary)
+        return torch.from_numpy(tokens).to(self.model.device)
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        from rankbook.calibration.model.adapter import adapter_of
+
+        return adapter_of(self.model).vocabulary
 
 
 def _prepare(_: Source) -> None:

@@ -13,7 +13,7 @@ from rankbook.exporter.options import BEST
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_settings
-from rankbook.tools.runtimes.base import NEXT_TOKEN, TOP, LanguageModel, check_tokens
+from rankbook.tools.runtimes.base import NEXT_TOKEN, TOP, LanguageModel, check_chosen, check_tokens
 from rankbook.tools.runtimes.trt_engine import Copy, Engine, Plan
 
 if TYPE_CHECKING:
@@ -297,8 +297,7 @@ class EngineModel(LanguageModel):
         prepared = self._prepare(rows)
         host = self._results(NEXT_TOKEN, self.engine.shape(NEXT_TOKEN))
         self._run(prepared, [Copy(NEXT_TOKEN, host)])
-        best: Tokens = host[list(ending), 0]
-        return best
+        return check_chosen(host[list(ending), 0])
 
     def _rank(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Top:
         """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, see `best_tokens`."""

@@ -26,11 +26,13 @@ from rankbook.tools.deploy import engine, engine_log, polygraphy_network, step
 from rankbook.tools.deploy.checks import check_parser
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.deploy.options import BuildOptions
+from rankbook.tools.dev import family_models
 from rankbook.tools.runtimes import open_model, trt
 from rankbook.tools.runtimes.trt_engine import RUNTIME_CACHE_NAME
 from tests import tensorrt_stand_in as stand_in
 from tests.exporter.checkpoints import make_checkpoint
 from tests.exporter.rtx import build as rtx_build
+from tests.tiny import FAMILIES
 from tests.tools.files import run_cli
 
 needs_rtx = pytest.mark.skipif(trt.rtx_unavailable() is not None, reason=str(trt.rtx_unavailable()))
@@ -138,6 +140,32 @@ def test_attention_that_is_spelled_out_is_said(tmp_path):
     assert report.passed, report.checks
     assert next(item for item in report.checks if item.name == "fused attention").detail.endswith("README.md")
     assert report.kernels["decode"][step.COPIES] > 0
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"llama", "gemma2"}))  # of which there are engines above
+def test_families_become_engines_with_fused_attention(family, tmp_path):
+    """Learned positions, biases, norms of heads, windows, joint projections; heads of 12 are padded to 16."""
+    checkpoint = make_checkpoint(tmp_path, family, bits=4, model={"num_hidden_layers": 1})
+    report = engine.build(checkpoint, tmp_path / "engine", BuildOptions(**LIMITS, no_plugins=True))
+    assert report.passed, report.checks
+    assert report.kernels["prefill"]["gemm attention"] == report.kernels["decode"]["gemv attention"] == 1
+    assert report.kernels["decode"][step.COPIES] == 0
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.slow
+def test_latent_attention_is_one_kernel_a_layer(tmp_path):
+    """DeepSeek V3: the cache holds what keys and values are computed from; values are narrower, and padded."""
+    family_models.tiny("deepseek_v3", tmp_path / "model")
+    assert run_cli("quantize", tmp_path / "model", "--method", "rtn", "--bits", 4, "-o", tmp_path / "q", "--quiet") == 0
+    report = engine.build(tmp_path / "q", tmp_path / "engine", BuildOptions(**LIMITS))
+    assert report.passed, report.checks
+    assert report.kernels["prefill"]["gemm attention"] == report.kernels["decode"]["gemv attention"] == 2
+    assert "computed from the cache" in next(item.detail for item in report.checks if item.name.startswith("no copy"))
 
 
 def test_what_does_not_fit_together_is_refused(checkpoint, tmp_path, capsys):

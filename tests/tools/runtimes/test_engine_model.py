@@ -101,6 +101,18 @@ def test_an_engine_that_chooses_the_token(work, tmp_path, state, capsys):
         found.append(np.stack(best))
         assert (set(state.memory.downloaded) == {8 * 2}) == (folder is greedy)
     np.testing.assert_array_equal(found[0], found[1])
+    held = opened(greedy)
+    held.start_best(texts)
+    spoil(held)
+    with pytest.raises(errors.CheckFailedError, match="NaN or infinite, from which no token can be chosen"):
+        held.step_best([1, 2])
+
+
+def spoil(model: EngineModel) -> None:
+    """Fill the caches with NaN, as activations that overflow do."""
+    for name in model.caches:
+        region: Any = model.engine.region(name)
+        region.array.view(np.float32)[:] = np.nan
 
 
 def test_an_engine_that_gives_the_best_tokens(work, tmp_path, rtx, capsys):
@@ -123,6 +135,8 @@ def test_an_engine_that_gives_the_best_tokens(work, tmp_path, rtx, capsys):
     logits = held.start_batch([np.arange(19), np.arange(5)])
     np.testing.assert_array_equal(tokens, np.argsort(-logits, axis=-1, kind="stable")[:, :3])
     np.testing.assert_array_equal(scores, np.take_along_axis(logits, tokens.astype(int), axis=-1))
+    spoil(held)
+    assert np.isnan(held.step_top([1, 2], 3)[:, 0]).all()
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name.endswith("all")])
