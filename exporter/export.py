@@ -43,7 +43,7 @@ from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
-from rankbook.exporter.passes.static_cache import PadHeads, RaiseOpset, ScatterCache
+from rankbook.exporter.passes.static_cache import PadHeads, RaiseOpset, ScatterCache, SinkSlots
 from rankbook.exporter.passes.weights import BindWeights, packed_layers
 from rankbook.exporter.properties import DATA_SHA256, Metadata
 from rankbook.exporter.skeleton import Skeleton, build
@@ -204,7 +204,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
         StaticReshape(),
         FuseRotary(),
         *([fused] if fused else []),
-        *([PadHeads()] if fixed else []),
+        *([SinkSlots(), PadHeads()] if fixed else []),
         DecomposeAttention(),
         *([FuseSkipNorms(), FuseGates(), MergeProducts()] if fused else []),
         common.RemoveUnusedNodesPass(),

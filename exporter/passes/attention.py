@@ -25,7 +25,8 @@ class DecomposeAttention(ir.passes.InPlacePass):
     * float32 activations: TensorRT has kernels for half precision only and refuses to build anything else.
     * Head sizes without a kernel, and what its parser refuses: a softcap (Gemma 2), values of another size than keys
       (multi-head latent attention of DeepSeek). `rankbook.exporter.passes.static_cache.PadHeads` makes others of them.
-    * Sinks (gpt-oss), which the operator does not have: a term in the denominator of the softmax of each head.
+    * Sinks (gpt-oss), which the operator does not have: a term in the denominator of the softmax of each head. In half
+      precision `rankbook.exporter.passes.static_cache.SinkSlots` makes slots of them.
 
     Other nodes stay. Query heads that share a key head are computed together, so keys are not repeated; the boolean
     mask becomes a bias once for all layers that use it. Every row of the mask has a key, see
@@ -104,19 +105,24 @@ class _Decomposition:
         if mask is None or mask.name is None:
             raise ValueError(f"attention node {self._node.name!r} has no mask")
         if mask.name not in self._masks:
-            lowest = float(np.finfo(np.float16 if self._dtype == ir.DataType.FLOAT16 else np.float32).min) * 0.5
-            bias = self._op("Where", mask, self._number(0.0), self._number(lowest))
-            self._masks[mask.name] = self._grouped(bias)
+            self._masks[mask.name] = self._grouped(as_numbers(self._writer, mask, self._dtype))
         return self._masks[mask.name]
 
     def _number(self, number: float) -> ir.Value:
         return self._writer.number(number, self._dtype)
 
 
+def as_numbers(writer: Writer, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return a boolean mask as numbers to add to scores: 0 where a query sees a key, a very low one elsewhere."""
+    # Half of the lowest number: a score that is added must not make it infinite.
+    lowest = float(np.finfo(np.float16 if dtype == ir.DataType.FLOAT16 else np.float32).min) * 0.5
+    return writer.op("Where", mask, writer.number(0.0, dtype), writer.number(lowest, dtype))
+
+
 def kernel_size(node: ir.Node) -> int | None:
     """Return the smallest head size with a kernel that queries, keys and values fit into; None where none does."""
     query, value = given(node, 0), given(node, 2)
-    if node.domain or query.dtype not in _KERNEL_TYPES or float_attribute(node, "softcap", 0.0):
+    if query.dtype not in _KERNEL_TYPES or float_attribute(node, "softcap", 0.0):
         return None
     sizes = [item.shape[3] for item in (query, value) if item.shape is not None]
     known = [size for size in sizes if isinstance(size, int)]
@@ -127,6 +133,6 @@ def kernel_size(node: ir.Node) -> int | None:
 
 
 def _has_kernel(node: ir.Node) -> bool:
-    size = kernel_size(node)
+    size = None if node.domain else kernel_size(node)
     shapes = [given(node, place).shape for place in (0, 2)]
     return size is not None and all(shape is None or shape[3] == size for shape in shapes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from rankbook.exporter.passes.attention import kernel_size
+from rankbook.exporter.attention import SINKS
+from rankbook.exporter.passes.attention import as_numbers, kernel_size
 from rankbook.exporter.rewrite import TRACE_DOMAIN, NodePass, Writer, fixed_size, float_attribute, given, producer
 from rankbook.exporter.static import SCATTER
 
@@ -67,6 +69,47 @@ class PadHeads(NodePass):
         if width < size:
             result = writer.op("Slice", result, *(writer.ints(number) for number in (0, width, -1)))
         writer.replace(node, {output: result})
+        return True
+
+
+class SinkSlots(ir.passes.InPlacePass):
+    """Makes attention sinks one more slot of the cache, behind the others, so that attention has a kernel.
+
+    Nobody writes that slot, so that it holds zeros: its score is what the mask adds, the sink of the head, and its
+    value is nothing. The mask is in numbers then, and one for each head (batch, heads, sequence, slots + 1).
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place."""
+        graph, masks = model.graph, dict[str, ir.Value]()
+        nodes = [node for node in graph if (node.domain, node.op_type) == (TRACE_DOMAIN, SINKS)]
+        changed = [node for node in nodes if self._change(graph, node, masks)]
+        return ir.passes.PassResult(model, modified=bool(changed))
+
+    @staticmethod
+    def _change(graph: ir.Graph, node: ir.Node, masks: dict[str, ir.Value]) -> bool:
+        query, key, value, mask, sinks = (given(node, place) for place in range(5))
+        scatters = [producer(cache, "TensorScatter") for cache in (key, value)]
+        alone = all(user.op_type == SINKS for cache in (key, value) for user in cache.consumers())
+        if kernel_size(node) is None or query.dtype is None or not alone:
+            return False
+        slots = fixed_size(mask, 3) + 1
+        for scatter in scatters:
+            if scatter is None:
+                return False
+            for cache in (given(scatter, 0), scatter.outputs[0]):
+                dims = list(cache.shape or ())
+                cache.shape = ir.Shape([*dims[:2], slots, *dims[3:]])
+        writer = Writer(graph, str(node.name))
+        if mask.name not in masks:
+            seen = as_numbers(writer, mask, query.dtype)
+            masks[str(mask.name)] = writer.op("Pad", seen, writer.ints(0, 0, 0, 0, 0, 0, 0, 1))
+        is_sink = writer.array(f"sink_slot.{slots}", np.arange(slots) == slots - 1)
+        each = writer.op("Reshape", sinks, writer.ints(1, -1, 1, 1))
+        bias = writer.op("Where", is_sink, each, masks[str(mask.name)])
+        made = writer.node("Attention", [query, key, value, bias], name=str(node.name))
+        made.attributes.update(node.attributes)
+        writer.replace(node, {node.outputs[0]: made.outputs[0]})
         return True
 
 

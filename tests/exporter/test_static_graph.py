@@ -213,9 +213,9 @@ def test_half_precision_keeps_one_attention_node_a_layer(work: Path, expected: A
     check(work / "fp16", expected, tolerance=1e-2)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
-def test_heads_are_padded_to_a_size_that_attention_has_a_kernel_for(family: str, tmp_path: Path) -> None:
-    """Values narrower than keys (16 of 32), computed from a latent cache, and heads of 12; in half precision alone."""
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama"])
+def test_half_precision_is_made_for_the_kernels_of_attention(family: str, tmp_path: Path) -> None:
+    """Values narrower than keys (16 of 32), computed from a latent cache; sinks; heads of 12."""
     if family == "llama":
         tiny_model(family, tmp_path / "model")
     else:
@@ -228,7 +228,9 @@ def test_heads_are_padded_to_a_size_that_attention_has_a_kernel_for(family: str,
         check(tmp_path / dtype, want, tolerance=1e-2 if dtype == "fp16" else TOLERANCE)
         file = ExportedModel.open(tmp_path / dtype)
         sizes = {file.inputs[f"past_key_values.1.{part}"][3] for part in ("key", "value")}
-        assert sizes == ({16, 32} if family == "deepseek_v3" else {16 if dtype == "fp16" else 12})
+        assert sizes == {"deepseek_v3": {16, 32}, "gpt_oss": {16}, "llama": {16 if dtype == "fp16" else 12}}[family]
+        more = family == "gpt_oss" and dtype == "fp16"
+        assert file.inputs["past_key_values.1.value"][2] == CONTEXT + more
         assert sum(node.op_type == "Attention" for node in file.proto.graph.node) == (2 if dtype == "fp16" else 0)
 
 

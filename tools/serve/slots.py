@@ -146,8 +146,8 @@ class OrtSlots(Slots):
 
     def _shape(self, declared: Sequence[Any]) -> tuple[int, ...]:
         """Return the shape of a cache (rows, heads, positions, size) of a file's input."""
-        _, heads, _, size = declared
-        return self.count, int(heads), self.context, int(size)
+        _, heads, slots, size = declared  # of a fixed length, with one slot more for attention sinks
+        return self.count, int(heads), slots if isinstance(slots, int) else self.context, int(size)
 
     def _compute(self, begin: int, tokens: Array, past: Array) -> Array:
         import numpy as np

@@ -10,19 +10,24 @@ import onnx_ir as ir
 import pytest
 
 from rankbook.exporter.passes.attention import DecomposeAttention
-from rankbook.exporter.passes.static_cache import PadHeads
+from rankbook.exporter.passes.static_cache import PadHeads, SinkSlots
 from tests.exporter.passes.graphs import run
 
 HEADS, KEYS, SLOTS, NEW = 4, 2, 8, 3
 
 
-def model_of(dtype: str, keys: int, values: int, more: str = "", scale: str = "<scale: float = 0.3>") -> ir.Model:
+def model_of(*given: Any, **more: Any) -> ir.Model:
+    """Return the model of `text_of`."""
+    return ir.from_onnx_text(text_of(*given, **more))
+
+
+def text_of(dtype: str, keys: int, values: int, more: str = "", scale: str = "<scale: float = 0.3>") -> str:
     """Return a model that writes keys and values of these sizes, and attends to all that are seen; ``more`` nodes."""
     past = "".join(f", {dtype}[b,{KEYS},{SLOTS},{n}] past_{x}" for x, n in (("k", keys), ("v", values)))
     new = "".join(f", {dtype}[b,{KEYS},s,{n}] new_{x}" for x, n in (("k", keys), ("v", values)))
     present = "".join(f", {dtype}[b,{KEYS},{SLOTS},{n}] present_{x}" for x, n in (("k", keys), ("v", values)))
     outputs = "".join(f", {dtype}[b,{HEADS},s,{values}] z" for _ in more[:1])
-    return ir.from_onnx_text(f"""
+    return f"""
         <ir_version: 11, opset_import: ["" : 24]>
         g ({dtype}[b,{HEADS},s,{keys}] q, int64[b] at, bool[b,1,s,{SLOTS}] m{past}{new})
             => ({dtype}[b,{HEADS},s,{values}] y{outputs}{present})
@@ -32,7 +37,7 @@ def model_of(dtype: str, keys: int, values: int, more: str = "", scale: str = "<
             y = Attention {scale} (q, present_k, present_v, m)
             {more}
         }}
-    """)
+    """
 
 
 def feeds(dtype: str, keys: int, values: int, held: tuple[int, int] = (0, 0)) -> dict[str, Any]:
@@ -93,6 +98,26 @@ def test_two_layers_that_read_one_cache() -> None:
     assert [list(node.inputs[2].shape or ())[3] for node in nodes if node.inputs[2] is not None] == [16, 16]
     assert sum(node.op_type == "Pad" for node in model.graph) == 1
     assert sum(node.op_type == "Slice" for node in model.graph) == 2
+
+
+def test_sinks_are_a_slot_of_zeros_whose_score_the_mask_adds() -> None:
+    """gpt-oss: the same as a term in the denominator of the softmax of each head, with one node that has a kernel."""
+    text = text_of("float16", 16, 16).replace("y = Attention", "y = rankbook.trace.SinkAttention")
+    text = text.replace("present_v, m)", "present_v, m, sinks)").replace('"" : 24', '"" : 24, "rankbook.trace" : 1')
+    text = text.replace(f"bool[b,1,s,{SLOTS}] m,", f"bool[b,1,s,{SLOTS}] m, float16[{HEADS}] sinks,")
+    spelled, model = ir.from_onnx_text(text), ir.from_onnx_text(text)
+    values = feeds("float16", 16, 16)
+    values["sinks"] = np.array([-3.0, 0.0, 1.0, 5.0], np.float16)
+    DecomposeAttention()(spelled)
+    want = run(spelled, values)
+    assert SinkSlots()(model).modified
+    assert not DecomposeAttention()(model).modified
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    for name in ("past_k", "past_v"):
+        values[name] = np.zeros((2, KEYS, SLOTS + 1, 16), np.float16)
+    got = run(model, values)
+    assert np.abs(got - want).max() < 4e-3 * np.abs(want).max()
+    assert np.abs(got[:, 3]).max() < np.abs(got[:, 0]).max(), "a large sink takes the weight of the keys"
 
 
 @pytest.mark.parametrize(

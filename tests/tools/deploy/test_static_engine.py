@@ -158,14 +158,16 @@ def test_families_become_engines_with_fused_attention(family, tmp_path):
 @needs_rtx
 @pytest.mark.trt
 @pytest.mark.slow
-def test_latent_attention_is_one_kernel_a_layer(tmp_path):
-    """DeepSeek V3: the cache holds what keys and values are computed from; values are narrower, and padded."""
-    family_models.tiny("deepseek_v3", tmp_path / "model")
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_latent_attention_and_sinks_are_one_kernel_a_layer(family, tmp_path):
+    """The cache of DeepSeek V3 holds what keys and values are computed from; values are narrower, and padded."""
+    family_models.tiny(family, tmp_path / "model")
     assert run_cli("quantize", tmp_path / "model", "--method", "rtn", "--bits", 4, "-o", tmp_path / "q", "--quiet") == 0
     report = engine.build(tmp_path / "q", tmp_path / "engine", BuildOptions(**LIMITS))
     assert report.passed, report.checks
     assert report.kernels["prefill"]["gemm attention"] == report.kernels["decode"]["gemv attention"] == 2
-    assert "computed from the cache" in next(item.detail for item in report.checks if item.name.startswith("no copy"))
+    said = next(item.detail for item in report.checks if item.name.startswith("no copy"))
+    assert said == "0 kernels copy one" if family == "gpt_oss" else "computed from the cache" in said
 
 
 def test_what_does_not_fit_together_is_refused(checkpoint, tmp_path, capsys):
