@@ -131,14 +131,9 @@ def test_no_token_is_chosen_among_logits_that_are_no_numbers(sample: str) -> Non
             return chosen(logits, sample)
 
     logits = np.random.default_rng(0).standard_normal((9, 1, 100)).astype(np.float32)
-    broken: list[tuple[int, Any, float]] = [
-        (0, 0, np.nan),
-        (1, 50, np.nan),
-        (2, 99, np.nan),
-        (3, 7, np.inf),
-        (4, slice(None), np.nan),
-    ]
-    for row, place, value in [*broken, (5, slice(None), -np.inf), (6, 3, -np.inf), (7, 8, np.finfo(np.float32).min)]:
+    marks: list[tuple[int, Any, float]] = [(0, 0, np.nan), (1, 50, np.nan), (2, 99, np.nan), (3, 7, np.inf)]
+    marks += [(4, slice(None), np.nan), (5, slice(None), -np.inf), (6, 3, -np.inf)]
+    for row, place, value in marks:
         logits[row, 0, place] = value
     logits[4, 0, 1], logits[7, 0, :4] = -np.inf, np.finfo(np.float32).min  # of these the sum is minus infinity
     program = torch.onnx.export(Chooser().eval(), (torch.zeros(9, 1, 100),), dynamo=True, verbose=False)
