@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import native, rounding
 
 _CHUNK = 1 << 22
 """Weights handled at a time; bounds the temporaries of a large layer."""
@@ -53,6 +53,8 @@ class Moments:
 
 def moments_of(grouped: Tensor, energy: Tensor, codes: Tensor, levels: int) -> Moments:
     """Sum energies (G, group) and weighted weights (G, group, N) by code."""
+    if (found := native.moments(grouped, energy, codes, levels)) is not None:
+        return Moments(*found)
     groups, _, rows = grouped.shape
     mass = grouped.new_zeros(groups, levels, rows)
     value = torch.zeros_like(mass)
@@ -64,7 +66,9 @@ def moments_of(grouped: Tensor, energy: Tensor, codes: Tensor, levels: int) -> M
 
 
 def nearest_chunked(grouped: Tensor, codebooks: Tensor) -> Tensor:
-    """`rounding.nearest`, some rows at a time."""
+    """`rounding.nearest`, some rows at a time where that takes memory."""
+    if (found := native.rounded(grouped, codebooks)) is not None:
+        return found[0]
     parts = [
         rounding.nearest(grouped[..., p].contiguous(), codebooks[..., p].contiguous()) for p in _row_chunks(grouped)
     ]

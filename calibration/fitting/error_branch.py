@@ -12,6 +12,8 @@ rank:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,7 @@ def channel_scale(problem: LayerProblem, kind: str) -> Tensor:
 def _diagonal(problem: LayerProblem, error: Tensor, kind: str, rank: int, factor_bits: int) -> LowRank:
     scale = channel_scale(problem, kind)
     up, down = truncated_svd(error * scale, rank)
-    return _store(error, up, down / scale, torch.diag(scale.square()), factor_bits)
+    return _store(error, up, down / scale, lambda dense: dense * scale.square(), factor_bits)
 
 
 def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) -> LowRank:
@@ -85,7 +87,7 @@ def _exact(problem: LayerProblem, error: Tensor, rank: int, factor_bits: int) ->
     root = square_root(gram)
     up, down = truncated_svd(error @ root, rank)
     down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
-    return _store(error, up, down, gram, factor_bits)
+    return _store(error, up, down, lambda dense: (gram @ dense.T).T, factor_bits)
 
 
 def square_root(gram: Tensor) -> Tensor:
@@ -143,12 +145,15 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
     return basis
 
 
-def _store(error: Tensor, up: Tensor, down: Tensor, gram: Tensor, bits: int) -> LowRank:
-    """Store ``down`` first, solve ``up`` again for what was stored, then store ``up``."""
+def _store(error: Tensor, up: Tensor, down: Tensor, weigh: Callable[[Tensor], Tensor], bits: int) -> LowRank:
+    """Store ``down`` first, solve ``up`` again for what was stored, then store ``up``.
+
+    ``weigh`` multiplies rows (R, K) with the symmetric ``M @ M.T`` of the inputs.
+    """
     stored_down = Factor.quantize(down, bits, 0)
     if bits != 32:
         dense = stored_down.dense()
-        weighted = gram @ dense.T  # (K, R)
+        weighted = weigh(dense).T  # (K, R)
         system = dense @ weighted
         ridge = 1e-6 * system.diagonal().mean() + torch.finfo(torch.float32).tiny
         up = torch.linalg.solve(system + ridge * torch.eye(len(system), device=system.device), (error @ weighted).T).T

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankbook.calibration.fitting import rounding
+from rankbook.calibration.fitting import native, rounding
 from rankbook.calibration.fitting.problem import LayerProblem
 
 _BLOCK, _PART = 64, 16
@@ -109,12 +109,12 @@ def assign(grouped: Tensor, codebooks: Tensor, columns: Plan) -> Tensor:
         Codes (G, group, N) uint8.
     """
     groups, group, rows = grouped.shape
-    ordered, code_of_rank = rounding.sort_codebooks(codebooks)
+    ordered, code_of_rank = rounding.sort_codebooks(codebooks.contiguous())
     bounds = rounding.midpoints(ordered)
     order, factor = columns.order, columns.factor
     work = grouped.reshape(groups * group, rows)[order]
     ranks = torch.empty_like(work, dtype=torch.uint8)
-    cells = _Cells(ordered, bounds, (order // group).tolist(), factor.diagonal().tolist())
+    cells = _Cells(ordered, bounds, order // group)
     errors = torch.empty_like(work[:_BLOCK])
     for start in range(0, len(work), _BLOCK):
         stop = min(start + _BLOCK, len(work))
@@ -137,14 +137,12 @@ class _Cells:
     Attributes:
         codebooks: Sorted codebooks (G, L, N).
         bounds: The boundaries of their cells (G, L - 1, N).
-        groups: The group of each column, in the order of rounding.
-        pivots: Diagonal of the factor, in that order.
+        groups: The group of each column, in the order of rounding, (K,) int64.
     """
 
     codebooks: Tensor
     bounds: Tensor
-    groups: list[int]
-    pivots: list[float]
+    groups: Tensor
 
 
 def _assign_part(work: Tensor, ranks: Tensor, cells: _Cells, factor: Tensor, first: int, errors: Tensor) -> None:
@@ -158,10 +156,12 @@ def _assign_part(work: Tensor, ranks: Tensor, cells: _Cells, factor: Tensor, fir
         first: Number of the first one.
         errors: Becomes their errors, (columns, N).
     """
-    rows = zip(work.unbind(), ranks.unbind(), errors.unbind(), factor.unbind(), strict=True)
-    for place, (value, rank, error, weights) in enumerate(rows):
-        index = cells.groups[first + place]
+    groups = cells.groups[first : first + len(work)]
+    if native.feedback(work, ranks, errors, (cells.codebooks, cells.bounds, groups), factor):
+        return
+    rows = zip(work.unbind(), ranks.unbind(), errors.unbind(), factor.unbind(), groups.tolist(), strict=True)
+    for place, (value, rank, error, weights, index) in enumerate(rows):
         found = rounding.search_column(value, cells.bounds[index])
         rank.copy_(found)
-        torch.sub(value, cells.codebooks[index].gather(0, found[None])[0], out=error).div_(cells.pivots[first + place])
-        work[place + 1 :].addcmul_(weights[place + 1 :, None], error, value=-1)
+        torch.sub(value, cells.codebooks[index].gather(0, found[None])[0], out=error).div_(weights[place])
+        work[place + 1 :].sub_(weights[place + 1 :, None] * error)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankbook.calibration.fitting import native
+
 _COMPARE_LEVELS = 16
 """Up to this many levels a search compares with every midpoint; above, it bisects with gathers."""
 _AT_ONCE = 1 << 15
@@ -105,9 +107,41 @@ def nearest(values: Tensor, codebooks: Tensor) -> Tensor:
     Returns:
         Codes (G, group, N) uint8. Of two equally near entries the smaller one is taken.
     """
+    if (found := native.rounded(values, codebooks)) is not None:
+        return found[0]
     ordered, order = sort_codebooks(codebooks)
     ranks = search(values, midpoints(ordered))
     return ranks if order is None else order.gather(1, ranks.long()).to(torch.uint8)
+
+
+def rounded(values: Tensor, codebooks: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return the codes of `nearest`, and the entries that they stand for in ``dtype``."""
+    if (found := native.rounded(values, codebooks, dtype)) is not None and found[1] is not None:
+        return found[0], found[1]
+    codes = nearest(values, codebooks)
+    return codes, lookup(codebooks, codes).to(dtype)
+
+
+def step(place: Tensor, flow: Tensor, codes: Tensor, move: Tensor, levels: int) -> Tensor:
+    """Move weights against the sign of their gradient, and sum up the gradient by code.
+
+    Args:
+        place: Weights (G, group, N), contiguous, changed.
+        flow: Their gradient (G, group, N), float32 or bfloat16.
+        codes: (G, group, N) uint8.
+        move: How far the weights of a group move, (G, N), not negative.
+        levels: L.
+
+    Returns:
+        Sums (G, L, N) float32.
+    """
+    if (found := native.stepped(place, flow, codes, move, levels)) is not None:
+        return found
+    flow = flow.float()
+    groups, _, rows = place.shape
+    sums = place.new_zeros(groups, levels, rows).scatter_add_(1, codes.long(), flow)
+    place.sub_(flow.sign().mul_(move[:, None]))
+    return sums
 
 
 def lookup(codebooks: Tensor, codes: Tensor) -> Tensor:

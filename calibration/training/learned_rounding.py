@@ -63,14 +63,14 @@ class LearnedRounding:
         self._params: GroupParams | None = None
         self._codebooks = codebooks
 
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the decoded weight (N, K), a view with K strided; the error branch is added."""
-        books = self._present()
-        self._codebooks = books.dense()
-        self._codes = rounding.nearest(self._place, self._codebooks)
+        self._codebooks = self._present().dense().contiguous()
+        wanted = dtype if self._branch is None else torch.float32
+        self._codes, decoded = rounding.rounded(self._place, self._codebooks, wanted)
         groups, group, rows = self._place.shape
-        decoded = rounding.lookup(self._codebooks, self._codes).view(groups * group, rows).T
-        return decoded if self._branch is None else decoded + self._branch
+        decoded = decoded.view(groups * group, rows).T
+        return decoded if self._branch is None else (decoded + self._branch).to(dtype)
 
     def _present(self) -> Codebooks:
         params_bits = 8 if self._start.params.codes is not None else 16
@@ -90,8 +90,9 @@ class LearnedRounding:
     def update(self, grad: Tensor, fraction: float) -> None:
         """Take one sign step on every parameter; ``grad`` (N, K)."""
         step = fraction / self._steps
-        flow = grad.T.float().reshape(self._place.shape)
-        by_code = torch.zeros_like(self._codebooks).scatter_add_(1, self._codes.long(), flow)
+        flow = grad.T.reshape(self._place.shape)
+        move = self._gap[:, 0] * (step * self._sizes.rounding)
+        by_code = rounding.step(self._place, flow, self._codes, move, self._codebooks.shape[1])
         levels = self._stored_levels()
         coeffs = self._books.coeffs * self._scale
         slope = self._books.coeffs * torch.einsum("gln,pl->pgn", by_code, levels)
@@ -99,7 +100,6 @@ class LearnedRounding:
         self._shift.sub_(by_code.sum(1).sign_(), alpha=step * self._sizes.offset)
         slope = torch.einsum("gln,pgn->pl", by_code, coeffs)
         self._levels -= step * self._sizes.levels * self._level_size * slope.sign_()
-        self._place.addcmul_(flow.sign_(), self._gap, value=-step * self._sizes.rounding)
 
     def record(self) -> QuantizedLinear:
         """Return the state as it is stored."""
@@ -141,10 +141,11 @@ def anchored(grouped: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:
     ordered, order = rounding.sort_codebooks(codebooks)
     bounds = rounding.midpoints(ordered)
     infinite = torch.full_like(bounds[:, :1], torch.inf)
-    low = torch.cat([-infinite, bounds], 1)
-    high = torch.cat([bounds, infinite], 1)
-    ranks = codes.long()
-    if order is not None:
-        ranks = order.argsort(1).gather(1, ranks)
+    low, high = torch.cat([-infinite, bounds], 1), torch.cat([bounds, infinite], 1)
     width = (ordered[:, -1:] - ordered[:, :1]) * 1e-4
-    return torch.minimum(torch.maximum(grouped, low.gather(1, ranks) + width), high.gather(1, ranks) - width)
+    place = torch.empty_like(grouped)
+    for index, (weights, chosen) in enumerate(zip(grouped, codes, strict=True)):  # indexes take eight bytes each
+        ranks = chosen.long() if order is None else order[index].argsort(0).gather(0, chosen.long())
+        inside = torch.maximum(weights, low[index].gather(0, ranks) + width[index])
+        torch.minimum(inside, high[index].gather(0, ranks) - width[index], out=place[index])
+    return place

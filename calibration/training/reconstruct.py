@@ -64,8 +64,8 @@ Result = TypeVar("Result")
 class TrainableLayer(Protocol):
     """A quantized layer that can be moved by the gradient of its decoded weight."""
 
-    def weight(self) -> Tensor:
-        """Return the decoded weight (N, K) of the present state, error branch included."""
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the decoded weight (N, K) of the present state in ``dtype``, error branch included."""
 
     def update(self, grad: Tensor, fraction: float) -> None:
         """Take one step. ``grad`` is dL/dW_hat (N, K), ``fraction`` the share of the step size left, 1 down to 0."""
@@ -257,7 +257,7 @@ def _step(
     dtype, left = compute_dtype(config.compute, problem.device), 1 - step / config.steps
 
     def decoded(name: str) -> nn.Parameter:
-        return nn.Parameter(layers[name].weight().to(dtype))
+        return nn.Parameter(layers[name].weight(dtype))
 
     grads = _gradients(problem, _of_each(problem, layers, at_once, decoded), batch, config)
     _of_each(problem, layers, at_once, lambda name: layers[name].update(grads.pop(name), left))

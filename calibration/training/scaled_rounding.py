@@ -74,19 +74,18 @@ class ScaledRounding:
         )
         self._moved, self._codebooks, self._decoded = self._place, codebooks, self._place
 
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the decoded weight (N, K), a view with K strided; the error branch is added."""
         self._round()
         groups, group, rows = self._place.shape
         decoded = self._decoded.view(groups * group, rows).T
-        return decoded if self._branch is None else decoded + self._branch
+        return (decoded if self._branch is None else decoded + self._branch).to(dtype)
 
     def _round(self) -> Tensor:
         """Bring moved weights, codebooks and decoded weights up to date; return the codes."""
         self._moved = self._place * self._steering().neg_().exp_().view(self._place.shape)
         self._codebooks = grids.codebooks_of(self._start.levels, self._params())
-        codes = rounding.nearest(self._moved, self._codebooks)
-        self._decoded = rounding.lookup(self._codebooks, codes)
+        codes, self._decoded = rounding.rounded(self._moved, self._codebooks)
         return codes
 
     def _steering(self) -> Tensor:

@@ -163,7 +163,7 @@ class TrainedCodebooks:
         params = codebook_store.to_params(rounded, 8 if self._start.params.codes is not None else 16)
         return params, codebook_store.from_params(params, rounded.levels)
 
-    def weight(self) -> Tensor:
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the decoded weight (N, K): values of the stored codebooks, gradients of the exact ones."""
         with torch.enable_grad():
             codebooks = self._model.books().dense()
@@ -171,7 +171,7 @@ class TrainedCodebooks:
                 stored = self._stored(self._model.books())[1].dense()
             self._decoded = decode(self._grouped, codebooks + (stored - codebooks).detach(), self._gradient)
         weight = rounding.from_groups(self._decoded.detach())
-        return weight if self._branch is None else weight + self._branch
+        return (weight if self._branch is None else weight + self._branch).to(dtype)
 
     def update(self, grad: Tensor, fraction: float) -> None:
         """Take one step of Adam; ``grad`` (N, K), ``fraction`` of the step size left."""

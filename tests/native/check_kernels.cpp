@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check_attention.h"
+#include "check_groups.h"
 #include "check_rows.h"
 #include "kernels/cpu/dispatch.h"
 
@@ -266,6 +267,7 @@ int main() {
     const KernelSet set = select_kernels(isa);
     failures += check_attention(*set.attention, {nullptr, run_threads});
     failures += check_rows(*set.rows);
+    failures += check_groups(*set.groups);
     const PanelKernels& kernels = *set.packed;
     std::printf("%s %s\n", kernels.name, set.int8->name);
     for (const Case& c : cases) {

@@ -202,6 +202,7 @@ def test_it_links_no_cuda_and_exports_what_the_other_one_does() -> None:
     assert not [name for name in needed if name.startswith(("libnv", "libcuda", "libstdc++"))]
     symbols = [line.split()[-1] for line in output(required_tool("nm"), "-D", "--defined-only", path).splitlines()]
     interface = [f"rankbook_cuda_{name}" for name in ("gather", "matmul", "size", "workspace")]
+    interface += [f"rankbook_groups_{name}" for name in ("feedback", "moments", "round", "step")]
     assert sorted(symbols) == ["RegisterCustomOps", *interface, "rankbook_native_info"]
 
 

@@ -108,8 +108,8 @@ class _Fixed:
     def __init__(self, record: QuantizedLinear) -> None:
         self._record = record
 
-    def weight(self) -> Tensor:
-        return self._record.weight()
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._record.weight().to(dtype)
 
     def update(self, grad: Tensor, fraction: float) -> None:
         assert grad.shape == self._record.codes.shape

@@ -1,5 +1,9 @@
 #include "kernels/cpu/dispatch.h"
 
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+
 #if defined(RANKBOOK_X86)
 #include <cpuid.h>
 #if defined(RANKBOOK_AMX)
@@ -95,6 +99,18 @@ const Candidate kCandidates[] = {
 
 }  // namespace
 
+bool read_limit(Isa& limit) {
+  const char* wanted = std::getenv("RANKBOOK_NATIVE_ISA");
+  limit = Isa::kBest;
+  if (wanted == nullptr) return true;
+  for (size_t i = 0; i < std::size(kIsaNames); ++i) {
+    // Names are in the order of the enumeration.
+    limit = static_cast<Isa>(i);
+    if (std::strcmp(wanted, kIsaNames[i]) == 0) return true;
+  }
+  return false;
+}
+
 // The portable set has every part, so that no pointer is null at the end.
 KernelSet select_kernels(Isa limit) {
   KernelSet best = kPortableSet;
@@ -105,6 +121,7 @@ KernelSet select_kernels(Isa limit) {
     if (set.int8 != nullptr) best.int8 = set.int8;
     if (set.attention != nullptr) best.attention = set.attention;
     if (set.rows != nullptr) best.rows = set.rows;
+    if (set.groups != nullptr) best.groups = set.groups;
   }
   return best;
 }

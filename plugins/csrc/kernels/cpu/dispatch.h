@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/attention/attention.h"
+#include "kernels/cpu/groups/groups.h"
 #include "kernels/cpu/packed/codebook.h"
 #include "kernels/cpu/int8/int8.h"
 
@@ -89,6 +90,16 @@ struct RowKernels {
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* y);
 };
 
+// Weights in groups while a layer is quantized, built once per instruction set from groups/kernels.h; the first three for one
+// group.
+struct GroupKernels {
+  const char* name;
+  void (*round)(const RoundGroups& of, int64_t index);
+  void (*step)(const StepGroups& of, int64_t index);
+  void (*moments)(const MomentGroups& of, int64_t index);
+  void (*feedback)(const FeedbackColumns& of, int64_t first, int64_t last);  // rows of the matrix
+};
+
 // In this order; each includes those before it. kBest stands for the last.
 #if defined(RANKBOOK_ARM)
 enum class Isa { kPortable, kNeon, kDotProd, kBest = kDotProd };
@@ -104,7 +115,11 @@ struct KernelSet {
   const Int8Kernels* int8;
   const AttentionKernels* attention;
   const RowKernels* rows;
+  const GroupKernels* groups;
 };
+
+// What RANKBOOK_NATIVE_ISA, one of kIsaNames, allows, so that tests reach every kernel; false where it is another word.
+bool read_limit(Isa& limit);
 
 // The best of each that this processor can run, none better than `limit`.
 KernelSet select_kernels(Isa limit = Isa::kBest);

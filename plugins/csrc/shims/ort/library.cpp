@@ -1,6 +1,5 @@
 // The entry points of the library: what onnxruntime looks for, and a description for `rankbook doctor`.
 
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <string>
@@ -19,19 +18,6 @@ using rankbook::Isa;
 // Entries of a session's configuration and no global state: two sessions of one process may differ.
 constexpr const char* kActivations = "rankbook.activations";
 constexpr const char* kMemory = "rankbook.memory";
-
-// RANKBOOK_NATIVE_ISA, one of kIsaNames, forbids better instruction sets, so that tests reach every kernel.
-bool read_limit(Isa& limit) {
-  const char* wanted = std::getenv("RANKBOOK_NATIVE_ISA");
-  limit = Isa::kBest;
-  if (wanted == nullptr) return true;
-  for (size_t i = 0; i < std::size(rankbook::kIsaNames); ++i) {
-    // Names are in the order of the enumeration.
-    limit = static_cast<Isa>(i);
-    if (std::strcmp(wanted, rankbook::kIsaNames[i]) == 0) return true;
-  }
-  return false;
-}
 
 // Which of two values a configuration entry of the session has; the first one where it has none.
 // 16 characters are enough for every allowed value; a longer one does not fit, which is an error with the same
@@ -56,7 +42,7 @@ OrtStatus* read_entry(const OrtSessionOptions* options, const OrtApi& api, const
 // settings.
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   Isa limit = Isa::kPortable;
-  if (!read_limit(limit)) {
+  if (!rankbook::read_limit(limit)) {
     std::string message = "RANKBOOK_NATIVE_ISA must be one of";
     for (const char* name : rankbook::kIsaNames) message += std::string(" ") + name;
     return api.CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
@@ -111,7 +97,7 @@ __attribute__((visibility("default"))) const char* rankbook_native_info() {
   // Its own for each thread, so that a pointer stays valid while others ask.
   thread_local std::string text;
   Isa limit = Isa::kPortable;
-  read_limit(limit);
+  rankbook::read_limit(limit);
   const rankbook::KernelSet kernels = rankbook::select_kernels(limit);
   text = std::string("{\"isa\": \"") + kernels.packed->name + "\", \"isa_int8\": \"" +
          kernels.int8->name + "\", \"ort_api\": " + std::to_string(ORT_API_VERSION) +

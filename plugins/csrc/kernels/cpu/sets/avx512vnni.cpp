@@ -3,6 +3,6 @@
 
 namespace rankbook {
 
-const KernelSet kAvx512VnniSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr};
+const KernelSet kAvx512VnniSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace rankbook

@@ -3,6 +3,6 @@
 
 namespace rankbook {
 
-const KernelSet kAvxVnniSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr};
+const KernelSet kAvxVnniSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace rankbook

@@ -5,6 +5,6 @@
 
 namespace rankbook {
 
-const KernelSet kDotProdSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr};
+const KernelSet kDotProdSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace rankbook

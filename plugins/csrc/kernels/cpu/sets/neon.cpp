@@ -2,12 +2,14 @@
 #define RANKBOOK_NEON
 
 #include "kernels/cpu/attention/kernels.h"
+#include "kernels/cpu/groups/kernels.h"
 #include "kernels/cpu/int8/kernels.h"
 #include "kernels/cpu/packed/kernels.h"
 #include "kernels/cpu/rows/kernels.h"
 
 namespace rankbook {
 
-const KernelSet kNeonSet = {&packed_loops::kKernels, &int8_loops::kKernels, &attention_loops::kKernels, &row_loops::kKernels};
+const KernelSet kNeonSet = {&packed_loops::kKernels, &int8_loops::kKernels, &attention_loops::kKernels,
+                            &row_loops::kKernels, &group_loops::kKernels};
 
 }  // namespace rankbook
