@@ -10,9 +10,18 @@ namespace {
 
 using namespace rankbook;
 
+// The processor is asked once, for every limit: asking leaves a virtual machine, which takes longer than a small layer.
 const GroupKernels* kernels() {
+  constexpr int kCount = static_cast<int>(Isa::kBest) + 1;
+  struct Known {
+    const GroupKernels* best[kCount];
+    Known() {
+      for (int i = 0; i < kCount; ++i) best[i] = select_kernels(static_cast<Isa>(i)).groups;
+    }
+  };
+  static const Known known;
   Isa limit = Isa::kPortable;
-  return read_limit(limit) ? select_kernels(limit).groups : nullptr;
+  return read_limit(limit) ? known.best[static_cast<int>(limit)] : nullptr;
 }
 
 constexpr const char* kIsa = "RANKBOOK_NATIVE_ISA names no instruction set";

@@ -43,6 +43,12 @@ struct Rows {
   void store(uint8_t* to, F value) const { put(to, value, Narrow::to_bytes); }
 };
 
+// The next vector of rows of the same inputs: rows of a group lie N apart, which no processor foresees.
+template <class T>
+void ask_for_next(const T* at) {
+  __builtin_prefetch(at + kLanes);
+}
+
 // work(rows, first row) for every vector of the rows [row, end).
 template <class Work>
 void each_rows(int64_t row, int64_t end, Work&& work) {
@@ -103,6 +109,7 @@ void round_rows(const RoundGroups& of, int64_t index, int64_t row, Rows<kAll> ro
   const Sorted<kLevels> sorted(of.codebooks + index * kLevels * shape.rows + row, shape.rows, rows);
   for (int64_t k = 0; k < shape.group; ++k) {
     const int64_t at = (index * shape.group + k) * shape.rows + row;
+    ask_for_next(of.values + at);
     const F x = rows.load(of.values + at);
     F value = sorted.value[0];
     F code = sorted.code[0];
@@ -138,6 +145,8 @@ void step_rows(const StepGroups& of, int64_t index, int64_t row, Rows<kAll> rows
   for (F& one : sum) one = Simd::zero();
   for (int64_t k = 0; k < shape.group; ++k) {
     const int64_t at = (index * shape.group + k) * shape.rows + row;
+    ask_for_next(static_cast<const Value*>(of.flow) + at);
+    ask_for_next(of.place + at);
     const F flow = rows.load(static_cast<const Value*>(of.flow) + at);
     const F code = rows.load(of.codes + at);
     RANKBOOK_UNROLL
@@ -171,6 +180,7 @@ void moment_rows(const MomentGroups& of, int64_t index, int64_t row, Rows<kAll> 
   for (int64_t k = 0; k < shape.group; ++k) {
     const int64_t at = (index * shape.group + k) * shape.rows + row;
     const F energy = Simd::set(of.energy[index * shape.group + k]);
+    ask_for_next(of.values + at);
     const F weighted = Lanes::multiply(energy, rows.load(of.values + at));
     const F code = rows.load(of.codes + at);
     RANKBOOK_UNROLL

@@ -3,6 +3,6 @@
 
 namespace rankbook {
 
-const KernelSet kAmxSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr};
+const KernelSet kAmxSet = {nullptr, &int8_loops::kKernels, nullptr, nullptr, nullptr};
 
 }  // namespace rankbook
