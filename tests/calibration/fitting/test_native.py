@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def test_bits_are_those_of_pytorch(
     monkeypatch.setenv("RANKBOOK_NATIVE_ISA", isa)
     values, codebooks = drawn(levels, rows, sort=sort)
     for dtype in (torch.float32, torch.bfloat16):
-        found, want = both(monkeypatch, lambda dtype=dtype: rounding.rounded(values, codebooks, dtype))
+        found, want = both(monkeypatch, partial(rounding.rounded, values, codebooks, dtype))
         assert torch.equal(found[0], want[0])
         assert torch.equal(found[1].view(torch.uint8), want[1].view(torch.uint8))
         codes, flow = want[0], (torch.randn_like(values) * 1e-3).to(dtype)
