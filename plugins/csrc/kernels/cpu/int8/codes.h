@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/simd/int8.h"
+#include "kernels/cpu/simd/prefetch.h"
 
 namespace rankbook {
 namespace {

@@ -21,7 +21,6 @@ namespace int8_loops {
 // 16 blocks of 8 lanes times 128 bytes: half of a 32 KB first-level cache, the other half is for the activations of a
 // tile.
 inline constexpr int kSliceBlocks = 16;    // of one plane each: 16 KB of entries
-inline constexpr int64_t kAhead = 8192;    // bytes of codes to prefetch ahead: a third faster than none
 
 // ---------------------------------------------------------------------------------------------- decoding
 
@@ -60,7 +59,7 @@ void decode_blocks(const uint8_t* from, const PlaneLevels<kBits>& levels, int64_
                    std::integer_sequence<int, kIndex...>) {
   for (int64_t block = 0; block < blocks; ++block, from += kBits * kWordBytes, out += 8 * kWordBytes) {
     RANKBOOK_UNROLL
-    for (int64_t line = 0; line < kBits * kWordBytes; line += 64) __builtin_prefetch(from + kAhead + line);
+    for (int64_t line = 0; line < kBits * kWordBytes; line += 64) prefetch_codes(from + line);
     RANKBOOK_UNROLL
     for (int vector = 0; vector < kPanelVectors; ++vector) {
       const Block<kBits> words(from + vector * kLanes * 4);

@@ -146,7 +146,7 @@ void gemv_rows(const Int8Weight& weight, int64_t panel, int row, const StagedRow
       RANKBOOK_UNROLL
       for (int word = 0; word < kBits; ++word) {
         RANKBOOK_UNROLL
-        for (int line = 0; line < kVectors * kLanes * 4; line += 64) __builtin_prefetch(from + kAhead + word * kWordBytes + line);
+        for (int line = 0; line < kVectors * kLanes * 4; line += 64) prefetch_codes(from + word * kWordBytes + line);
       }
       dot_block<kBits, kPlanes, kTokens, kSigned>(from, inputs, block * kBlock, levels, sums, std::make_integer_sequence<int, 8>{});
     }

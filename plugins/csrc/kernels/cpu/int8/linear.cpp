@@ -45,6 +45,7 @@ struct Job {
   int64_t panels = 1;                 // panels per task of a single token
   Halves halves = {};                 // of a single token
   int64_t first = 0;                  // of its tasks among those of all jobs
+  const Job* next = nullptr;          // of a single token: the one behind it
 
   const Int8Weight& weight() const { return args->products[0].weight; }  // for what all have in common
   int64_t tokens() const { return args->tokens; }
@@ -151,10 +152,18 @@ void wait(const Halves& halves) {
   }
 }
 
+// The loops of one token prefetch as they go; without this the first bytes of a small layer would be waited for.
+void prefetch_start(const CodebookWeight& weight) {
+  const int64_t bytes = least(weight.panels() * weight.blocks() * weight.bits * kWordBytes, kFirstBytes);
+  for (int64_t at = 0; at < bytes; at += kAlign) __builtin_prefetch(weight.codes + at);
+}
+
 // Panels are multiplied without waiting; up to kHeld of them are kept until the halves are there, so that in most calls
 // nobody spins.
 void token_task(Job& job, int64_t index) {
-  const int64_t end = least((index + 1) * job.panels, total(*job.args, panels_of));
+  const int64_t panels = total(*job.args, panels_of);
+  const int64_t end = least((index + 1) * job.panels, panels);
+  if (end == panels && job.next != nullptr) prefetch_start(job.next->weight().weight);
   help(job);
   alignas(kAlign) float sums[kHeld][kPanel];
   int64_t held = 0;  // panels before this one that are not finished
@@ -184,12 +193,6 @@ void chunk_task(const Job& job, int64_t index) {
 }
 
 void product_task(Job& job, int64_t index) { job.tokens() == 1 ? token_task(job, index) : chunk_task(job, index); }
-
-// The loops of one token prefetch as they go; without this the first bytes of a small layer would be waited for.
-void prefetch_start(const CodebookWeight& weight) {
-  const int64_t bytes = least(weight.panels() * weight.blocks() * weight.bits * kWordBytes, kFirstBytes);
-  for (int64_t at = 0; at < bytes; at += kAlign) __builtin_prefetch(weight.codes + at);
-}
 
 // Where everything lies in the workspace; returns its size. Without a workspace, the size alone.
 // With 8 bits the natural order is the staged one, and one copy serves both.
@@ -279,7 +282,10 @@ Status int8_linear(const Int8Args* args, int64_t count, uint8_t* workspace, cons
   }
   Job* jobs = nullptr;
   lay_out(args, count, workspace, &kernels, &jobs);
-  for (int64_t i = 0; i < count; ++i) jobs[i].panels = sizes.panels_of_task(args[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    jobs[i].panels = sizes.panels_of_task(args[i]);
+    jobs[i].next = i + 1 < count && args[i + 1].tokens == 1 ? jobs + i + 1 : nullptr;
+  }
   if (count > 0 && args[0].tokens == 1) prefetch_start(jobs[0].weight().weight);
   run_jobs(parallel, jobs, count, sizes.inputs * 8, kSerialWork, stage_tasks, stage_task);
   run_jobs(parallel, jobs, count, sizes.branch, kSerialWork, branch_tasks, branch_task);

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/simd/prefetch.h"
 #include "kernels/cpu/simd/simd.h"
 
 namespace rankbook {
@@ -27,7 +28,6 @@ using I = Simd::I;
 inline constexpr int kVectors = 2;                          // vectors of rows that a loop carries at a time
 inline constexpr int kTile = kVectors * Simd::kLanes;       // rows of them: 32, 16 or 8 of the panel
 inline constexpr int kMaxPlanes = Simd::kPlanes;            // planes per pass; more take further passes over the codes
-inline constexpr int64_t kPrefetchBytes = 8192;             // without it a third of the bandwidth is lost
 
 // ---------------------------------------------------------------------------------------------- code extraction
 
@@ -208,7 +208,7 @@ void gemv_tile(const CodebookWeight& weight, int64_t panel, int row, int begin, 
     for (int64_t at = begin_half / 2; at * 2 < half; ++at) {  // a group may begin or end inside a block
       const uint8_t* block = codes + at * kCodeBits * kWordBytes;
       const float* inputs = x + at * kBlock;
-      for (int line = 0; line < kCodeBits * kTile * 4 / 64; ++line) __builtin_prefetch(block + kPrefetchBytes + line * 64);
+      for (int line = 0; line < kCodeBits * kTile * 4 / 64; ++line) prefetch_codes(block + line * 64);
       if (at * 2 >= begin_half) dot_half_block<kCodeBits, 0>(block, inputs, rows, sums, kInputs);
       if (at * 2 + 1 < half) dot_half_block<kCodeBits, 1>(block, inputs + kHalfBlock, rows, sums, kInputs);
     }
