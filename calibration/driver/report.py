@@ -253,8 +253,23 @@ def in_float(modules: Iterable[nn.Module], layers: Iterable[LayerReport]) -> dic
 
 def is_coarse(layer: PackedModule) -> bool:
     """Return whether 8 bits are coarse for parameters of some rows, see `GroupParams.coarse_rows`."""
-    exact = torch.equal(layer.get_buffer("levels").cpu(), mxint_levels(layer.spec.bits))
-    return not exact and GroupParams.unpack(layer.packed(), layer.spec).coarse_rows() > 0
+    if torch.equal(layer.get_buffer("levels").cpu(), mxint_levels(layer.spec.bits)):
+        return _raised_rows(QuantizedLinear.unpack(layer.packed(), layer.spec)) > 0
+    return GroupParams.unpack(layer.packed(), layer.spec).coarse_rows() > 0
+
+
+def _raised_rows(record: QuantizedLinear) -> int:
+    """Return how many rows of MXINT have exponents above their own, see `GroupParams.powers_of_two`.
+
+    Half of their groups or more have the lowest exponent of the panel, and mantissas without the upper half of their
+    range, which the largest of a group with its own exponent is in.
+    """
+    exponents, groups = record.params.codes, record.params.shape[1]
+    if exponents is None:
+        return 0
+    mantissas = record.levels[0].float().abs()[record.codes.long()].view(record.out_features, groups, -1).amax(2)
+    raised = (exponents[..., 0] == -127) & (mantissas < 1 << (record.bits - 2))
+    return int(((2 * raised.sum(1) >= groups) & (mantissas > 0).any(1)).sum())
 
 
 def output_errors(problem: LayerProblem, record: QuantizedLinear) -> Errors:

@@ -223,13 +223,24 @@ def test_a_resumed_run_has_the_scaled_norms(tmp_path: Path) -> None:
     assert len(report.scaled) == 2 * 6
 
 
-@pytest.mark.parametrize(("param_bits", "said"), [(8, True), (16, False)])
-def test_rows_beside_much_larger_ones_are_said(tmp_path: Path, param_bits: int, said: bool) -> None:
+@pytest.mark.parametrize(
+    ("form", "larger", "param_bits", "said"),
+    [
+        ("affine", 100, 8, True),
+        ("affine", 100, 16, False),
+        ("mxint", 1000, 8, True),  # ten octaves, of which eight bits hold seven
+        ("mxint", 1000, 16, False),
+        ("mxint", 4, 8, False),
+    ],
+)
+def test_rows_beside_much_larger_ones_are_said(
+    tmp_path: Path, form: str, larger: int, param_bits: int, said: bool
+) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[7] *= 100
+        model.model.layers[1].mlp.up_proj.weight[7] *= larger
     model.save_pretrained(tmp_path / "model")
-    chosen = options(tmp_path, method="rtn", calib=None, param_bits=param_bits)
+    chosen = options(tmp_path, method="rtn", calib=None, param_bits=param_bits, weight_format=form)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quantize_model(tmp_path / "model", tmp_path / "out", chosen)
