@@ -23,6 +23,7 @@ from rankbook.calibration.fitting.problem import BlockProblem, LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.calls import BlockCall
 from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import CodebookLinear
 from rankbook.calibration.model.placement import Placement, Stream
@@ -45,7 +46,7 @@ class Streams:
         end: Number of blocks that the streams must pass; 0 where no block is left to quantize, or none needs inputs.
     """
 
-    calls: Sequence[capture.BlockCall] | Mapping[int, capture.BlockCall]
+    calls: Sequence[BlockCall] | Mapping[int, BlockCall]
     inputs: Stream
     targets: Stream | None
     end: int
@@ -173,7 +174,12 @@ class BlockSolver:
         layers = {name: layers[name] for name in given}
         own = {name: options.of_layer(f"{site.prefix}{name}") for name in given}
         configs = {name: chosen.method_config() for name, chosen in own.items() if chosen is not options}
-        problem = BlockProblem(site.block, layers, inputs, targets.values, call, seed, progress, configs)
+
+        def forward(block: nn.Module, x: Tensor) -> Tensor:
+            return call(block, x)[..., : call.hidden]
+
+        wanted = targets.values[..., : call.hidden]
+        problem = BlockProblem(site.block, layers, inputs, wanted, forward, seed, progress, configs)
         with self.rounded_inputs(site, streams), _decoded(site.block, fixed):
             return records | refine(problem, given, options.method_config())
 

@@ -18,6 +18,7 @@ from rankbook.calibration.driver.report import Reporter
 from rankbook.calibration.driver.resume import BlockResult, PartialState
 from rankbook.calibration.memory import relieve
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.calls import BlockCall
 from rankbook.calibration.model.placement import Placement, Stream, in_float32
 from rankbook.calibration.record.finite import check_parameters
 
@@ -38,7 +39,7 @@ class BlockTask:
     """
 
     site: Site
-    call: capture.BlockCall
+    call: BlockCall
     inputs: torch.Tensor
     targets: torch.Tensor | None
     options: QuantizeOptions

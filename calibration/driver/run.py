@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.memory import limited, peak_rss_bytes, relieve
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import Blocks, Embeddings, ModelAdapter, adapter_of
+from rankbook.calibration.model.calls import BlockCall
 from rankbook.calibration.model.loading import load_model, model_hash, resolve, source_folder
 from rankbook.calibration.model.packed_modules import packed_modules, replace_module
 from rankbook.calibration.model.placement import Placement, Stream, in_float32, within_range
@@ -196,13 +197,13 @@ class _Run:
             self.reporter.tell("first inputs", -1)
         calls = capture.record_calls(self.model, self.blocks, tokens, self.placement.device) if streaming else []
         # Before the embedding may change.
-        original = self._first_inputs(tokens, solver) if solver.follows_original() else None
+        original = self._first_inputs(tokens, solver, calls) if solver.follows_original() else None
         last = self._last_inputs(tokens, solver)
         packed = embeddings.quantize_embedding(self.adapter, self.embeddings, self.options, last)
         streams = Streams.none()
         if streaming:
             same = None if packed and not parallel else original
-            inputs = self._first_inputs(tokens, solver) if same is None else same.copied()
+            inputs = self._first_inputs(tokens, solver, calls) if same is None else same.copied()
             # Where every block is finished (the disk was full at the very end), there is nothing to stream for.
             streams = Streams(calls, inputs, original, len(calls) if finished < len(calls) else 0)
         self.reporter.start(finished)
@@ -241,10 +242,10 @@ class _Run:
         state.save_choices(chosen)
         return chosen
 
-    def _first_inputs(self, tokens: Tensor, solver: BlockSolver) -> Stream:
+    def _first_inputs(self, tokens: Tensor, solver: BlockSolver, calls: Sequence[BlockCall]) -> Stream:
         placement = self.placement.shared(2 if solver.follows_original() else 1)
         dtype = next(self.blocks.modules[0].parameters()).dtype
-        return capture.first_inputs(self.model, self.blocks, tokens, dtype, placement)
+        return capture.first_inputs(self.model, self.blocks, tokens, dtype, placement, calls)
 
     def _last_inputs(self, tokens: Tensor, solver: BlockSolver) -> LayerStatistics | None:
         """Return the statistics of what enters the output layer of the original model, where it can use them."""

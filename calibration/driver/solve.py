@@ -20,6 +20,7 @@ from rankbook.calibration.driver.report import Errors, output_error, output_erro
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.calls import BlockCall
 from rankbook.calibration.model.placement import Placement
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 from rankbook.calibration.threads import workers
@@ -63,7 +64,7 @@ class Passage:
     """
 
     block: nn.Module
-    call: capture.BlockCall
+    call: BlockCall
     layers: Sequence[str]
     compute: torch.dtype
 

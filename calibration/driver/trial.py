@@ -16,6 +16,7 @@ from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.report import Reporter
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import ModelAdapter
+from rankbook.calibration.model.calls import BlockCall
 from rankbook.calibration.model.placement import Placement, Stream, in_float32
 from rankbook.calibration.training.reconstruct import TrainingOptions
 
@@ -110,12 +111,12 @@ class _Trial:
         return Streams(calls, some.copied(), some.copied() if trains else None, len(calls))
 
     @cached_property
-    def _entering(self) -> tuple[Sequence[capture.BlockCall], Stream]:
+    def _entering(self) -> tuple[Sequence[BlockCall], Stream]:
         """How the model calls its blocks, and what enters the first."""
         model, blocks, device = self.adapter.model, self.adapter.blocks(), self.placement.device
         dtype = next(blocks.modules[0].parameters()).dtype
         calls = capture.record_calls(model, blocks, self.tokens, device)
-        return calls, capture.first_inputs(model, blocks, self.tokens, dtype, self.placement)
+        return calls, capture.first_inputs(model, blocks, self.tokens, dtype, self.placement, calls)
 
 
 def _weights(block: nn.Module, layers: Sequence[str]) -> int:

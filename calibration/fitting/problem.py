@@ -53,9 +53,10 @@ class BlockProblem:
         block: The block in float32 with its original weights; must be left as it was found.
         layers: The problems of its linear layers by name (`nn.Module.get_submodule` names within the block), their
             statistics unseen: those of all experts at once are too large.
-        inputs: Outputs of the quantized prefix, (sequences, length, hidden), on the block's device or the CPU.
-        targets: Outputs of the original block on the original stream, the same shape.
-        forward: ``forward(block, x)`` with x (batch, length, hidden) returns the block's output, gradients included.
+        inputs: Outputs of the quantized prefix, (sequences, length, width), on the block's device or the CPU.
+        targets: Outputs of the original block on the original stream, (sequences, length, hidden).
+        forward: ``forward(block, x)`` with x (batch, length, width) returns the block's output (batch, length, hidden),
+            gradients included.
         seed: For batch order; the same seed gives the same result.
         progress: Called with the fraction done, 0 to 1.
         configs: The method's options of layers that do not have those of the others, by name.

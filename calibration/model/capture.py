@@ -1,7 +1,7 @@
 """Running a model block by block: the inputs of its decoder blocks, and the statistics of their layers.
 
-Nothing here knows a family: how each block is called is recorded while the model itself runs with its blocks
-short-circuited. Blocks run one at a time, in float32; within a context of
+Nothing here knows a family: how each block is called (`rankbook.calibration.model.calls`) is recorded while the model
+itself runs with its blocks short-circuited. Blocks run one at a time, in float32; within a context of
 autocast their matrix products take its dtype.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,76 +18,86 @@ from torch import Tensor, nn
 
 from rankbook.calibration.device import moved
 from rankbook.calibration.fitting.statistics import LayerStatistics
-from rankbook.calibration.model.adapter import Blocks, ModelAdapter, adapter_of
+from rankbook.calibration.model import calls
+from rankbook.calibration.model.adapter import Blocks, adapter_of
+from rankbook.calibration.model.calls import BlockCall, map_tensors
 from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.packed_modules import PackedModule
 from rankbook.calibration.model.placement import CPU, Placement, Stream, batch_size, batches, in_float32, placed
 from rankbook.calibration.model.routed_inputs import RoutedInputs, inputs_of
 
 
-@dataclass(frozen=True)
-class BlockCall:
-    """How the model calls one block: every argument but the hidden state, recorded for one sequence.
-
-    Attributes:
-        args: Further positional arguments.
-        kwargs: Keyword arguments.
-        repeats: Paths of the tensors whose first dimension counts sequences, and how many rows each has for one.
-        keyword: Name under which the hidden state is passed, empty if it is the first positional argument.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    repeats: frozenset[tuple[Any, ...]]
-    keyword: str = ""
-
-    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Return the block's output for x (batch, length, hidden); gradients flow."""
-
-        def grow(path: tuple[Any, ...], value: Any) -> Any:
-            return _repeat(value, x.shape[0]) if path in self.repeats else value
-
-        args = _map(grow, self.args, ("args",))
-        kwargs = _map(grow, self.kwargs, ("kwargs",))
-        output = block(**{self.keyword: x}, **kwargs) if self.keyword else block(x, *args, **kwargs)
-        return first(output)
-
-    def on(self, move: Callable[[Tensor], Tensor]) -> BlockCall:
-        """Return the call with every tensor moved."""
-        args, kwargs = (_map(lambda _, value: move(value), held, ()) for held in (self.args, self.kwargs))
-        return replace(self, args=args, kwargs=kwargs)
-
-
 def record_calls(model: nn.Module, blocks: Blocks, tokens: Tensor, device: torch.device = CPU) -> list[BlockCall]:
     """Record how the model calls each of its blocks, for windows as long as tokens (sequences, length).
 
-    The blocks will compute on the device; tensors that several of them are given are there once.
+    The blocks will compute on the device; tensors that several of them are given are there once. Where more flows
+    between blocks than the hidden state, the model runs once with one sequence, to see what.
 
     Raises:
-        ValueError: The calls depend on the tokens, so that blocks cannot run apart from the model.
+        ValueError: Blocks cannot run apart from the model: an argument differs between sequences in an unknown way.
     """
-    one, hidden = tokens[:1], adapter_of(model).hidden
+    one = tokens[:1]
     two = torch.cat([one.flip(1), one])
     with outside_in_float32(model, blocks):
-        single, pair = _run_stubbed(model, blocks, one), _run_stubbed(model, blocks, two)
-    pairs = zip(single[0], pair[0], strict=True)
-    calls = [_merge(a, b, f"{blocks.name}.{i}", hidden) for i, (a, b) in enumerate(pairs)]
+        (single, alone), (pair, both) = _run_stubbed(model, blocks, one), _run_stubbed(model, blocks, two)
+        merged = [calls.merge(*both, f"{blocks.name}.{i}") for i, both in enumerate(zip(single, pair, strict=True))]
+        found = [call for call, _ in merged]
+        if any(dependent for _, dependent in merged) or any(map(calls.shares, single)):
+            seen = _seen(model, blocks, one, device)
+            found = calls.flowing(found, [dependent for _, dependent in merged], seen, (alone, both), one.shape[1])
     there: dict[int, Tensor] = {}
-    return [call.on(lambda tensor: there.setdefault(id(tensor), tensor.to(device))) for call in calls]
+    return [call.on(lambda tensor: there.setdefault(id(tensor), tensor.to(device))) for call in found]
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, blocks: Blocks, tokens: Tensor, device: torch.device) -> list[calls.Seen]:
+    """Return what each block is given and computes when the model itself runs."""
+    seen: list[calls.Seen] = []
+    keyword = adapter_of(model).hidden
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(calls.Seen(calls.arguments(calls.Call.of(args, kwargs, keyword), kwargs)))
+
+    def leave(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seen[-1].results.update(calls.results(output, kwargs))
+        if len(seen) == len(blocks.modules):
+            raise _StopForwardError
+
+    with contextlib.ExitStack() as hooks:
+        for block in blocks.modules:
+            hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.enter_context(each_placed(blocks, device, torch.float32))
+        for block in blocks.modules:
+            hooks.enter_context(block.register_forward_hook(leave, with_kwargs=True))
+        with contextlib.suppress(_StopForwardError):
+            model(input_ids=tokens, use_cache=False)
+    return seen
 
 
 def first_inputs(
-    model: nn.Module, blocks: Blocks, tokens: Tensor, dtype: torch.dtype, placement: Placement | None = None
+    model: nn.Module,
+    blocks: Blocks,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    placement: Placement | None = None,
+    found: Sequence[BlockCall] = (),
 ) -> Stream:
-    """Return what enters the first block, in ``dtype`` if it holds that, on the CPU without a placement.
+    """Return what enters the blocks: the first one's hidden state, and what else flows by the calls ``found``.
+
+    It is in ``dtype`` if that holds it, on the CPU without a placement.
 
     Raises:
         ValueError: It is not finite.
     """
+    layout = found[0].flow.layout if found and found[0].flow else None
+    if layout is not None and layout.exact:
+        dtype = torch.float32
     stream, begin = Stream(torch.empty(0, dtype=dtype), placement or Placement()), 0
     with outside_in_float32(model, blocks):
         for tokens_of_batch in torch.split(tokens, batch_size(tokens)):
-            batch = _run_stubbed(model, blocks, tokens_of_batch, stop_early=True)[1]
+            recorded, batch = _run_stubbed(model, blocks, tokens_of_batch, stop_early=layout is None)
+            if layout is not None:
+                batch = layout.wide(recorded, batch, tokens_of_batch.shape)
             if begin == 0:
                 stream.values = stream.placement.empty((*tokens.shape, batch.shape[-1]), dtype)
             stream.write(begin, batch, "what stands before the blocks")
@@ -279,28 +288,19 @@ def each_placed(blocks: Blocks, device: torch.device, dtype: torch.dtype | None 
 
             def enter(module: nn.Module, args: Any, kwargs: Any, there: contextlib.ExitStack = there) -> Any:
                 there.enter_context(placed(module, device, dtype))
-                return _map(lambda _, value: value.to(device), (args, kwargs), ())
+                return map_tensors(lambda _, value: value.to(device), (args, kwargs), ())
 
             def leave(_module: nn.Module, _args: Any, output: Any, there: contextlib.ExitStack = there) -> Any:
                 there.close()
-                return _map(lambda _, value: value.cpu(), output, ())
+                return map_tensors(lambda _, value: value.cpu(), output, ())
 
             hooks.enter_context(block.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.enter_context(block.register_forward_hook(leave))
         yield
 
 
-def first(output: Any) -> Tensor:
-    """Return the hidden state of a block's output, which may stand first in a tuple."""
-    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return hidden
-
-
 class _StopForwardError(Exception):
     """Ends the model's forward once the blocks have been called."""
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -319,79 +319,33 @@ def _replaced_forwards(blocks: Blocks, stub: Callable[..., Any]) -> Iterator[Non
 
 def _run_stubbed(
     model: nn.Module, blocks: Blocks, tokens: Tensor, *, stop_early: bool = False
-) -> tuple[list[_Call], Tensor]:
+) -> tuple[list[calls.Call], Tensor]:
     """Run the model with blocks that return their input; give their calls and what entered the first one."""
-    calls: list[_Call] = []
+    recorded: list[calls.Call] = []
+    entered: list[Tensor] = []
     last = 1 if stop_early else len(blocks.modules)
     forward = blocks.modules[0].forward
     rest: list[Any] = []
     keyword = adapter_of(model).hidden
 
     def stub(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        if len(calls) == last:
+        hidden = args[0] if args else kwargs[keyword]
+        recorded.append(calls.Call.of(args, kwargs, keyword))
+        if len(recorded) == 1:
+            entered.append(hidden)
+        if len(recorded) == last:
             raise _StopForwardError
-        if len(calls) == 1:  # older classes return a tuple; only a real call tells
+        if len(recorded) == 1:  # older classes return a tuple; only a real call tells
             with in_float32(blocks.modules[0]):
                 output = forward(*args, **kwargs)
             rest.extend(output[1:] if isinstance(output, tuple) else [None])
             rest.insert(0, isinstance(output, tuple))
-        hidden = args[0] if args else kwargs[keyword]
         return (hidden, *rest[1:]) if rest[0] else hidden
 
     with _replaced_forwards(blocks, stub), torch.no_grad(), contextlib.suppress(_StopForwardError):
         model(input_ids=tokens, use_cache=False)
-    if len(calls) != last:
+    if len(recorded) != last:
         raise ValueError(
-            f"{type(model).__name__} called {len(calls)} of its {last} blocks; it cannot run block by block"
+            f"{type(model).__name__} called {len(recorded)} of its {last} blocks; it cannot run block by block"
         )
-    args, kwargs = calls[0]
-    return calls, args[0] if args else kwargs[keyword]
-
-
-def _merge(single: _Call, pair: _Call, name: str, hidden: str = ModelAdapter.hidden) -> BlockCall:
-    """Compare the calls for one and for two sequences: what doubled counts sequences, the rest must be equal."""
-    (args, kwargs), (args2, kwargs2) = single, pair
-    keyword = "" if args else hidden
-    args, args2 = args[1:], args2[1:]
-    kwargs = {key: value for key, value in kwargs.items() if key != keyword}
-    others = dict(_leaves(args2, ("args",))) | dict(_leaves(kwargs2, ("kwargs",)))
-    repeats = set()
-    for path, value in [*_leaves(args, ("args",)), *_leaves(kwargs, ("kwargs",))]:
-        other = others.get(path)
-        if not isinstance(other, Tensor) or (other.shape == value.shape and not torch.equal(other, value)):
-            raise ValueError(
-                f"{name} is called with {path[-1]!r} that depends on the tokens; this model is not supported"
-            )
-        if other.shape != value.shape:
-            if not torch.equal(other, _repeat(value, 2)):
-                raise ValueError(f"{name} is called with {path[-1]!r} that differs between sequences; not supported")
-            repeats.add(path)
-    return BlockCall(_map(_widen, args, ("args",)), _map(_widen, kwargs, ("kwargs",)), frozenset(repeats), keyword)
-
-
-def _widen(_: tuple[Any, ...], value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
-
-
-def _repeat(value: Tensor, times: int) -> Tensor:
-    if value.shape[0] == 1:
-        return value.expand(times, *value.shape[1:])
-    return value.repeat(times, *[1] * (value.ndim - 1))
-
-
-def _map(function: Callable[[tuple[Any, ...], Tensor], Any], value: Any, path: tuple[Any, ...]) -> Any:
-    """Apply a function of path and tensor to every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(path, value)
-    if isinstance(value, dict):
-        return {key: _map(function, item, (*path, key)) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map(function, item, (*path, i)) for i, item in enumerate(value))
-    return value
-
-
-def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Tensor]]:
-    found: list[tuple[tuple[Any, ...], Tensor]] = []
-    _map(lambda where, tensor: found.append((where, tensor)), value, path)
-    return found
+    return recorded, entered[0]

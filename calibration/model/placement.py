@@ -120,7 +120,8 @@ class Stream:
     """What flows from block to block.
 
     Attributes:
-        values: (sequences, length, hidden) in the model's dtype, in float32 once a value is beyond that dtype's range.
+        values: (sequences, length, width) in the model's dtype; the width is that of the hidden state, or more where
+            more flows (`rankbook.calibration.model.calls`). In float32 once a value is beyond that dtype's range.
         placement: Where it is and where it is computed with.
     """
 

@@ -199,7 +199,7 @@ _ERRORS = {"relative": token_errors, "square": square_errors}
 
 
 def _check(problem: BlockProblem, config: TrainConfig) -> None:
-    if problem.inputs.shape != problem.targets.shape:
+    if problem.inputs.shape[:2] != problem.targets.shape[:2]:
         raise ValueError(f"inputs {tuple(problem.inputs.shape)} and targets {tuple(problem.targets.shape)} must agree")
     if len(problem.inputs) == 0:
         raise ValueError("training needs at least one calibration sequence; none was given")

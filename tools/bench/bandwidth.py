@@ -9,7 +9,6 @@ import numpy as np
 
 from rankbook.tools.bench.timing import seconds
 
-
 _PIECE = 1 << 22
 """Bytes that a thread reads before it takes the next piece, so that none waits for one that was interrupted."""
 

@@ -34,7 +34,11 @@ _CONV = ["conv", "full_attention"]
 _SPARSE = ["dense", "sparse"]
 _MLA = {"num_key_value_heads": 4}
 _OLD = {"n_inner": 128}
-_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 0}
+_PER_LAYER = {
+    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32},
+    **{"layer_types": _SLIDING * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2},
+}
+"""The last two blocks read the keys and values of the first two."""
 FAMILIES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "qwen3_moe", "mixtral")},
     "gpt_oss": {"layer_types": _SLIDING},
@@ -54,13 +58,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "mistral4": {"num_key_value_heads": 4, "head_dim": 32},
     "gemma3n_text": {
-        "layer_types": _SLIDING,
-        "intermediate_size": [128, 128],
-        "activation_sparsity_pattern": [0.95, 0.0],
+        "intermediate_size": [128] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         "laurel_rank": 32,
         **_PER_LAYER,
     },
-    "gemma4_text": {"layer_types": _SLIDING, "per_layer_config": None, "global_head_dim": 32, **_PER_LAYER},
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 64},
+        **{"per_layer_config": None, "global_head_dim": 32, **_PER_LAYER},
+    },
     "phi": _MLA,
     "phimoe": {},
     "deepseek_v2": {**_MLA, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},

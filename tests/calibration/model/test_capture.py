@@ -12,6 +12,7 @@ from torch import nn
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import capture, placement
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.calls import BlockCall, first
 from rankbook.calibration.model.experts import matrix_of
 from rankbook.calibration.model.plain import make_plain
 from rankbook.tools.dev.family_models import random_model
@@ -28,7 +29,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     blocks = adapter_of(model).blocks().modules
     hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(capture.first(out).detach())))
+    hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: seen.append(first(out).detach())))
     model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -41,7 +42,8 @@ def test_stream_through_the_blocks_is_that_of_the_model(family: str, monkeypatch
     model, ids = tiny_model(family), tokens()
     blocks = adapter_of(model).blocks()
     calls = capture.record_calls(model, blocks, ids)
-    stream = capture.first_inputs(model, blocks, ids, torch.float32)
+    assert calls[0].flow is None
+    stream = capture.first_inputs(model, blocks, ids, torch.float32, found=calls)
     for want, block, call in zip(hidden_states(model, ids), blocks.modules, calls, strict=False):
         # Batches of another size add up in another order: float32 rounding, well below 1e-5 of values near 1.
         assert torch.allclose(stream.values, want, atol=1e-5)
@@ -115,7 +117,7 @@ def test_statistics_of_parts_of_a_text_add_up_and_travel() -> None:
 def test_a_stream_in_fp16_becomes_float32_where_fp16_does_not_hold() -> None:
     factors = {"block 0": 2.0, "block 1": 1000.0, "block 2": 0.5}
     stream = placement.Stream(torch.linspace(1, 60, 5 * 4 * 8).view(5, 4, 8).half())
-    want, call = stream.values.float(), capture.BlockCall((), {}, frozenset())
+    want, call = stream.values.float(), BlockCall((), {}, frozenset())
     for name, factor in factors.items():
         block = nn.Linear(8, 8, bias=False)
         block.weight.data = factor * torch.eye(8)
@@ -129,9 +131,7 @@ def test_values_that_are_not_finite_are_refused_by_the_name_of_the_block() -> No
     block = nn.Linear(8, 8, bias=False)
     block.weight.data = torch.full((8, 8), 3e38)
     with pytest.raises(ValueError, match=r"model\.layers\.3 computes NaN or infinity"):
-        capture.advance(
-            block, capture.BlockCall((), {}, frozenset()), placement.Stream(torch.ones(1, 2, 8)), "model.layers.3"
-        )
+        capture.advance(block, BlockCall((), {}, frozenset()), placement.Stream(torch.ones(1, 2, 8)), "model.layers.3")
 
 
 def test_an_input_that_is_changed_in_place_is_not_shared() -> None:
@@ -145,7 +145,7 @@ def test_an_input_that_is_changed_in_place_is_not_shared() -> None:
             total += self.b(x.add_(1))
             return total
 
-    call = capture.BlockCall((), {}, frozenset())
+    call = BlockCall((), {}, frozenset())
     statistics = capture.collect(Block(), call, torch.randn(2, 3, 16), ["a", "b"])
     assert statistics["a"] is not statistics["b"]
 
@@ -154,7 +154,7 @@ def test_a_layer_that_is_never_called_has_no_tokens() -> None:
     block = nn.Sequential(nn.Linear(16, 16))
     block.add_module("unused", nn.Linear(8, 8))
     block.forward = block[0].forward  # type: ignore[method-assign]
-    statistics = capture.collect(block, capture.BlockCall((), {}, frozenset()), torch.randn(1, 2, 16), ["0", "unused"])
+    statistics = capture.collect(block, BlockCall((), {}, frozenset()), torch.randn(1, 2, 16), ["0", "unused"])
     assert statistics["unused"].tokens == 0
     assert statistics["unused"].gram.shape == (8, 8)
 
@@ -166,33 +166,6 @@ def test_gradients_flow_through_a_call() -> None:
     x = capture.first_inputs(model, blocks, ids, torch.float32).values[:3].requires_grad_()
     (gradient,) = torch.autograd.grad(calls[1](blocks.modules[1], x).square().sum(), x)
     assert gradient.abs().sum() > 0
-
-
-def test_per_sequence_arguments_grow_with_the_batch() -> None:
-    single = ((torch.zeros(1, 4, 8),), {"bias": torch.arange(3.0)[:, None], "scale": torch.ones(1, 1), "flag": True})
-    pair = (
-        (torch.zeros(2, 4, 8),),
-        {"bias": torch.arange(3.0)[:, None].repeat(2, 1), "scale": torch.ones(1, 1), "flag": True},
-    )
-    call = capture._merge(single, pair, "block")
-    seen: dict[str, Any] = {}
-
-    class Block(nn.Module):
-        def forward(self, x: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor]:
-            seen.update(kwargs)
-            return (x,)
-
-    call(Block(), torch.zeros(4, 4, 8))
-    assert seen["bias"].shape == (12, 1)
-    assert seen["scale"].shape == (1, 1)
-    assert seen["flag"] is True
-
-
-def test_arguments_that_depend_on_the_tokens_are_an_error() -> None:
-    single = ((torch.zeros(1, 4, 8),), {"per_layer": torch.zeros(1, 4)})
-    pair = ((torch.zeros(2, 4, 8),), {"per_layer": torch.ones(2, 4)})
-    with pytest.raises(ValueError, match="per_layer"):
-        capture._merge(single, pair, "block")
 
 
 def test_a_model_without_blocks_is_an_error() -> None:

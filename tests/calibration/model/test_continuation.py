@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankbook.calibration.model import capture
 from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.calls import first
 from rankbook.calibration.model.continuation import Continuation
 from rankbook.tools.dev.family_models import random_model
 from tests.tiny import tiny_model
@@ -29,7 +30,7 @@ CHANGING: dict[str, dict[str, Any]] = {
 def hidden_states(model: Any, ids: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     hooks = [
-        block.register_forward_hook(lambda _m, _a, out: seen.append(capture.first(out).detach()))
+        block.register_forward_hook(lambda _m, _a, out: seen.append(first(out).detach()))
         for block in adapter_of(model).blocks().modules
     ]
     with torch.no_grad():

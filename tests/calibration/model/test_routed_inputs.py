@@ -14,6 +14,7 @@ from rankbook.calibration.driver import solve as solving
 from rankbook.calibration.driver.run import quantize_model
 from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model import capture, experts
+from rankbook.calibration.model.calls import BlockCall
 from rankbook.calibration.model.plain import make_plain
 from rankbook.tools.dev.family_models import random_model, tiny
 from tests.calibration.runs import options
@@ -50,7 +51,7 @@ def test_they_are_those_of_hooks_at_every_layer(family: str) -> None:
             return self.experts(flat, chosen[: len(flat)], torch.ones(len(flat), 2)).view_as(x)
 
     layers = [f"experts.{name}" for name in names]
-    found = capture.collect(Mixture(), capture.BlockCall((), {}, frozenset()), stream, layers)
+    found = capture.collect(Mixture(), BlockCall((), {}, frozenset()), stream, layers)
     for hook in hooks:
         hook.remove()
     assert list(found) == layers
