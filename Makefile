@@ -26,7 +26,7 @@ CUDA_VIEWERS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 CUDA_COMPILER := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 \
 	nvidia-cuda-cccl==13.0.85
 
-.PHONY: help demo docs-site test test-ecosystem test-matrix fuzz fuzz-guided fuzz-native faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check hashes clean distclean
+.PHONY: help demo docs-site test test-ecosystem test-matrix families fuzz fuzz-guided fuzz-native faults test-gpu gpu-report check format native native-cpu native-all native-cuda wheel wheel-check release-check hashes clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ test: $(VENV)/.dev native-all  ## Run every test, the slow ones too
 docs-site: $(VENV)/.dev  ## Build the documents as a site in build/site/html
 	$(INSTALL) '.[docs]'
 	PYTHONPATH=.pkg $(BIN)/python -m rankbook.tools.dev.site
+
+families: $(VENV)/.dev  ## Take every model family through quantize, reload, export and parity; update docs/families.md
+	PYTHONPATH=.pkg $(BIN)/python -m rankbook.tools.dev.families $(FAMILIES_ARGS)
 
 fuzz: $(VENV)/.dev  ## Give damaged files to every loader, FUZZ_SECONDS for each (600)
 	PYTHONPATH=.pkg:. $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

@@ -23,7 +23,7 @@ from typing import Any
 
 from rankbook.tools.dev.docs import ROOT
 from rankbook.tools.dev.family_models import MOST_USED, tiny
-from rankbook.tools.dev.family_page import ALL, DEPLOYED, SERVED, Row, document, without_result
+from rankbook.tools.dev.family_page import ALL, DEPLOYED, SERVED, Row, changed, document, without_result
 from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, describe
 
 _WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil strong tea in old pots".split()
@@ -306,7 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(left, args.output, args.limit, steps)
     rows = {path.parent.name: _read(path) for path in args.output.glob("*/row.json")}
     page = ROOT / "docs" / "families.md"
-    if lost := without_result(page.read_text(encoding="utf-8"), rows):
+    written = page.read_text(encoding="utf-8")
+    others = changed(written, {family: rows[family] for family in asked})
+    if others:
+        print(f"NOTE: another result than {page.name} had: {', '.join(others)}", file=sys.stderr)
+    if lost := without_result(written, rows):
         print(
             f"NOTE: {page.name} is not written: {len(lost)} of its families have no result in {args.output}"
             f" ({', '.join(lost[:3])}, ...); run without --families once",
@@ -314,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     else:
         page.write_text(document(rows), encoding="utf-8")
-    return CHECK_FAILED if any(rows[family].wrong for family in asked) else OK
+    return CHECK_FAILED if others or any(rows[family].wrong for family in asked) else OK
 
 
 if __name__ == "__main__":

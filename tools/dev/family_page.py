@@ -117,3 +117,25 @@ def _verdict(row: Row, name: str) -> str:
 def without_result(page: str, rows: Collection[str]) -> list[str]:
     """Return the families of a written document that ``rows`` would leave out."""
     return [family for family in re.findall(r"^\| `([^`]+)`", page, re.MULTILINE) if family not in rows]
+
+
+def changed(page: str, rows: Mapping[str, Row]) -> list[str]:
+    """Return the families that a written document says other things of: packed, served or refused, by column."""
+    known = {cells[0]: cells for cells in map(_split, page.splitlines()) if cells}
+    found = []
+    for family, row in rows.items():
+        now = _cells(row)
+        kinds = zip(map(_kind, known.get(now[0], now)[1:-1]), map(_kind, now[1:-1]), strict=True)
+        if any(old != new and "-" not in (old, new) for old, new in kinds):
+            found.append(family)
+    return found
+
+
+def _split(line: str) -> list[str]:
+    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]
+    return cells[1:-1] if line.startswith("| `") else []
+
+
+def _kind(cell: str) -> str:
+    """Return what a cell says, without its number; shares stay as they are."""
+    return "wrong" if cell.startswith("**") else "right" if re.match(r"\de-\d", cell) else cell
