@@ -88,7 +88,7 @@ def _describe(writer: Any, shape: Shape) -> None:
     writer.add_expert_feed_forward_length(shape.inner)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([f"w{number}" for number in range(shape.words - 1)] + ["ab"])
+    writer.add_token_list(["a", "b", "ab", *(f"w{number}" for number in range(3, shape.words))])
     writer.add_token_types([1] * shape.words)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
