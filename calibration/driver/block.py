@@ -217,7 +217,7 @@ class BlockSolver:
         """Return what enters each layer: the sum over the parts of the text, of which the first is computed here."""
         if not self.options.weighs_inputs():
             return capture.BlockStatistics(self._unseen(site), {})
-        passage = Passage(site.block, streams.calls[site.index], site.layers, self._compute())
+        passage = Passage(site.index, site.block, streams.calls[site.index], site.layers, self._compute())
         values = streams.inputs.values
         first, *others = torch.split(values, -(-len(values) // self.options.calib_shards))
         with self.executor.collecting(passage, others) as further:

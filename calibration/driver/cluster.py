@@ -14,13 +14,14 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankbook.calibration.device import DeviceError, moved
-from rankbook.calibration.driver.cluster_options import AUTO
+from rankbook.calibration.driver.cluster_options import AUTO, STORE
 from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.parallel import BlockTask
 from rankbook.calibration.driver.report import Reporter
@@ -28,6 +29,7 @@ from rankbook.calibration.driver.resume import BlockResult
 from rankbook.calibration.driver.solve import LayerTask, Passage, Solved
 from rankbook.calibration.driver.worker import (
     CPU,
+    Files,
     Setting,
     narrow,
     send_tensors_as_arrays,
@@ -61,6 +63,7 @@ class Cluster:
         gpus: Of each task.
         device: Where workers compute, ``cpu`` or ``cuda``; Ray chooses which GPU.
         threads: Of each task, but of one whose layer is small.
+        files: Where workers read the weights of whole blocks; None where they are sent.
     """
 
     name: str
@@ -69,6 +72,14 @@ class Cluster:
     gpus: float
     device: str
     threads: int
+    files: Files | None = None
+
+    def reading(self, source: str | Path, options: QuantizeOptions) -> Cluster:
+        """Return the cluster for a run on a model, whose workers may read it by themselves."""
+        if options.cluster_weights == STORE:
+            return self
+        there = Path(source).absolute() if Path(source).exists() else source
+        return replace(self, files=Files(str(there), options))
 
     def about(self) -> dict[str, Any]:
         """Return what the manifest says of it."""
@@ -118,9 +129,11 @@ class Cluster:
         if not parts:
             yield iter(())
             return
-        sent = ray.put(replace(passage, call=passage.call.on(Tensor.cpu)))
+        file = self.files.block(passage.index, passage.block) if self.files else None
+        block = passage.block if file is None else nn.Identity()
+        sent = ray.put(replace(passage, block=block, call=passage.call.on(Tensor.cpu)))
         remote = self._remote(statistics_of, "statistics", self.threads)
-        running = {remote.remote(sent, part.cpu(), self._setting(self.threads)): part for part in parts}
+        running = {remote.remote(sent, part.cpu(), file, self._setting(self.threads)): part for part in parts}
         with _cancelled_at_the_end(running):
             yield (_result(reference, "a part of the calibration text") for reference in list(running))
 
@@ -144,10 +157,12 @@ class Cluster:
                     yield collect()
                 streams = shared(task.inputs), shared(task.targets)
                 sent = {key: entry for key, entry in sent.items() if entry[0] is task.targets}
+                file = self.files.block(task.site.index, task.site.block) if self.files else None
+                site = task.site if file is None else replace(task.site, block=nn.Identity())
                 call, empty = task.call.on(Tensor.cpu), torch.empty(0)
-                given = replace(task, call=call, inputs=empty, targets=None, reporter=Reporter(1))
-                remote = self._remote(solve_block, f"solve {task.site.prefix[:-1]}", self.threads)
-                running[remote.remote(given, *streams, self._setting(self.threads))] = task.site.index
+                given = replace(task, site=site, call=call, inputs=empty, targets=None, reporter=Reporter(1))
+                remote = self._remote(solve_block, f"solve {site.prefix[:-1]}", self.threads)
+                running[remote.remote(given, *streams, file, self._setting(self.threads))] = site.index
             while running:
                 yield collect()
 

@@ -9,6 +9,7 @@ from rankbook.calibration.option import ADVANCED, Options, option
 
 AUTO, LOCAL = "auto", "local:"
 SEQUENTIAL, PARALLEL = "sequential", "parallel"
+STORE, PATH = "store", "path"
 
 
 def cluster_name(text: str) -> str:
@@ -41,6 +42,13 @@ class ClusterOptions(Options):
         1.0,
         "GPUs of each task of a cluster that has some, unless --device is cpu; with a fraction, tasks share one",
         metavar="F",
+        group=ADVANCED,
+    )
+    cluster_weights: str = option(
+        STORE,
+        "where workers get the weights of whole blocks from: store (this process sends them), or path (the model's"
+        " files, which every machine has at the same path)",
+        choices=(STORE, PATH),
         group=ADVANCED,
     )
     order: str = option(

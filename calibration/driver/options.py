@@ -378,7 +378,7 @@ def _methods() -> Mapping[str, Method]:
     return METHODS
 
 
-_PLACES = ("device", "device_memory", "devices", "memory_limit", "cluster", "cluster_gpus")
+_PLACES = ("device", "device_memory", "devices", "memory_limit", "cluster", "cluster_gpus", "cluster_weights")
 """Options that say where a run computes; places differ in the order of sums, and in no more."""
 _FIELD = {"weight_format": "format", "branch_passes": "passes"}
 """Options whose name differs from the field of the methods' configs."""

@@ -100,7 +100,8 @@ def quantize_model(
         check_replaceable(output, MANIFEST)
         placement = replace(options.placement(), folder=output.parent)
         model, tokenizer = _load_original(source)
-        run = replace(_Run.prepare(model, options, placement, progress), cluster=cluster)
+        run = _Run.prepare(model, options, placement, progress)
+        run.cluster = cluster and cluster.reading(source, options)
         if begin is not None:
             begin(model.config, run.plan())
         digest = model_hash(source)

@@ -57,12 +57,14 @@ class Passage:
     """A block through which calibration text runs.
 
     Attributes:
+        index: Its number.
         block: In float32.
         call: How the model calls it.
         layers: Names of the layers whose inputs are looked at, within the block.
         compute: Dtype of its matrix products, see `rankbook.calibration.training.reconstruct.arithmetic`.
     """
 
+    index: int
     block: nn.Module
     call: BlockCall
     layers: Sequence[str]

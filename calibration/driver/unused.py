@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rankbook.calibration.activations.inputs import is_static
 from rankbook.calibration.device import resolve
+from rankbook.calibration.driver.cluster_options import SEQUENTIAL
 from rankbook.calibration.notes import note
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def _idle(options: QuantizeOptions) -> Iterator[tuple[tuple[str, ...], str]]:
     if options.activations != "none" and not options.trains():
         yield ("activation_training",), "nothing is trained"
     if options.cluster is None:
-        yield ("cluster_gpus",), "no cluster is given"
+        yield ("cluster_gpus", "cluster_weights"), "no cluster is given"
+    elif options.order == SEQUENTIAL and options.calib_shards == 1:
+        yield ("cluster_weights",), "no whole block is sent without --order parallel or --calib-shards"
     if not options.weighs_inputs():
         yield ("order", "calib_shards"), "nothing that was chosen depends on what enters the blocks"
     if resolve(options.device).type == "cpu":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +18,15 @@ from rankbook.calibration.driver.options import QuantizeOptions
 from rankbook.calibration.driver.parallel import BlockTask
 from rankbook.calibration.driver.report import Errors
 from rankbook.calibration.driver.resume import BlockResult
+from rankbook.calibration.driver.selection import select
 from rankbook.calibration.driver.solve import Passage, solve_task
 from rankbook.calibration.fitting.problem import LayerProblem
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.model.adapter import adapter_of
 from rankbook.calibration.model.capture import BlockStatistics
+from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.model.placement import Placement, in_float32
+from rankbook.calibration.model.plain import make_plain, restore
 from rankbook.calibration.notes import Note
 from rankbook.calibration.record.quantized_linear import QuantizedLinear
 
@@ -42,6 +48,78 @@ class Setting:
     threads: int
 
 
+@dataclass(frozen=True)
+class Files:
+    """The files of a model, which every machine has.
+
+    Attributes:
+        source: As `rankbook.calibration.model.loading.load_model` takes it.
+        options: Of the run: they decide which layers of a block are taken apart.
+    """
+
+    source: str
+    options: QuantizeOptions
+
+    def block(self, index: int, block: nn.Module) -> FileBlock:
+        """Return what a worker needs to read a block, which is in float32 here."""
+        return FileBlock(self, index, digest(block))
+
+
+@dataclass(frozen=True)
+class FileBlock:
+    """A block that a worker reads by itself.
+
+    Attributes:
+        files: Where.
+        index: Its number.
+        digest: Of its weights.
+    """
+
+    files: Files
+    index: int
+    digest: str
+
+    def read(self) -> nn.Module:
+        """Return a copy of the block.
+
+        Raises:
+            DeviceError: There is no such model on this machine, or another one.
+        """
+        source = self.files.source
+        try:
+            block = copy.deepcopy(_blocks(self.files)[self.index])
+        except (OSError, ValueError, LookupError) as error:
+            raise DeviceError(f"a worker cannot read the weights of {source} ({error}); {_OTHER}") from error
+        if digest(block) != self.digest:
+            raise DeviceError(f"a worker has other weights at {source} than the machine that started the run; {_OTHER}")
+        return block
+
+
+_OTHER = "give --cluster-weights store, or the same files at this path on every machine"
+_read: dict[str, Sequence[nn.Module]] = {}
+"""Blocks of the model that this process has read last, by its source; their weights stay in the files."""
+
+
+def _blocks(files: Files) -> Sequence[nn.Module]:
+    if files.source not in _read:
+        _read.clear()
+        model, _ = load_model(files.source)
+        blocks = adapter_of(model).blocks()
+        forms = make_plain(model)
+        restore(model, forms, select(model, blocks, files.options).names(blocks))
+        _read[files.source] = blocks.modules
+    return _read[files.source]
+
+
+def digest(block: nn.Module) -> str:
+    """Return a SHA-256 of the names and values of a block's weights, whatever floating dtype they are in."""
+    found = hashlib.sha256()
+    for name, parameter in block.named_parameters():
+        found.update(f"{name} {tuple(parameter.shape)}\0".encode())
+        found.update(narrow(parameter.data.float()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def solve_layer(
     name: str, problem: LayerProblem, statistics: LayerStatistics, options: QuantizeOptions, setting: Setting
 ) -> tuple[tuple[QuantizedLinear, Errors], list[str]]:
@@ -54,19 +132,25 @@ def solve_layer(
 
 
 def solve_block(
-    task: BlockTask, inputs: Tensor, targets: Tensor | None, setting: Setting
+    task: BlockTask, inputs: Tensor, targets: Tensor | None, file: FileBlock | None, setting: Setting
 ) -> tuple[BlockResult, list[str]]:
-    """Solve one block; the streams are given apart, because tasks share them."""
+    """Solve one block; the streams are given apart, because tasks share them, and the block where it is in a file."""
     with _working(setting, task.site.prefix[:-1]) as (device, notes):
+        if file is not None:
+            task = replace(task, site=replace(task.site, block=file.read()))
         found = replace(task, inputs=inputs, targets=targets).solved(Placement((device,)))
         layers: dict[str, Any] = {name: layer.on(CPU) for name, layer in found.layers.items()}
         tensors = {name: tensor.to(CPU) for name, tensor in found.tensors.items()}
     return replace(found, layers=layers, tensors=tensors), notes
 
 
-def statistics_of(passage: Passage, part: Tensor, setting: Setting) -> tuple[BlockStatistics, list[str]]:
+def statistics_of(
+    passage: Passage, part: Tensor, file: FileBlock | None, setting: Setting
+) -> tuple[BlockStatistics, list[str]]:
     """Return the statistics of a part of the calibration text, on the CPU."""
     with _working(setting, "a part of the calibration text") as (device, notes):
+        if file is not None:
+            passage = replace(passage, block=file.read())
         call = passage.call.on(lambda tensor: tensor.to(device))
         with in_float32(passage.block, device):
             found = replace(passage, call=call).statistics(part, device)

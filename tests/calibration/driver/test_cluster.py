@@ -53,7 +53,14 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "method_options": {"steps": 2, "compute": "float32"},
         },
     ),
-    "blocks in parallel, experts": ("mixtral", {"method": "gptq", "order": "parallel"}),
+    "blocks in parallel, experts, weights from files": (
+        "mixtral",
+        {"method": "gptq", "order": "parallel", "cluster_weights": "path"},
+    ),
+    "parts of the text, weights from files": (
+        "gemma2",
+        {"method": "gptq", "calib_shards": 2, "cluster_weights": "path"},
+    ),
 }
 
 
@@ -250,6 +257,23 @@ def test_blocks_that_wait_are_cancelled_after_an_error(
     with pytest.raises(OSError, match="No space"):
         quantize_model(tmp_path / "model", tmp_path / "q", chosen)
     assert cancelled
+
+
+def test_a_worker_with_other_weights_is_refused(workers: cluster.Cluster, tmp_path: Path) -> None:
+    tiny_model("llama", tmp_path / "model")
+    chosen = options(tmp_path, method="gptq", order="parallel", cluster="auto", cluster_weights="path")
+
+    def change(*_: Any) -> None:
+        weights = tmp_path / "model" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1000] ^= 1
+        weights.unlink()  # this process has it mapped still
+        weights.write_bytes(content)
+
+    with pytest.raises(
+        DeviceError, match=r"a worker has other weights at .*/model than the machine .* give --cluster-w"
+    ):
+        quantize_model(tmp_path / "model", tmp_path / "q", chosen, begin=change)
 
 
 def test_a_cluster_that_does_not_fit_is_refused(

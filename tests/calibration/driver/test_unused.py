@@ -24,6 +24,11 @@ UNUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"order": "parallel", "calib_shards": 2},
         "order parallel and calib_shards 2 have no effect: nothing that was chosen depends on what enters",
     ),
+    "weights": ({"cluster_weights": "path"}, "cluster_weights path has no effect: no cluster is given"),
+    "weights of layers": (
+        {"cluster_weights": "path", "cluster": "auto"},
+        "cluster_weights path has no effect: no whole block is sent",
+    ),
     "chat": ({"calib_chat": True}, "no calibration text is given"),
 }
 USED: list[dict[str, Any]] = [
@@ -37,6 +42,7 @@ USED: list[dict[str, Any]] = [
     {"activations": "token8", "activation_training": True, "method": "lcq"},
     {"calib_chat": True, "calib": "chats.jsonl"},
     {"order": "parallel", "calib_shards": 2, "method": "gptq"},
+    {"order": "parallel", "cluster": "auto", "cluster_weights": "path", "method": "gptq"},
 ]
 
 
