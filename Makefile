@@ -148,7 +148,8 @@ test-ecosystem: $(VENV)/.dev native-cpu $(ECOSYSTEM_ENVS)  ## Optimum, lm-eval, 
 	$(BIN)/python -m pytest tests/ecosystem $(PYTEST_ARGS)
 
 # The lowest or the highest versions that pyproject.toml allows, in an environment of its own: VERSIONS=lowest-direct or
-# highest, as uv calls them. UV_ARGS are further words for it, such as --torch-backend cpu.
+# highest, as uv calls them. UV_ARGS are further words for it, such as --torch-backend cpu. TensorRT-RTX is left out: its
+# older releases download their libraries from another index while they are installed.
 VERSIONS ?= lowest-direct
 UV_ARGS ?=
 MATRIX := build/matrix
@@ -156,8 +157,10 @@ MATRIX_TESTS := tests/old_files tests/exporter/test_export.py tests/calibration/
 test-matrix: $(VENV)/.created  ## A choice of tests with the lowest (or VERSIONS=highest) versions of every dependency
 	$(PYTHON) -m venv --clear $(MATRIX)/$(VERSIONS)
 	$(MATRIX)/$(VERSIONS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) uv
+	echo 'tensorrt-rtx; python_version < "3"' > $(MATRIX)/left-out.txt
 	$(MATRIX)/$(VERSIONS)/bin/uv pip install --quiet --python $(MATRIX)/$(VERSIONS)/bin/python --resolution $(VERSIONS) \
-		$(UV_ARGS) -e '.[cpu,demo]' pytest pytest-timeout psutil
+		--override $(MATRIX)/left-out.txt $(UV_ARGS) -e '.[cpu,demo]' \
+		'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'psutil>=5.9'
 	$(MATRIX)/$(VERSIONS)/bin/python -m pytest -q -m 'not slow' $(MATRIX_TESTS) $(PYTEST_ARGS)
 
 # The tests that the emulation passes, on the GPU itself; then the same under compute-sanitizer. See plugins/csrc/GPU.md.

@@ -81,17 +81,28 @@ def called(skeleton: Skeleton, **tokens: Tensor) -> Any:
     return cache
 
 
+_KNOWN = (
+    *("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer"),
+    *("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+    "DummyLayer",
+)
+"""What transformers keeps of a layer, by the name of its class; older versions lack some."""
+
+
+def _of(known: Any, name: str) -> tuple[type, ...]:
+    """Return a class of transformers, or nothing where an older version has none."""
+    return (getattr(known, name),) if hasattr(known, name) else ()
+
+
 def _parts(config: Any, layer: int, kept: Any) -> Iterator[Part]:
     from transformers import cache_utils as known
 
-    attention = known.DynamicLayer, known.DynamicSlidingWindowLayer, known.DynamicIndexedLayer
-    both = known.LinearAttentionAndFullAttentionLayer, known.LinearAttentionAndSlidingWindowAttentionLayer
-    if type(kept) not in (*attention, *both, known.LinearAttentionLayer, known.DummyLayer):
+    if type(kept) not in [getattr(known, name, None) for name in _KNOWN]:
         raise refusal.NotExportableError(config, f"its cache has a form of its own ({type(kept).__name__})")
     found: dict[str, Tensor | None] = {}
     if isinstance(kept, known.DynamicLayer):
         found |= {"key": kept.keys, "value": kept.values}
-    if isinstance(kept, known.DynamicIndexedLayer):
+    if isinstance(kept, _of(known, "DynamicIndexedLayer")):
         if kept.indexer_position_ids is not None:
             raise refusal.NotExportableError(config, f"layer {layer} keeps positions beside the keys of its indexer")
         found |= {cache_names.INDEX: None if kept.indexer_keys is None else kept.indexer_keys[:, None]}
@@ -130,8 +141,8 @@ def traced_cache(adapter: ModelAdapter, parts: Sequence[Part], tensors: Sequence
 
     # transformers asks for classes of its own, which have no types
     plain: Any = known.DynamicLayer
-    none: Any = known.DummyLayer
-    indexed: Any = type(_Indexed.__name__, (_Indexed, known.DynamicIndexedLayer), {})
+    none: Any = getattr(known, "DummyLayer", plain)
+    indexed: Any = type(_Indexed.__name__, (_Indexed, *_of(known, "DynamicIndexedLayer")), {})
     states: Any = type(_States.__name__, (_States, known.LinearAttentionLayer), {})
     both: Any = type(_States.__name__, (_States, known.LinearAttentionAndFullAttentionLayer), {})
     cache: Any = Cache()
