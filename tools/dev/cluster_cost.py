@@ -11,6 +11,8 @@ how fast tensors get into the object store, to a worker, and back. Everything el
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -198,11 +200,11 @@ def layers_apart(model: Sequence[Block], costs: Costs, gpus: int, *, trains: boo
     return total
 
 
-def blocks_apart(model: Sequence[Block], costs: Costs, gpus: int, *, trains: bool) -> float:
+def blocks_apart(model: Sequence[Block], costs: Costs, gpus: int, *, trains: bool, files: bool = False) -> float:
     """Return the seconds of a run whose blocks are solved by workers (``--order parallel``).
 
-    The starting process runs the text through the original model and hands out weights and streams; a block is one
-    task, so that no more GPUs are used than there are blocks.
+    The starting process runs the text through the original model and hands out streams and, unless workers read them
+    from ``files``, weights; a block is one task, so that no more GPUs are used than there are blocks.
     """
     ahead = solving = longest = 0.0
     for block in model:
@@ -210,9 +212,8 @@ def blocks_apart(model: Sequence[Block], costs: Costs, gpus: int, *, trains: boo
         own = one.gram + one.closed + one.pass_ + trains * one.training
         handed = 0.0
         if gpus > 1:
-            sent = one.weight_bytes + one.stream_bytes
-            own += costs.into(sent + one.stream_bytes) + costs.home(one.packed_bytes) + costs.task
-            handed = costs.out(sent) + costs.start
+            own += costs.into(one.weight_bytes + 2 * one.stream_bytes) + costs.home(one.packed_bytes) + costs.task
+            handed = costs.out(one.stream_bytes + (0 if files else one.weight_bytes)) + costs.start
         ahead += block.count * (one.pass_ + handed)
         solving += block.count * own
         longest = max(longest, own)
@@ -221,18 +222,18 @@ def blocks_apart(model: Sequence[Block], costs: Costs, gpus: int, *, trains: boo
 
 def table(costs: Costs) -> str:
     """Return the table of hours, in Markdown."""
-    ways: tuple[tuple[str, Callable[..., float], bool], ...] = (
-        ("closed form, layers on workers", layers_apart, False),
-        ("closed form, `--order parallel`", blocks_apart, False),
-        ("100 training steps, layers on workers", layers_apart, True),
-        ("100 training steps, `--order parallel`", blocks_apart, True),
+    ways: tuple[tuple[str, Callable[..., float]], ...] = (
+        ("layers on workers", layers_apart),
+        ("`--order parallel`", blocks_apart),
+        ("the same, `--cluster-weights path`", functools.partial(blocks_apart, files=True)),
     )
     heads = ["1 GPU", *(f"{count:,} GPUs" for count in GPUS[1:])]
     lines = [f"| minutes, computed | {' | '.join(heads)} |", "|---" * (1 + len(GPUS)) + "|"]
     for name, model in SHAPES.items():
-        for what, way, trains in ways:
+        for (what, way), trains in itertools.product(ways, (False, True)):
             minutes = (way(model, costs, count, trains=trains) / 60 for count in GPUS)
-            lines.append(f"| {name}, {what} | {' | '.join(f'{one:.1f}' for one in minutes)} |")
+            how = f"{STEPS} training steps" if trains else "closed form"
+            lines.append(f"| {name}, {what}, {how} | {' | '.join(f'{one:.1f}' for one in minutes)} |")
     return "\n".join(lines)
 
 

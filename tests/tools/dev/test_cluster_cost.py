@@ -44,10 +44,11 @@ def test_more_gpus_help_until_blocks_or_the_starting_process_limit(trains: bool)
     assert blocks_apart(model, FAST, 1, trains=trains) > 1.5 * many
     assert layers_apart(model, FAST, 1000, trains=trains) >= 3 * (one.pass_ + trains * one.training)
     assert blocks_apart(model, replace(FAST, network=1.0), 1000, trains=trains) > 3 * one.weight_bytes
+    assert blocks_apart(model, replace(FAST, put=1.0), 1000, trains=trains, files=True) < 4 * one.stream_bytes
     assert layers_apart(model, replace(FAST, start=1.0), 1000, trains=trains) > 9.0
 
 
 def test_the_table_has_a_row_for_each_shape_and_way() -> None:
     lines = cluster_cost.table(FAST).splitlines()
-    assert len(lines) == 2 + 4 * len(SHAPES)
+    assert len(lines) == 2 + 6 * len(SHAPES)
     assert all(line.count("|") == 2 + len(cluster_cost.GPUS) for line in lines)
