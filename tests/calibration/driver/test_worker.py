@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from rankbook.calibration.device import DeviceError
 from rankbook.calibration.driver import worker
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.model.adapter import adapter_of
+from rankbook.calibration.model.loading import load_model
+from rankbook.calibration.model.placement import in_float32
 from rankbook.calibration.notes import note
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,21 @@ def test_a_worker_sends_its_notes_and_says_what_does_not_fit(monkeypatch: pytest
         worker._working(setting, "a layer"),
     ):
         raise torch.OutOfMemoryError
+
+
+def test_a_block_is_read_from_the_files_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_read", {})
+    tiny_model("llama", tmp_path / "model")
+    model, _ = load_model(tmp_path / "model")
+    block = adapter_of(model).blocks().modules[1]
+    files = worker.Files(str(tmp_path / "model"), QuantizeOptions(method="rtn"))
+    with in_float32(block):
+        sent = files.block(1, block)
+    found = sent.read()
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), block.parameters(), strict=True))
+    next(found.parameters()).data += 1  # a copy: the next task that wants the block gets it as it is in the file
+    assert worker.digest(sent.read()) == sent.digest
+    with pytest.raises(DeviceError, match=r"other weights at .* give --cluster-weights store"):
+        replace(sent, index=0).read()
+    with pytest.raises(DeviceError, match=r"cannot read the weights of .*nowhere .* give --cluster-weights store"):
+        replace(sent, files=replace(files, source=str(tmp_path / "nowhere"))).read()
