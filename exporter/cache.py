@@ -102,7 +102,7 @@ def _parts(config: Any, layer: int, kept: Any) -> Iterator[Part]:
     found: dict[str, Tensor | None] = {}
     if isinstance(kept, known.DynamicLayer):
         found |= {"key": kept.keys, "value": kept.values}
-    if isinstance(kept, _of(known, "DynamicIndexedLayer")):
+    if any(isinstance(kept, kind) for kind in _of(known, "DynamicIndexedLayer")):
         if kept.indexer_position_ids is not None:
             raise refusal.NotExportableError(config, f"layer {layer} keeps positions beside the keys of its indexer")
         found |= {cache_names.INDEX: None if kept.indexer_keys is None else kept.indexer_keys[:, None]}
