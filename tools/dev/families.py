@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +239,11 @@ def run(families: Sequence[str], folder: Path, limit_s: float, steps: Sequence[s
             process.join()
         if (place / _NEW).is_file():
             row = _read(place / _NEW)
+            _join(row, before, steps)
+        elif process.exitcode == -9:  # of a busy machine, which says nothing of the family: what is known stays
+            row = replace(before, reasons={**before.reasons, "run": f"ended after {limit_s:g} s"})
         else:
-            ended = f"ended after {limit_s:g} s" if process.exitcode == -9 else f"ended with {process.exitcode}"
-            row = Row(family, reasons={"run": ended})
-        _join(row, before, steps)
+            row = Row(family, reasons={"run": f"ended with {process.exitcode}"})
         _keep(place, row)
         print(json.dumps(asdict(row)), flush=True)
 

@@ -44,6 +44,11 @@ def test_a_family_that_takes_too_long_is_ended_and_noted(tmp_path: Path, monkeyp
     monkeypatch.setattr(families, "sweep", lambda *_: time.sleep(60))
     families.run(["llama"], tmp_path, 0.2)
     assert asdict(families._read(tmp_path / "llama" / "row.json"))["reasons"] == {"run": "ended after 0.2 s"}
+    known = Row("llama", 1.0, errors={"fp16": 1e-3}, passed={"fp16": True})
+    families._keep(tmp_path / "llama", known)
+    families.run(["llama"], tmp_path, 0.2)
+    found = families._read(tmp_path / "llama" / "row.json")
+    assert (found.packed, found.errors, found.passed) == (1.0, {"fp16": 1e-3}, {"fp16": True}), "what is known stays"
 
 
 KEPT = {"deepseek_v3": {"0", "1"}, "llama4_text": {"0"}}
