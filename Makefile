@@ -140,7 +140,8 @@ $(ECOSYSTEM)/%/.installed: tests/ecosystem/%.txt | $(VENV)/.created
 	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(COMPLETE) $(PIP_ARGS) -r $<
 	@touch $@
 
-# vLLM for CPUs declares packages of audio and video that nothing here needs; its list is complete without them.
+# vLLM for CPUs declares packages of audio and video that nothing here needs; its list is complete without them. It wants
+# torch's wheel for CPUs: docs/start.md has the PIP_ARGS by which pip finds that.
 $(ECOSYSTEM)/vllm/.installed: COMPLETE := --no-deps
 
 ECOSYSTEM_ENVS := $(patsubst tests/ecosystem/%.txt,$(ECOSYSTEM)/%/.installed,$(wildcard tests/ecosystem/*.txt))
