@@ -92,6 +92,11 @@ def _shortened(config: Any) -> Any:
     kinds = set(getattr(text, "layer_types", None) or ())
     lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == layers}
     kept = sorted({0, *(place for values in lists.values() for place in _places(values))})
+    shared = layers - (getattr(text, "num_kv_shared_layers", None) or 0)  # blocks behind read the keys of earlier ones
+    if shared < layers:
+        types = text.layer_types
+        kept = sorted({*kept, *(types.index(kind, shared) for kind in {*types[shared:]})})
+        text.num_kv_shared_layers = sum(place >= shared for place in kept)
     kept += [place for place in range(1, layers) if place not in kept][: max(0, _BLOCKS - len(kept))]
     for name, values in lists.items():
         setattr(text, name, [values[place] for place in sorted(kept)])

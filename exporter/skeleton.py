@@ -36,6 +36,11 @@ LAYER = "layer"
 SMALL_BYTES = 1 << 20
 """Parameters up to this size are real while the graph is traced; larger ones are a single zero, expanded."""
 
+_LARGE = 1 << 28
+"""Elements of a tensor for which no memory is taken even for a moment; what a model computes with when it is made, such
+as rotary frequencies, is smaller.
+"""
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -308,7 +313,12 @@ def _load(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, owners: 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Create modules whose parameters take no memory and whose buffers (rotary frequencies) are real."""
-    register = nn.Module.register_parameter
+    register, empty = nn.Module.register_parameter, torch.empty
+
+    def none(*size: Any, **how: Any) -> Tensor:
+        """Return no memory for what is larger than any buffer: all experts of a block, which may be 25 GB."""
+        found = empty(*size, **{**how, "device": "meta"})
+        return found if found.numel() > _LARGE or how.get("device") == "meta" else empty(*size, **how)
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
@@ -316,7 +326,9 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    torch.empty = none
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.empty = empty

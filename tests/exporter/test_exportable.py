@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rankbook
 from rankbook.calibration.model.custom_code import trusted_code
-from rankbook.exporter import attention, exportable, verdicts
+from rankbook.exporter import attention, exportable, skeleton, verdicts
 from rankbook.exporter.exportable import _shortened, check_exportable
 from rankbook.exporter.skeleton import empty_model
 from rankbook.tools import errors
@@ -145,3 +145,24 @@ def test_quantize_warns_or_refuses_and_export_refuses(tmp_path: Path, capsys: py
     assert f'"cannot_export": "{STATE}"' in captured.out
     assert run_cli("export", tmp_path / "q", "-o", tmp_path / "onnx", "--quiet") == errors.USAGE
     assert f"a model of type 'recurrent_gemma' cannot be exported: {STATE}" in capsys.readouterr().err
+
+
+def test_parameters_that_no_memory_holds_are_made_without_any() -> None:
+    """As in real mixtures, whose fused experts were allocated for a moment; the refusal then named another reason."""
+    with skeleton._parameters_on_meta():
+        module = torch.nn.Module()
+        module.experts = torch.nn.Parameter(torch.empty(1 << 22, 1 << 22))
+        kept = torch.empty(8).fill_(2)
+    assert module.experts.device.type == "meta"
+    assert kept.sum() == 16
+
+
+def test_a_short_copy_has_blocks_that_read_the_keys_of_earlier_ones() -> None:
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 4
+    settings = {"layer_types": types, "num_hidden_layers": 12, "num_kv_shared_layers": 6}
+    settings |= {"intermediate_size": [128] * 12, "activation_sparsity_pattern": [0.95] * 4 + [0.0] * 8}
+    asked = configuration("gemma3n_text").to_dict() | settings
+    short = _shortened(AutoConfig.for_model(**asked))
+    assert short.layer_types == [types[place] for place in (0, 2, 4, 6, 8)]
+    assert short.num_kv_shared_layers == 2
+    assert check_exportable(AutoConfig.for_model(**asked)) == ""
