@@ -51,7 +51,8 @@ std::string read_fields(const nvinfer1::PluginFieldCollection& fields, Operator*
                            : name == Names::kOffset      ? &op->offset
                                                          : nullptr;
     if (target != nullptr && !read_integer(field, target)) return "attribute " + name + " must be one integer";
-    if (name == kLayerField && field.data != nullptr) {
+    // An engine may hold anything here; what is no text leaves the name that TensorRT gives.
+    if (name == kLayerField && field.data != nullptr && field.type == PluginFieldType::kCHAR && field.length > 0) {
       layer->assign(static_cast<const char*>(field.data), static_cast<std::size_t>(field.length));
     }
   }
