@@ -257,7 +257,7 @@ def main(words: Sequence[str] | None = None) -> int:
             kept.write_text(json.dumps([asdict(row) for row in rows], indent=1))
             shutil.rmtree(model.model)
     if given.document:
-        given.document.write_text(_PAGE + table(rows) + "\n")
+        given.document.write_text(f"{_PAGE}{table(rows)}\n\n{unmeasured(rows)}\n")
     print(table(rows))
     return 0
 
@@ -278,6 +278,14 @@ def table(rows: Sequence[Row]) -> str:
             f" {row.peak_rss_bytes / 1e9:.2f} | {row.cpu_seconds:.0f} | {each} | {total} |"
         )
     return "\n".join(lines)
+
+
+def unmeasured(rows: Sequence[Row]) -> str:
+    """Say which sizes were not quantized by each run."""
+    done = {(row.size, row.verb.split()[1].rstrip(",")) for row in rows if row.verb.startswith("quantize")}
+    missing = {run: [size for size in SIZES if (size, run) not in done] for run in RUNS}
+    said = "; ".join(f"{run}: {', '.join(sizes)}" for run, sizes in missing.items() if sizes)
+    return f"**Not measured**: {said}." if said else "All sizes were measured with all of these runs."
 
 
 if __name__ == "__main__":

@@ -34,6 +34,14 @@ def test_time_is_said_by_weights() -> None:
     assert scale.table([row]).splitlines()[-1] == line
 
 
+def test_what_was_not_measured_is_said() -> None:
+    rows = [scale.Row(size, 4, 1, f"quantize {run}", 1.0, 1.0, 1, 1) for size in scale.SIZES for run in scale.RUNS]
+    assert scale.unmeasured(rows) == "All sizes were measured with all of these runs."
+    killed = scale.Row("7B", 4, 1, "quantize rtn, killed after 1 blocks", 1.0, 1.0, 1, 1)
+    said = scale.unmeasured([killed, *(row for row in rows if row.size != "7B" and row.verb != "quantize lcq")])
+    assert said == "**Not measured**: lqer: 7B; lcq-fast: 7B; lcq: 0.1B, 0.5B, 1B, 3B, 7B, 16B."
+
+
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "_VOCABULARY", 300)
     monkeypatch.setitem(scale.SIZES, "0.1B", {**TINY, "num_hidden_layers": 24})  # not done before it is killed
