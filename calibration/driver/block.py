@@ -116,6 +116,10 @@ class BlockSolver:
         """Return whether what flows through the original model is needed."""
         return self.trains() or self.in_parallel()
 
+    def streams(self) -> int:
+        """Return how many streams are held: in parallel what enters the first block, and the present one's two."""
+        return 3 if self.in_parallel() else 2 if self.follows_original() else 1
+
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of the calibration passes: they compute in what the blocks are trained in.
 

@@ -146,7 +146,11 @@ class Cluster:
 
         def shared(values: Tensor | None) -> Any:
             """Return the reference to a stream, which is the targets of one block and the inputs of the next."""
-            return None if values is None else sent.setdefault(id(values), (values, ray.put(values.cpu())))[1]
+            if values is None:
+                return None
+            if id(values) not in sent:
+                sent[id(values)] = values, ray.put(values.cpu())
+            return sent[id(values)][1]
 
         def collect() -> tuple[int, BlockResult]:
             return _next(running, lambda index: f"block {index}")

@@ -244,7 +244,7 @@ class _Run:
         return chosen
 
     def _first_inputs(self, tokens: Tensor, solver: BlockSolver, calls: Sequence[BlockCall]) -> Stream:
-        placement = self.placement.shared(2 if solver.follows_original() else 1)
+        placement = self.placement.shared(solver.streams())
         dtype = next(self.blocks.modules[0].parameters()).dtype
         return capture.first_inputs(self.model, self.blocks, tokens, dtype, placement, calls)
 

@@ -143,7 +143,10 @@ class InProcess:
         """See `Executor`; one after the other."""
         placement = Placement(tuple(self.devices))
         for task in tasks:
-            yield task.site.index, task.solved(placement)
+            site = task.site
+            with placement.enough_memory(site.prefix[:-1], site.block, [task.inputs]):
+                result = task.solved(placement)
+            yield site.index, result
 
 
 def solve_task(name: str, problem: LayerProblem, options: QuantizeOptions, device: torch.device) -> Solved:

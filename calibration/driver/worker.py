@@ -86,29 +86,31 @@ class FileBlock:
             DeviceError: There is no such model on this machine, or another one.
         """
         source = self.files.source
-        try:
-            block = copy.deepcopy(_blocks(self.files)[self.index])
-        except (OSError, ValueError, LookupError) as error:
-            raise DeviceError(f"a worker cannot read the weights of {source} ({error}); {_OTHER}") from error
-        if digest(block) != self.digest:
-            raise DeviceError(f"a worker has other weights at {source} than the machine that started the run; {_OTHER}")
-        return block
+        for _ in range(2):
+            try:
+                block = copy.deepcopy(_blocks(self.files)[self.index])
+            except (OSError, ValueError, LookupError) as error:
+                raise DeviceError(f"a worker cannot read the weights of {source} ({error}); {_OTHER}") from error
+            if digest(block) == self.digest:
+                return block
+            _read.clear()  # the files may have been replaced after this process read them
+        raise DeviceError(f"a worker has other weights at {source} than the machine that started the run; {_OTHER}")
 
 
 _OTHER = "give --cluster-weights store, or the same files at this path on every machine"
-_read: dict[str, Sequence[nn.Module]] = {}
-"""Blocks of the model that this process has read last, by its source; their weights stay in the files."""
+_read: list[tuple[Files, Sequence[nn.Module]]] = []
+"""The blocks of the model that this process has read last; their weights stay in the files."""
 
 
 def _blocks(files: Files) -> Sequence[nn.Module]:
-    if files.source not in _read:
+    if not _read or _read[0][0] != files:  # other options take other layers apart
         _read.clear()
         model, _ = load_model(files.source)
         blocks = adapter_of(model).blocks()
         forms = make_plain(model)
         restore(model, forms, select(model, blocks, files.options).names(blocks))
-        _read[files.source] = blocks.modules
-    return _read[files.source]
+        _read.append((files, blocks.modules))
+    return _read[0][1]
 
 
 def digest(block: nn.Module) -> str:

@@ -1,20 +1,22 @@
 """Weights in groups by the kernels of the native library (plugins/csrc/kernels/cpu/groups), where it is built.
 
 Each function returns None where the kernels do not serve: the library is not there, other numbers of levels, tensors
-on a GPU. The PyTorch code of `rankbook.calibration.fitting` that runs then gives the same bits, so results do not
-depend on the library.
+on a GPU, of another type or of other sizes than the kernels would read. The PyTorch code of
+`rankbook.calibration.fitting` that runs then gives the same bits, so results do not depend on the library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankbook.calibration.notes import note
 from rankbook.calibration.threads import SMALL
 from rankbook.plugins import library
 
@@ -24,6 +26,7 @@ COLUMNS = 16
 """Columns that `feedback` takes at most."""
 _NAMES = ("round", "step", "moments", "feedback")
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
+_FLOAT, _BYTE = torch.float32, torch.uint8
 
 
 def _structure(name: str, *fields: str) -> type[ctypes.Structure]:
@@ -54,10 +57,11 @@ def rounded(
     Returns:
         Codes (G, group, N) uint8, and the entries of the same shape or None.
     """
-    levels = codebooks.shape[1]
-    if decoded not in (None, *_FLOATS) or (run := _served("round", levels, values)) is None:
+    groups, levels, rows = len(values), codebooks.shape[1], values.shape[2]
+    given = (values, _FLOAT, values.shape), (codebooks, _FLOAT, (groups, levels, rows))
+    if decoded not in (None, *_FLOATS) or (run := _served("round", levels, *given)) is None:
         return None
-    values, codebooks = values.contiguous(), codebooks.float().contiguous()
+    values, codebooks = values.contiguous(), codebooks.contiguous()
     codes = torch.empty_like(values, dtype=torch.uint8)
     entries = None if decoded is None else torch.empty_like(values, dtype=decoded)
     kind = 0 if decoded is None else _FLOATS[decoded]
@@ -78,10 +82,12 @@ def stepped(place: Tensor, flow: Tensor, codes: Tensor, move: Tensor, levels: in
     Returns:
         (G, L, N) float32.
     """
-    if flow.dtype not in _FLOATS or (run := _served("step", levels, place)) is None:
+    groups, _, rows = shape = place.shape
+    given = (place, _FLOAT, shape), (flow, flow.dtype, shape), (codes, _BYTE, shape), (move, _FLOAT, (groups, rows))
+    run = _served("step", levels, *given) if flow.dtype in _FLOATS and place.is_contiguous() else None
+    if run is None:
         return None
     flow, codes, move = flow.contiguous(), codes.contiguous(), move.contiguous()
-    groups, _, rows = place.shape
     sums = place.new_empty(groups, levels, rows)
     _run(run, _Step(*place.shape, levels, *_places(flow, codes, move, place, sums), _FLOATS[flow.dtype]), place)
     return sums
@@ -89,10 +95,11 @@ def stepped(place: Tensor, flow: Tensor, codes: Tensor, move: Tensor, levels: in
 
 def moments(values: Tensor, energy: Tensor, codes: Tensor, levels: int) -> tuple[Tensor, Tensor] | None:
     """Return sums of energies (G, group), and of energies times values (G, group, N), by code: (G, L, N) each."""
-    if (run := _served("moments", levels, values)) is None:
+    groups, _, rows = shape = values.shape
+    given = (values, _FLOAT, shape), (energy, _FLOAT, shape[:2]), (codes, _BYTE, shape)
+    if (run := _served("moments", levels, *given)) is None:
         return None
     values, energy, codes = values.contiguous(), energy.contiguous(), codes.contiguous()
-    groups, _, rows = values.shape
     mass, value = values.new_empty(2, groups, levels, rows)
     _run(run, _Moments(*values.shape, levels, *_places(values, energy, codes, mass, value)), values)
     return mass, value
@@ -109,12 +116,17 @@ def feedback(work: Tensor, ranks: Tensor, errors: Tensor, cells: tuple[Tensor, T
             (columns,) int64.
         factor: (columns, columns).
     """
-    levels = cells[0].shape[1]
-    if len(work) > COLUMNS or (run := _served("feedback", levels, work)) is None:
+    codebooks, bounds, of_columns = cells
+    groups, levels, _ = codebooks.shape
+    columns, rows = shape = work.shape
+    given = (work, _FLOAT, shape), (ranks, _BYTE, shape), (errors, _FLOAT, shape), (factor, _FLOAT, (columns, columns))
+    sizes = (codebooks, _FLOAT, (groups, levels, rows)), (bounds, _FLOAT, (groups, levels - 1, rows))
+    run = _served("feedback", levels, *given, *sizes, (of_columns, torch.int64, (columns,)))
+    if run is None or columns > COLUMNS or not all(t.is_contiguous() for t in (work, ranks, errors, *cells)):
         return False
     factor = factor.contiguous()
     places = (*_places(work, *cells, factor), len(factor), *_places(ranks, errors))
-    _check(run(ctypes.byref(_Feedback(*work.shape, levels, *places)), 0, work.shape[1]))
+    _check(run(ctypes.byref(_Feedback(columns, rows, levels, *places)), 0, rows))
     return True
 
 
@@ -123,7 +135,11 @@ def _functions() -> dict[str, Any] | None:
     """Return the functions of the library by name, None where there is none, or an older one without them."""
     if library.unavailable("ort"):
         return None
-    loaded = ctypes.CDLL(str(library.library("ort")))
+    try:
+        loaded = ctypes.CDLL(str(library.library("ort")))
+    except OSError as error:
+        note(f"the native library cannot be loaded ({error}): quantizing takes longer, with the same result")
+        return None
     if not all(hasattr(loaded, f"rankbook_groups_{name}") for name in _NAMES):
         return None
     found = {name: getattr(loaded, f"rankbook_groups_{name}") for name in _NAMES}
@@ -133,8 +149,16 @@ def _functions() -> dict[str, Any] | None:
     return found
 
 
-def _served(name: str, levels: int, values: Tensor) -> Any:
-    served = levels in LEVELS and values.dtype == torch.float32 and values.device.type == "cpu" and values.numel()
+def _served(name: str, levels: int, *given: tuple[Tensor, torch.dtype, Sequence[int]]) -> Any:
+    """Return a function where it serves tensors, each given with the type and the sizes that the kernel takes for sure.
+
+    Of a tensor of other sizes, which PyTorch expands or refuses, the kernel would read what lies behind it.
+    """
+    served = levels in LEVELS and given[0][0].numel() > 0
+    served = served and all(
+        tensor.device.type == "cpu" and tensor.dtype == dtype and tuple(tensor.shape) == tuple(sizes)
+        for tensor, dtype, sizes in given
+    )
     functions = _functions() if served else None
     return None if functions is None else functions[name]
 

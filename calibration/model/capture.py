@@ -179,11 +179,9 @@ class BlockStatistics(Mapping[str, LayerStatistics]):
             RuntimeError: Layers that share their inputs in one of them do not in the other.
         """
         pairs = {(id(own), id(other._held[name])): (own, other._held[name]) for name, own in self._held.items()}
-        if (
-            not len(pairs)
-            == len({id(own) for own in self._held.values()})
-            == len({id(o) for o in other._held.values()})
-        ):
+        # Layers that none of the other's tokens reached do not share there what they share here, and add nothing.
+        pairs = {key: (own, more) for key, (own, more) in pairs.items() if more.tokens}
+        if len(pairs) != len({own for own, _ in pairs}):
             raise RuntimeError("layers share their inputs in one part of the calibration text and not in another")
         for own, more in pairs.values():
             own.add(more)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from rankbook.calibration.checkpoint.format import load_records
-from rankbook.calibration.driver.report import Progress
+from rankbook.calibration.device import DeviceError
+from rankbook.calibration.driver.block import Site
+from rankbook.calibration.driver.cluster import Cluster
+from rankbook.calibration.driver.options import QuantizeOptions
+from rankbook.calibration.driver.parallel import BlockTask
+from rankbook.calibration.driver.report import Progress, Reporter
+from rankbook.calibration.driver.resume import BlockResult
 from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.driver.solve import InProcess
 from rankbook.calibration.methods import METHODS
 from rankbook.calibration.model import capture
+from rankbook.calibration.model.calls import BlockCall
+from rankbook.calibration.model.placement import Placement
 from tests.calibration import toy_method
 from tests.calibration.runs import files, options
 from tests.tiny import tiny_model
@@ -81,6 +94,13 @@ def test_the_original_model_runs_no_further_than_the_last_block_that_is_missing(
         advance(*args)
 
     monkeypatch.setattr(capture, "advance", watched)
+    shares: list[int] = []
+
+    def shared(placement: Placement, streams: int) -> Placement:
+        shares.append(streams)
+        return placement
+
+    monkeypatch.setattr(Placement, "shared", shared)
 
     def stop(step: Progress) -> None:
         if step.stage == "solved block 2":
@@ -89,6 +109,44 @@ def test_the_original_model_runs_no_further_than_the_last_block_that_is_missing(
     with pytest.raises(KeyboardInterrupt):
         quantize_model(tmp_path / "model", tmp_path / "out", chosen, progress=stop)
     assert len(passed) == 3
+    assert set(shares) == {3}, "what enters the model, and what enters and leaves the present block"
     (tmp_path / ".out.partial" / "block-00001.safetensors").unlink()
     quantize_model(tmp_path / "model", tmp_path / "out", chosen, resume=True)
     assert [name.split()[1] for name in passed[3:]] == ["model.layers.0", "model.layers.1"]
+
+
+def tasks(count: int) -> Iterator[BlockTask]:
+    """Blocks that do nothing; what leaves one enters the next."""
+    inputs, call, options = torch.zeros(1, 2, 3), BlockCall((), {}, frozenset()), QuantizeOptions(method="rtn")
+    for index in range(count):
+        targets = inputs + 1
+        site = Site(index, f"blocks.{index}.", nn.Identity(), ())
+        yield BlockTask(site, call, inputs, targets, options, torch.float32, {}, Reporter(count))
+        inputs = targets
+
+
+def test_a_device_without_memory_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solved(_task: BlockTask, _placement: Placement) -> BlockResult:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(BlockTask, "solved", solved)
+    with pytest.raises(DeviceError, match=r"does not suffice for blocks\.0: .* --resume to go on at this block"):
+        next(InProcess((torch.device("cpu"),)).solve_blocks(tasks(1)))
+
+
+def test_a_stream_is_sent_to_the_cluster_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets of a block are the inputs of the next one."""
+    sent: list[torch.Tensor] = []
+    function = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: object()))
+    ray = SimpleNamespace(
+        put=sent.append,
+        remote=lambda _: function,
+        wait=lambda running, num_returns: (running[:num_returns], running[num_returns:]),
+        get=lambda _: (BlockResult({}, {}), []),
+        cancel=lambda *_, **__: None,
+        exceptions=SimpleNamespace(RayTaskError=OSError, RayError=OSError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    found = list(Cluster("local:1", 1, 1, 0.0, "cpu", 1).solve_blocks(tasks(3)))
+    assert [index for index, _ in found] == [0, 1, 2]
+    assert [float(values.max()) for values in sent] == [0, 1, 2, 3]

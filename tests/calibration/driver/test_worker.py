@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_worker_sends_its_notes_and_says_what_does_not_fit(monkeypatch: pytest
 
 
 def test_a_block_is_read_from_the_files_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_read", {})
+    monkeypatch.setattr(worker, "_read", [])
     tiny_model("llama", tmp_path / "model")
     model, _ = load_model(tmp_path / "model")
     block = adapter_of(model).blocks().modules[1]
@@ -100,3 +101,20 @@ def test_a_block_is_read_from_the_files_of_its_model(tmp_path: Path, monkeypatch
         replace(sent, index=0).read()
     with pytest.raises(DeviceError, match=r"cannot read the weights of .*nowhere .* give --cluster-weights store"):
         replace(sent, files=replace(files, source=str(tmp_path / "nowhere"))).read()
+
+
+def test_a_worker_reads_files_again_that_were_replaced_or_are_wanted_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It outlives a run where its process stays connected to the cluster."""
+    monkeypatch.setattr(worker, "_read", [])
+    files = worker.Files(str(tmp_path / "model"), QuantizeOptions(method="rtn"))
+    for seed in range(2):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        tiny_model("llama", tmp_path / "model", seed=seed)
+        model, _ = load_model(tmp_path / "model")
+        sent = files.block(0, adapter_of(model).blocks().modules[0])
+        assert worker.digest(sent.read()) == sent.digest
+    same, other = replace(files), replace(files, options=QuantizeOptions(method="rtn", bits=3))
+    assert worker._blocks(same) is worker._blocks(files)
+    assert worker._blocks(other) is not worker._blocks(files)  # options decide which layers are taken apart

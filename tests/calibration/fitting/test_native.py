@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from rankbook.calibration.fitting import codebook_fit, feedback, native, rounding
 from rankbook.calibration.methods import lcq
 from rankbook.calibration.methods.lcq import LcqConfig
+from rankbook.calibration.notes import Note
 from rankbook.calibration.training.learned_rounding import LearnedRounding
 from rankbook.plugins import library
 from tests.calibration import problems
@@ -116,6 +118,38 @@ def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKBOOK_NATIVE_ISA", "abacus")
     with pytest.raises(RuntimeError, match="RANKBOOK_NATIVE_ISA"):
         rounding.nearest(torch.zeros(1, 2, 3), torch.zeros(1, 4, 3))
+
+
+@built
+def test_tensors_of_other_sizes_types_or_strides_are_left_to_pytorch() -> None:
+    """Kernels take memory as it comes: of these they would read something else, or what lies behind them."""
+    values, codebooks = drawn(8, 37, sort=True)
+    one = codebooks[..., :1]  # of all rows
+    codes = rounding.nearest(values, one.expand(3, 8, 37))
+    assert torch.equal(rounding.nearest(values, one), codes)
+    energy, move, flow = torch.rand(3, 32), torch.rand(3, 37), torch.randn_like(values)
+    mass = codebook_fit.moments_of(values, energy, codes, 8).mass
+    assert torch.equal(codebook_fit.moments_of(values, energy, codes.long(), 8).mass, mass)
+    assert native.moments(values, energy.double(), codes, 8) is None
+    places = values.clone(), values.mT.contiguous().mT
+    sums = [rounding.step(place, flow, codes, move, 8) for place in places]
+    assert torch.equal(*places)
+    assert torch.equal(*sums)
+    cells = codebooks[:, :, ::2], rounding.midpoints(codebooks[:, :, ::2]), torch.zeros(4, dtype=torch.int64)
+    work = values[0, :4, ::2]
+    assert not native.feedback(work, work.to(torch.uint8), torch.empty_like(work), cells, torch.eye(4))
+
+
+def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "library.so").write_text("no library")
+    native._functions.cache_clear()
+    monkeypatch.setattr(library, "unavailable", lambda _: None)
+    monkeypatch.setattr(library, "library", lambda _: tmp_path / "library.so")
+    try:
+        with pytest.warns(Note, match=r"library cannot be loaded .*library.so.* with the same result"):
+            assert native.rounded(torch.zeros(1, 2, 3), torch.zeros(1, 4, 3)) is None
+    finally:
+        native._functions.cache_clear()
 
 
 def test_without_the_library_or_with_other_levels_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,46 @@ def test_an_argument_of_the_whole_text_is_an_error() -> None:
         calls.flowing([call], [dependent], [calls.Seen({})], hidden, 4)
 
 
+HIDDEN = torch.zeros(1, 4, 8), torch.ones(2, 4, 8)
+SIDE: calls.Path = ("kwargs", "side")
+
+
+def dependent_call(value: Tensor) -> tuple[calls.BlockCall, dict[calls.Path, tuple[Tensor, int]]]:
+    """A call with an argument ``side`` that depends on the tokens."""
+    return calls.merge(Call((), {"side": value}), Call((), {"side": torch.cat([-value, value])}), "block")
+
+
+def test_what_a_block_hands_on_that_came_from_outside_is_no_result_of_it() -> None:
+    side = torch.randn(1, 4, 2)
+    (one, first), (two, second) = dependent_call(side), dependent_call(side)
+    seen = [calls.Seen({SIDE: side}, {("output", 1): side}), calls.Seen({SIDE: side})]
+    flows = [call.flow for call in calls.flowing([one, two], [first, second], seen, HIDDEN, 4)]
+    for flow in flows:
+        assert flow is not None
+        wide = flow.layout.wide([Call((), {"side": side})] * 2, HIDDEN[0], (1, 4))
+        assert torch.equal(flow.given[SIDE].read(wide), side)
+        assert not flow.kept
+
+
+def test_an_argument_that_the_model_computes_between_blocks_is_an_error() -> None:
+    """Where blocks are short-circuited it has another value than in the model."""
+    (call, dependent), seen = dependent_call(torch.randn(1, 4, 2)), calls.Seen({SIDE: torch.randn(1, 4, 2)})
+    with pytest.raises(ValueError, match="block 0 is called with 'side' that the model computes from what earlier"):
+        calls.flowing([call], [dependent], [seen], HIDDEN, 4)
+
+
+def test_what_a_slot_cannot_hold_is_an_error() -> None:
+    made, other = torch.randn(1, 4, 2), torch.randn(1, 4, 1)
+    plain = calls.BlockCall((), {}, frozenset())
+    results: dict[calls.Path, Tensor] = {("output", 1): made}
+    narrower = [calls.Seen({}, results), calls.Seen({SIDE: made}, {("output", 1): other}), calls.Seen({SIDE: other})]
+    with pytest.raises(ValueError, match="block 2 is called with 'side' that has another shape or type"):
+        calls.flowing([plain] * 3, [{}] * 3, narrower, HIDDEN, 4)
+    renamed = [calls.Seen({}, results), calls.Seen({SIDE: made}), calls.Seen({("kwargs", "before"): made})]
+    with pytest.raises(ValueError, match="what block 0 computes is given to blocks under two names"):
+        calls.flowing([plain] * 3, [{}] * 3, renamed, HIDDEN, 4)
+
+
 def test_blocks_that_share_a_mapping_are_given_a_new_one_each_time() -> None:
     class Block(nn.Module):
         def forward(self, x: Tensor, shared: UserDict[str, Any]) -> Tensor:

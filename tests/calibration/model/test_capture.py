@@ -109,9 +109,27 @@ def test_statistics_of_parts_of_a_text_add_up_and_travel() -> None:
         assert found.tokens == wanted.tokens
         for own, other in ((found.gram, wanted.gram), (found.mean_abs, wanted.mean_abs), (found.peak, wanted.peak)):
             assert torch.allclose(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max())), name
-    split = capture.BlockStatistics({name: LayerStatistics.empty(found.gram.shape[0]) for name in names[:3]}, {})
+
+
+def test_parts_add_up_where_layers_do_not_share_their_inputs_in_all_of_them() -> None:
+    """A layer that no token of a part reaches shares nothing there; statistics that differ could not be one."""
+
+    def apart(tokens: int) -> capture.BlockStatistics:
+        found = {name: LayerStatistics.empty(4) for name in ("gate", "up")}
+        for one in found.values() if tokens else ():
+            one.update(torch.ones(tokens, 4))
+        return capture.BlockStatistics(found, {})
+
+    def together(tokens: int) -> capture.BlockStatistics:
+        one = apart(tokens)["gate"]
+        return capture.BlockStatistics({"gate": one, "up": one}, {})
+
+    for own, more in ((together(3), apart(0)), (apart(0), together(3)), (apart(1), together(2))):
+        own.add(more)
+        assert [own[name].tokens for name in ("gate", "up")] == [3, 3]
+        assert torch.equal(own["up"].gram, torch.full((4, 4), 3.0))
     with pytest.raises(RuntimeError, match="share their inputs in one part"):
-        capture.BlockStatistics({name: first[name] for name in names[:3]}, {}).add(split)
+        together(3).add(apart(3))
 
 
 def test_a_stream_in_fp16_becomes_float32_where_fp16_does_not_hold() -> None:
