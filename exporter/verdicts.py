@@ -31,7 +31,9 @@ def known(config: Any, text: str) -> bool:
         text: The same as text.
     """
     mark = _mark(config, text)
-    return mark is not None and mark.is_file()
+    with contextlib.suppress(OSError):  # a folder that may not be read
+        return mark is not None and mark.is_file()
+    return False
 
 
 def keep(config: Any, text: str) -> None:
@@ -43,15 +45,34 @@ def keep(config: Any, text: str) -> None:
 
 
 def _mark(config: Any, text: str) -> Path | None:
-    """Return the file of a configuration; None where no cache is wanted, or where the model brings code of its own."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankbook"
-    folder = os.environ.get(VARIABLE, str(home))
-    if not folder or (is_trusted() and getattr(config, "auto_map", None)):
+    """Return the file of a configuration, or None where nothing is kept.
+
+    That is where no cache is wanted or possible, where code cannot be read, and of models that bring code of their own:
+    nobody knows what else that depends on.
+    """
+    folder = _folder()
+    foreign = not type(config).__module__.startswith("transformers.")
+    if folder is None or foreign or (is_trusted() and getattr(config, "auto_map", None)):
         return None
     digest = hashlib.sha256(f"{sys.version}\n{text}\n".encode())
-    for part in _depends_on(config):
-        digest.update(part)
-    return Path(folder) / "exportable" / digest.hexdigest()
+    try:
+        for part in _depends_on(config):
+            digest.update(part)
+    except OSError:  # such as a link to a file that is gone
+        return None
+    return folder / "exportable" / digest.hexdigest()
+
+
+def _folder() -> Path | None:
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "rankbook"
+    try:
+        return Path.home() / ".cache/rankbook"
+    except RuntimeError:  # a user without a home, as in containers
+        return None
 
 
 def _depends_on(config: Any) -> Iterator[bytes]:

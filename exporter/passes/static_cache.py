@@ -89,14 +89,13 @@ class SinkSlots(ir.passes.InPlacePass):
     @staticmethod
     def _change(graph: ir.Graph, node: ir.Node, masks: dict[str, ir.Value]) -> bool:
         query, key, value, mask, sinks = (given(node, place) for place in range(5))
-        scatters = [producer(cache, "TensorScatter") for cache in (key, value)]
-        alone = all(user.op_type == SINKS for cache in (key, value) for user in cache.consumers())
-        if kernel_size(node) is None or query.dtype is None or not alone:
+        scatters = [found for cache in (key, value) if (found := producer(cache, "TensorScatter"))]
+        # Another layer that reads the cache would see a slot more than its mask has.
+        alone = all(user is node for cache in (key, value) for user in cache.consumers())
+        if kernel_size(node) is None or query.dtype is None or len(scatters) < 2 or not alone:
             return False
         slots = fixed_size(mask, 3) + 1
         for scatter in scatters:
-            if scatter is None:
-                return False
             for cache in (given(scatter, 0), scatter.outputs[0]):
                 dims = list(cache.shape or ())
                 cache.shape = ir.Shape([*dims[:2], slots, *dims[3:]])

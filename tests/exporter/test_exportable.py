@@ -105,6 +105,33 @@ def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pyt
     assert check_exportable(config("llama", **SIZES, num_attention_heads=4)) == ""
 
 
+def test_where_nothing_can_be_remembered_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No home, a folder that may not be read, a class that is not of transformers, code that cannot be read."""
+    asked = config("llama", **SIZES, num_attention_heads=4)
+    monkeypatch.setattr(exportable, "_check", lambda _: "")
+    monkeypatch.setenv(verdicts.VARIABLE, str(tmp_path / "cache"))
+    own = type("Own", (type(asked),), {"__module__": "own"})
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "getfile", lambda _: str(tmp_path / "code/own.py"))
+        (tmp_path / "code").mkdir()
+        (tmp_path / "code/.#gone.py").symlink_to(tmp_path / "gone")
+        for one in (asked, own(**SIZES, num_attention_heads=4)):
+            assert check_exportable(one) == ""
+    assert check_exportable(own(**SIZES, num_attention_heads=4)) == ""
+    assert not (tmp_path / "cache").exists()
+
+    def refuse(*_: Any) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", refuse)
+        assert check_exportable(asked) == ""
+    for name in (verdicts.VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert check_exportable(asked) == ""
+
+
 @pytest.mark.parametrize(
     ("asked", "kinds"),
     [

@@ -159,6 +159,17 @@ def test_a_token_that_the_graph_could_not_choose_is_an_error(work: Path) -> None
         value.update_inplace(np.full(value.shape(), np.nan, np.float32))
     with pytest.raises(errors.CheckFailedError, match="NaN or infinite, from which no token can be chosen"):
         file.step_best([1])
+    np.testing.assert_array_equal(file.start_best([TOKENS[0]]), token)
+
+
+def test_a_text_that_was_nan_leaves_nothing_to_the_next(work: Path) -> None:
+    """A mask multiplies what it hides by 0, which leaves NaN."""
+    file = OrtModel(work / "all")
+    want = file.start(TOKENS[:1])
+    for value in file._cache.values():
+        value.update_inplace(np.full(value.shape(), np.nan, np.float32))
+    assert np.isnan(file.step(1)).all()
+    np.testing.assert_array_equal(file.start(TOKENS[:1]), want)
 
 
 def test_tokens_that_a_model_has_not_are_refused(work: Path) -> None:

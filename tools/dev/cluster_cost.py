@@ -221,7 +221,7 @@ def blocks_apart(model: Sequence[Block], costs: Costs, gpus: int, *, trains: boo
 
 
 def table(costs: Costs) -> str:
-    """Return the table of hours, in Markdown."""
+    """Return the table of minutes, in Markdown."""
     ways: tuple[tuple[str, Callable[..., float]], ...] = (
         ("layers on workers", layers_apart),
         ("`--order parallel`", blocks_apart),

@@ -120,13 +120,16 @@ def without_result(page: str, rows: Collection[str]) -> list[str]:
 
 
 def changed(page: str, rows: Mapping[str, Row]) -> list[str]:
-    """Return the families that a written document says other things of: packed, served or refused, by column."""
+    """Return the families that a written document says other things of: packed, served or refused, by column.
+
+    What was not asked for ("-") is no change; that a family is not packed or not read back any more is one.
+    """
     known = {cells[0]: cells for cells in map(_split, page.splitlines()) if cells}
     found = []
     for family, row in rows.items():
         now = _cells(row)
         kinds = zip(map(_kind, known.get(now[0], now)[1:-1]), map(_kind, now[1:-1]), strict=True)
-        if any(old != new and "-" not in (old, new) for old, new in kinds):
+        if any(old != new and (place < 2 or "-" not in (old, new)) for place, (old, new) in enumerate(kinds)):
             found.append(family)
     return found
 

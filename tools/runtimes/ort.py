@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankbook.calibration.source import Kind, Source
 from rankbook.exporter.cache_names import is_state
+from rankbook.exporter.options import NO_TOKEN
 from rankbook.tools.errors import MissingError, UsageError
 from rankbook.tools.runtimes.base import NEXT_TOKEN, LanguageModel, Runtime, Setting, check_chosen
 from rankbook.tools.runtimes.exported import FileModel
@@ -172,7 +173,7 @@ class OrtModel(FileModel):
             activations="int8" if kernels == "native-int8" else "fp32",
             entries=entries,
         )
-        self._held = 0
+        self._held, self._spoiled = 0, False
         self._steps: dict[str, BoundSteps] = {}
         # New keys and values are written behind the old ones, in the same buffer: one that grows, or of a fixed length.
         # Only states change places.
@@ -223,14 +224,15 @@ class OrtModel(FileModel):
     def _reset(self, batch: int) -> None:
         import numpy as np
 
-        if self._fixed and self._cache and next(iter(self._cache.values())).shape()[0] == batch:
+        kept = self._fixed and self._cache and not self._spoiled
+        if kept and next(iter(self._cache.values())).shape()[0] == batch:
             self._length = 0  # no query sees what another text left in the buffers; a state would go on
             for name in filter(is_state, self._cache):
                 value = self._cache[name]
                 value.update_inplace(np.zeros(value.shape(), self._types[name]))
             return
         super()._reset(batch)
-        self._held, self._steps = self._fixed, {}
+        self._held, self._steps, self._spoiled = self._fixed, {}, False
         self._cache = {name: self._placed(value) for name, value in self._cache.items()}
 
     def _advance(self, tokens: Tokens) -> Logits:
@@ -275,11 +277,16 @@ class OrtModel(FileModel):
 
     def _run_in_place(self, tokens: Tokens, wanted: str) -> Any:
         """Compute an output; keys and values are written into the buffers of the cache."""
+        import numpy as np
+
         self._check_known(tokens)
         if wanted not in self._steps:
             where = Where(self.session, self.device, self._types)
             self._steps[wanted] = BoundSteps(where, self._cache, self._held, wanted)
-        return self._steps[wanted].run(tokens, self._length)
+        found = self._steps[wanted].run(tokens, self._length)
+        # What made them NaN may be in the cache: a mask multiplies it by 0, which is NaN in the next text too.
+        self._spoiled |= bool((found == NO_TOKEN).any() if wanted == NEXT_TOKEN else np.isnan(found[..., 0]).any())
+        return found
 
 
 def model_entries(setting: Setting) -> dict[str, str]:

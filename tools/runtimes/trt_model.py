@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankbook.exporter import cache_names
-from rankbook.exporter.options import BEST
+from rankbook.exporter.options import BEST, NO_TOKEN
 from rankbook.tools.deploy.manifest import Manifest
 from rankbook.tools.errors import UsageError
 from rankbook.tools.generation.settings import read_settings
@@ -89,7 +89,7 @@ class EngineModel(LanguageModel):
         self._pads_left = "attention_mask" in self.engine.inputs
         self.engine.reserve(Plan(self._largest, self._swapped))
         self._host: dict[str, Array] = {}
-        self._turned, self._steps = False, 0
+        self._turned, self._steps, self._spoiled = False, 0, False
         self._text: tuple[Array, Array] | None = None  # lengths and mask of a `_Call`
 
     @cached_property
@@ -228,11 +228,22 @@ class EngineModel(LanguageModel):
 
         self._text = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
         places = self._places()
+        if self._spoiled:
+            self._wipe()
         for name in filter(cache_names.is_state, self.caches):
             shape = (batch, *self.engine.profiles[0][name][1][1:])
             zeros = self.staged(name, np.zeros(shape, self.engine.inputs[name]))
             self.engine.memory.upload(places.get(name) or self.engine.region(name), zeros)
         self.engine.memory.finish()  # before another profile is chosen
+
+    def _wipe(self) -> None:
+        """Fill all caches with zeros: a mask multiplies NaN that an earlier text left by 0, which is NaN."""
+        regions = [self.engine.region(name) for pair in self.caches.items() for name in pair]
+        zeros = self.engine.memory.pinned((max(region.size for region in regions),), "uint8")
+        for region in regions:
+            self.engine.memory.upload(region, zeros[: region.size])
+        self.engine.memory.finish()
+        self._spoiled = False
 
     def _start(self, rows: Sequence[Tokens], call: Callable[..., Array]) -> Array:
         """Begin texts, see `_extend`; where that fails, none has begun."""
@@ -290,6 +301,7 @@ class EngineModel(LanguageModel):
         host, wanted = self.wanted(prepared.ends, ending)
         self._run(prepared, wanted)
         found: Logits = host.astype("float32")  # a copy: the next call writes there
+        self._note_nan(found[..., 0])
         return found if ending is None else found[:, 0]
 
     def _choose(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Tokens:
@@ -297,7 +309,9 @@ class EngineModel(LanguageModel):
         prepared = self._prepare(rows)
         host = self._results(NEXT_TOKEN, self.engine.shape(NEXT_TOKEN))
         self._run(prepared, [Copy(NEXT_TOKEN, host)])
-        return check_chosen(host[list(ending), 0])
+        best = host[list(ending), 0]
+        self._spoiled |= NO_TOKEN in best
+        return check_chosen(best)
 
     def _rank(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Top:
         """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, see `best_tokens`."""
@@ -306,7 +320,15 @@ class EngineModel(LanguageModel):
         prepared = self._prepare(rows)
         hosts = [self._results(name, self.engine.shape(name)) for name in TOP]
         self._run(prepared, [Copy(name, host) for name, host in zip(TOP, hosts, strict=True)])
-        return np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
+        found = np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
+        self._note_nan(found[:, 0])
+        return found
+
+    def _note_nan(self, logits: Array) -> None:
+        """Have the caches wiped before the next text where one of these is NaN."""
+        import numpy as np
+
+        self._spoiled |= bool(np.isnan(logits).any())
 
     def _prepare(self, rows: Sequence[Tokens]) -> _Call:
         """Set shapes and addresses for new tokens of each text."""

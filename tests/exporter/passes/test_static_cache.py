@@ -102,9 +102,7 @@ def test_two_layers_that_read_one_cache() -> None:
 
 def test_sinks_are_a_slot_of_zeros_whose_score_the_mask_adds() -> None:
     """gpt-oss: the same as a term in the denominator of the softmax of each head, with one node that has a kernel."""
-    text = text_of("float16", 16, 16).replace("y = Attention", "y = rankbook.trace.SinkAttention")
-    text = text.replace("present_v, m)", "present_v, m, sinks)").replace('"" : 24', '"" : 24, "rankbook.trace" : 1')
-    text = text.replace(f"bool[b,1,s,{SLOTS}] m,", f"bool[b,1,s,{SLOTS}] m, float16[{HEADS}] sinks,")
+    text = with_sinks(text_of("float16", 16, 16))
     spelled, model = ir.from_onnx_text(text), ir.from_onnx_text(text)
     values = feeds("float16", 16, 16)
     values["sinks"] = np.array([-3.0, 0.0, 1.0, 5.0], np.float16)
@@ -118,6 +116,28 @@ def test_sinks_are_a_slot_of_zeros_whose_score_the_mask_adds() -> None:
     got = run(model, values)
     assert np.abs(got - want).max() < 4e-3 * np.abs(want).max()
     assert np.abs(got[:, 3]).max() < np.abs(got[:, 0]).max(), "a large sink takes the weight of the keys"
+
+
+def with_sinks(text: str) -> str:
+    """Return the same model with sinks in all attentions."""
+    text = text.replace("= Attention", "= rankbook.trace.SinkAttention").replace(
+        "present_v, m)", "present_v, m, sinks)"
+    )
+    text = text.replace('"" : 24', '"" : 24, "rankbook.trace" : 1')
+    return text.replace(f"bool[b,1,s,{SLOTS}] m,", f"bool[b,1,s,{SLOTS}] m, float16[{HEADS}] sinks,")
+
+
+@pytest.mark.parametrize(
+    ("more", "value"),
+    [("z = Attention <scale: float = 0.5> (q, present_k, present_v, m)", "present_v"), ("", "new_v")],
+    ids=["two layers read one cache", "values of no cache"],
+)
+def test_sinks_stay_where_a_slot_more_would_be_wrong(more: str, value: str) -> None:
+    text = with_sinks(text_of("float16", 16, 16, more)).replace("present_v, m", f"{value}, m")
+    model = ir.from_onnx_text(text)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert not SinkSlots()(model).modified
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize(

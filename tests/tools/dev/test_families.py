@@ -97,12 +97,15 @@ def test_a_sweep_goes_on_where_a_step_has_no_result(tmp_path: Path) -> None:
 
 def test_another_result_than_the_document_has_is_noticed() -> None:
     errors_of, passed = {"standard": 1e-6, "ort": 1e-6}, {"standard": True, "ort": True}
-    before = {name: Row(name, 1.0, "", 0.0, dict(errors_of), dict(passed)) for name in ("llama", "opt", "gpt2", "phi")}
+    before = {
+        name: Row(name, 1.0, "", 0.0, dict(errors_of), dict(passed)) for name in ("llama", "opt", "gpt2", "phi", "mpt")
+    }
     page = family_page.document(before)
     now = {name: Row(name, 1.0, "", 0.0, dict(errors_of), dict(passed)) for name in before}
     now["llama"].errors["ort"] = 3e-7  # sums in another order
     now["opt"] = Row("opt", 1.0, "its code asks | for sizes", 0.0)
     now["gpt2"].packed = 0.4
     now["phi"].passed["fp16"], now["phi"].errors["fp16"] = True, 1e-3  # was not measured
-    assert family_page.changed(page, now) == ["opt", "gpt2"]
+    now["mpt"] = Row("mpt", reasons={"quantize": "it has no blocks"})
+    assert family_page.changed(page, now) == ["opt", "gpt2", "mpt"]
     assert family_page.changed(family_page.document(now), now) == []

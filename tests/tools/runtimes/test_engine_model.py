@@ -106,6 +106,7 @@ def test_an_engine_that_chooses_the_token(work, tmp_path, state, capsys):
     spoil(held)
     with pytest.raises(errors.CheckFailedError, match="NaN or infinite, from which no token can be chosen"):
         held.step_best([1, 2])
+    np.testing.assert_array_equal(held.start_best(texts), found[0][0], "a new text finds no NaN in the cache")
 
 
 def spoil(model: EngineModel) -> None:
@@ -137,6 +138,9 @@ def test_an_engine_that_gives_the_best_tokens(work, tmp_path, rtx, capsys):
     np.testing.assert_array_equal(scores, np.take_along_axis(logits, tokens.astype(int), axis=-1))
     spoil(held)
     assert np.isnan(held.step_top([1, 2], 3)[:, 0]).all()
+    spoil(held)
+    assert np.isnan(held.step_batch([1, 2])).all()
+    np.testing.assert_array_equal(held.start_batch([np.arange(19), np.arange(5)]), logits)
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name.endswith("all")])
