@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,14 @@ class Engine:
             self._regions = {name: self.memory.allocate(size) for name, size in wanted.items()}
         except MemoryError as error:
             raise self._loader.too_large(sum(wanted.values()), caches, str(error)) from None
+
+    def clear(self, names: Collection[str]) -> None:
+        """Fill the memory of tensors with zeros."""
+        regions = [self.region(name) for name in names]
+        zeros = self.memory.pinned((max(region.size for region in regions),), "uint8")
+        for region in regions:
+            self.memory.upload(region, zeros[: region.size])
+        self.memory.finish()
 
     def choose(self, shapes: Shapes) -> int:
         """Return the profile that serves some inputs with the least room beyond them.

@@ -228,22 +228,14 @@ class EngineModel(LanguageModel):
 
         self._text = np.zeros(batch, np.int64), np.zeros((batch, 0), bool)
         places = self._places()
-        if self._spoiled:
-            self._wipe()
+        if self._spoiled:  # a mask multiplies NaN that an earlier text left by 0, which is NaN
+            self.engine.clear((*self.caches, *self.caches.values()))
+            self._spoiled = False
         for name in filter(cache_names.is_state, self.caches):
             shape = (batch, *self.engine.profiles[0][name][1][1:])
             zeros = self.staged(name, np.zeros(shape, self.engine.inputs[name]))
             self.engine.memory.upload(places.get(name) or self.engine.region(name), zeros)
         self.engine.memory.finish()  # before another profile is chosen
-
-    def _wipe(self) -> None:
-        """Fill all caches with zeros: a mask multiplies NaN that an earlier text left by 0, which is NaN."""
-        regions = [self.engine.region(name) for pair in self.caches.items() for name in pair]
-        zeros = self.engine.memory.pinned((max(region.size for region in regions),), "uint8")
-        for region in regions:
-            self.engine.memory.upload(region, zeros[: region.size])
-        self.engine.memory.finish()
-        self._spoiled = False
 
     def _start(self, rows: Sequence[Tokens], call: Callable[..., Array]) -> Array:
         """Begin texts, see `_extend`; where that fails, none has begun."""
@@ -301,7 +293,7 @@ class EngineModel(LanguageModel):
         host, wanted = self.wanted(prepared.ends, ending)
         self._run(prepared, wanted)
         found: Logits = host.astype("float32")  # a copy: the next call writes there
-        self._note_nan(found[..., 0])
+        self._spoiled |= bool((found[..., 0] != found[..., 0]).any())  # NaN
         return found if ending is None else found[:, 0]
 
     def _choose(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Tokens:
@@ -321,14 +313,8 @@ class EngineModel(LanguageModel):
         hosts = [self._results(name, self.engine.shape(name)) for name in TOP]
         self._run(prepared, [Copy(name, host) for name, host in zip(TOP, hosts, strict=True)])
         found = np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
-        self._note_nan(found[:, 0])
+        self._spoiled |= bool(np.isnan(found).any())
         return found
-
-    def _note_nan(self, logits: Array) -> None:
-        """Have the caches wiped before the next text where one of these is NaN."""
-        import numpy as np
-
-        self._spoiled |= bool(np.isnan(logits).any())
 
     def _prepare(self, rows: Sequence[Tokens]) -> _Call:
         """Set shapes and addresses for new tokens of each text."""
