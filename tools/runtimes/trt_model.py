@@ -259,12 +259,7 @@ class EngineModel(LanguageModel):
         return found
 
     def _extend(self, rows: Sequence[Tokens], call: Callable[..., Array]) -> Array:
-        """Append tokens to every text; return what ``call`` gives behind the last of each, by text.
-
-        Args:
-            rows: The tokens of each text, at least one.
-            call: `_call`, `_choose` or `_rank`.
-        """
+        """Append ``rows`` of tokens; return what `_call`, `_choose` or `_rank` gives behind the last of each."""
         import numpy as np
 
         pieces = [(ending, call(part, ending)) for part, ending in self._pieces(rows)]
@@ -301,9 +296,8 @@ class EngineModel(LanguageModel):
         prepared = self._prepare(rows)
         host = self._results(NEXT_TOKEN, self.engine.shape(NEXT_TOKEN))
         self._run(prepared, [Copy(NEXT_TOKEN, host)])
-        best = host[list(ending), 0]
-        self._spoiled |= NO_TOKEN in best
-        return check_chosen(best)
+        self._spoiled |= NO_TOKEN in host[list(ending), 0]
+        return check_chosen(host[list(ending), 0])
 
     def _rank(self, rows: Sequence[Tokens], ending: Sequence[int]) -> Top:
         """Run the engine once, see `_call`; return the best next tokens of the texts ``ending``, see `best_tokens`."""
@@ -312,9 +306,8 @@ class EngineModel(LanguageModel):
         prepared = self._prepare(rows)
         hosts = [self._results(name, self.engine.shape(name)) for name in TOP]
         self._run(prepared, [Copy(name, host) for name, host in zip(TOP, hosts, strict=True)])
-        found = np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
-        self._spoiled |= bool(np.isnan(found).any())
-        return found
+        self._spoiled |= bool(np.isnan(hosts[0]).any())
+        return np.stack([host[list(ending), 0].astype(np.float64) for host in hosts], axis=1)
 
     def _prepare(self, rows: Sequence[Tokens]) -> _Call:
         """Set shapes and addresses for new tokens of each text."""
