@@ -36,8 +36,8 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "best": Preset(
         {"method": "lcq", "bits": 4, "rank": 1, "effort": "high"},
-        "the same, and 600 training steps for each block. 100 steps (effort default) take 549 CPU seconds for"
-        " SmolLM2-135M and give perplexity 28.97; time grows with the steps. Give --calib a text like your use",
+        "the same, and 600 training steps for each block. 100 steps (effort default) take 363 CPU seconds for"
+        " SmolLM2-135M and give perplexity 28.98; time grows with the steps. Give --calib a text like your use",
     ),
 }
 """Presets by name; measurements are from docs/accuracy.md."""
