@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rankbook.calibration.option import COMMON, argument, option
+from rankbook.calibration.option import argument, option
 from rankbook.tools.command import Command, Common, Outcome
 from rankbook.tools.console import Console
 from rankbook.tools.errors import MissingError, UsageError
@@ -49,7 +49,6 @@ class Serve(KernelOptions, Common):
         "CPU threads of the model; default: all cores but one, which the server itself needs",
         metavar="N",
         least=1,
-        group=COMMON,
     )
 
 
