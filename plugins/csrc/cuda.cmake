@@ -39,7 +39,7 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
-# Machine code for several architectures is nearly all of these libraries. Compressed for size it takes a quarter; every
+# Machine code for several architectures is nearly all of these libraries. Compressed for size it takes an eighth; every
 # driver that runs code of CUDA 13 unpacks it.
 set(RANKBOOK_CUDA_COMPRESS "")
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
