@@ -309,13 +309,19 @@ def _facts() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _cancelled_at_the_end(running: Mapping[Any, Any]) -> Iterator[None]:
-    """Tell the cluster to stop what is still running when the block ends, which is so after an error."""
+    """Tell the cluster to stop what is still running when the block ends, which is so after an error.
+
+    What has ended is left alone. Ray 2.60 aborts this process if a task is cancelled whose result has come and whose
+    reply has not ("Tried to complete task that was not pending").
+    """
     import ray
 
     try:
         yield
     finally:
-        for reference in running:
+        references = list(running)
+        unfinished = ray.wait(references, num_returns=len(references), timeout=0)[1] if references else ()
+        for reference in unfinished:
             ray.cancel(reference, force=False)
 
 
