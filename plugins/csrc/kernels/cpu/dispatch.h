@@ -36,8 +36,10 @@ struct Int8Kernels {
   void (*quantize)(const Int8Weight& weight, const float* x, int64_t token, const StagedRows& natural,
                    const StagedRows& staged);
 
-  // A few tokens: y (tokens, 32) = w[panel] @ x[first ... first + tokens). False if gemm is better or there is no such loop.
-  bool (*gemv)(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens, float* y);
+  // A few tokens and the panels from `panel` on: y (panels, tokens, 32) = w[panel] @ x[first ... first + tokens). False if
+  // gemm is better or there is no such loop.
+  bool (*gemv)(const Int8Weight& weight, int64_t panel, int64_t panels, const StagedRows& x, int64_t first, int64_t tokens,
+               float* y);
 
   // total (tokens, 32) = w[panel] @ x[first ... first + tokens). `partial` has room for as many int32.
   void (*gemm)(const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first, int64_t tokens,

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int64_t kTokenChunk = 192;       // tokens that share one decoded part; 24 KB of totals
 constexpr int64_t kStageTokens = 8;        // tokens that one task rounds
-constexpr int64_t kTasks = 64;             // tasks of single tokens, where each then reads within these bounds
+constexpr int64_t kFewTokens = 8;          // tokens whose tasks are cut by what they read, as it takes longest
+constexpr int64_t kTasks = 64;             // tasks of few tokens, where each then reads within these bounds
 constexpr int64_t kLeastBytes = 1 << 15;   // codes of one task: two threads read 2 to 6 % faster in large pieces,
 constexpr int64_t kMostBytes = 1 << 18;    // many threads need many
 constexpr int64_t kSerialWork = 1 << 17;   // multiply-adds below which waking threads costs more than it gains
@@ -42,7 +43,7 @@ struct Job {
   StagedRows staged;                  // order of the weight's width
   float* ranks[kMostProducts] = {};   // (M, RP * 32) of each product
   int64_t chunks = 1;                 // pieces of kTokenChunk tokens
-  int64_t panels = 1;                 // panels per task of a single token
+  int64_t panels = 1;                 // panels per task
   Halves halves = {};                 // of a single token
   int64_t first = 0;                  // of its tasks among those of all jobs
   const Job* next = nullptr;          // of a single token: the one behind it
@@ -85,12 +86,14 @@ void stage_task(Job& job, int64_t index) {
   }
 }
 
-// total (tokens, 32) = w[panel] @ the staged tokens [first, first + tokens).
-void multiply_panel(const Int8Kernels& kernels, const Int8Weight& weight, int64_t panel, const StagedRows& x, int64_t first,
-                    int64_t tokens, float* total) {
-  if (kernels.gemv(weight, panel, x, first, tokens, total)) return;
+// total (panels, tokens, 32) = w[panel ... panel + panels) @ the staged tokens [first, first + tokens).
+void multiply_panels(const Int8Kernels& kernels, const Int8Weight& weight, int64_t panel, int64_t panels, const StagedRows& x,
+                     int64_t first, int64_t tokens, float* total) {
+  if (kernels.gemv(weight, panel, panels, x, first, tokens, total)) return;
   alignas(kAlign) int32_t partial[kTokenChunk * kPanel];
-  kernels.gemm(weight, panel, x, first, tokens, partial, total);
+  for (int64_t i = 0; i < panels; ++i) {
+    kernels.gemm(weight, panel + i, x, first, tokens, partial, total + i * tokens * kPanel);
+  }
 }
 
 // The first half of the error branch for one panel of ranks and one chunk of tokens.
@@ -101,7 +104,7 @@ void branch_task(Job& job, int64_t index) {
   const int64_t first = index % job.chunks * kTokenChunk;
   const int64_t tokens = least(job.tokens() - first, kTokenChunk);
   alignas(kAlign) float total[kTokenChunk * kPanel];
-  multiply_panel(*job.kernels, branch.down, at.panel, job.natural, first, tokens, total);
+  multiply_panels(*job.kernels, branch.down, at.panel, 1, job.natural, first, tokens, total);
   const int64_t ranks = least(branch.rank - at.panel * kPanel, kPanel);
   for (int64_t token = 0; token < tokens; ++token) {
     float* to = job.ranks[at.product] + (first + token) * rank_width(product) + at.panel * kPanel;
@@ -173,7 +176,7 @@ void token_task(Job& job, int64_t index) {
     const PanelFactor& up = product.branch.up;
     const int64_t bytes = up.codes == nullptr ? 0 : product.branch.rank * kPanel;
     for (int64_t i = 0; i < bytes; i += kAlign) __builtin_prefetch(up.codes + at.panel * bytes + i);  // for the end of this panel
-    multiply_panel(*job.kernels, product.weight, at.panel, job.staged, 0, 1, sums[held]);
+    multiply_panels(*job.kernels, product.weight, at.panel, 1, job.staged, 0, 1, sums[held]);
     ++held;
     if (panel + 1 == end || held == kHeld) wait(job.halves);
     if (!finished(job.halves)) continue;
@@ -182,14 +185,25 @@ void token_task(Job& job, int64_t index) {
   }
 }
 
+// Several panels where tokens are few, neighbours of one product at a time.
 void chunk_task(const Job& job, int64_t index) {
   const int64_t panels = total(*job.args, panels_of);
-  const Place at(*job.args, index % panels, panels_of);  // neighbours share their tokens, which are more bytes than codes
-  const int64_t first = index / panels * kTokenChunk;
+  const int64_t tasks = ceil_div(panels, job.panels);  // of a chunk: neighbours share their tokens, which are more bytes than codes
+  const int64_t first = index / tasks * kTokenChunk;
   const int64_t tokens = least(job.tokens() - first, kTokenChunk);
+  const int64_t begin = index % tasks * job.panels;
+  const int64_t end = least(begin + job.panels, panels);
   alignas(kAlign) float sums[kTokenChunk * kPanel];
-  multiply_panel(*job.kernels, job.args->products[at.product].weight, at.panel, job.staged, first, tokens, sums);
-  finish_panel(job, at, first, tokens, sums);
+  for (int64_t panel = begin; panel < end;) {
+    const Place at(*job.args, panel, panels_of);
+    const Int8Weight& weight = job.args->products[at.product].weight;
+    const int64_t count = least(end - panel, weight.weight.panels() - at.panel);
+    multiply_panels(*job.kernels, weight, at.panel, count, job.staged, first, tokens, sums);
+    for (int64_t i = 0; i < count; ++i) {
+      finish_panel(job, Place(*job.args, panel + i, panels_of), first, tokens, sums + i * tokens * kPanel);
+    }
+    panel += count;
+  }
 }
 
 void product_task(Job& job, int64_t index) { job.tokens() == 1 ? token_task(job, index) : chunk_task(job, index); }
@@ -240,7 +254,7 @@ int64_t bytes_of_panel(const CodebookWeight& weight) { return weight.blocks() * 
 // Of all arguments together.
 struct Sizes {
   int64_t inputs = 0, branch = 0, work = 0;  // elements of x, and multiply-adds
-  int64_t bytes = 0;                         // of the codes of single tokens
+  int64_t bytes = 0;                         // of the codes of few tokens
 
   void add(const Int8Args& args) {
     const CodebookWeight& weight = args.products[0].weight.weight;
@@ -248,12 +262,14 @@ struct Sizes {
     inputs += x;
     branch += x * total(args, rank_panels_of) * kPanel;
     work += x * total(args, panels_of) * kPanel;
-    if (args.tokens == 1) bytes += total(args, panels_of) * bytes_of_panel(weight);
+    if (args.tokens <= kFewTokens) bytes += total(args, panels_of) * bytes_of_panel(weight);
   }
 
   int64_t panels_of_task(const Int8Args& args) const {
+    if (args.tokens < 1 || args.tokens > kFewTokens) return 1;
     const int64_t task = bytes / kTasks < kLeastBytes ? kLeastBytes : least(bytes / kTasks, kMostBytes);
-    return ceil_div(task, bytes_of_panel(args.products[0].weight.weight));
+    const int64_t panels = ceil_div(task, bytes_of_panel(args.products[0].weight.weight));
+    return least(panels, kTokenChunk / args.tokens);  // whose sums are kept until all of them are there
   }
 };
 
@@ -262,7 +278,7 @@ int64_t stage_tasks(const Job& job) { return ceil_div(job.tokens(), kStageTokens
 int64_t branch_tasks(const Job& job) { return job.tokens() == 1 ? 0 : job.halves.count * job.chunks; }
 int64_t product_tasks(const Job& job) {
   const int64_t panels = total(*job.args, panels_of);
-  return job.tokens() == 1 ? ceil_div(panels, job.panels) : panels * job.chunks;
+  return ceil_div(panels, job.panels) * job.chunks;
 }
 
 }  // namespace
