@@ -138,7 +138,10 @@ class Cluster:
             yield (_result(reference, "a part of the calibration text") for reference in list(running))
 
     def solve_blocks(self, tasks: Iterable[BlockTask]) -> Iterator[tuple[int, BlockResult]]:
-        """See `rankbook.calibration.driver.solve.Executor`; one more is sent than the cluster solves at once."""
+        """See `rankbook.calibration.driver.solve.Executor`; one more is sent than the cluster solves at once.
+
+        Where one fails, those that are done come first, so that they are kept and `--resume` need not solve them again.
+        """
         import ray
 
         running: dict[Any, int] = {}
@@ -152,23 +155,28 @@ class Cluster:
                 sent[id(values)] = values, ray.put(values.cpu())
             return sent[id(values)][1]
 
-        def collect() -> tuple[int, BlockResult]:
-            return _next(running, lambda index: f"block {index}")
+        def send(task: BlockTask) -> None:
+            nonlocal sent
+            streams = shared(task.inputs), shared(task.targets)
+            sent = {key: entry for key, entry in sent.items() if entry[0] is task.targets}
+            file = self.files.block(task.site.index, task.site.block) if self.files else None
+            site = task.site if file is None else replace(task.site, block=nn.Identity())
+            call, empty = task.call.on(Tensor.cpu), torch.empty(0)
+            given = replace(task, site=site, call=call, inputs=empty, targets=None, reporter=Reporter(1))
+            remote = self._remote(solve_block, f"solve {site.prefix[:-1]}", self.threads)
+            running[remote.remote(given, *streams, file, self._setting(self.threads))] = site.index
 
         with _cancelled_at_the_end(running):
-            for task in tasks:
-                while len(running) > self.slots:
-                    yield collect()
-                streams = shared(task.inputs), shared(task.targets)
-                sent = {key: entry for key, entry in sent.items() if entry[0] is task.targets}
-                file = self.files.block(task.site.index, task.site.block) if self.files else None
-                site = task.site if file is None else replace(task.site, block=nn.Identity())
-                call, empty = task.call.on(Tensor.cpu), torch.empty(0)
-                given = replace(task, site=site, call=call, inputs=empty, targets=None, reporter=Reporter(1))
-                remote = self._remote(solve_block, f"solve {site.prefix[:-1]}", self.threads)
-                running[remote.remote(given, *streams, file, self._setting(self.threads))] = site.index
-            while running:
-                yield collect()
+            try:
+                for task in tasks:
+                    while len(running) > self.slots:
+                        yield _next(running, _block)
+                    send(task)
+                while running:
+                    yield _next(running, _block)
+            except Exception:
+                yield from _done(running, _block)
+                raise
 
     def _submit(self, task: LayerTask, problem: LayerProblem, statistics: Any) -> Any:
         """Send one task; statistics are a reference to the object store."""
@@ -332,6 +340,23 @@ def _next(running: dict[Any, _Entry], name: Callable[[_Entry], str]) -> tuple[_E
     ready = ray.wait(list(running), num_returns=1)[0][0]
     entry = running.pop(ready)
     return entry, _result(ready, name(entry))
+
+
+def _done(running: dict[Any, _Entry], name: Callable[[_Entry], str]) -> Iterator[tuple[_Entry, Any]]:
+    """Return what was noted of the tasks that are done, and their results; those that failed are left out."""
+    import ray
+
+    for ready in ray.wait(list(running), num_returns=len(running), timeout=0)[0] if running else ():
+        entry = running.pop(ready)
+        try:
+            result = _result(ready, name(entry))
+        except Exception:
+            continue
+        yield entry, result
+
+
+def _block(index: int) -> str:
+    return f"block {index}"
 
 
 def _result(reference: Any, name: str) -> Any:

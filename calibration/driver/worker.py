@@ -114,11 +114,14 @@ def _blocks(files: Files) -> Sequence[nn.Module]:
 
 
 def digest(block: nn.Module) -> str:
-    """Return a SHA-256 of the names and values of a block's weights, whatever floating dtype they are in."""
+    """Return a SHA-256 of the names and values of what a block has in its file, whatever floating dtype they are in.
+
+    Buffers count too, such as the bias by which a router corrects its scores.
+    """
     found = hashlib.sha256()
-    for name, parameter in block.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)}\0".encode())
-        found.update(narrow(parameter.data.float()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, tensor in block.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)}\0".encode())
+        found.update(narrow(tensor.float()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

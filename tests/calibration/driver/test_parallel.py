@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,19 +135,48 @@ def test_a_device_without_memory_is_said_with_what_to_do(monkeypatch: pytest.Mon
         next(InProcess((torch.device("cpu"),)).solve_blocks(tasks(1)))
 
 
-def test_a_stream_is_sent_to_the_cluster_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The targets of a block are the inputs of the next one."""
-    sent: list[torch.Tensor] = []
+def fake_ray(results: Iterator[object], sent: list[torch.Tensor] | None = None) -> SimpleNamespace:
+    """Return a Ray whose tasks are done at once; what a task gives is made, or raised, when it is asked for."""
+
+    def get(_: object) -> tuple[object, list[str]]:
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result, []
+
     function = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: object()))
-    ray = SimpleNamespace(
-        put=sent.append,
+    return SimpleNamespace(
+        put=(sent if sent is not None else []).append,
         remote=lambda _: function,
-        wait=lambda running, num_returns: (running[:num_returns], running[num_returns:]),
-        get=lambda _: (BlockResult({}, {}), []),
+        wait=lambda running, num_returns, timeout=None: (running[:num_returns], running[num_returns:]),
+        get=get,
         cancel=lambda *_, **__: None,
         exceptions=SimpleNamespace(RayTaskError=OSError, RayError=OSError),
     )
-    monkeypatch.setitem(sys.modules, "ray", ray)
+
+
+def test_a_stream_is_sent_to_the_cluster_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets of a block are the inputs of the next one."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(itertools.repeat(BlockResult({}, {})), sent))
     found = list(Cluster("local:1", 1, 1, 0.0, "cpu", 1).solve_blocks(tasks(3)))
     assert [index for index, _ in found] == [0, 1, 2]
     assert [float(values.max()) for values in sent] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("failing", ["a block", "the original model"])
+def test_blocks_that_are_done_are_kept_though_one_fails(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = BlockResult({}, {}), ValueError("the weights hold NaN")
+
+    def given() -> Iterator[BlockTask]:
+        yield from tasks(3)
+        if failing == "the original model":
+            raise bad
+
+    results = [bad, good, good] if failing == "a block" else [good] * 3
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(iter(results)))
+    blocks = Cluster("local:3", 1, 3, 0.0, "cpu", 1).solve_blocks(given())
+    found: list[int] = []
+    with pytest.raises(ValueError, match="hold NaN"):
+        found.extend(index for index, _ in blocks)
+    assert found == ([1, 2] if failing == "a block" else [0, 1, 2])

@@ -103,6 +103,20 @@ def test_a_block_is_read_from_the_files_of_its_model(tmp_path: Path, monkeypatch
         replace(sent, files=replace(files, source=str(tmp_path / "nowhere"))).read()
 
 
+def test_buffers_of_a_file_belong_to_what_a_worker_compares() -> None:
+    def block(bias: float, inverse: float) -> torch.nn.Module:
+        router = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(router.weight)
+        torch.nn.init.zeros_(router.bias)
+        router.register_buffer("e_score_correction_bias", torch.tensor([bias]))
+        router.register_buffer("inv_freq", torch.tensor([inverse]), persistent=False)
+        return router
+
+    assert worker.digest(block(0.0, 1.0)) != worker.digest(block(0.5, 1.0))
+    assert worker.digest(block(0.5, 1.0)) == worker.digest(block(0.5, 2.0)), "it follows from the configuration"
+    assert worker.digest(block(0.5, 1.0)) == worker.digest(block(0.5, 1.0).to(torch.bfloat16))
+
+
 def test_a_worker_reads_files_again_that_were_replaced_or_are_wanted_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
