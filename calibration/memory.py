@@ -56,7 +56,7 @@ class MemoryOptions(Options):
     memory_limit: str | None = option(
         None,
         "resident memory to aim at, such as 4GiB: weights stay in their files and are read block by block; large"
-        " calibration activations are kept in a file beside the output",
+        " calibration activations and statistics are kept in files beside the output",
         metavar="SIZE",
         group=ADVANCED,
     )

@@ -149,6 +149,7 @@ class BlockSolver:
             records = {name: record for name, (record, _) in solved.items()}
             errors = {name: error for name, (_, error) in solved.items()}
             if method.refine is not None and streams.targets is not None and records:
+                statistics.put_aside(self.placement)
                 records = self._trained(site, streams, streams.targets, records)
                 errors = {
                     name: output_errors(self._problem(site, name, statistics), record)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rankbook.calibration.device import moved
 from rankbook.calibration.fitting.statistics import LayerStatistics
+from rankbook.calibration.memory import beyond_share, relieve
 from rankbook.calibration.model import calls
 from rankbook.calibration.model.adapter import Blocks, adapter_of
 from rankbook.calibration.model.calls import BlockCall, map_tensors
@@ -193,6 +194,19 @@ class BlockStatistics(Mapping[str, LayerStatistics]):
         """Return the statistics on a device; layers that share theirs do so there too."""
         there = {id(found): moved(found, device) for found in self._held.values()}
         return BlockStatistics({name: there[id(found)] for name, found in self._held.items()}, self._routed)
+
+    def put_aside(self, placement: Placement) -> None:
+        """Move the matrices into files where they take too much of a limit of memory; they are read from there.
+
+        Raises:
+            OSError: The disk has no room for them.
+        """
+        held = {id(found): found for found in self._held.values() if found.tokens and found.gram.device == CPU}
+        if not beyond_share(sum(found.gram.nbytes for found in held.values())):
+            return
+        for found in held.values():
+            found.gram = placement.in_file(tuple(found.gram.shape), found.gram.dtype).copy_(found.gram)
+            relieve()
 
     def few_tokens(self) -> list[str]:
         """Return the names of the layers of experts that saw fewer tokens than they have inputs."""

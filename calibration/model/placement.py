@@ -90,10 +90,27 @@ class Placement:
         size = math.prod(shape) * dtype.itemsize
         fits = self.room is None or size <= self.room
         if (not fits or self.device == CPU) and beyond_share(size):
-            return _in_file(shape, dtype, self.folder)
+            return self.in_file(shape, dtype)
         if fits:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+
+    def in_file(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return room in a file without a name, which ends with the tensor.
+
+        Raises:
+            OSError: The disk has no room for it.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a signal once the file is mapped
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    what = f"{size / 1e9:.2g} GB of calibration data wait there"
+                    why = f"{error.strerror}: {what}; free room, or give a larger --memory-limit"
+                    raise OSError(error.errno, why, str(self.folder or tempfile.gettempdir())) from error
+            return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
 
     @contextlib.contextmanager
     def enough_memory(self, name: str, block: nn.Module, activations: Sequence[Tensor]) -> Iterator[None]:
@@ -162,19 +179,6 @@ def batches(values: Tensor, device: torch.device = CPU) -> Iterator[Tensor]:
     for batch in torch.split(values, batch_size(values)):
         yield batch.to(device, torch.float32)
         relieve()
-
-
-def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
-    size = math.prod(shape) * dtype.itemsize
-    with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a signal once the file is mapped
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                what = f"{size / 1e9:.2g} GB of calibration activations wait there"
-                why = f"{error.strerror}: {what}; free room, or give a larger --memory-limit"
-                raise OSError(error.errno, why, str(folder or tempfile.gettempdir())) from error
-        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(size,))).view(dtype).view(shape)
 
 
 def batch_size(stream: Tensor) -> int:

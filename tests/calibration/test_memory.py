@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from rankbook.calibration import memory
 from rankbook.calibration.driver.run import quantize_model
+from rankbook.calibration.fitting.statistics import LayerStatistics
 from rankbook.calibration.model.by_block import by_block
+from rankbook.calibration.model.capture import BlockStatistics
 from rankbook.calibration.model.loading import load_model
 from rankbook.calibration.model.placement import Placement, Stream
 from rankbook.tools.runtimes.torch import TorchModel
@@ -95,7 +97,7 @@ def test_a_full_disk_is_named(tmp_path: Path, narrow: None, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left.*GB of calibration activations.*--memory-limit") as caught:
+    with pytest.raises(OSError, match=r"No space left.*GB of calibration data.*--memory-limit") as caught:
         Placement(folder=tmp_path).empty((1 << 10, 1 << 10), torch.float32)
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
 
@@ -107,6 +109,23 @@ def test_large_activations_are_in_a_file(tmp_path: Path, narrow: None) -> None:
     stream = Stream(held, Placement(folder=tmp_path))
     stream.write(0, torch.full((4, 8, 16), 3.0), "block")
     assert torch.equal(stream.copied().values, torch.full((4, 8, 16), 3.0, dtype=torch.bfloat16))
+
+
+def test_matrices_wait_in_files_while_a_block_is_trained(tmp_path: Path) -> None:
+    one, other, unseen = LayerStatistics.empty(16), LayerStatistics.empty(16), LayerStatistics.unseen(16)
+    one.update(torch.eye(16))
+    other.update(2 * torch.eye(16))
+    statistics = BlockStatistics({"gate": one, "up": one, "down": other, "unseen": unseen}, {})
+    before = one.gram
+    statistics.put_aside(Placement(folder=tmp_path))
+    assert one.gram is before, "nothing limits the memory"
+    with memory.limited("1kB"):
+        statistics.put_aside(Placement(folder=tmp_path))
+    assert one.gram is not before
+    assert statistics["gate"].gram is statistics["up"].gram
+    assert Path("/proc/self/maps").read_text().count(f"{tmp_path}/") == 2, "each once, and none that take no memory"
+    assert torch.equal(one.gram, torch.eye(16))
+    assert torch.equal(other.gram, 4 * torch.eye(16))
 
 
 def test_a_limit_changes_no_result(tmp_path: Path) -> None:
