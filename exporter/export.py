@@ -41,6 +41,7 @@ from rankbook.exporter.passes.norms import UnifyNormTypes
 from rankbook.exporter.passes.recurrence import LowerRecurrence
 from rankbook.exporter.passes.reshape import StaticReshape
 from rankbook.exporter.passes.rotary import FuseRotary
+from rankbook.exporter.passes.selects import SplitSelects
 from rankbook.exporter.passes.shapes import InferShapes
 from rankbook.exporter.passes.skip_norms import FuseSkipNorms
 from rankbook.exporter.passes.static_cache import PadHeads, RaiseOpset, ScatterCache, SinkSlots
@@ -204,7 +205,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
         StaticReshape(),
         FuseRotary(),
         *([fused] if fused else []),
-        *([SinkSlots(), PadHeads()] if fixed else []),
+        *([SinkSlots(), PadHeads(), SplitSelects()] if fixed else []),
         DecomposeAttention(),
         *([FuseSkipNorms(), FuseGates(), MergeProducts()] if fused else []),
         common.RemoveUnusedNodesPass(),

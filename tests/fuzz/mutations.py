@@ -192,8 +192,10 @@ def _reshape(tensor: onnx.TensorProto, rng: random.Random) -> None:
         case _ if dims:
             at = rng.randrange(len(dims))
             dims[at] = rng.choice((0, 1, 2, 32, dims[at] - 1, dims[at] + 1, 2 * dims[at]))
+    if kind not in onnx.helper.get_all_tensor_dtypes():  # another change has been here
+        return
     size = math.prod(dims) * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
-    if not 0 <= size < 1 << 20:  # another change has been here
+    if not 0 <= size < 1 << 20:
         return
     held = tensor.raw_data or b"\0"
     tensor.CopyFrom(onnx.TensorProto(name=tensor.name, dims=dims, data_type=kind))

@@ -126,9 +126,11 @@ def verify_cache(
     why = "; attention is spelled out, see exporter/README.md" if spelled_out else ""
     if computed:
         why = "; keys and values are computed from the cache in each step (latent attention)"
+    # The builder recognizes some attention that is spelled out, too.
+    whole = all(layers <= count <= (attended // 2 if spelled_out else layers) for count in fused.values())
     return (
         Check("cache updates in place", len(log.updates) == caches, f"{len(log.updates)} of {caches}"),
-        Check("fused attention", set(fused.values()) == {layers}, f"{shown}, of {layers} nodes{why}"),
+        Check("fused attention", whole, f"{shown}, of {layers} nodes{why}"),
         Check("no copy of a cache in a step", spelled_out or computed or not copies, f"{copies} kernels copy one{why}"),
     )
 

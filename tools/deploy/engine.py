@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 TIMING_CACHE_NAME = "timing.cache"
 """Measured tactics of TensorRT's builder; the next build into the same folder starts from them."""
-GRAPH, COMMANDS = "onnx", "commands.sh"
-"""In the engine folder: what a checkpoint was exported to, and the same build with other tools."""
+GRAPH, COMMANDS, LOG = "onnx", "commands.sh", "build.log"
+"""In the engine folder: what a checkpoint was exported to, the same build with other tools, the builder's log."""
 
 
 class ParserRefusedError(CheckFailedError):
@@ -91,8 +91,11 @@ def build(
             # TensorRT-RTX measures nothing while it builds.
             "timing_cache": [str(f / TIMING_CACHE_NAME) for f in (output, folder)] if options.target == "trt" else None,
         }
-        result, graph = _build_either_way(model, request, work, progress)
-        log = engine_log.read(work / "build.log")
+        try:
+            result, graph = _build_either_way(model, request, work, progress)
+        except CheckFailedError as error:
+            raise CheckFailedError(f"{error}; {_kept_log(work, output, options.keep_files)}") from error
+        log = engine_log.read(work / LOG)
         kept = graph == model.path or options.keep_files
         places = {"source": _named(model.path, folder), "graph": _named(graph, folder) if kept else None}
         report = _report(model, options, profiles, {**result, **places}, log, sha256_file(folder / ENGINE_NAME))
@@ -115,7 +118,7 @@ def _request(graph: Path, folder: Path, work: Path, options: BuildOptions) -> di
         "module": "tensorrt_rtx" if options.target == "rtx" else "tensorrt",
         "onnx": str(graph),
         "engine": str(folder / ENGINE_NAME),
-        "log": str(work / "build.log"),
+        "log": str(work / LOG),
         "capabilities": list(options.capabilities),
         "workspace_bytes": options.workspace_bytes,
         "plugins": [str(plugins)] if plugins else [],
@@ -173,6 +176,17 @@ def _workspace(folder: Path, keep: bool) -> Iterator[Path]:
         yield Path(temporary)
 
 
+def _kept_log(work: Path, output: Path, keep: bool) -> str:
+    """Keep the log of a builder that failed beside the folder that it does not fill; say where."""
+    if not keep:
+        return "--keep-files keeps the builder's log"
+    if not (work / LOG).is_file():
+        return "the builder wrote no log"
+    kept = output.with_name(f"{output.name}.{LOG}")
+    shutil.copyfile(work / LOG, kept)
+    return f"the builder's log is {kept}"
+
+
 def inline_bodies(proto: onnx.ModelProto, model: ExportedModel, folder: Path) -> Path:
     """Write a graph of a file with the bodies of rankbook's nodes expanded.
 
@@ -215,10 +229,10 @@ def run_worker(request: dict[str, Any], progress: Callable[[float, str | None], 
     if said.get("errno") is not None:
         raise OSError(said["errno"], said["error"])
     if "parser refused" in said.get("error", ""):
-        raise ParserRefusedError(f"{said['error']}; --keep-files keeps the builder's log")
+        raise ParserRefusedError(said["error"])
     if "result" not in said:
         reason = said.get("error") or done.message or f"its process ended with code {done.code}"
-        raise CheckFailedError(f"building the engine failed: {reason}; --keep-files keeps the builder's log")
+        raise CheckFailedError(f"building the engine failed: {reason}")
     result: dict[str, Any] = said["result"]
     return result
 

@@ -59,7 +59,15 @@ def test_a_failing_build_leaves_the_earlier_engine(tmp_path, capsys, monkeypatch
     before = (out / "model.engine").read_bytes()
     monkeypatch.setattr(engine, "make_profiles", lambda *_: {"bad": {"x0": ([1, 9, 64], [1, 1, 64], [1, 1, 64])}})
     assert run_cli("build", path, "-o", out, "--compute-capability", "86", "--quiet") == errors.CHECK_FAILED
-    assert "building the engine failed" in capsys.readouterr().err
+    assert "; --keep-files keeps the builder's log" in " ".join(capsys.readouterr().err.split())
+    kept = tmp_path / "engine.build.log"
+    assert not kept.exists()
+    assert (
+        run_cli("build", path, "-o", out, "--compute-capability", "86", "--quiet", "--keep-files")
+        == errors.CHECK_FAILED
+    )
+    assert "the builder's log is" in " ".join(capsys.readouterr().err.split())
+    assert "rror" in kept.read_text()
     assert (out / "model.engine").read_bytes() == before
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
 

@@ -145,6 +145,20 @@ def test_attention_that_is_spelled_out_is_said(tmp_path):
 @needs_rtx
 @pytest.mark.trt
 @pytest.mark.slow
+def test_attention_that_is_spelled_out_may_be_fused(tmp_path):
+    """The builder recognizes that of BLOOM, whose scores have a slope for each head (ALiBi)."""
+    family_models.tiny("bloom", tmp_path / "model")
+    assert run_cli("quantize", tmp_path / "model", "--method", "rtn", "--bits", 4, "-o", tmp_path / "q", "--quiet") == 0
+    report = engine.build(tmp_path / "q", tmp_path / "engine", BuildOptions(**LIMITS))
+    assert report.passed, report.checks
+    assert report.kernels["prefill"]["gemm attention"] == report.kernels["decode"]["gemv attention"] == 2
+    detail = next(item.detail for item in report.checks if item.name == "fused attention")
+    assert detail.startswith("2 in prefill, 2 in decode, of 0 nodes")
+
+
+@needs_rtx
+@pytest.mark.trt
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"llama", "gemma2"}))  # of which there are engines above
 def test_families_become_engines_with_fused_attention(family, tmp_path):
     """Learned positions, biases, norms of heads, windows, joint projections; heads of 12 are padded to 16."""
