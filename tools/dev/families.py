@@ -24,7 +24,7 @@ from typing import Any
 from rankbook.tools.dev.docs import ROOT
 from rankbook.tools.dev.family_models import MOST_USED, tiny
 from rankbook.tools.dev.family_page import ALL, DEPLOYED, SERVED, Row, changed, document, without_result
-from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, describe
+from rankbook.tools.errors import CHECK_FAILED, OK, USAGE, CheckFailedError, describe
 
 _WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil strong tea in old pots".split()
 _TOKENS = (2, 24)
@@ -200,15 +200,22 @@ def _engine(row: Row, name: str, checkpoint: Path, folder: Path) -> None:
     from rankbook.tools.deploy.options import BuildOptions
     from rankbook.tools.deploy.step import ATTENTION
 
-    row.passed[name] = False
+    row.passed[name], how = False, ""
     options = BuildOptions(compute_capability=("SM86",), max_sequence=32, max_context=64, no_plugins=True)
-    report = build(checkpoint, folder / name, options)
+    try:
+        report = build(checkpoint, folder / name, options)
+    except CheckFailedError:  # bodies that it cannot build
+        with_plugins = replace(options, no_plugins=False)
+        if with_plugins.plugin_library() is None:
+            raise
+        report, how = build(checkpoint, folder / name, with_plugins), ", with plugins"
     row.passed[name] = report.passed
     if not report.passed:
         row.reasons[name] = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.passed)
     layers = sum(item["name"].startswith(PAST) and item["name"].endswith(".key") for item in report.inputs)
     fused = report.kernels["decode"].get(ATTENTION[0], 0)
     row.engine = "fused" if fused >= layers > 0 else f"{fused} of {layers} fused" if layers else "no attention"
+    row.engine += how
 
 
 def _child(family: str, folder: Path, steps: Sequence[str]) -> None:
