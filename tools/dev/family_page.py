@@ -83,7 +83,8 @@ def document(rows: Mapping[str, Row]) -> str:
         " plugins, built by TensorRT-RTX and not run on a GPU yet: *fused* means one fused attention kernel for every"
         " layer with keys and values, and caches written in place; *with plugins* means that the builder crashes"
         " without them (TensorRT-RTX 1.7.1, where a recurrence and the loop of a body for experts meet). `*`: some"
-        " layers keep the standard attention, because ONNX Runtime's operator cannot express theirs. `-`: not measured.",
+        " layers keep the standard attention, because ONNX Runtime's operator cannot express theirs. `-`: not"
+        " measured.",
         f"Of the {len(listed)} families on the original list, {sum(row.served for row in listed)} pass quantization,"
         " reload, export and parity on the graphs `standard` and `ort`; of"
         f" {len(further)} families added later, {sum(row.served for row in further)} do. Of {len(tried)} families tried"
