@@ -20,14 +20,13 @@ class SplitSelects(NodePass):
         """Replace a Gather and its siblings."""
         if node.graph is None or (own := _place(node)) is None:  # gone with a sibling
             return False
-        source, (axis, _) = given(node, 0), own
-        found = [(place, user) for user in source.consumers() if (place := _place(user)) is not None]
-        parts = {index: user for (other, index), user in found if other == axis}
-        count = given(node, 0).shape[axis]  # type: ignore[index]
-        if len(parts) < 2 or set(parts) != set(range(int(count))):  # type: ignore[arg-type]
+        source, (axis, count, _) = given(node, 0), own
+        places = [(user, _place(user)) for user in source.consumers() if user.graph is graph]
+        parts = {place[2]: user for user, place in places if place is not None and place[:2] == own[:2]}
+        if count < 2 or len(parts) != count:
             return False
         writer = Writer(graph, str(node.name))
-        split = writer.node("Split", [source], {"axis": axis, "num_outputs": len(parts)}, outputs=len(parts))
+        split = writer.node("Split", [source], {"axis": axis, "num_outputs": count}, outputs=count)
         made = [writer.op("Squeeze", part, writer.ints(axis)) for part in split.outputs]
         graph.insert_before(node, writer.nodes)
         for index, part in parts.items():
@@ -36,8 +35,8 @@ class SplitSelects(NodePass):
         return True
 
 
-def _place(node: ir.Node) -> tuple[int, int] | None:
-    """Return the axis of a fixed size from which a Gather takes one index, and the index; None where it does not."""
+def _place(node: ir.Node) -> tuple[int, int, int] | None:
+    """Return axis, its fixed size, and the index that a Gather takes of it; None where it is no such Gather."""
     if node.domain or node.op_type != SplitSelects.kind:
         return None
     source, index = given(node, 0), given(node, 1)
@@ -46,4 +45,4 @@ def _place(node: ir.Node) -> tuple[int, int] | None:
     attribute = node.attributes.get("axis")
     axis = (attribute.as_int() if attribute else 0) % len(source.shape)
     size = source.shape[axis]
-    return (axis, int(number) % size) if isinstance(size, int) else None
+    return (axis, size, int(number) % size) if isinstance(size, int) else None

@@ -21,7 +21,7 @@ namespace int8_loops {
 // Blocks of a slice, of one plane each; 8 lanes of 128 bytes a block. What is read again must stay in the first-level
 // cache.
 #if defined(__AMX_INT8__)
-inline constexpr int kSliceBlocks = 8;   // 8 KB of entries, and as much for the sums of the tiles: with 16, 16 tokens take twice as long
+inline constexpr int kSliceBlocks = 8;   // 8 KB of entries, and as much for the sums of the tiles
 #else
 inline constexpr int kSliceBlocks = 16;  // 16 KB of entries; the rest of 32 KB is for the activations of a tile
 #endif
@@ -60,7 +60,7 @@ struct Slice {
 // Codes are prefetched here as in the loop for few tokens: with a small chunk of tokens a panel still waits for memory.
 template <int kBits, int... kIndex>
 RANKBOOK_INLINE void decode_blocks(const uint8_t* from, const PlaneLevels<kBits>& levels, int64_t blocks, uint8_t* out,
-                   std::integer_sequence<int, kIndex...>) {
+                                   std::integer_sequence<int, kIndex...>) {
   for (int64_t block = 0; block < blocks; ++block, from += kBits * kWordBytes, out += 8 * kWordBytes) {
     RANKBOOK_UNROLL
     for (int64_t line = 0; line < kBits * kWordBytes; line += 64) prefetch_codes(from + line);
