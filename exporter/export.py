@@ -33,7 +33,7 @@ from rankbook.exporter.passes.attention import DecomposeAttention
 from rankbook.exporter.passes.functions import AddBodies
 from rankbook.exporter.passes.gates import FuseGates
 from rankbook.exporter.passes.group_query import GroupQueryAttention
-from rankbook.exporter.passes.kv_cache import QuantizeCache
+from rankbook.exporter.passes.kv_cache import HalveCache, QuantizeCache
 from rankbook.exporter.passes.masks import CheckMasks
 from rankbook.exporter.passes.merge import MergeProducts
 from rankbook.exporter.passes.metadata import AddMetadata
@@ -199,7 +199,7 @@ def build_model(checkpoint: Checkpoint, options: ExportOptions, config: Any = No
         LowerRecurrence(),
         *([ScatterCache()] if fixed else []),
         BindWeights(checkpoint, skeleton, dialect, int8_activations=int8),
-        *([QuantizeCache()] if options.kv == "int8" else []),
+        *([QuantizeCache()] if options.kv == "int8" else [HalveCache()] if options.kv == "float16" else []),
         common.CommonSubexpressionEliminationPass(),  # cos and sin of every rotary embedding, shapes of every reshape
         UnifyNormTypes(),
         StaticReshape(),

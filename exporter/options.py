@@ -68,8 +68,9 @@ class ExportOptions(Options):
     )
     kv: str = option(
         "float",
-        "type of the cache: that of the activations, or INT8 with a scale for each token and head",
-        choices=("float", "int8"),
+        "type of the cache: that of the activations; float16, half the memory for float32 activations; or INT8 with a"
+        " scale for each token and head",
+        choices=("float", "float16", "int8"),
     )
     inputs: str = option(
         "ids",
@@ -86,7 +87,14 @@ class ExportOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.graph == "ort" and self.kv == "int8":
-            raise ValueError("graph 'ort' has a cache in the type of the activations; give kv float, or graph standard")
+            raise ValueError("graph 'ort' has a cache of floats; give kv float or float16, or graph standard")
+        if self.kv == "float16" and self.dtype != "fp32":
+            raise ValueError(f"kv 'float16' is for dtype 'fp32', and this is {self.dtype!r}; give kv float")
+        if self.kv == "float16" and self.graph == "static":
+            raise ValueError(
+                "kv 'float16' is not for graph 'static', whose cache an engine keeps in the type of the activations;"
+                " give dtype fp16, or graph ort"
+            )
         if self.graph != "static" and (self.max_context or self.sample != "none"):
             raise ValueError(
                 f"max_context and sample belong to graph 'static', and this is {self.graph!r}; leave them out"

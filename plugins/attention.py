@@ -1,7 +1,9 @@
-"""The attention operator: ``rankbook::GroupQueryAttention``, in float32.
+"""The attention operators, in float32: ``rankbook::GroupQueryAttention``, and two whose cache is float16.
 
-It is ``com.microsoft::GroupQueryAttention`` of ONNX Runtime with the ports and attributes that the exporter gives it;
-its body is that one node.
+The first is ``com.microsoft::GroupQueryAttention`` of ONNX Runtime with the ports and attributes that the exporter
+gives it; its body is that one node. The others (`HALF`, and `ROTARY_HALF` with the rotary embedding) store keys and
+values in float16 and read those of the new tokens rounded, so that it does not matter in how many calls a text is
+given. ONNX Runtime's node knows no such cache: their bodies have Casts around it.
 
 Letters in the shapes: B rows of the batch, S new tokens of each, N query heads, M heads of keys and values, H elements
 of a head, P positions of the past's buffer, L = max(P, total) of the present's, R positions of the cos and sin tables.
@@ -20,6 +22,8 @@ from rankbook.plugins.forms import TensorSpec
 
 NAME = "GroupQueryAttention"
 """The op_type, in the domain ``rankbook`` and in ONNX Runtime's."""
+HALF_NAMES = "GroupQueryAttentionKV16", "GroupQueryAttentionRotaryKV16"
+"""The op_types with a cache in float16, without and with a rotary embedding inside."""
 LARGEST_HEAD = 512
 """Largest H."""
 HEAD_STEP, ROTARY_STEP = 8, 16
@@ -38,18 +42,21 @@ def supports(head: int, *, rotary: bool) -> bool:
 
 
 def compute(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> tuple[Array, ...]:
-    """Return output (B, S, N * H), and keys and values (B, M, L, H) with the new ones behind the past, float32.
+    """Return output (B, S, N * H), float32, and keys and values (B, M, L, H), typed as the past, the new ones included.
 
-    Sums are in float64. A prompt (S equals the total) begins at position 0; otherwise the last token of row b is number
-    ``seqlens_k[b]``. A query sees the keys up to its own, ``local_window_size`` of them where that is not -1. Scores
-    become ``softcap * tanh(score / softcap)`` where softcap is not 0. What the buffers hold behind the new keys is 0.
+    Sums are in float64; new keys and values are read as they are stored. A prompt (S equals the total) begins at
+    position 0; otherwise the last token of row b is number ``seqlens_k[b]``. A query sees the keys up to its own,
+    ``local_window_size`` of them where that is not -1. Scores become ``softcap * tanh(score / softcap)`` where softcap
+    is not 0. What the buffers hold behind the new keys is 0.
     """
     heads, kv_heads = int(attributes["num_heads"]), int(attributes["kv_num_heads"])
     query, new, fresh = (
         _heads(inputs[name], count) for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
     )
-    if attributes[ROTARY]:
+    if "cos" in inputs:
         query, new = _embed(query, inputs), _embed(new, inputs)
+    stored = inputs["past_key"].dtype
+    new, fresh = (part.astype(stored).astype(np.float64) for part in (new, fresh))
     batch, _, tokens, size = query.shape
     total, past = int(inputs["total_sequence_length"]), inputs["past_key"].shape[2]
     keys, values = np.zeros((2, batch, kv_heads, max(past, total), size))
@@ -62,7 +69,7 @@ def compute(inputs: Mapping[str, Array], attributes: Mapping[str, Any]) -> tuple
         for token in range(tokens):
             output[row, token] = _attend(query[row, :, token], keys[row], values[row], before + token, attributes)
     flat = output.reshape(batch, tokens, heads * size)
-    return flat.astype(np.float32), keys.astype(np.float32), values.astype(np.float32)
+    return flat.astype(np.float32), keys.astype(stored), values.astype(stored)
 
 
 def _heads(x: Array, heads: int) -> Doubles:
@@ -96,8 +103,50 @@ def _port(name: str, shape: tuple[str, ...], doc: str, dtype: str = "float32") -
     return Port(name, (shape,), (dtype,), False, doc)
 
 
-def _table(name: str) -> Port:
-    return Port(name, (("R", "H / 2"),), ("float32",), True, "of the angle of each position", ROTARY)
+def _inputs(cache: str) -> tuple[Port, ...]:
+    """Return the inputs of a node without a rotary embedding, whose cache has a type."""
+    return (
+        _port("query", ("B", "S", "N * H"), "of the new tokens"),
+        _port("key", ("B", "S", "M * H"), "of the new tokens"),
+        _port("value", ("B", "S", "M * H"), "of the new tokens"),
+        _port("past_key", ("B", "M", "P", "H"), "keys before them", cache),
+        _port("past_value", ("B", "M", "P", "H"), "values before them", cache),
+        _port("seqlens_k", ("B",), "keys of a row less one, new ones included", "int32"),
+        _port("total_sequence_length", (), "keys of the longest row", "int32"),
+    )
+
+
+def _rotary(given_if: str) -> tuple[Port, ...]:
+    """Return the inputs of the rotary embedding, there only with an attribute if it has a name."""
+    shape, doc = ("R", "H / 2"), "of the angle of each position"
+    tables = (Port(name, (shape,), ("float32",), True, doc, given_if) for name in ("cos", "sin"))
+    return (*tables, Port("position_ids", (("B", "S"),), ("int64",), False, "each in [0, R)", given_if))
+
+
+def _outputs(cache: str) -> tuple[Port, ...]:
+    return (
+        _port("output", ("B", "S", "N * H"), "result"),
+        _port("present_key", ("B", "M", "L", "H"), "may be the memory of past_key", cache),
+        _port("present_value", ("B", "M", "L", "H"), "may be the memory of past_value", cache),
+    )
+
+
+_ROTARY_ATTRIBUTE = Attribute(ROTARY, "int", "1 if query and key are embedded inside, else 0", high=1)
+
+
+def _attributes(*more: Attribute) -> tuple[Attribute, ...]:
+    return (
+        Attribute("num_heads", "int", "N", low=1),
+        Attribute("kv_num_heads", "int", "M, which divides N", low=1),
+        Attribute("local_window_size", "int", "keys that a query sees, its own included; -1 for all", low=-1),
+        *more,
+        Attribute("scale", "float", "factor of the scores; 0 for H ** -0.5"),
+        Attribute("softcap", "float", "bound of the scores; 0 for none"),
+    )
+
+
+def _sizes(attributes: Mapping[str, Any]) -> dict[str, int]:
+    return {"N": attributes["num_heads"], "M": attributes["kv_num_heads"]}
 
 
 def _check_heads(attributes: Mapping[str, Any], constants: Mapping[str, TensorSpec]) -> str:
@@ -109,38 +158,30 @@ def _check_heads(attributes: Mapping[str, Any], constants: Mapping[str, TensorSp
 OPERATOR = Operator(
     NAME,
     NAME,
-    (
-        _port("query", ("B", "S", "N * H"), "of the new tokens"),
-        _port("key", ("B", "S", "M * H"), "of the new tokens"),
-        _port("value", ("B", "S", "M * H"), "of the new tokens"),
-        _port("past_key", ("B", "M", "P", "H"), "keys before them"),
-        _port("past_value", ("B", "M", "P", "H"), "values before them"),
-        _port("seqlens_k", ("B",), "keys of a row less one, new ones included", "int32"),
-        _port("total_sequence_length", (), "keys of the longest row", "int32"),
-        _table("cos"),
-        _table("sin"),
-        Port("position_ids", (("B", "S"),), ("int64",), False, "each in [0, R)", ROTARY),
-    ),
-    (
-        _port("output", ("B", "S", "N * H"), "result"),
-        _port("present_key", ("B", "M", "L", "H"), "may be the memory of past_key"),
-        _port("present_value", ("B", "M", "L", "H"), "may be the memory of past_value"),
-    ),
-    (
-        Attribute("num_heads", "int", "N", low=1),
-        Attribute("kv_num_heads", "int", "M, which divides N", low=1),
-        Attribute("local_window_size", "int", "keys that a query sees, its own included; -1 for all", low=-1),
-        Attribute(ROTARY, "int", "1 if query and key are embedded inside, else 0", high=1),
-        Attribute("scale", "float", "factor of the scores; 0 for H ** -0.5"),
-        Attribute("softcap", "float", "bound of the scores; 0 for none"),
-    ),
+    (*_inputs("float32"), *_rotary(ROTARY)),
+    _outputs("float32"),
+    _attributes(_ROTARY_ATTRIBUTE),
     compute,
     "stock",
-    sizes=lambda attributes: {"N": attributes["num_heads"], "M": attributes["kv_num_heads"]},
+    sizes=_sizes,
     check=_check_heads,
     stock=Stock(NAME, (0, 1, 2)),
     limits={"largest_head": LARGEST_HEAD, "head_step": HEAD_STEP, "rotary_step": ROTARY_STEP},
 )
+HALF, ROTARY_HALF = (
+    Operator(
+        name,
+        name,
+        (*_inputs("float16"), *rotary),
+        _outputs("float16"),
+        _attributes(),
+        compute,
+        "half_cache",
+        sizes=_sizes,
+        check=_check_heads,
+    )
+    for name, rotary in zip(HALF_NAMES, ((), _rotary("")), strict=True)
+)
 
-OPERATORS = (OPERATOR,)
+OPERATORS = (OPERATOR, HALF, ROTARY_HALF)
 """The operators of this module."""

@@ -21,7 +21,8 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     """Makes one node of an Attention, the Concats of its cache, and the rotary embedding and transposes before it.
 
     The node is ``rankbook::GroupQueryAttention``, whose body is ``com.microsoft::GroupQueryAttention``; for what its
-    kernel does not take (other types than float32, larger heads, sinks) it is the latter itself. A layer whose
+    kernel does not take (other types than float32, larger heads, sinks) it is the latter itself. Where `HalveCache` has
+    made the cache float16 it is one of the operators for that (`rankbook.plugins.attention`). A layer whose
     attention it cannot express keeps the standard one, and the reason is in ``kept``; its cache is then joined in a
     Concat, so none of the file's grows in place.
 
@@ -101,13 +102,19 @@ class _Fusion:
         self._op = self._writer.op
         self._caches = [_cache(value) for value in node.inputs[1:3]]
         self._query = given(node, 0)
-        self._new = [given(cache, 1) for cache in self._caches]
+        self._new = [_unrounded(given(cache, 1)) for cache in self._caches]
         self._past = [given(cache, 0) for cache in self._caches]
         self._heads, self._size = fixed_size(self._query, 1), fixed_size(self._query, 3)
         if fixed_size(self._past[1], 3) != self._size:
             raise _KeptError(f"keys have {self._size} elements and values {fixed_size(self._past[1], 3)}")
         if self._size % attention.HEAD_STEP:
             raise _KeptError(f"heads of {self._size} elements, no multiple of {attention.HEAD_STEP}")
+        self._half = self._past[0].dtype == ir.DataType.FLOAT16 != self._query.dtype
+        if self._half and (node.domain or not attention.supports(self._size, rotary=True)):
+            raise _KeptError(
+                f"a cache in float16 is for heads of up to {attention.LARGEST_HEAD} elements, a multiple of"
+                f" {attention.ROTARY_STEP}, and no sinks"
+            )
         self._end = _into_rows(node)
 
     @property
@@ -132,14 +139,18 @@ class _Fusion:
             "scale": float_attribute(self._node, "scale", self._size**-0.5),
             "softcap": float_attribute(self._node, "softcap", 0.0),
             "local_window_size": windows[self.layer],
-            "do_rotary": int(bool(rotary)),
         }
+        operator = attention.OPERATOR
+        if self._half:
+            operator = attention.ROTARY_HALF if rotary else attention.HALF
+        else:
+            attributes[attention.ROTARY] = int(bool(rotary))
         rows = [self._rows(value) for value in (self._query, *self._new)]
         inputs: list[ir.Value | None] = [*rows, *self._past, *lengths, *rotary]
-        own = self._past[0].dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
+        own = self._query.dtype == ir.DataType.FLOAT and attention.supports(self._size, rotary=bool(rotary))
         if self._node.domain:  # with sinks: the last input of ONNX Runtime's node
             own, inputs = False, [*inputs, *[None] * (attention.SINKS - len(inputs)), given(self._node, 4)]
-        results = self._writer.call(attention.OPERATOR, inputs, attributes, stock=not own)
+        results = self._writer.call(operator, inputs, attributes, stock=not own)
         self._graph.insert_before(self._node, self._writer.nodes)
         self._finish(*results)
 
@@ -185,12 +196,19 @@ class _Fusion:
 
 
 def _cache(value: ir.Value | None) -> ir.Node:
-    """Return the Concat of a part of the cache with what is new."""
-    concat = None if value is None else value.producer()
-    joins = concat is not None and concat.op_type == "Concat" and len(concat.inputs) == 2
-    if concat is None or not joins or not str(getattr(concat.inputs[0], "name", "")).startswith(PAST):
+    """Return the Concat of a part of the cache with what is new, which attention reads, widened if it is float16."""
+    wide = producer(value, "Cast")
+    concat = producer(wide.inputs[0] if wide else value, "Concat")
+    if concat is None or len(concat.inputs) != 2 or not str(getattr(concat.inputs[0], "name", "")).startswith(PAST):
         raise _KeptError("keys or values are not what the cache holds")
     return concat
+
+
+def _unrounded(value: ir.Value) -> ir.Value:
+    """Return new keys or values before they are rounded to the type of the cache, if they are."""
+    cast = producer(value, "Cast")
+    rounds = cast is not None and value.dtype == ir.DataType.FLOAT16 != given(cast, 0).dtype
+    return given(cast, 0) if cast is not None and rounds else value
 
 
 def _into_rows(node: ir.Node) -> ir.Node:

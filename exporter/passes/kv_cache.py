@@ -1,4 +1,4 @@
-"""Stores keys and values in 8 bits, with a scale for each token and head, as inputs and outputs of the graph."""
+"""Stores keys and values in fewer bits than activations, as inputs and outputs of the graph: INT8 or float16."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class QuantizeCache(ir.passes.InPlacePass):
         scales: dict[str, tuple[ir.Value, ir.Value]] = {}
         for past in list(graph.inputs):
             name = str(past.name)
-            if name.startswith(PAST) and part_of(name) != INDEX:  # rounded scores would choose other keys
+            if _is_stored(name):
                 scales[name] = _quantize(graph, past)
         if not scales:
             raise ValueError(
@@ -63,6 +63,47 @@ class QuantizeCache(ir.passes.InPlacePass):
         _insert(graph.inputs, {name: pair[0] for name, pair in scales.items()})
         _insert(graph.outputs, {name.replace(PAST, PRESENT): pair[1] for name, pair in scales.items()})
         return ir.passes.PassResult(model, modified=bool(scales))
+
+
+class HalveCache(ir.passes.InPlacePass):
+    """Replaces each ``Concat(past, new)`` or ``TensorScatter`` of the cache by the same on float16.
+
+    As with `QuantizeCache`, attention reads new tokens as they are stored. Keys of an indexer stay as they are.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Change the model in place.
+
+        Raises:
+            ValueError: There are no keys and values, or they are not joined with new ones in one node.
+        """
+        pasts = [past for past in model.graph.inputs if _is_stored(str(past.name))]
+        if not pasts:
+            raise ValueError("the model keeps no keys and values to store in float16; export with --kv float")
+        for past in pasts:
+            _halve(model.graph, past)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _is_stored(name: str) -> bool:
+    """Say whether an input is rounded: keys and values are; rounded keys of an indexer would choose other tokens."""
+    return name.startswith(PAST) and part_of(name) != INDEX
+
+
+def _halve(graph: ir.Graph, past: ir.Value) -> None:
+    """Rewrite one cache tensor."""
+    join = _join(graph, past)
+    new, present = join.inputs[1], join.outputs[0]
+    if present.dtype is None:
+        raise ValueError(f"the cache tensor {past.name!r} has no type")
+    writer = Writer(graph, str(present.name))
+    past.type = ir.TensorType(ir.DataType.FLOAT16)
+    rounded = writer.op("Cast", new, to=ir.DataType.FLOAT16)
+    rounded.type = past.type
+    joined = writer.node(join.op_type, [past, rounded, *join.inputs[2:]], {"axis": 2}).outputs[0]
+    values = writer.op("Cast", joined, like=present, to=present.dtype)
+    joined.type, joined.shape = past.type, present.shape
+    _take_place(graph, join, writer, joined, values)
 
 
 def _quantize(graph: ir.Graph, past: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -90,13 +131,20 @@ def _quantize(graph: ir.Graph, past: ir.Value) -> tuple[ir.Value, ir.Value]:
     values = writer.op("Mul", writer.op("DequantizeLinear", joined, one, zero), scales, like=present)
     joined.type, joined.shape = ir.TensorType(ir.DataType.INT8), present.shape
     scales.type, scales.shape = ir.TensorType(dtype), ir.Shape([*present.shape.dims[:-1], 1])
+    _take_place(graph, join, writer, joined, values)
+    scales.name = f"{name}{SCALE}"
+    return old_scale, scales
+
+
+def _take_place(graph: ir.Graph, join: ir.Node, writer: Writer, joined: ir.Value, values: ir.Value) -> None:
+    """Put the writer's nodes where ``join`` was; ``joined`` is the graph's output now, ``values`` what others read."""
+    present = join.outputs[0]
     index = next(i for i, output in enumerate(graph.outputs) if output is present)
     graph.insert_after(join, writer.nodes)
     graph.outputs[index] = joined
     present.replace_all_uses_with(values)
     graph.remove(join, safe=True)
-    present.name, joined.name, scales.name = f"{name}.float", name, f"{name}{SCALE}"
-    return old_scale, scales
+    present.name, joined.name = f"{present.name}.float", present.name
 
 
 def _join(graph: ir.Graph, past: ir.Value) -> ir.Node:
@@ -106,7 +154,7 @@ def _join(graph: ir.Graph, past: ir.Value) -> ir.Node:
         if joins and any(output is node.outputs[0] for output in graph.outputs):
             return node
     raise ValueError(
-        f"the cache tensor {past.name!r} is not joined with new ones in one node, so it cannot be stored in 8 bits;"
+        f"the cache tensor {past.name!r} is not joined with new ones in one node, so it cannot be rounded;"
         " export with --kv float"
     )
 

@@ -134,6 +134,32 @@ struct GroupQueryAttention {
   static constexpr int kRotaryStep = 16;
 };
 
+struct GroupQueryAttentionKV16 {
+  static constexpr const char* kName = "GroupQueryAttentionKV16";
+  static constexpr const char* kSuffix = "";
+  enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kSeqlensK, kTotalSequenceLength, kInputCount };
+  enum Output { kOutput, kPresentKey, kPresentValue, kOutputCount };
+  static constexpr const char* kInputs[] = {"query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length"};
+  static constexpr const char* kNumHeads = "num_heads";
+  static constexpr const char* kKvNumHeads = "kv_num_heads";
+  static constexpr const char* kLocalWindowSize = "local_window_size";
+  static constexpr const char* kScale = "scale";
+  static constexpr const char* kSoftcap = "softcap";
+};
+
+struct GroupQueryAttentionRotaryKV16 {
+  static constexpr const char* kName = "GroupQueryAttentionRotaryKV16";
+  static constexpr const char* kSuffix = "";
+  enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kSeqlensK, kTotalSequenceLength, kCos, kSin, kPositionIds, kInputCount };
+  enum Output { kOutput, kPresentKey, kPresentValue, kOutputCount };
+  static constexpr const char* kInputs[] = {"query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin", "position_ids"};
+  static constexpr const char* kNumHeads = "num_heads";
+  static constexpr const char* kKvNumHeads = "kv_num_heads";
+  static constexpr const char* kLocalWindowSize = "local_window_size";
+  static constexpr const char* kScale = "scale";
+  static constexpr const char* kSoftcap = "softcap";
+};
+
 struct AddRMSNormalization {
   static constexpr const char* kName = "AddRMSNormalization";
   static constexpr const char* kSuffix = "";

@@ -131,3 +131,54 @@ def test_what_it_cannot_do_is_refused(work: Path, capsys: pytest.CaptureFixture[
     flags = ["--graph", "ort", "--quiet"]
     assert run_cli("export", work / "checkpoint", "-o", work / "no", *flags, "--kv", "int8") == errors.USAGE
     assert "kv float" in capsys.readouterr().err
+
+
+HALF_TOLERANCE = 2e-3
+"""Keys and values in float16 move by up to 2**-11 of themselves; 4e-4 is typical of two layers."""
+
+
+@pytest.mark.parametrize(
+    ("family", "operator", "options"),
+    [
+        ("llama", "GroupQueryAttentionRotaryKV16", {"head_dim": 16}),
+        ("gemma2", "GroupQueryAttentionRotaryKV16", {"head_dim": 16}),
+        ("opt", "GroupQueryAttentionKV16", {"hidden_size": 64}),
+    ],
+)
+def test_a_cache_in_float16(family: str, operator: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Half the memory; what is computed stays float32, and is the same in one call and token by token."""
+    checkpoint = make_checkpoint(tmp_path, family, model=options, bits=4)
+    want = TorchModel(checkpoint).logits(TOKENS)
+    for graph in ("ort", "standard"):
+        folder = tmp_path / graph
+        export(checkpoint, folder, ExportOptions(logits="all", graph=graph, kv="float16"))
+        nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+        assert [node.op_type for node in nodes].count(operator) == (2 if graph == "ort" else 0)
+        assert ExportedModel.open(folder).metadata.kv == "float16"
+        types = {kind for name, kind in ExportedModel.open(folder).input_types.items() if name.startswith("past")}
+        assert types == {"float16"}
+        for kernels in ("bodies", "auto"):
+            file = open_model(folder, kernels)
+            whole = file.logits(TOKENS)
+            assert relative(whole, want) < HALF_TOLERANCE
+            steps = [file.start(TOKENS[:1, :10]), *(file.step(int(token)) for token in TOKENS[0, 10:])]
+            assert relative(np.stack(steps), whole[0, 9:]) < HALF_TOLERANCE
+
+
+def test_other_heads_keep_the_standard_attention_with_a_cache_in_float16(tmp_path: Path) -> None:
+    """ONNX Runtime's node, which takes heads of 24 elements, has no such cache: the layers are named."""
+    checkpoint = make_checkpoint(tmp_path, "llama", model={"head_dim": 24}, bits=4)
+    export(checkpoint, tmp_path / "onnx", ExportOptions(logits="all", graph="ort", kv="float16"))
+    kept = ExportedModel.open(tmp_path / "onnx").metadata.standard_attention
+    assert list(kept) == ["0", "1"]
+    assert all("a multiple of 16, and no sinks" in reason for reason in kept.values())
+    file = open_model(tmp_path / "onnx", "bodies")
+    assert relative(file.logits(TOKENS), TorchModel(checkpoint).logits(TOKENS)) < HALF_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("graph", "dtype", "word"), [("static", "fp32", "graph 'static'"), ("ort", "fp16", "dtype 'fp32'")]
+)
+def test_a_cache_in_float16_is_refused_where_it_does_not_help(graph: str, dtype: str, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        ExportOptions(graph=graph, dtype=dtype, kv="float16")

@@ -6,10 +6,18 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cpu/simd/half.h"
+
 namespace {
 
 using namespace rankbook;
 using Floats = std::vector<float>;
+using Halves = std::vector<uint16_t>;
+
+// By halves a rounding may go the other way where an embedded key lies near the middle: a step of a key of up to 2 in a
+// score of up to 80 elements. Otherwise sums of elements of up to 1 in another order.
+constexpr double kTolerance = 2e-6;
+constexpr double kHalfTolerance = 2e-3;
 
 struct Case {
   std::vector<int32_t> keys;  // of each row of the batch
@@ -35,6 +43,7 @@ struct Call {
   const Case& c;
   AttentionArgs args;
   Floats query, key, value, past_key, past_value, cos, sin, present_key, present_value, output, workspace;
+  Halves half_past_key, half_past_value, half_present_key, half_present_value;
   std::vector<int32_t> last;
   std::vector<int64_t> position_ids;
   std::mt19937 source{7};
@@ -45,7 +54,18 @@ struct Call {
     return out;
   }
 
-  Call(const Case& c_, bool in_place) : c(c_) {
+  // What a cache of 16-bit floats holds of each element; the elements then are these.
+  static Halves halved(Floats& from) {
+    Halves out(from.size());
+    for (size_t i = 0; i < from.size(); ++i) {
+      out[i] = nearest_half(from[i]);
+      from[i] = half_to_float(out[i]);
+    }
+    return out;
+  }
+
+  Call(const Case& c_, bool in_place, bool half = false) : c(c_) {
+    args.half = half;
     args.batch = static_cast<int64_t>(c.keys.size());
     args.tokens = c.tokens;
     args.heads = c.heads;
@@ -62,6 +82,10 @@ struct Call {
     value = draw(static_cast<int64_t>(key.size()));
     past_key = draw(args.batch * c.kv_heads * c.past * c.size);
     past_value = draw(static_cast<int64_t>(past_key.size()));
+    if (half) {
+      half_past_key = halved(past_key);
+      half_past_value = halved(past_value);
+    }
     cos = draw(kPositions * c.size / 2);
     sin = draw(kPositions * c.size / 2);
     for (int64_t row = 0; row < args.batch; ++row) {
@@ -72,9 +96,13 @@ struct Call {
     present_key.assign(static_cast<size_t>(args.batch * c.kv_heads * args.present * c.size), NAN);
     present_value = present_key;
     workspace.assign(static_cast<size_t>(attention_workspace(args)), NAN);
+    half_present_key.assign(half ? present_key.size() : 0, 0x7E00);  // not a number
+    half_present_value = half_present_key;
     if (in_place) {
       present_key = past_key;
       present_value = past_value;
+      half_present_key = half_past_key;
+      half_present_value = half_past_value;
     }
     bind(in_place);
   }
@@ -83,10 +111,10 @@ struct Call {
     args.query = query.data();
     args.key = key.data();
     args.value = value.data();
-    args.past_key = in_place ? present_key.data() : past_key.data();
-    args.past_value = in_place ? present_value.data() : past_value.data();
-    args.present_key = present_key.data();
-    args.present_value = present_value.data();
+    args.present_key = stored(present_key, half_present_key);
+    args.present_value = stored(present_value, half_present_value);
+    args.past_key = in_place ? args.present_key : stored(past_key, half_past_key);
+    args.past_value = in_place ? args.present_value : stored(past_value, half_past_value);
     args.last = last.data();
     args.output = output.data();
     args.workspace = workspace.data();
@@ -96,6 +124,12 @@ struct Call {
     args.sin = sin.data();
     args.position_ids = position_ids.data();
   }
+
+  void* stored(Floats& floats, Halves& halves) {
+    return args.half ? static_cast<void*>(halves.data()) : static_cast<void*>(floats.data());
+  }
+
+  double present(size_t at) const { return args.half ? half_to_float(half_present_key[at]) : present_key[at]; }
 
   int64_t before(int64_t row) const { return c.tokens == args.total ? 0 : c.keys[static_cast<size_t>(row)] - c.tokens; }
 
@@ -122,7 +156,11 @@ struct Call {
     }
     const int64_t token = position - before(row);
     const float* x = fresh.data() + ((row * c.tokens + token) * c.kv_heads + head) * c.size;
-    return embed ? embedded(x, row, token) : std::vector<double>(x, x + c.size);
+    std::vector<double> out = embed ? embedded(x, row, token) : std::vector<double>(x, x + c.size);
+    for (double& element : out) {
+      if (args.half) element = half_to_float(nearest_half(static_cast<float>(element)));
+    }
+    return out;
   }
 
   std::vector<double> attended(int64_t row, int64_t token, int64_t head) const {
@@ -160,32 +198,63 @@ struct Call {
         const int64_t head = place / (before(row) + c.tokens);
         const int64_t position = place % (before(row) + c.tokens);
         const std::vector<double> want = cached(past_key, key, true, row, head, position);
-        const float* got = present_key.data() + ((row * c.kv_heads + head) * args.present + position) * c.size;
-        for (size_t i = 0; i < want.size(); ++i) worst = std::fmax(worst, distance(got[i], want[i]));
+        const int64_t at = ((row * c.kv_heads + head) * args.present + position) * c.size;
+        for (size_t i = 0; i < want.size(); ++i) worst = std::fmax(worst, distance(present(static_cast<size_t>(at) + i), want[i]));
       }
     }
     return worst;
   }
 
-  static double distance(float got, double want) { return std::isnan(got) ? INFINITY : std::fabs(got - want); }
+  static double distance(double got, double want) { return std::isnan(got) ? INFINITY : std::fabs(got - want); }
 };
+
+// Every 16-bit float comes back from fp32, and what lies between two goes to the nearer, in the middle to the even one.
+int check_halves(const AttentionKernels& kernels) {
+  int failures = 0;
+  for (uint32_t bits = 0; bits < 0x7C00; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    const auto next = static_cast<uint16_t>(bits + 1);  // infinity behind the last
+    const float low = half_to_float(half);
+    const float high = bits + 1 < 0x7C00 ? half_to_float(next) : 65536.0F;
+    const float middle = low + (high - low) / 2;  // exact
+    const float x[] = {low, -low, middle, std::nextafter(middle, low), std::nextafter(middle, high), -middle, low, low};
+    const uint16_t even = bits % 2 == 0 ? half : next;
+    const uint16_t want[] = {half, static_cast<uint16_t>(half | 0x8000), even, half, next, static_cast<uint16_t>(even | 0x8000),
+                             half, half};
+    uint16_t got[8];
+    kernels.narrow(x, 8, got);
+    for (int i = 0; i < 8; ++i) failures += got[i] == want[i] && nearest_half(x[i]) == want[i] ? 0 : 1;
+  }
+  const float special[] = {INFINITY, -INFINITY, 65519.0F, 1e30F, 0.0F, 0.0F, 0.0F, NAN};
+  uint16_t got[8];
+  kernels.narrow(special, 8, got);
+  const uint16_t want[] = {0x7C00, 0xFC00, 0x7BFF, 0x7C00, 0, 0, 0};
+  for (int i = 0; i < 7; ++i) failures += got[i] == want[i] && nearest_half(special[i]) == want[i] ? 0 : 1;
+  failures += std::isnan(half_to_float(got[7])) && std::isnan(half_to_float(nearest_half(NAN))) ? 0 : 1;
+  if (failures > 0) std::fprintf(stderr, "attention, %s: %d roundings to halves differ\n", kernels.name, failures);
+  return failures;
+}
 
 }  // namespace
 
 int check_attention(const rankbook::AttentionKernels& kernels, const rankbook::Parallel& parallel) {
   int failures = 0;
   for (const Case& c : kCases) {
-    for (const bool in_place : {false, true}) {
-      Call call(c, in_place);
+    for (const int form : {0, 1, 2, 3}) {
+      const bool in_place = form % 2 == 1;
+      const bool half = form >= 2;
+      Call call(c, in_place, half);
       if (in_place && call.args.past < call.args.total) continue;
       const Status status = attention(call.args, kernels, parallel);
       const double error = status.ok() ? call.error() : INFINITY;
-      if (error < 2e-6) continue;  // numbers of up to 1
-      std::fprintf(stderr, "attention, %s: %ld tokens, %ld keys, heads of %ld: error %g\n", kernels.name,
-                   static_cast<long>(c.tokens), static_cast<long>(call.args.total), static_cast<long>(c.size), error);
+      if (error < (half ? kHalfTolerance : kTolerance)) continue;
+      std::fprintf(stderr, "attention, %s%s: %ld tokens, %ld keys, heads of %ld: error %g\n", kernels.name,
+                   half ? ", a cache of halves" : "", static_cast<long>(c.tokens), static_cast<long>(call.args.total),
+                   static_cast<long>(c.size), error);
       ++failures;
     }
   }
+  failures += check_halves(kernels);
   Call call(kCases[1], false);
   call.position_ids[0] = kPositions;
   failures += attention(call.args, kernels, parallel) == rankbook::refusal::kPosition ? 0 : 1;

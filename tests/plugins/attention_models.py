@@ -19,7 +19,7 @@ POSITIONS = 400
 
 @dataclass
 class Node:
-    """One attention node; ``own`` without ``body`` is what only the library can run."""
+    """One attention node, with a cache in float16 if ``half``; ``own`` without ``body``: only the library runs it."""
 
     heads: int = 6
     kv_heads: int = 2
@@ -30,27 +30,38 @@ class Node:
     scale: float = 0.2
     own: bool = True
     body: bool = True
+    half: bool = False
     dropped: tuple[str, ...] = ()
     changed: dict[str, int | float] = field(default_factory=dict)
+
+    @property
+    def operator(self) -> contract.Operator:
+        """The operator of rankbook."""
+        if self.half:
+            return attention.ROTARY_HALF if self.rotary else attention.HALF
+        return attention.OPERATOR
 
     def model(self) -> onnx.ModelProto:
         """Return the model; its inputs are those of the node but for the tables."""
         kinds = {"seqlens_k": (TensorProto.INT32, 1), "total_sequence_length": (TensorProto.INT32, 0)}
         kinds["position_ids"] = (TensorProto.INT64, 2)
-        names = [port.name for port in attention.OPERATOR.given({attention.ROTARY: self.rotary})]
+        names = [port.name for port in self.operator.given({attention.ROTARY: self.rotary})]
+        cache = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
         names = [name for name in names if name not in self.dropped]
         values = []
         for name in names:
-            kind, axes = kinds.get(name, (TensorProto.FLOAT, 4 if name.startswith("past") else 3))
+            kind, axes = kinds.get(name, (cache, 4) if name.startswith("past") else (TensorProto.FLOAT, 3))
             if name not in ("cos", "sin"):
                 values.append(helper.make_tensor_value_info(name, kind, [None] * axes))
         outputs = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * (3 if name == "output" else 4))
-            for name in (port.name for port in attention.OPERATOR.outputs)
+            helper.make_tensor_value_info(
+                name, *((TensorProto.FLOAT, [None] * 3) if name == "output" else (cache, [None] * 4))
+            )
+            for name in (port.name for port in self.operator.outputs)
         ]
         domain = contract.DOMAIN if self.own else contract.STOCK_DOMAIN
         node = helper.make_node(
-            attention.NAME, names, [value.name for value in outputs], "att", domain=domain, **self.attributes()
+            self.operator.name, names, [value.name for value in outputs], "att", domain=domain, **self.attributes()
         )
         tables = [numpy_helper.from_array(table, name) for name, table in self.tables().items() if name in names]
         graph = helper.make_graph([node], "attention", values, outputs, tables)
@@ -58,23 +69,23 @@ class Node:
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid(*item) for item in domains.items()],
-            functions=[body(attention.NAME)] if self.body else [],
+            functions=[body(self.operator.name)] if self.body else [],
             ir_version=11,
         )
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes."""
         attributes: dict[str, Any] = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.scale}
-        attributes |= {"softcap": self.softcap, "local_window_size": self.window, "do_rotary": int(self.rotary)}
+        attributes |= {"softcap": self.softcap, "local_window_size": self.window}
+        if not self.half:
+            attributes["do_rotary"] = int(self.rotary)
         return attributes | self.changed
 
     def expected(self, feeds: dict[str, Array]) -> tuple[Array, ...]:
         """Return the outputs of the numpy reference."""
         given = {**feeds, **self.tables()}
         attributes = self.attributes()
-        return attention.OPERATOR.compute(
-            [given[port.name] for port in attention.OPERATOR.given(attributes)], attributes
-        )
+        return self.operator.compute([given[port.name] for port in self.operator.given(attributes)], attributes)
 
     def tables(self) -> dict[str, Array]:
         """Return cos and sin."""
@@ -109,7 +120,8 @@ class Call:
         feeds: dict[str, Array] = {"query": draw(rows, self.tokens, node.heads * node.size)}
         for name in ("key", "value"):
             feeds[name] = draw(rows, self.tokens, node.kv_heads * node.size)
-            feeds[f"past_{name}"] = draw(rows, node.kv_heads, self.past, node.size)
+            past = draw(rows, node.kv_heads, self.past, node.size)
+            feeds[f"past_{name}"] = past.astype(np.float16) if node.half else past
         feeds["seqlens_k"] = np.array(self.keys, np.int32) - 1
         feeds["total_sequence_length"] = np.array(self.total, np.int32)
         if node.rotary:

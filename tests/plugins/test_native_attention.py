@@ -16,6 +16,12 @@ RELATIVE = 5e-6
 whose exponential is within 2.2e-7; relative to the largest output. Scores of up to 20 carry roundings of 2**-24 of
 themselves, 1.2e-6, into the weights, on both sides."""
 
+HALF_RELATIVE = 5e-4
+"""With a cache in float16, relative to the largest output: an embedded key that lies near the middle of two float16
+numbers (one of some thousand elements) may be rounded to the other one, 2**-11 of itself; measured 1.8e-4."""
+HALF_STEP = 2.0**-10
+"""A float16 number and its neighbour, relative to the smaller one."""
+
 CALLS = {
     "first token": Call((1,), 1, 0),
     "one token": Call((130,), 1, 129),
@@ -55,13 +61,16 @@ def compare(node: Node, *, threads: int = 1) -> None:
 
 
 def check(name: str, call: Call, got: list[Array], want: list[Array]) -> None:
+    half = got[1].dtype == np.float16
+    assert half == (want[1].dtype == np.float16)
     for row, keys in enumerate(call.keys):
         seen = keys if call.tokens == call.total else call.tokens  # rows of padding mean nothing
         error = np.abs(got[0][row, :seen] - want[0][row, :seen]).max() / np.abs(want[0][row, :seen]).max()
-        if not error < RELATIVE:
+        if not error < (HALF_RELATIVE if half else RELATIVE):
             raise AssertionError(f"{name}, row {row}: {error}")
     # Keys are embedded: two products and a sum, in another order or not. Values are copied.
-    np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-6, err_msg=name)
+    found, wanted = (values[1].astype(np.float64) for values in (got, want))
+    np.testing.assert_allclose(found, wanted, rtol=1.01 * HALF_STEP if half else 0, atol=1e-6, err_msg=name)
     np.testing.assert_array_equal(got[2], want[2], err_msg=name)
 
 
@@ -92,6 +101,58 @@ def test_every_instruction_set(isa: str) -> None:
 def check_all() -> None:
     for node in SIZES.values():
         compare(replace(node, **KINDS["both"]))
+        compare_half(replace(node, half=True, **KINDS["both"]))
+
+
+def compare_half(node: Node) -> None:
+    """Compare every call of a node with a cache in float16 with the definition, which the body must meet too."""
+    own, inlined = session(node), session(node, native=False)
+    for name, call in CALLS.items():
+        feeds = call.feeds(node)
+        want = list(node.expected(feeds))
+        check(name, call, own.run(None, feeds), want)
+        check(f"{name}, the body", call, inlined.run(None, feeds), want)
+        if call.past >= call.total:
+            for buffer, past in zip(want[1:], ("past_key", "past_value"), strict=True):
+                for row, before in enumerate(call.before()):  # what lies behind the new keys stays there
+                    behind = before + call.tokens
+                    buffer[row, :, behind:] = feeds[past][row, :, behind:]
+            check(f"{name}, in place", call, run_in_place(own, feeds), want)
+
+
+@built
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_cache_in_float16(size: str, kind: str) -> None:
+    compare_half(replace(SIZES[size], half=True, **KINDS[kind]))
+
+
+@built
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_cache_in_float16_is_the_same_in_one_call_and_token_by_token(rotary: bool) -> None:
+    """Keys and values are read as they are stored, those of the call itself too."""
+    node = Node(rotary=rotary, half=True)
+    runs, whole = session(node), Call((20,), 20, 20)
+    feeds = whole.feeds(node)
+    output, keys, values = runs.run(None, feeds)
+    past = {f"past_{name}": np.zeros_like(feeds[f"past_{name}"]) for name in ("key", "value")}
+    for token in range(20):
+        step = Call((token + 1,), 1, 20).feeds(node) | past
+        for name in {"query", "key", "value", "position_ids"} & set(feeds):
+            step[name] = feeds[name][:, token : token + 1]
+        one, *cache = runs.run(None, step)
+        past = dict(zip(past, cache, strict=True))
+        np.testing.assert_allclose(one[:, 0], output[:, token], rtol=0, atol=RELATIVE * np.abs(output).max())
+    np.testing.assert_array_equal(past["past_key"], keys)
+    np.testing.assert_array_equal(past["past_value"], values)
+
+
+@built
+@pytest.mark.parametrize("rotary", [False, True])
+def test_inputs_of_a_cache_in_float16_must_be_all_there(rotary: bool) -> None:
+    node = Node(rotary=rotary, half=True, body=False, dropped=("position_ids" if rotary else "total_sequence_length",))
+    with pytest.raises(Exception, match=rf"KV16.*has input size {9 if rotary else 6} not in range"):
+        session(node)
 
 
 @built

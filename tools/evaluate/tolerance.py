@@ -16,7 +16,7 @@ ROUNDED_TOLERANCE = 5e-2
 
 def default_tolerance(file: ExportedModel) -> float:
     """Return the largest relative difference that passes by what a file rounds."""
-    tolerance = exact_tolerance(file)
+    tolerance = max(exact_tolerance(file), TOLERANCE["fp16"] if file.metadata.kv == "float16" else 0.0)
     rounds = file.metadata.kv == "int8" or file.metadata.activations != "none"
     return max(tolerance, ROUNDED_TOLERANCE) if rounds else tolerance
 

@@ -64,8 +64,9 @@ struct AttentionTile {
   const int64_t* begin;   // (rows): the first key that a row sees
   const int64_t* end;     // (rows): one behind the last
   float cap;              // softcap times log2(e), or 0
-  const float* keys;      // (positions, H)
-  const float* values;    // (positions, H)
+  bool half;              // whether keys and values are 16-bit floats
+  const void* keys;       // (positions, H)
+  const void* values;     // (positions, H)
   const float* panels;    // keys as (panels, H, kKeyPanel), zeros behind the last, or null
 };
 
@@ -79,6 +80,9 @@ struct AttentionKernels {
 
   // out (H) = x (H) * factor after the rotary embedding with cos and sin (H / 2), which may be null.
   void (*embed)(const float* x, const float* cos, const float* sin, int64_t size, float factor, float* out);
+
+  // out (count) = x (count) as 16-bit floats.
+  void (*narrow)(const float* x, int64_t count, uint16_t* out);
 };
 
 // What works on rows between products, built once per instruction set from rows/kernels.h.

@@ -1,8 +1,8 @@
-// rankbook::GroupQueryAttention for ONNX Runtime on the CPU: shapes and lengths of a call checked against each other,
-// then handed to kernels/cpu/attention as plain pointers. fp32; caches are (batch, kv heads, positions, size), written
-// in place where past and present are one buffer.
+// rankbook::GroupQueryAttention and its two forms with a cache of 16-bit floats for ONNX Runtime on the CPU: shapes and
+// lengths of a call checked against each other, then handed to kernels/cpu/attention as plain pointers. fp32 but for the
+// cache; caches are (batch, kv heads, positions, size), written in place where past and present are one buffer.
 //
-// Its body is com.microsoft::GroupQueryAttention, whose inputs it takes in the same order (plugins/attention.py), so
+// Their bodies are com.microsoft::GroupQueryAttention, whose inputs they take in the same order (plugins/attention.py), so
 // that a file runs without the library too.
 #include "shims/ort/attention_op.h"
 
@@ -22,11 +22,27 @@ namespace {
 // Names, inputs and limits come from contract.h, generated from plugins/attention.py, so that the exporter and this
 // file cannot disagree.
 using Attention = contract::GroupQueryAttention;
+using Half = contract::GroupQueryAttentionKV16;
+using RotaryHalf = contract::GroupQueryAttentionRotaryKV16;
+
+// The operators differ in the cache, and in what says whether there is a rotary embedding.
+struct Form {
+  const char* name;
+  bool half;
+  int rotary;  // 1 inside, 0 not; kByAttribute
+};
+inline constexpr int kByAttribute = -1;
+constexpr Form kForms[] = {
+    {Attention::kName, false, kByAttribute}, {Half::kName, true, 0}, {RotaryHalf::kName, true, 1}};
+
+// Inputs have the same places in all of them.
+static_assert(int{Half::kTotalSequenceLength} == Attention::kTotalSequenceLength && int{Half::kInputCount} == Attention::kCos);
+static_assert(int{RotaryHalf::kPositionIds} == Attention::kPositionIds && int{RotaryHalf::kInputCount} == Attention::kInputCount);
 
 // Attributes and tables are read when the node is created; a call reads shapes and pointers only.
 class AttentionKernel {
  public:
-  AttentionKernel(const OrtKernelInfo* info, const AttentionKernels& kernels);
+  AttentionKernel(const OrtKernelInfo* info, const Form& form, const AttentionKernels& kernels);
   OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept {
     return guarded([&] { compute(Ort::KernelContext(context)); });
   }
@@ -45,10 +61,12 @@ class AttentionKernel {
   AttentionArgs fixed_;  // what all calls share
 };
 
-AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKernels& kernels) : kernels_(kernels) {
-  const Constants constants(info, Attention::kInputs, Attention::kName);
+AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const Form& form, const AttentionKernels& kernels)
+    : kernels_(kernels) {
+  const Constants constants(info, Attention::kInputs, form.name);
   const Ort::ConstKernelInfo read(info);
   node_ = constants.node();
+  fixed_.half = form.half;
   fixed_.heads = constants.attribute(Attention::kNumHeads, 1);
   fixed_.kv_heads = constants.attribute(Attention::kKvNumHeads, 1);
   // -1 is all keys.
@@ -63,15 +81,16 @@ AttentionKernel::AttentionKernel(const OrtKernelInfo* info, const AttentionKerne
   if (fixed_.window == 0) fail("attribute local_window_size is 0; it must be positive, or -1 for all keys");
   // The number of inputs must agree with do_rotary: a node that names tables and does not turn its heads would compute
   // something else without a word.
-  const int64_t rotary = constants.attribute(Attention::kDoRotary, 0);
+  const bool asked = form.rotary == kByAttribute;
+  const int64_t rotary = asked ? constants.attribute(Attention::kDoRotary, 0) : form.rotary;
   const size_t count = read.GetInputCount();
   const size_t expected = rotary == 1 ? size_t{Attention::kInputCount} : size_t{Attention::kCos};
-  if (rotary > 1 || count != expected) {
+  if (asked && (rotary > 1 || count != expected)) {
     fail("do_rotary is " + std::to_string(rotary) + " with " + std::to_string(count) + " inputs; it must be 1 with " +
          std::to_string(Attention::kInputCount) + " inputs, or 0 with " + std::to_string(Attention::kCos));
   }
   // Optional inputs of ONNX may be left out by an empty name; here the node needs all that it lists.
-  constants.expect_inputs(count);
+  constants.expect_inputs(asked ? count : expected);
   if (rotary == 1) read_tables(constants);
 }
 
@@ -83,7 +102,7 @@ void AttentionKernel::read_tables(const Constants& constants) {
   const int64_t size = cos.shape.at[1] * 2;
   if (cos.shape.axes != 2 || cos.shape.at[0] < 1 || size < 1 || size % Attention::kRotaryStep != 0) {
     fail("input cos has shape " + cos.shape.text() + "; it must be rows of half a head, whose size is a multiple of " +
-         std::to_string(Attention::kRotaryStep) + " with do_rotary = 1");
+         std::to_string(Attention::kRotaryStep) + " with a rotary embedding inside");
   }
   // One index of a position serves both.
   if (!(sin.shape == cos.shape)) fail("input sin has shape " + sin.shape.text() + "; it must be that of cos, " + cos.shape.text());
@@ -132,8 +151,8 @@ void AttentionKernel::read_inputs(const Ort::KernelContext& context, AttentionAr
   // All but the number of positions is known by now.
   if (!(buffer == wanted)) fail("past_key has shape " + buffer.text() + "; it must have shape " + wanted.text());
   args.past = buffer.at[2];
-  args.past_key = past.GetTensorData<float>();
-  args.past_value = input(context, Attention::kPastValue, wanted).GetTensorData<float>();
+  args.past_key = past.GetTensorRawData();
+  args.past_value = input(context, Attention::kPastValue, wanted).GetTensorRawData();
   args.last = input(context, Attention::kSeqlensK, {args.batch}).GetTensorData<int32_t>();
   const Ort::ConstValue total = context.GetInput(Attention::kTotalSequenceLength);
   if (total.GetTensorTypeAndShapeInfo().GetElementCount() != 1) fail("total_sequence_length must be one number");
@@ -155,8 +174,8 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
   const int64_t output[] = {args.batch, args.tokens, args.heads * args.size};
   const int64_t present[] = {args.batch, args.kv_heads, args.present, args.size};
   args.output = context.GetOutput(Attention::kOutput, output, 3).GetTensorMutableData<float>();
-  args.present_key = context.GetOutput(Attention::kPresentKey, present, 4).GetTensorMutableData<float>();
-  args.present_value = context.GetOutput(Attention::kPresentValue, present, 4).GetTensorMutableData<float>();
+  args.present_key = context.GetOutput(Attention::kPresentKey, present, 4).GetTensorMutableRawData();
+  args.present_value = context.GetOutput(Attention::kPresentValue, present, 4).GetTensorMutableRawData();
   // Panels of keys for prompts; a decode step needs none, and allocates nothing.
   const int64_t floats = attention_workspace(args);
   const std::unique_ptr<float[]> workspace(floats > 0 ? new float[static_cast<size_t>(floats)] : nullptr);
@@ -177,26 +196,33 @@ void AttentionKernel::compute(const Ort::KernelContext& context) const {
 }
 
 struct Op : Ort::CustomOpBase<Op, AttentionKernel, true> {
+  const Form& form;
   const AttentionKernels& kernels;
 
-  explicit Op(const AttentionKernels& kernels_) : kernels(kernels_) {}
+  Op(const Form& form_, const AttentionKernels& kernels_) : form(form_), kernels(kernels_) {}
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return guarded([&] { *kernel = new AttentionKernel(info, kernels); });
+    return guarded([&] { *kernel = new AttentionKernel(info, form, kernels); });
   }
-  const char* GetName() const { return Attention::kName; }
-  size_t GetInputTypeCount() const { return Attention::kInputCount; }
+  const char* GetName() const { return form.name; }
+  size_t GetInputTypeCount() const { return form.rotary == 0 ? size_t{Attention::kCos} : size_t{Attention::kInputCount}; }
+  ONNXTensorElementDataType cache() const {
+    return form.half ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
   ONNXTensorElementDataType GetInputType(size_t input) const {
     if (input == Attention::kPositionIds) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    if (input == Attention::kPastKey || input == Attention::kPastValue) return cache();
     const bool length = input == Attention::kSeqlensK || input == Attention::kTotalSequenceLength;
     return length ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
-  // Tables and positions are there with do_rotary = 1 only; the constructor has looked at their number.
+  // With the attribute, tables and positions are there with do_rotary = 1 only; the constructor has looked at their number.
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t input) const {
-    return input >= Attention::kCos ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+    return form.rotary == kByAttribute && input >= Attention::kCos ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   }
   size_t GetOutputTypeCount() const { return Attention::kOutputCount; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  ONNXTensorElementDataType GetOutputType(size_t output) const {
+    return output == Attention::kOutput ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : cache();
+  }
 };
 
 // The same limits stand in Python and in the kernels.
@@ -205,6 +231,8 @@ static_assert(Attention::kLargestHead == kLargestHead && Attention::kHeadStep ==
 }  // namespace
 
 // Never deleted: a domain keeps the pointer for as long as the library is loaded.
-void add_attention(Ort::CustomOpDomain& domain, const AttentionKernels& kernels) { domain.Add(new Op(kernels)); }
+void add_attention(Ort::CustomOpDomain& domain, const AttentionKernels& kernels) {
+  for (const Form& form : kForms) domain.Add(new Op(form, kernels));
+}
 
 }  // namespace rankbook::ort

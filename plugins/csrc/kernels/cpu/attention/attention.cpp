@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/simd/half.h"
 
 namespace rankbook {
 namespace {
@@ -25,6 +26,7 @@ struct Job {
   int64_t blocks;  // of kKeyBlock positions in `present`
   int64_t panels;  // of keys, of one head
   int64_t tiles;   // of rows of queries, of one head
+  int64_t row;     // bytes of a position of a head in the cache
 };
 
 // A head of the cache is contiguous, (positions, size): what one task reads is one stream.
@@ -66,32 +68,37 @@ const float* angles(const AttentionArgs& args, const float* table, int64_t row, 
 // Brings positions [from, to) of one head's buffer up to date: the past, what is new, and nothing behind it.
 // Where the past's buffer is the present's nothing is copied, and a step costs one position; else the whole cache once,
 // as ONNX Runtime's node does.
-void append_part(const Job& job, const Head& at, int64_t from, int64_t to, const float* past, const float* fresh, bool embedded,
-                 float* present) {
+void append_part(const Job& job, const Head& at, int64_t from, int64_t to, const void* past, const float* fresh, bool embedded,
+                 void* present) {
   const AttentionArgs& args = job.args;
   const int64_t size = args.size;
   const int64_t end = at.before + args.tokens;
-  float* buffer = present + at.index() * args.present * size;
+  const char* old = static_cast<const char*>(past) + at.index() * args.past * job.row;
+  char* buffer = static_cast<char*>(present) + at.index() * args.present * job.row;
   if (present != past && from < at.before) {
     const int64_t stop = to < at.before ? to : at.before;
-    std::memcpy(buffer + from * size, past + (at.index() * args.past + from) * size,
-                static_cast<size_t>((stop - from) * size) * sizeof(float));
+    std::memcpy(buffer + from * job.row, old + from * job.row, static_cast<size_t>((stop - from) * job.row));
   }
   const int64_t first = from > at.before ? from : at.before;
   for (int64_t position = first; position < to && position < end; ++position) {
     const int64_t token = position - at.before;
     const float* x = fresh + ((at.row * args.tokens + token) * args.kv_heads + at.head) * size;
-    float* out = buffer + position * size;
+    alignas(64) float turned[kLargestHead];
     if (embedded) {
       const float* cos = angles(args, args.cos, at.row, token);
-      job.kernels.embed(x, cos, angles(args, args.sin, at.row, token), size, 1.0F, out);
+      job.kernels.embed(x, cos, angles(args, args.sin, at.row, token), size, 1.0F, turned);
+      x = turned;
+    }
+    char* out = buffer + position * job.row;
+    if (args.half) {
+      job.kernels.narrow(x, size, reinterpret_cast<uint16_t*>(out));
     } else {
-      std::memcpy(out, x, static_cast<size_t>(size) * sizeof(float));
+      std::memcpy(out, x, static_cast<size_t>(job.row));
     }
   }
   const int64_t behind = from > end ? from : end;
   if (present != past && behind < to) {
-    std::memset(buffer + behind * size, 0, static_cast<size_t>((to - behind) * size) * sizeof(float));
+    std::memset(buffer + behind * job.row, 0, static_cast<size_t>((to - behind) * job.row));
   }
 }
 
@@ -123,10 +130,11 @@ void attend_tile(const Job& job, const Head& at, int64_t first, int64_t rows, co
     end[row] = at.before + token + 1;
     begin[row] = args.window > 0 && args.window < end[row] ? end[row] - args.window : 0;
   }
-  const int64_t buffer = at.index() * args.present * args.size;
+  const int64_t buffer = at.index() * args.present * job.row;
   const float cap = args.softcap * kLog2E;
-  job.kernels.attend({rows, args.size, stride, q, out, begin, end, cap, args.present_key + buffer, args.present_value + buffer,
-                      panels});
+  const char* keys = static_cast<const char*>(args.present_key) + buffer;
+  const char* values = static_cast<const char*>(args.present_value) + buffer;
+  job.kernels.attend({rows, args.size, stride, q, out, begin, end, cap, args.half, keys, values, panels});
   for (int64_t row = 0; row < rows; ++row) {
     std::memcpy(args.output + places[row], out + row * stride, static_cast<size_t>(args.size) * sizeof(float));
   }
@@ -153,7 +161,7 @@ void block_task(void* argument, int64_t index) {
   const int64_t from = index % job.blocks * kKeyBlock;
   const int64_t to = args.present - from < kKeyBlock ? args.present : from + kKeyBlock;
   append(job, at, from, to);
-  const float* keys = args.present_key + at.index() * args.present * args.size;
+  const char* keys = static_cast<const char*>(args.present_key) + at.index() * args.present * job.row;
   float* panels = args.workspace + at.index() * job.panels * kKeyPanel * args.size;
   const int64_t end = at.before + args.tokens;
   for (int64_t panel = from / kKeyPanel; panel < job.panels && panel * kKeyPanel < to; ++panel) {
@@ -162,8 +170,14 @@ void block_task(void* argument, int64_t index) {
     const int64_t count = end - first < kKeyPanel ? end - first : kKeyPanel;
     if (count < kKeyPanel) std::memset(out, 0, static_cast<size_t>(kKeyPanel * args.size) * sizeof(float));
     for (int64_t lane = 0; lane < count; ++lane) {
-      const float* key = keys + (first + lane) * args.size;
-      for (int64_t d = 0; d < args.size; ++d) out[d * kKeyPanel + lane] = key[d];
+      const char* key = keys + (first + lane) * job.row;
+      if (args.half) {
+        const auto* stored = reinterpret_cast<const uint16_t*>(key);
+        for (int64_t d = 0; d < args.size; ++d) out[d * kKeyPanel + lane] = half_to_float(stored[d]);
+      } else {
+        const auto* stored = reinterpret_cast<const float*>(key);
+        for (int64_t d = 0; d < args.size; ++d) out[d * kKeyPanel + lane] = stored[d];
+      }
     }
   }
 }
@@ -212,7 +226,8 @@ Status attention(const AttentionArgs& args, const AttentionKernels& kernels, con
   if (!status.ok()) return status;
   const int64_t group = args.heads / args.kv_heads;
   const int64_t tiles = ceil_div(args.tokens * group, kernels.rows);
-  Job job{args, kernels, group, ceil_div(args.present, kKeyBlock), panels_of(args), tiles};
+  Job job{args, kernels, group, ceil_div(args.present, kKeyBlock), panels_of(args), tiles,
+          args.size * static_cast<int64_t>(args.half ? sizeof(uint16_t) : sizeof(float))};
   const int64_t heads = args.batch * args.kv_heads;
   const int64_t work = args.batch * args.tokens * args.heads * args.size * args.total;
   if (few_rows(args)) {

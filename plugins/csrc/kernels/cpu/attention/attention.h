@@ -1,7 +1,7 @@
 #pragma once
 
 // Attention of grouped query heads over a cache of keys and values, with the rotary embedding, on a CPU. It computes what
-// com.microsoft::GroupQueryAttention of ONNX Runtime computes in fp32. No runtime in here, as in codebook.h.
+// com.microsoft::GroupQueryAttention of ONNX Runtime computes in fp32; the cache may be of 16-bit floats. No runtime in here, as in codebook.h.
 //
 // Letters: B rows of the batch, S new tokens of each, N query heads, M heads of keys and values (M divides N), H elements of a
 // head, P positions in the past's buffer, L = max(P, total) in the present's.
@@ -28,10 +28,11 @@ struct AttentionArgs {
   const float* query = nullptr;          // (B, S, N * H)
   const float* key = nullptr;            // (B, S, M * H), new
   const float* value = nullptr;          // (B, S, M * H), new
-  const float* past_key = nullptr;       // (B, M, P, H)
-  const float* past_value = nullptr;     // (B, M, P, H)
-  float* present_key = nullptr;          // (B, M, L, H); nothing is copied where it is past_key
-  float* present_value = nullptr;        // (B, M, L, H); nothing is copied where it is past_value
+  bool half = false;                     // whether past and present are 16-bit floats; new ones are then read rounded
+  const void* past_key = nullptr;        // (B, M, P, H)
+  const void* past_value = nullptr;      // (B, M, P, H)
+  void* present_key = nullptr;           // (B, M, L, H); nothing is copied where it is past_key
+  void* present_value = nullptr;         // (B, M, L, H); nothing is copied where it is past_value
   const int32_t* last = nullptr;         // (B): keys of a row less one, new ones included
   int64_t positions = 0;                 // rows of cos and sin; 0 for no rotary embedding
   const float* cos = nullptr;            // (positions, H / 2)

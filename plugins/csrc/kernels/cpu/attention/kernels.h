@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/simd/narrow.h"
 #include "kernels/cpu/simd/power.h"
 
 namespace rankbook {
@@ -24,14 +25,27 @@ inline constexpr int kKeys = 4;                // keys whose products with a few
 inline constexpr int64_t kAhead = 2048;        // elements between the keys in use and those on their way from memory
 inline constexpr float kHidden = -3.0e38F;     // a score that no finite one is below; with others its weight is 0
 
+// ---------------------------------------------------------------------------------------------- what is stored
+
+// Keys and values are fp32 or 16-bit floats: a vector of them, and the 8 that a head of 8 more elements than whole vectors
+// ends with.
+inline F load(const float* from) { return Simd::load(from); }
+inline F load(const uint16_t* from) { return Simd::from_half(from); }
+inline F load_eight(const float* from) { return Lanes::load_half(from); }
+inline F load_eight(const uint16_t* from) {
+  uint16_t vector[kLanes < kHeadStep ? kHeadStep : kLanes] = {};
+  std::memcpy(vector, from, kHeadStep * sizeof *vector);
+  return Simd::from_half(vector);
+}
+
 // ---------------------------------------------------------------------------------------------- products of rows
 
 // out (kRows, kVectors) = x (kRows, depth) @ w (depth, kVectors), plus out * factors if there are any. kHalf: only the lower
 // 8 lanes of w are there.
 // Used for weights times values, and for queries times panels of keys. `factors` are what the running softmax scales
 // earlier sums by: multiplied here, where the sums are loaded anyway.
-template <int kRows, int kVectors, bool kHalf = false>
-inline void product(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, const float* factors,
+template <int kRows, int kVectors, bool kHalf = false, class Stored>
+inline void product(const float* x, int64_t x_stride, const Stored* w, int64_t w_stride, int64_t depth, const float* factors,
                     float* out, int64_t out_stride) {
   F sum[kRows][kVectors];
   RANKBOOK_UNROLL
@@ -47,7 +61,7 @@ inline void product(const float* x, int64_t x_stride, const float* w, int64_t w_
     F line[kVectors];
     RANKBOOK_UNROLL
     for (int i = 0; i < kVectors; ++i) {
-      line[i] = kHalf ? Lanes::load_half(w + k * w_stride) : Simd::load(w + k * w_stride + i * kLanes);
+      line[i] = kHalf ? load_eight(w + k * w_stride) : load(w + k * w_stride + i * kLanes);
     }
     RANKBOOK_UNROLL
     for (int row = 0; row < kRows; ++row) {
@@ -66,8 +80,8 @@ inline void product(const float* x, int64_t x_stride, const float* w, int64_t w_
 // The same for any number of columns that is a multiple of 8.
 // Few rows take four vectors of columns at a time, since their sums would else be too few to hide the latency of a
 // multiply-add.
-template <int kRows>
-void multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, const float* factors,
+template <int kRows, class Stored>
+void multiply(const float* x, int64_t x_stride, const Stored* w, int64_t w_stride, int64_t depth, const float* factors,
               float* out, int64_t out_stride, int64_t columns) {
   int64_t at = 0;
   if constexpr (kRows <= Lanes::kQueries && Lanes::kWide > 2) {
@@ -86,11 +100,12 @@ void multiply(const float* x, int64_t x_stride, const float* w, int64_t w_stride
   }
 }
 
-using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, const float*, float*, int64_t, int64_t);
+template <class Stored>
+using Multiply = void (*)(const float*, int64_t, const Stored*, int64_t, int64_t, const float*, float*, int64_t, int64_t);
 
-template <int... kIndex>
-Multiply pick_multiply(int64_t rows, std::integer_sequence<int, kIndex...>) {
-  static constexpr Multiply kTiles[] = {multiply<kIndex + 1>...};
+template <class Stored, int... kIndex>
+Multiply<Stored> pick_multiply(int64_t rows, std::integer_sequence<int, kIndex...>) {
+  static constexpr Multiply<Stored> kTiles[] = {multiply<kIndex + 1, Stored>...};
   return kTiles[rows - 1];
 }
 
@@ -100,8 +115,8 @@ Multiply pick_multiply(int64_t rows, std::integer_sequence<int, kIndex...>) {
 // and the sums of a vector of keys are added up together at the end (Lanes::totals).
 // scores (kRows, count; kKeyBlock apart) = q @ keys^T, keys (count, size) as they lie in the cache. Whole vectors are written.
 // Values of the same positions are prefetched while keys are read: both streams then arrive together.
-template <int kRows>
-void score_rows(const float* q, int64_t stride, const float* keys, const float* values, int64_t size, int64_t count,
+template <int kRows, class Stored>
+void score_rows(const float* q, int64_t stride, const Stored* keys, const Stored* values, int64_t size, int64_t count,
                 float* scores) {
   for (int64_t key = 0; key < count; key += kLanes) {
     F sums[kRows][kLanes];
@@ -123,7 +138,7 @@ void score_rows(const float* q, int64_t stride, const float* keys, const float* 
         for (int r = 0; r < kRows; ++r) query[r] = Simd::load(q + r * stride + d);
         RANKBOOK_UNROLL
         for (int i = 0; i < kKeys; ++i) {
-          const F line = Simd::load(keys + place[i] + d);
+          const F line = load(keys + place[i] + d);
           __builtin_prefetch(values + place[i] + d);
           __builtin_prefetch(keys + place[i] + d + kAhead);
           RANKBOOK_UNROLL
@@ -133,7 +148,7 @@ void score_rows(const float* q, int64_t stride, const float* keys, const float* 
       if (kLanes > kHeadStep && d < size) {
         RANKBOOK_UNROLL
         for (int i = 0; i < kKeys; ++i) {
-          const F line = Lanes::load_half(keys + place[i] + d);
+          const F line = load_eight(keys + place[i] + d);
           RANKBOOK_UNROLL
           for (int r = 0; r < kRows; ++r) sum[r][i] = Simd::fma(Lanes::load_half(q + r * stride + d), line, sum[r][i]);
         }
@@ -149,19 +164,21 @@ void score_rows(const float* q, int64_t stride, const float* keys, const float* 
   }
 }
 
-using Score = void (*)(const float*, int64_t, const float*, const float*, int64_t, int64_t, float*);
+template <class Stored>
+using Score = void (*)(const float*, int64_t, const Stored*, const Stored*, int64_t, int64_t, float*);
 
-template <int... kIndex>
-Score pick_score(int64_t rows, std::integer_sequence<int, kIndex...>) {
-  static constexpr Score kTiles[] = {score_rows<kIndex + 1>...};
+template <class Stored, int... kIndex>
+Score<Stored> pick_score(int64_t rows, std::integer_sequence<int, kIndex...>) {
+  static constexpr Score<Stored> kTiles[] = {score_rows<kIndex + 1, Stored>...};
   return kTiles[rows - 1];
 }
 
 // Rows in passes of kQueries: nine query heads on three of keys are one pass of three.
-void score(const AttentionTile& tile, const float* keys, const float* values, int64_t count, float* scores) {
+template <class Stored>
+void score(const AttentionTile& tile, const Stored* keys, const Stored* values, int64_t count, float* scores) {
   for (int64_t row = 0; row < tile.rows; row += Lanes::kQueries) {
     const int64_t rows = tile.rows - row < Lanes::kQueries ? tile.rows - row : Lanes::kQueries;
-    const Score work = pick_score(rows, std::make_integer_sequence<int, Lanes::kQueries>{});
+    const Score<Stored> work = pick_score<Stored>(rows, std::make_integer_sequence<int, Lanes::kQueries>{});
     work(tile.q + row * tile.stride, tile.stride, keys, values, tile.size, count, scores + row * kKeyBlock);
   }
 }
@@ -170,7 +187,7 @@ void score(const AttentionTile& tile, const float* keys, const float* values, in
 // A panel is 32 keys side by side: a query's element is broadcast, and sums are vertical, as in the products of
 // packed/kernels.h.
 void score_panels(const AttentionTile& tile, const float* panels, int64_t count, float* scores) {
-  const Multiply work = pick_multiply(tile.rows, std::make_integer_sequence<int, Simd::kTokens>{});
+  const Multiply<float> work = pick_multiply<float>(tile.rows, std::make_integer_sequence<int, Simd::kTokens>{});
   for (int64_t key = 0; key < count; key += kKeyPanel) {
     const float* panel = panels + key * tile.size;
     work(tile.q, tile.stride, panel, kKeyPanel, tile.size, nullptr, scores + key, kKeyBlock, kKeyPanel);
@@ -234,7 +251,10 @@ float weigh(float* scores, int64_t begin, int64_t end, int64_t count, float cap,
 
 // Blocks of 128 keys: 512 bytes of scores a row, and one look at the maximum for each, so that the exponential's factor
 // is a small part. Blocks outside of all windows are not visited.
-void attend(const AttentionTile& tile) {
+template <class Stored>
+void attend_to(const AttentionTile& tile) {
+  const auto* all_keys = static_cast<const Stored*>(tile.keys);
+  const auto* all_values = static_cast<const Stored*>(tile.values);
   Softmax softmax[kTileRows];
   alignas(64) float factors[kTileRows];
   alignas(64) float scores[kTileRows * kKeyBlock];
@@ -245,12 +265,12 @@ void attend(const AttentionTile& tile) {
     last = tile.end[row] > last ? tile.end[row] : last;
     for (int64_t d = 0; d < tile.stride; ++d) tile.out[row * tile.stride + d] = 0.0F;
   }
-  const Multiply add = pick_multiply(tile.rows, std::make_integer_sequence<int, Simd::kTokens>{});
+  const Multiply<Stored> add = pick_multiply<Stored>(tile.rows, std::make_integer_sequence<int, Simd::kTokens>{});
   for (int64_t at = first / kKeyPanel * kKeyPanel; at < last; at += kKeyBlock) {
     const int64_t count = last - at < kKeyBlock ? last - at : kKeyBlock;
-    const float* values = tile.values + at * tile.size;
+    const Stored* values = all_values + at * tile.size;
     if (tile.panels == nullptr) {
-      score(tile, tile.keys + at * tile.size, values, count, scores);
+      score(tile, all_keys + at * tile.size, values, count, scores);
     } else {
       score_panels(tile, tile.panels + at * tile.size, count, scores);
     }
@@ -264,6 +284,14 @@ void attend(const AttentionTile& tile) {
     const F share = Simd::set(1.0F / softmax[row].total);
     float* out = tile.out + row * tile.stride;
     for (int64_t d = 0; d < tile.size; d += kLanes) Simd::store(out + d, Lanes::multiply(Simd::load(out + d), share));
+  }
+}
+
+void attend(const AttentionTile& tile) {
+  if (tile.half) {
+    attend_to<uint16_t>(tile);
+  } else {
+    attend_to<float>(tile);
   }
 }
 
@@ -296,7 +324,13 @@ void embed(const float* x, const float* cos, const float* sin, int64_t size, flo
   }
 }
 
-constexpr AttentionKernels kKernels = {Simd::kName, Simd::kTokens, attend, embed};
+void narrow(const float* x, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Narrow::to_halves(out + i, Simd::load(x + i));
+  for (; i < count; ++i) out[i] = nearest_half(x[i]);
+}
+
+constexpr AttentionKernels kKernels = {Simd::kName, Simd::kTokens, attend, embed, narrow};
 
 }  // namespace attention_loops
 }  // namespace

@@ -1,6 +1,6 @@
 #pragma once
 
-// Narrow: floats as bytes and as bfloat16, and sums over lanes that hold a given number.
+// Narrow: floats as bytes, as bfloat16 and as 16-bit IEEE floats, and sums over lanes that hold a given number.
 
 #include "kernels/cpu/simd/float.h"
 
@@ -35,6 +35,9 @@ struct Narrow {
     const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
   }
+  static void to_halves(uint16_t* to, F value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
   // sum + value where a == b
   static F add_where(F sum, F a, F b, F value) {
     return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), sum, value);
@@ -62,6 +65,9 @@ struct Narrow {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrowed(_mm256_srli_epi32(up, 16)));
+  }
+  static void to_halves(uint16_t* to, F value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
   static F add_where(F sum, F a, F b, F value) {
     return _mm256_add_ps(sum, _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), value));
@@ -95,6 +101,11 @@ struct Narrow {
     Four lane;
     Simd::store(lane, value);
     for (int i = 0; i < Simd::kLanes; ++i) to[i] = nearest_bfloat(lane[i]);
+  }
+  static void to_halves(uint16_t* to, F value) {
+    Four lane;
+    Simd::store(lane, value);
+    for (int i = 0; i < Simd::kLanes; ++i) to[i] = nearest_half(lane[i]);
   }
   static F add_where(F sum, F a, F b, F value) {
     Four sums, one, other, values;
