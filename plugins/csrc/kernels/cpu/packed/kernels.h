@@ -279,6 +279,8 @@ void decode_tile(const CodebookWeight& weight, int64_t panel, int row, int begin
     const uint8_t* block = codes + half / 2 * kCodeBits * kWordBytes;
     float* to = out + (half * kHalfBlock - k0) * kPanel + row;
     if (half % 2 == 0) {
+      // A few tokens wait for memory as one does: the hardware's prefetcher stops where the products begin.
+      for (int line = 0; line < kCodeBits * kTile * 4 / 64; ++line) prefetch_codes(block + line * 64);
       decode_half_block<kCodeBits, 0, kPlanes>(block, rows, params, offsets, first, to, kInputs);
     } else {
       decode_half_block<kCodeBits, 1, kPlanes>(block, rows, params, offsets, first, to, kInputs);
@@ -328,11 +330,16 @@ GemmTile pick_gemm(int64_t tokens, std::integer_sequence<int, kIndex...>) {
   return kTiles[tokens - 1];
 }
 
+// Tiles of nearly the same number of tokens: one of two loads as much of w as one of six, and has too few sums to hide the
+// latency of a multiply-add.
 void gemm(const float* x, int64_t stride, int64_t tokens, const float* w, int64_t depth, float* acc) {
-  for (int64_t token = 0; token < tokens; token += Simd::kTokens) {
-    const int64_t count = tokens - token < Simd::kTokens ? tokens - token : Simd::kTokens;
+  const int64_t tiles = ceil_div(tokens, Simd::kTokens);
+  int64_t token = 0;
+  for (int64_t left = tiles; left > 0; --left) {
+    const int64_t count = (tokens - token) / left;
     const GemmTile tile = pick_gemm(count, std::make_integer_sequence<int, Simd::kTokens>{});
     for (int row = 0; row < kPanel; row += kTile) tile(x + token * stride, stride, w + row, depth, acc + token * kPanel + row);
+    token += count;
   }
 }
 
