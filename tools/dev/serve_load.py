@@ -3,9 +3,10 @@
     rankbook serve model-onnx --kernels native-int8 --max-context 2048 &
     python -m rankbook.tools.dev.serve_load http://127.0.0.1:8000/v1 --clients 1 2 4 8
 
-Every client asks for as many greedy completions as it gets turns, each of a prompt of its own, streamed. The numbers of
-clients take turns, so that a noisy machine falls on all alike. The clients run in this process: on a machine with few
-cores they take some of the server's time, as they would for a user.
+Every client asks for as many greedy completions as it gets turns, each of a prompt of its own, streamed unless
+``--whole`` is given. The numbers of clients take turns, so that a noisy machine falls on all alike. The clients run in
+this process: on a machine with few cores they take some of the server's time, as they would for a user; a stream is a
+message for each token, and takes most.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Load:
     Attributes:
         clients: That ask at once.
         tokens_per_second: Of all together: median over the turns, from the first request to the last token.
-        first_token_seconds: Median time to the first token of a text.
+        first_token_seconds: Median time to the first token of a text, or to its end where it is not streamed.
         speed: ``tokens_per_second`` relative to the smallest number of clients.
     """
 
@@ -44,7 +45,9 @@ class Load:
     speed: float = 1.0
 
 
-def measure(client: Any, model: str, counts: Sequence[int], *, turns: int, tokens: int) -> list[Load]:
+def measure(
+    client: Any, model: str, counts: Sequence[int], *, turns: int, tokens: int, stream: bool = True
+) -> list[Load]:
     """Ask with each number of clients in turn.
 
     Args:
@@ -53,6 +56,7 @@ def measure(client: Any, model: str, counts: Sequence[int], *, turns: int, token
         counts: Numbers of clients.
         turns: For each.
         tokens: New tokens of a text.
+        stream: Whether they are sent one by one.
     """
     rates: dict[int, list[float]] = {count: [] for count in counts}
     waits: dict[int, list[float]] = {count: [] for count in counts}
@@ -60,10 +64,11 @@ def measure(client: Any, model: str, counts: Sequence[int], *, turns: int, token
     def ask(number: int) -> tuple[int, float]:
         prompt = f"Write a long story about {_TOPICS[number % len(_TOPICS)]} and number {number}."
         start, first, produced = time.perf_counter(), 0.0, 0
-        usage = {"stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}}
-        for chunk in client.completions.create(
-            model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=True, **usage
-        ):
+        more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}, **more
+        )
+        for chunk in answer if stream else [answer]:
             first = first or time.perf_counter() - start
             produced = chunk.usage.completion_tokens if chunk.usage else produced
         return produced, first
@@ -88,6 +93,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="for each number of clients")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="new tokens of a text")
+    parser.add_argument("--whole", action="store_true", help="ask for whole texts, and not for streams of tokens")
     parser.add_argument("--api-key", default="none", metavar="KEY")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)
@@ -102,7 +108,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except openai.OpenAIError as error:
         print(f"error: {given.url} does not answer: {error}; start `rankbook serve` and name its port", file=sys.stderr)
         return errors.USAGE
-    found = measure(client, model, given.clients, turns=given.turns, tokens=given.tokens)
+    found = measure(client, model, given.clients, turns=given.turns, tokens=given.tokens, stream=not given.whole)
     if given.json:
         print(json.dumps([asdict(load) for load in found]))
         return errors.OK
@@ -110,9 +116,8 @@ def main(words: Sequence[str] | None = None) -> int:
         (load.clients, f"{load.tokens_per_second:.0f}", f"{load.first_token_seconds * 1e3:.0f}", f"{load.speed:.2f}")
         for load in found
     ]
-    Table(f"{model}, {given.tokens} tokens a text", ("clients", "tokens/s", "ms to the first", "speed"), rows).show(
-        sys.stdout
-    )
+    wait = "ms to the end" if given.whole else "ms to the first"
+    Table(f"{model}, {given.tokens} tokens a text", ("clients", "tokens/s", wait, "speed"), rows).show(sys.stdout)
     return errors.OK
 
 

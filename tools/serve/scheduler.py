@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rankbook.tools.serve.slots import Slots
 
 _CHUNK = 128
-"""Tokens of a prompt between two steps: longer ones would make everyone wait."""
+"""Tokens of prompts between two steps: more would make everyone wait. Short prompts that came together are computed
+before the next step, so that their texts go on side by side from the first one."""
 
 
 class BusyError(Exception):
@@ -166,7 +167,7 @@ class Scheduler:
         self._fail_all("the server is going down")
 
     def _turn(self) -> None:
-        """Compute a piece of one prompt and a step of every text behind its prompt."""
+        """Compute a piece of the prompts and a step of every text behind its prompt."""
         try:
             self._admit()
             self._fill()
@@ -193,18 +194,20 @@ class Scheduler:
             self._rows[free.pop(0)] = _Row(request, list(request.ids), stream, generator)
 
     def _fill(self) -> None:
-        """Compute the next piece of the prompt that came first."""
+        """Compute the next tokens of the prompts, those that came first before the others."""
         import numpy as np
 
-        slot, row = next(((s, r) for s, r in self._rows.items() if r.filled < len(r.request.ids)), (-1, None))
-        if row is None:
-            return
-        piece = np.array(row.request.ids[row.filled : row.filled + _CHUNK], np.int64)
-        scores = self._slots.extend(slot, piece)
-        row.filled += len(piece)
-        self.counters.prompt_tokens += len(piece)
-        if row.filled == len(row.request.ids):
-            self._choose(slot, row, scores)
+        room = _CHUNK
+        for slot, row in [(s, r) for s, r in self._rows.items() if r.filled < len(r.request.ids)]:
+            piece = np.array(row.request.ids[row.filled : row.filled + room], np.int64)
+            scores = self._slots.extend(slot, piece)
+            row.filled += len(piece)
+            room -= len(piece)
+            self.counters.prompt_tokens += len(piece)
+            if row.filled == len(row.request.ids):
+                self._choose(slot, row, scores)
+            if not room:
+                break
 
     def _step(self) -> None:
         given = {slot: row.ids[-1] for slot, row in self._rows.items() if row.produced}

@@ -295,10 +295,14 @@ def test_a_key_a_full_queue_and_a_long_body(folder: Path) -> None:
             assert running.result().usage.completion_tokens == waiting.result().usage.completion_tokens == 12
 
 
-def test_the_load_of_several_clients_is_measured(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("how", [[], ["--whole"]])
+def test_the_load_of_several_clients_is_measured(
+    how: list[str], server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = f"http://127.0.0.1:{server.port}/v1"
     before = server.served.scheduler.counters.tokens
-    assert serve_load.main([url, "--clients", "1", "3", "--turns", "2", "--tokens", "5", "--json"]) == errors.OK
+    sizes = ["--clients", "1", "3", "--turns", "2", "--tokens", "5"]
+    assert serve_load.main([url, *sizes, *how, "--json"]) == errors.OK
     loads = json.loads(capsys.readouterr().out)
     assert [load["clients"] for load in loads] == [1, 3]
     assert loads[0]["speed"] == 1
