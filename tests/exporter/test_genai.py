@@ -118,6 +118,20 @@ def test_the_same_tokens_as_generate(graph, with_library, exported, tmp_path):
 
 
 @needs_genai
+@pytest.mark.parametrize("with_library", [True, False])
+@pytest.mark.parametrize("graph", ["ort", "standard"])
+def test_a_cache_in_float16(graph, with_library, checkpoint, tmp_path):
+    """GenAI makes the cache in the type of the file's inputs."""
+    if with_library and (reason := library_unavailable("ort")):
+        pytest.skip(reason)
+    options = ExportOptions(graph=graph, kv="float16", with_library=with_library)
+    export(checkpoint, tmp_path / "model", options)
+    alone = [expected(tmp_path / "model", prompt) for prompt in PROMPTS[:2]]
+    assert [continued(tmp_path / "model", [prompt])[0] for prompt in PROMPTS[:2]] == alone
+    assert continued(tmp_path / "model", PROMPTS[:2]) == alone
+
+
+@needs_genai
 def test_a_row_of_the_bench(exported):
     """``bench MODEL@genai``: the same scores as ONNX Runtime gives, and the same packed bytes."""
     here, there = open_model(exported["ort"], "bodies"), open_model(exported["ort"], "genai", Setting(1, 32))
