@@ -52,6 +52,15 @@ def cuda_unavailable() -> str | None:
     return None if has_gpu() else "no NVIDIA driver with a GPU answers; run `rankbook doctor`, or leave native-cuda out"
 
 
+def _has_exact_int8_products() -> bool:
+    """Say whether ONNX Runtime's products of bytes are exact: without VNNI, pairs are added in 16 bits."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "avx2" not in flags or "vnni" in flags
+
+
 def native_unavailable() -> str | None:
     """Return why ONNX Runtime cannot run the native library on the CPU, or None."""
     from rankbook.plugins.library import unavailable as library_unavailable
@@ -68,6 +77,7 @@ def session(
     cuda: bool = False,
     activations: str = "fp32",
     entries: Mapping[str, str] | None = None,
+    exact_int8: bool = False,
 ) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on the CPU, or on a GPU.
 
@@ -79,6 +89,7 @@ def session(
         cuda: Run on the GPU what can run there.
         activations: What these compute with, see `rankbook.plugins.library.ACTIVATIONS`.
         entries: Further session configuration entries.
+        exact_int8: Whether it has products of 8-bit activations, which must not saturate.
 
     Raises:
         MissingError: ONNX Runtime is not installed.
@@ -96,6 +107,8 @@ def session(
         options.intra_op_num_threads = threads
     if data_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_folder))
+    if exact_int8 and not _has_exact_int8_products():
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # computes them in float32
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     if native:
@@ -164,6 +177,7 @@ class OrtModel(FileModel):
         self.kernels, self.native, self.cuda = kernels, kernels != "bodies", kernels == "native-cuda"
         self.device = "cuda" if self.cuda else "cpu"
         placed, folder = anchored(graph, self.file) if graph else (self.file.path, None)
+        self._exact_int8 = self.file.metadata.activations not in ("none", "int8")
         self.session = session(
             placed,
             threads=threads,
@@ -172,6 +186,7 @@ class OrtModel(FileModel):
             cuda=self.cuda,
             activations="int8" if kernels == "native-int8" else "fp32",
             entries=entries,
+            exact_int8=self._exact_int8,
         )
         self._held, self._spoiled = 0, False
         self._steps: dict[str, BoundSteps] = {}
@@ -183,7 +198,14 @@ class OrtModel(FileModel):
     def open_graph(self, graph: bytes) -> Any:
         """Return a session of another graph, with the same kernels and the data files of this one."""
         placed, folder = anchored(graph, self.file)
-        return session(placed, threads=self._threads, data_folder=folder, native=self.native, cuda=self.cuda)
+        return session(
+            placed,
+            threads=self._threads,
+            data_folder=folder,
+            native=self.native,
+            cuda=self.cuda,
+            exact_int8=self._exact_int8,
+        )
 
     def run_graph(self, graph: bytes, outputs: Mapping[str, str], feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Compute a graph in a session of its own."""
